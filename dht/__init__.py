@@ -1,0 +1,1 @@
+"""Who is where: signed records, the directory that spreads them, and who is alive."""

@@ -1,0 +1,1 @@
+"""One peer as people meet it: the daemon, the command line and the status they read."""

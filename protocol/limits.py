@@ -1,0 +1,42 @@
+"""The one table of caps. Every parser and every buffer that a stranger can fill reads its bound here."""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# Framing
+FRAME_BYTES = 1 * MIB  # payload bytes of one frame; trials: 256 KiB to 4 MiB are equally fast on gRPC
+HEADER_BYTES = 64 * KIB  # one encoded message header
+ABORT_TEXT_BYTES = 1 * KIB
+STREAMS_PER_PEER = 256  # concurrently open, inbound
+STREAMS_IN_ALL = 4096
+
+# Silence on a transfer that should be moving (design section 7)
+SUSPECT_AFTER_S = 2.0
+ABORT_AFTER_S = 5.0
+CONNECT_S = 5.0
+
+# Records and the directory
+RECORD_BYTES = 4 * KIB
+RECORD_TTL_S = 30.0
+RECORD_TTL_MAX_S = 120.0
+RECORD_FUTURE_S = 60.0  # how far ahead another peer's clock may be
+RECORDS_HELD = 20_000
+ADDRESSES_PER_PEER = 8
+CLOCK_SKEW_S = 3600.0  # a leaf is valid this long before it was made
+
+# Trust
+LEAF_HOURS = 24
+CERTIFICATE_BYTES = 2 * KIB
+CHAIN_LENGTH = 3
+TOKEN_CHARACTERS = 4 * KIB
+BOOTSTRAP_ADDRESSES = 8
+REVOCATIONS = 10_000
+
+# Swarm
+STAGES = 256
+ROSTER = 1024
+PARTS = 4096
+NAME_CHARACTERS = 32
+SPEC_BYTES = 64 * KIB

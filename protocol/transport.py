@@ -1,0 +1,131 @@
+"""Transport: authenticated streams of messages to a peer. The interface; everything that talks uses it.
+
+Two implementations pass the same tests: `grpc_transport` (real sockets, mutual TLS) and `memory_transport`
+(links with latency, bandwidth, loss and partitions on a virtual clock). Callers name a peer, never
+an address.
+
+A stream carries `Message`s both ways. A message is a small typed header and a raw payload of any size the
+receiver admits; the transport cuts payloads into frames with sequence and checksum and gives them
+back whole.
+Each side finishes with an explicit END; a stream that stops without END raises `StreamBroken`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from shoal.protocol.errors import PeerSilent
+from shoal.protocol.identity import PeerId, Role, VerifiedPeer
+
+Buffer = bytes | bytearray | memoryview
+H = TypeVar("H")
+
+
+class Channel(enum.Enum):
+    """Control has its own connection, so that bulk never starves it."""
+
+    CONTROL = "control"
+    BULK = "bulk"
+
+
+@dataclass(frozen=True, slots=True)
+class Message(Generic[H]):
+    """One message: `header` is an instance of a `wire_message` class, `payload` raw bytes."""
+
+    header: H
+    payload: memoryview
+
+
+class Stream(ABC):
+    """One bidirectional stream. Not safe for two concurrent sends or two concurrent receives."""
+
+    remote: VerifiedPeer
+
+    @abstractmethod
+    async def send(self, header: object, payload: Buffer = b"") -> None:
+        """Send one message; returns when the transport has taken it (back-pressure).
+
+        Raises StreamBroken when the other side is gone, PeerSilent when no byte moved for ABORT_AFTER_S.
+        The payload must not change until this returns.
+        """
+
+    @abstractmethod
+    async def receive(self, *kinds: type[Any], max_payload_bytes: int = 0) -> Message[Any]:
+        """The next message, whose header is one of `kinds` and whose payload fits.
+
+        Waits without limit between messages (the caller sets deadlines); inside a message, PeerSilent after
+        ABORT_AFTER_S without a byte. Raises StreamEnded after a clean END, StreamBroken without one,
+        MessageInvalid, MessageTooLarge (before buffering) or FrameInvalid for what breaks the protocol, and
+        the error the remote handler raised, as its own class.
+        """
+
+    @abstractmethod
+    async def end(self) -> None:
+        """Say that nothing more will be sent. Idempotent."""
+
+
+Handler = Callable[[Stream], Awaitable[None]]
+
+
+class Transport(ABC):
+    """Opens streams to peers and serves methods to them."""
+
+    me: PeerId
+
+    @abstractmethod
+    def serve(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
+        """Answer `method` for peers that hold one of `roles`; call before `start`.
+
+        `handler` runs in a task the transport owns: on return END is sent, a ShoalError is sent as ABORT,
+        and when the caller goes away the task is cancelled. Any other exception is logged and sent as
+        "internal error", undescribed.
+        """
+
+    @abstractmethod
+    def open(
+        self, peer: PeerId, method: str, channel: Channel = Channel.CONTROL
+    ) -> AbstractAsyncContextManager[Stream]:
+        """A stream to `method` of `peer`. Raises PeerUnreachable, AccessError or StreamBroken.
+
+        Leaving the context normally sends END; leaving it by an exception cancels the remote handler.
+        """
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Begin to listen."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop listening, cancel handlers, close connections."""
+
+    @abstractmethod
+    async def disconnect(self, peer: PeerId) -> None:
+        """Close every connection with a peer, both ways (revocation, a leaf that changed)."""
+
+
+async def call(
+    transport: Transport,
+    peer: PeerId,
+    method: str,
+    request: object,
+    reply: type[H],
+    *,
+    timeout_s: float,
+    payload: Buffer = b"",
+    max_payload_bytes: int = 0,
+    channel: Channel = Channel.CONTROL,
+) -> Message[H]:
+    """One request, one reply. Raises PeerSilent after `timeout_s`, and what `open` and `receive` raise."""
+    try:
+        async with asyncio.timeout(timeout_s), transport.open(peer, method, channel) as stream:
+            await stream.send(request, payload)
+            await stream.end()
+            return await stream.receive(reply, max_payload_bytes=max_payload_bytes)
+    except TimeoutError:
+        raise PeerSilent(f"{peer} did not answer {method} within {timeout_s:g} s") from None

@@ -1,0 +1,1 @@
+"""Model, pipeline, inner and outer optimisation, data and recovery."""
