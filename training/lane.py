@@ -1,0 +1,209 @@
+"""The compute lane: one worker for one device, a queue by kind of work, backward before forward.
+
+Whoever computes asks the lane. `ThreadLane` runs a worker thread; `InlineLane` is its twin for the simulator:
+work runs on the loop and then takes its declared duration of virtual time.
+
+Weight gradients yield to forwards, since nobody waits for them; once WEIGHTS_WAITING of them queue up they
+go first, or a busy stage would never step and their activations would fill memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+WEIGHTS_WAITING = 2
+_SMOOTHING = 0.1  # of the moving average of durations
+
+
+class Work(enum.IntEnum):
+    """Kinds of work, most urgent first."""
+
+    UPDATE = 0
+    BACKWARD = 1
+    FORWARD = 2
+    WEIGHT = 3
+    SERVE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LaneLoad:
+    """What heartbeats and status tell about a lane."""
+
+    queued: int
+    backlog_s: float  # expected time to empty the queue
+    finished: int  # pieces of work since the start: stands still when the lane does
+    busy_s: float
+
+
+def next_kind(waiting: Sequence[int]) -> Work | None:
+    """Which queue to serve, given how many wait in each (by Work's order). Pure."""
+    if waiting[Work.WEIGHT] >= WEIGHTS_WAITING and not waiting[Work.UPDATE] and not waiting[Work.BACKWARD]:
+        return Work.WEIGHT
+    return next((kind for kind in Work if waiting[kind]), None)
+
+
+class _Durations:
+    """Moving average of how long each kind takes."""
+
+    def __init__(self) -> None:
+        self.mean_s = [0.0] * len(Work)
+        self.finished = 0
+        self.busy_s = 0.0
+
+    def record(self, kind: Work, seconds: float) -> None:
+        known = self.mean_s[kind]
+        self.mean_s[kind] = seconds if known == 0.0 else known + _SMOOTHING * (seconds - known)
+        self.finished += 1
+        self.busy_s += seconds
+
+    def load(self, waiting: Sequence[int]) -> LaneLoad:
+        backlog_s = sum(count * mean for count, mean in zip(waiting, self.mean_s, strict=True))
+        return LaneLoad(sum(waiting), backlog_s, self.finished, self.busy_s)
+
+
+class Lane(ABC):
+    """One device's worker. Queues are bounded by the callers' admission, not here."""
+
+    @abstractmethod
+    async def run(self, kind: Work, function: Callable[..., T], *arguments: Any) -> T:
+        """The function's result, computed in its turn. Cancelling the caller withdraws work not begun."""
+
+    @abstractmethod
+    def load(self) -> LaneLoad:
+        """The present load."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Finish what runs, refuse the rest."""
+
+
+@dataclass(slots=True)
+class _Job:
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    future: asyncio.Future[Any]
+
+
+class ThreadLane(Lane):
+    """A worker thread with one queue for each kind of work."""
+
+    def __init__(self, name: str = "lane") -> None:
+        self._queues: tuple[deque[_Job], ...] = tuple(deque() for _ in Work)
+        self._wake = threading.Condition()
+        self._closed = False
+        self._durations = _Durations()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    async def run(self, kind: Work, function: Callable[..., T], *arguments: Any) -> T:
+        future: asyncio.Future[T] = self._loop.create_future()
+        with self._wake:
+            if self._closed:
+                raise RuntimeError("the lane is closed")
+            self._queues[kind].append(_Job(function, arguments, future))
+            self._wake.notify()
+        return await future
+
+    def load(self) -> LaneLoad:
+        return self._durations.load([len(queue) for queue in self._queues])
+
+    async def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            for queue in self._queues:
+                for job in queue:
+                    job.future.cancel()
+                queue.clear()
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def _next(self) -> tuple[Work, _Job] | None:
+        with self._wake:
+            while True:
+                kind = next_kind([len(queue) for queue in self._queues])
+                if kind is not None:
+                    return kind, self._queues[kind].popleft()
+                if self._closed:
+                    return None
+                self._wake.wait()
+
+    def _work(self) -> None:
+        while (found := self._next()) is not None:
+            kind, job = found
+            if job.future.cancelled():
+                continue
+            begin = time.perf_counter()
+            try:
+                outcome, failure = job.function(*job.arguments), None
+            except Exception as error:  # the edge of the worker: the caller gets it, and decides
+                outcome, failure = None, error
+            self._durations.record(kind, time.perf_counter() - begin)
+            if not self._closed or not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(_settle, job.future, outcome, failure)
+            del job, found, outcome, failure  # tensors must not outlive their turn
+
+
+def _settle(future: asyncio.Future[Any], outcome: object, failure: Exception | None) -> None:
+    if future.done():
+        return
+    if failure is None:
+        future.set_result(outcome)
+    else:
+        future.set_exception(failure)
+
+
+class InlineLane(Lane):
+    """The twin for virtual time: same order, durations declared instead of measured."""
+
+    def __init__(self, duration_s: Callable[[Work], float] = lambda kind: 0.001) -> None:
+        self._duration_s = duration_s
+        self._waiting: tuple[deque[asyncio.Future[None]], ...] = tuple(deque() for _ in Work)
+        self._busy = False
+        self._durations = _Durations()
+
+    async def run(self, kind: Work, function: Callable[..., T], *arguments: Any) -> T:
+        if self._busy:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting[kind].append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn in self._waiting[kind]:
+                    self._waiting[kind].remove(turn)
+                elif turn.done() and not turn.cancelled():
+                    self._hand_over()
+                raise
+        self._busy = True
+        seconds = self._duration_s(kind)
+        try:
+            await asyncio.sleep(seconds)
+            return function(*arguments)
+        finally:
+            self._durations.record(kind, seconds)
+            self._hand_over()
+
+    def load(self) -> LaneLoad:
+        return self._durations.load([len(queue) for queue in self._waiting])
+
+    async def close(self) -> None:
+        for queue in self._waiting:
+            while queue:
+                queue.popleft().cancel()
+
+    def _hand_over(self) -> None:
+        while (kind := next_kind([len(queue) for queue in self._waiting])) is not None:
+            turn = self._waiting[kind].popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return  # stays busy: the turn is taken
+        self._busy = False

@@ -1,0 +1,111 @@
+"""One stage of a Llama model, computed from a flat vector of its weights.
+
+`StageModel` holds no weights of its own: the same object runs the local weights of either version, and the
+anchor for inference. Built from the spec and the stage's layers alone; the whole model never exists.
+Shapes: tokens [B, T], hidden [B, T, width], logits [B, T, vocabulary].
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as functional
+
+from shoal.training.model.layout import EMBEDDING, FINAL_NORM, HEAD, StageLayout
+from shoal.training.model.split import Tape, linear, scale
+from shoal.training.spec import RunSpec
+
+
+class StageModel:
+    """The forward computation of one stage."""
+
+    def __init__(self, spec: RunSpec, layout: StageLayout) -> None:
+        self.layout = layout
+        self._model = spec.model
+        self._slots = {slot.name: slot for slot in layout.slots}
+        self._head_name = EMBEDDING if spec.model.tie_embeddings else HEAD
+
+    def embed(self, weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden state of the first stage's input. tokens [B, T] -> [B, T, width]."""
+        return functional.embedding(tokens, self._slots[EMBEDDING].view(weights))
+
+    def blocks(self, weights: torch.Tensor, hidden: torch.Tensor, tape: Tape | None) -> torch.Tensor:
+        """The stage's layers. [B, T, width] -> [B, T, width]."""
+        for layer in self.layout.layers:
+            prefix = f"layers.{layer}"
+            hidden = hidden + self._attention(weights, prefix, hidden, tape)
+            hidden = hidden + self._feedforward(weights, prefix, hidden, tape)
+        return hidden
+
+    def logits(self, weights: torch.Tensor, hidden: torch.Tensor, tape: Tape | None) -> torch.Tensor:
+        """The last stage's output. [B, T, width] -> [B, T, vocabulary]."""
+        hidden = self._norm(weights, FINAL_NORM, hidden, tape)
+        slot = self._slots[self._head_name]
+        return linear(hidden, slot.view(weights), slot.start, tape)
+
+    def loss(
+        self, weights: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor, tape: Tape | None
+    ) -> torch.Tensor:
+        """Summed cross-entropy in nats over targets [B, T]; a scalar, fp32."""
+        logits = self.logits(weights, hidden, tape).float()
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+    def _norm(self, weights: torch.Tensor, name: str, hidden: torch.Tensor, tape: Tape | None) -> torch.Tensor:
+        slot = self._slots[name]
+        normal = functional.rms_norm(hidden, (self._model.width,), eps=self._model.norm_epsilon)
+        return scale(normal, slot.view(weights), slot.start, tape)
+
+    def _fused(
+        self, weights: torch.Tensor, names: tuple[str, ...], inputs: torch.Tensor, tape: Tape | None
+    ) -> torch.Tensor:
+        """One product for matrices that lie side by side in the flat vector."""
+        slots = [self._slots[name] for name in names]
+        rows = sum(slot.shape[0] for slot in slots)
+        start, columns = slots[0].start, slots[0].shape[1]
+        return linear(inputs, weights[start : start + rows * columns].view(rows, columns), start, tape)
+
+    def _attention(
+        self, weights: torch.Tensor, prefix: str, hidden: torch.Tensor, tape: Tape | None
+    ) -> torch.Tensor:
+        model = self._model
+        batch, length, width = hidden.shape
+        head_size = width // model.heads
+        inputs = self._norm(weights, f"{prefix}.attention_norm", hidden, tape)
+        names = tuple(f"{prefix}.attention.{part}" for part in "qkv")
+        projected = self._fused(weights, names, inputs, tape)
+        heads = projected.view(batch, length, -1, head_size).transpose(1, 2)
+        query, key, value = heads.split((model.heads, model.kv_heads, model.kv_heads), dim=1)
+        cosine, sine = _rotation(length, head_size, model.rope_theta, hidden.dtype, hidden.device)
+        query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=model.kv_heads != model.heads
+        )
+        slot = self._slots[f"{prefix}.attention.o"]
+        flat = mixed.transpose(1, 2).reshape(batch, length, width)
+        return linear(flat, slot.view(weights), slot.start, tape)
+
+    def _feedforward(
+        self, weights: torch.Tensor, prefix: str, hidden: torch.Tensor, tape: Tape | None
+    ) -> torch.Tensor:
+        inputs = self._norm(weights, f"{prefix}.feedforward_norm", hidden, tape)
+        names = (f"{prefix}.feedforward.gate", f"{prefix}.feedforward.up")
+        gate, up = self._fused(weights, names, inputs, tape).chunk(2, dim=-1)
+        slot = self._slots[f"{prefix}.feedforward.down"]
+        return linear(functional.silu(gate) * up, slot.view(weights), slot.start, tape)
+
+
+@functools.lru_cache(maxsize=8)
+def _rotation(
+    length: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [T, head_size] of rotary embeddings (RoFormer, eq. 34; halves as in Llama)."""
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), theta**-exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def _rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    low, high = heads.chunk(2, dim=-1)
+    return heads * cosine + torch.cat((-high, low), dim=-1) * sine

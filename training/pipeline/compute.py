@@ -1,0 +1,118 @@
+"""What one stage computes for one micro-batch: forward, the two halves of backward, and the inner step.
+
+No network here. `Hop` and `Driver` run these functions on the compute lane, where one runs at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from shoal.training.model.split import Tape, note_embedding
+from shoal.training.model.stage import StageModel
+from shoal.training.pipeline.payload import PayloadFormat
+from shoal.training.spec import RunSpec
+from shoal.training.weights import Version, Weights
+
+
+@dataclass(slots=True, eq=False)
+class Passage:
+    """One micro-batch on its way through this stage: what backward needs, then what commit needs."""
+
+    version: Version
+    tokens: torch.Tensor  # int64 [B, T+1]
+    inputs: torch.Tensor | None  # the leaf whose gradient goes upstream
+    output: torch.Tensor | None  # hidden states, or the loss at the last stage
+    tape: Tape = field(default_factory=Tape)
+    released: bool = False
+
+    @property
+    def token_count(self) -> int:
+        return self.tokens.shape[0] * (self.tokens.shape[1] - 1)
+
+
+class StageCompute:
+    """The numeric half of a replica."""
+
+    def __init__(
+        self, spec: RunSpec, model: StageModel, weights: Weights, device: str, learning_rate: Callable[[], float]
+    ) -> None:
+        self.model = model
+        self.weights = weights
+        self.format = PayloadFormat.of(spec)
+        self.device = device
+        self._dtype = getattr(torch, spec.model.dtype)
+        self._learning_rate = learning_rate
+        slot = model.layout.slots[0]
+        self._embedding = (slot.start, slot.count)
+
+    def receive(self, payload: memoryview, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [B, T+1] and hidden [B, T, width] of a Propagate payload. Raises MessageInvalid."""
+        columns = self.format.length + 1
+        split = self.format.token_bytes(sequences, columns)
+        tokens = self.format.unpack_tokens(payload, sequences, columns).to(self.device)
+        return tokens, self.format.unpack_hidden(payload[split:], sequences, columns - 1, self.device)
+
+    def forward(self, tokens: torch.Tensor, hidden: torch.Tensor | None) -> tuple[Passage, memoryview | None]:
+        """Run the stage; returns what backward needs, and the payload for the next stage (None at the last).
+
+        tokens [B, T+1]; hidden [B, T, width], or None at the first stage. The last stage's output is the loss.
+        """
+        version = self.weights.take()
+        passage = Passage(version, tokens, None, None)
+        try:
+            flat, layout = version.flat, self.model.layout
+            if hidden is None:
+                hidden = self.model.embed(flat, tokens[:, :-1])
+            passage.inputs = hidden.to(self._dtype).detach().requires_grad_()
+            output = self.model.blocks(flat, passage.inputs, passage.tape)
+            if layout.last:
+                passage.output = self.model.loss(flat, output, tokens[:, 1:], passage.tape)
+                return passage, None
+            passage.output = output
+            return passage, self.format.pack(tokens, output)
+        except BaseException:
+            self.drop(passage)
+            raise
+
+    def backward(
+        self, passage: Passage, gradient: memoryview | None
+    ) -> tuple[memoryview | None, float]:
+        """The gradient for upstream (None at the first stage) and, at the last stage, the loss sum.
+
+        `gradient` is a Gradient payload, None at the last stage. The weight gradient stays on the tape.
+        Raises MessageInvalid for a gradient that does not fit; the passage may then be tried again.
+        """
+        if passage.inputs is None or passage.output is None:
+            raise RuntimeError("backward of a passage that has ended")
+        layout = self.model.layout
+        output_gradient = None
+        loss = 0.0
+        if gradient is None:
+            loss = float(passage.output)
+        else:
+            batch, length, _ = passage.output.shape
+            output_gradient = self.format.unpack_hidden(gradient, batch, length, self.device).to(self._dtype)
+        (input_gradient,) = torch.autograd.grad(passage.output, passage.inputs, output_gradient)
+        if layout.first:
+            note_embedding(passage.tape, *self._embedding, passage.tokens[:, :-1], input_gradient)
+        self.drop(passage)
+        return (None if layout.first else self.format.pack_hidden(input_gradient)), loss
+
+    def add(self, passage: Passage) -> bool:
+        """Commit: add the weight gradient; make the inner step if it is due (True when it was made)."""
+        passage.tape.apply(self.weights.gradient)
+        self.weights.pending_tokens += passage.token_count
+        if not self.weights.due():
+            return False
+        self.weights.step(self._learning_rate())
+        return True
+
+    def drop(self, passage: Passage) -> None:
+        """Let go of the weight version and the graph; the tape stays. Idempotent."""
+        passage.inputs = passage.output = None
+        if not passage.released:
+            passage.released = True
+            self.weights.release(passage.version)

@@ -1,0 +1,232 @@
+"""The driver: feeds micro-batches of its data stream through chains, decides them, and commits.
+
+Several micro-batches are in flight at once. When the driver has its gradient it applies its own part: that is
+the decision. Then it tells every hop of the chain directly, in parallel, until each has acknowledged or is gone.
+At a one-stage run the chain is the driver alone and the code the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import torch
+
+from shoal.protocol.errors import NetworkError, ShoalError
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Stream, Transport, call
+from shoal.training.lane import Lane, Work
+from shoal.training.pipeline.compute import StageCompute
+from shoal.training.pipeline.downstream import Downstream, Event
+from shoal.training.pipeline.hop import TRAINERS
+from shoal.training.pipeline.ledger import Ledger
+from shoal.training.pipeline.messages import (
+    APPLIED,
+    TENTATIVE,
+    UNKNOWN,
+    Commit,
+    Link,
+    MicroBatch,
+    Query,
+    Verdict,
+)
+from shoal.training.pipeline.replicas import Replicas
+from shoal.training.spec import RunSpec
+
+_COMMIT_TIMEOUT_S = 2.0
+_COMMITS_PENDING = 64
+_SMOOTHING = 0.05
+
+NextBatch = Callable[[], Awaitable[torch.Tensor]]  # tokens int64 [B, T+1]
+
+
+@dataclass(slots=True)
+class DriverFigures:
+    """What a driver has measured."""
+
+    tokens: int = 0
+    loss: float = math.nan  # moving average, nats a token
+    last_loss: float = math.nan
+    chain_s: float = 0.0  # moving average of one micro-batch, forward to decision
+    restarted: int = 0  # micro-batches begun again after their chain failed
+    unacknowledged: int = 0  # commits given up: their hop is gone
+
+
+class Driver:
+    """The data side of a first-stage replica."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        *,
+        me: PeerId,
+        incarnation: int,
+        transport: Transport,
+        replicas: Replicas,
+        compute: StageCompute,
+        lane: Lane,
+        ledger: Ledger,
+        downstream: Downstream | None,
+        stepped: Callable[[], None],
+        event: Event,
+        rng: random.Random,
+    ) -> None:
+        self._spec = spec
+        self.me = me
+        self._incarnation = incarnation
+        self._transport = transport
+        self._replicas = replicas
+        self._compute = compute
+        self._lane = lane
+        self._ledger = ledger
+        self._downstream = downstream
+        self._stepped = stepped
+        self._event = event
+        self._rng = rng
+        self._number = 0
+        self._undecided: set[MicroBatch] = set()
+        self._commit_slots = asyncio.Semaphore(_COMMITS_PENDING)
+        self._running = asyncio.Event()
+        self._running.set()
+        self.figures = DriverFigures()
+
+    def serve(self) -> None:
+        """Register with the transport; before it starts."""
+        self._transport.serve("commit", self._query, TRAINERS)
+
+    def pause(self) -> None:
+        """Begin no further micro-batch; those in flight finish."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        self._running.set()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._undecided)
+
+    async def run(self, next_batch: NextBatch) -> None:
+        """Train until cancelled, `in_flight` micro-batches at a time."""
+        inner = self._spec.inner
+        if inner.mode == "flush":
+            group = math.ceil(inner.inner_tokens / self._spec.micro_batch_tokens)
+            while True:
+                await self._running.wait()
+                await self.train([await next_batch() for _ in range(group)])
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(inner.in_flight):
+                tasks.create_task(self._feed(next_batch, tasks))
+
+    async def train(self, batches: list[torch.Tensor]) -> None:
+        """Take these micro-batches through, at most `in_flight` at a time; returns with all acknowledged."""
+        slots = asyncio.Semaphore(self._spec.inner.in_flight)
+
+        async def one(tokens: torch.Tensor, tasks: asyncio.TaskGroup) -> None:
+            async with slots:
+                await self._micro_batch(tokens, tasks)
+
+        async with asyncio.TaskGroup() as tasks:
+            for tokens in batches:
+                tasks.create_task(one(tokens, tasks))
+
+    async def _feed(self, next_batch: NextBatch, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            await self._running.wait()
+            await self._micro_batch(await next_batch(), tasks)
+
+    async def _micro_batch(self, tokens: torch.Tensor, tasks: asyncio.TaskGroup) -> None:
+        """One micro-batch to its decision, however many chains that takes; commits go on in `tasks`."""
+        micro_batch = MicroBatch(self.me, self._incarnation, self._number)
+        self._number += 1
+        self._undecided.add(micro_batch)
+        begun = asyncio.get_running_loop().time()
+        try:
+            while True:
+                try:
+                    chain = await self._through_chain(micro_batch, tokens)
+                    break
+                except ShoalError as error:
+                    self.figures.restarted += 1
+                    self._event("restart", {"micro_batch": micro_batch.number, "reason": str(error)})
+                    await asyncio.sleep(self._rng.uniform(0.1, 0.5))
+        finally:
+            self._undecided.discard(micro_batch)
+        chain_s = asyncio.get_running_loop().time() - begun
+        known = self.figures.chain_s
+        self.figures.chain_s = chain_s if known == 0.0 else known + _SMOOTHING * (chain_s - known)
+        if len(chain) > 1:
+            await self._commit_slots.acquire()
+            tasks.create_task(self._commit_all(Commit(micro_batch, chain)))
+
+    async def _through_chain(self, micro_batch: MicroBatch, tokens: torch.Tensor) -> tuple[Link, ...]:
+        """Forward, chain, backward, and the decision: our own weight gradient. Returns the chain decided."""
+        own = Link(0, self.me, 0)
+        passage, payload = await self._lane.run(Work.FORWARD, self._compute.forward, tokens, None)
+        try:
+            chain: tuple[Link, ...] = (own,)
+            gradient = None
+            loss = 0.0
+            if self._downstream is not None and payload is not None:
+                deadline = asyncio.get_running_loop().time() + self._spec.limits.hop_timeout_s
+                answer = await self._downstream.propagate(
+                    micro_batch, chain, tokens.shape[0], payload, deadline
+                )
+                chain, gradient, loss = (own, *answer.chain), answer.gradient, answer.loss
+            _, last_loss = await self._lane.run(Work.BACKWARD, self._compute.backward, passage, gradient)
+        except BaseException:
+            self._compute.drop(passage)
+            raise
+        self._ledger.apply(micro_batch, chain, passage.token_count)
+        if await self._lane.run(Work.WEIGHT, self._compute.add, passage):
+            self._stepped()
+        self._record(passage.token_count, loss if gradient is not None else last_loss)
+        return chain
+
+    def _record(self, tokens: int, loss: float) -> None:
+        figures = self.figures
+        figures.tokens += tokens
+        figures.last_loss = loss / tokens
+        if math.isnan(figures.loss):
+            figures.loss = figures.last_loss
+        figures.loss += _SMOOTHING * (figures.last_loss - figures.loss)
+
+    async def _commit_all(self, commit: Commit) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for link in commit.chain[1:]:
+                    tasks.create_task(self._commit(commit, PeerId(link.peer)))
+        finally:
+            self._commit_slots.release()
+
+    async def _commit(self, commit: Commit, peer: PeerId) -> None:
+        """Until acknowledged, for as long as the hop may hold the micro-batch."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._spec.limits.undecided_ttl_s
+        pause_s = 0.05
+        while True:
+            try:
+                await call(self._transport, peer, "commit", commit, Verdict, timeout_s=_COMMIT_TIMEOUT_S)
+                return
+            except NetworkError as error:
+                self._replicas.suspect(peer, f"commit: {error}")
+                if self._replicas.is_gone(peer) or loop.time() >= until:
+                    self.figures.unacknowledged += 1
+                    return
+            except ShoalError as error:
+                self._event("commit-refused", {"peer": peer, "reason": str(error)})
+                self.figures.unacknowledged += 1
+                return
+            await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.5))
+            pause_s = min(pause_s * 2, 1.0)
+
+    async def _query(self, stream: Stream) -> None:
+        """A hop asks what became of a micro-batch of ours."""
+        message = await stream.receive(Query)
+        micro_batch = message.header.micro_batch
+        if self._ledger.has(micro_batch):
+            await stream.send(Verdict(APPLIED, self._ledger.chain(micro_batch)))
+        else:
+            await stream.send(Verdict(TENTATIVE if micro_batch in self._undecided else UNKNOWN, ()))

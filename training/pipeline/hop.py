@@ -1,0 +1,273 @@
+"""One replica's part in everybody's micro-batches: answer `propagate`, remember, apply on commit.
+
+A hop forwards, asks the next stage, answers its caller with the input gradient, and then holds the weight
+gradient undecided until the driver's commit. Left undecided, it asks the other hops of the chain: one that
+applied this very chain settles it; a driver that is gone or decided otherwise lets it drop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from shoal.protocol.errors import Busy, NetworkError, ShoalError, Stale
+from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.transport import Message, Stream, Transport, call
+from shoal.training.lane import Lane, Work
+from shoal.training.pipeline.compute import Passage, StageCompute
+from shoal.training.pipeline.downstream import Answer, Downstream, Event
+from shoal.training.pipeline.ledger import Ledger
+from shoal.training.pipeline.messages import (
+    APPLIED,
+    TENTATIVE,
+    UNKNOWN,
+    Commit,
+    Gradient,
+    Link,
+    MicroBatch,
+    Propagate,
+    Query,
+    Verdict,
+    Working,
+)
+from shoal.training.pipeline.replicas import Replicas
+from shoal.training.spec import RunSpec
+
+TRAINERS = frozenset({Role.TRAINER, Role.OWNER})
+_WORKING_EVERY_S = 0.5  # four times within a caller's patience of 2 s
+_ASK_AFTER_S = 3.0  # a commit is one message behind the answer; by now it is late
+_QUERY_TIMEOUT_S = 2.0
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Undecided:
+    """A micro-batch answered, not committed yet."""
+
+    passage: Passage
+    chain: tuple[Link, ...]
+    since: float  # loop time
+    asked: float
+
+
+class Hop:
+    """The serving side of the pipeline at one replica of a stage other than the first."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        stage: int,
+        *,
+        me: PeerId,
+        transport: Transport,
+        replicas: Replicas,
+        compute: StageCompute,
+        lane: Lane,
+        ledger: Ledger,
+        downstream: Downstream | None,
+        stepped: Callable[[], None],
+        event: Event,
+    ) -> None:
+        self._limits = spec.limits
+        self._largest_micro_batch = spec.inner.micro_batch_sequences
+        self.stage = stage
+        self.me = me
+        self._transport = transport
+        self._replicas = replicas
+        self._compute = compute
+        self._lane = lane
+        self._ledger = ledger
+        self._downstream = downstream
+        self._stepped = stepped
+        self._event = event
+        self._undecided: dict[tuple[MicroBatch, int], Undecided] = {}
+        self._working = 0
+        self._applying: set[asyncio.Task[None]] = set()
+        self.draining = False
+        self.tokens_answered = 0
+
+    def serve(self) -> None:
+        """Register with the transport; before it starts."""
+        self._transport.serve("propagate", self._propagate, TRAINERS)
+        self._transport.serve("commit", self._commit, TRAINERS)
+
+    @property
+    def undecided(self) -> int:
+        return len(self._undecided)
+
+    async def run(self) -> None:
+        """Settle what stays undecided; until cancelled."""
+        try:
+            while True:
+                await asyncio.sleep(1.0)
+                await self.settle()
+        finally:
+            for task in self._applying:
+                task.cancel()
+            await asyncio.gather(*self._applying, return_exceptions=True)
+
+    async def _propagate(self, stream: Stream) -> None:
+        cap = self._compute.format.token_bytes(self._largest_micro_batch) + self._compute.format.hidden_bytes(
+            self._largest_micro_batch
+        )
+        message = await stream.receive(Propagate, max_payload_bytes=cap)
+        request: Propagate = message.header
+        self._admit(request)
+        self._working += 1
+        try:
+            passage, answer, own_s = await _while_working(stream, self.stage, self._work(request, message))
+        finally:
+            self._working -= 1
+        gradient, loss, chain = answer
+        now = asyncio.get_running_loop().time()
+        self._undecided[(request.micro_batch, request.attempt)] = Undecided(
+            passage, (*request.chain, *chain), now, now
+        )
+        self.tokens_answered += passage.token_count
+        await stream.send(Gradient(chain, loss, self._lane.load().backlog_s, own_s), gradient)
+
+    def _admit(self, request: Propagate) -> None:
+        """Refuse what is for another stage, already applied, or over the memory that admission grants."""
+        if request.stage != self.stage:
+            raise Stale(f"asked for stage {request.stage}, this peer holds stage {self.stage}")
+        if request.sequences > self._largest_micro_batch:
+            raise Stale(f"{request.sequences} sequences, the run's micro-batches have {self._largest_micro_batch}")
+        if self._ledger.has(request.micro_batch):
+            self._ledger.duplicates_refused += 1
+            raise Stale(f"micro-batch {request.micro_batch.number} is applied here already")
+        held = self._working + len(self._undecided)
+        if self.draining or held >= self._limits.undecided_micro_batches:
+            backlog_s = self._lane.load().backlog_s
+            raise Busy(f"holds {held} micro-batches", retry_after_s=min(max(backlog_s / 2, 0.05), 5.0))
+
+    async def _work(
+        self, request: Propagate, message: Message[Any]
+    ) -> tuple[Passage, tuple[memoryview, float, tuple[Link, ...]], float]:
+        """Forward, the next stage, input gradient. Gives back everything if it fails or is cancelled."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        tokens, hidden = await self._lane.run(
+            Work.FORWARD, self._compute.receive, message.payload, request.sequences
+        )
+        own = Link(self.stage, self.me, request.attempt)
+        passage, payload = await self._lane.run(Work.FORWARD, self._compute.forward, tokens, hidden)
+        try:
+            answer: Answer | None = None
+            forward_s = loop.time() - begun
+            if self._downstream is not None and payload is not None:
+                deadline = begun + min(request.deadline_s, self._limits.hop_timeout_s)
+                answer = await self._downstream.propagate(
+                    request.micro_batch, (*request.chain, own), request.sequences, payload, deadline
+                )
+            resumed = loop.time()
+            gradient, loss = await self._lane.run(
+                Work.BACKWARD, self._compute.backward, passage, None if answer is None else answer.gradient
+            )
+        except BaseException:
+            self._compute.drop(passage)
+            self._ledger.dropped += 1
+            raise
+        if gradient is None:
+            raise RuntimeError("a hop never is the first stage")
+        own_s = forward_s + loop.time() - resumed
+        if answer is None:
+            return passage, (gradient, loss, (own,)), own_s
+        return passage, (gradient, answer.loss, (own, *answer.chain)), own_s
+
+    async def _commit(self, stream: Stream) -> None:
+        """Both Commit (decides) and Query (asks); answered with what holds here now."""
+        message = await stream.receive(Commit, Query)
+        request: Commit | Query = message.header
+        if isinstance(request, Commit):
+            self._decide(request.micro_batch, request.chain)
+        await stream.send(self.verdict(request.micro_batch))
+
+    def verdict(self, micro_batch: MicroBatch) -> Verdict:
+        """What this replica knows of a micro-batch."""
+        if self._ledger.has(micro_batch):
+            return Verdict(APPLIED, self._ledger.chain(micro_batch))
+        tentative = any(key[0] == micro_batch for key in self._undecided)
+        return Verdict(TENTATIVE if tentative else UNKNOWN, ())
+
+    def _decide(self, micro_batch: MicroBatch, chain: tuple[Link, ...]) -> None:
+        """Apply the attempt that `chain` names; drop this micro-batch's other attempts. Idempotent."""
+        attempts = [key for key in self._undecided if key[0] == micro_batch]
+        for key in attempts:
+            undecided = self._undecided.pop(key)
+            if Link(self.stage, self.me, key[1]) not in chain:
+                self._ledger.dropped += 1
+            elif self._ledger.apply(micro_batch, chain, undecided.passage.token_count):
+                task = asyncio.create_task(self._apply(undecided.passage))
+                self._applying.add(task)
+                task.add_done_callback(self._applying.discard)
+
+    async def _apply(self, passage: Passage) -> None:
+        if await self._lane.run(Work.WEIGHT, self._compute.add, passage):
+            self._stepped()
+
+    async def settle(self) -> None:
+        """Ask the other hops about everything undecided for long; drop what nobody will decide."""
+        now = asyncio.get_running_loop().time()
+        due = [(key, item) for key, item in self._undecided.items() if now - item.asked >= _ASK_AFTER_S]
+        for key, item in due:
+            item.asked = now
+            await self._settle(key, item)
+
+    async def _settle(self, key: tuple[MicroBatch, int], item: Undecided) -> None:
+        micro_batch, attempt = key
+        own = Link(self.stage, self.me, attempt)
+        driver_gone = self._replicas.is_gone(PeerId(micro_batch.driver), micro_batch.incarnation)
+        for link in item.chain:
+            if link.peer == self.me or self._replicas.is_gone(PeerId(link.peer)):
+                continue
+            with contextlib.suppress(ShoalError):
+                reply = await call(
+                    self._transport,
+                    PeerId(link.peer),
+                    "commit",
+                    Query(micro_batch),
+                    Verdict,
+                    timeout_s=_QUERY_TIMEOUT_S,
+                )
+                verdict: Verdict = reply.header
+                if verdict.decision == APPLIED and own in verdict.chain:
+                    self._decide(micro_batch, verdict.chain)
+                    return
+                decided_elsewhere = verdict.decision == APPLIED and verdict.chain
+                forgotten = link.peer == micro_batch.driver and verdict.decision == UNKNOWN
+                if decided_elsewhere or forgotten:
+                    driver_gone = True  # for our purposes: no commit of this attempt will ever come
+                    break
+        age_s = asyncio.get_running_loop().time() - item.since
+        if key in self._undecided and driver_gone and age_s >= _ASK_AFTER_S or age_s >= self._ttl_s:
+            if self._undecided.pop(key, None) is not None:
+                self._ledger.dropped += 1
+                self._event("dropped", {"micro_batch": micro_batch.number, "driver": micro_batch.driver})
+
+    @property
+    def _ttl_s(self) -> float:
+        return self._limits.undecided_ttl_s
+
+    async def drained(self) -> None:
+        """Returns when nothing is held, computed or being applied; admission must be closed before."""
+        while self._working or self._undecided or self._applying:
+            await asyncio.sleep(0.05)
+
+
+async def _while_working(stream: Stream, stage: int, work: Awaitable[T]) -> T:
+    """The result of `work`, telling the caller Working as long as it takes."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=_WORKING_EVERY_S))[0]:
+            await stream.send(Working(stage))
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, NetworkError):
+                await task

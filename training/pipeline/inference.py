@@ -1,0 +1,157 @@
+"""Forward only, along the stages, on the anchor: scores held-out text and answers `shoal generate`.
+
+Full-prefix recompute; sessions with a cache come later. The client asks a first-stage replica, each hop asks
+the next, the last answers with logits or the loss, and the answer comes back the way it went.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import torch
+
+from shoal.protocol.errors import MessageInvalid, ShoalError, StageEmpty, Stale
+from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.transport import Channel, Stream, Transport, call
+from shoal.training.lane import Lane, Work
+from shoal.training.model.stage import StageModel
+from shoal.training.pipeline.messages import Infer, Inferred
+from shoal.training.pipeline.payload import PayloadFormat
+from shoal.training.pipeline.replicas import Replicas
+from shoal.training.spec import RunSpec
+
+_ROLES = frozenset({Role.TRAINER, Role.OWNER, Role.INFERENCE})
+_HOP_TIMEOUT_S = 20.0
+_TRIES = 3
+
+
+class InferenceHop:
+    """Answers `infer` for one stage."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        stage: int,
+        *,
+        transport: Transport,
+        replicas: Replicas,
+        model: StageModel,
+        lane: Lane,
+        anchor: Callable[[], tuple[torch.Tensor, int]],
+        rng: random.Random,
+    ) -> None:
+        self._spec = spec
+        self.stage = stage
+        self._transport = transport
+        self._replicas = replicas
+        self._model = model
+        self._lane = lane
+        self._anchor = anchor
+        self._rng = rng
+        self._format = PayloadFormat.of(spec)
+
+    def serve(self) -> None:
+        """Register with the transport; before it starts."""
+        self._transport.serve("infer", self._infer, _ROLES)
+
+    async def _infer(self, stream: Stream) -> None:
+        most = self._spec.inner.micro_batch_sequences
+        cap = self._format.token_bytes(most) + self._format.hidden_bytes(most)
+        message = await stream.receive(Infer, max_payload_bytes=cap)
+        request: Infer = message.header
+        if request.stage != self.stage:
+            raise Stale(f"asked for stage {request.stage}, this peer holds stage {self.stage}")
+        if request.sequences > most or request.length > self._format.length:
+            raise MessageInvalid(
+                f"{request.sequences} sequences of {request.length}; at most {most} of {self._format.length}"
+            )
+        forwarded, loss, logits = await self._lane.run(Work.SERVE, self._compute, request, message.payload)
+        _, height = self._anchor()
+        if forwarded is not None:
+            onward = Infer(self.stage + 1, request.sequences, request.length, request.score)
+            reply = await ask(self._transport, self._replicas, onward, forwarded, self._spec, self._rng)
+            loss, logits = reply
+        await stream.send(Inferred(loss, height), logits)
+
+    def _compute(
+        self, request: Infer, payload: memoryview
+    ) -> tuple[memoryview | None, float, bytes]:
+        """This stage's part: (payload for the next stage or None, loss, logits)."""
+        weights, _ = self._anchor()
+        columns = request.length + (1 if request.score else 0)
+        tokens = self._format.unpack_tokens(payload, request.sequences, columns)
+        with torch.inference_mode():
+            device = weights.device
+            if self._model.layout.first:
+                hidden = self._model.embed(weights, tokens[:, : request.length].to(device))
+            else:
+                body = payload[self._format.token_bytes(request.sequences, columns) :]
+                hidden = self._format.unpack_hidden(body, request.sequences, request.length, str(device)).float()
+            hidden = self._model.blocks(weights, hidden, None)
+            if not self._model.layout.last:
+                return self._format.pack(tokens, hidden), 0.0, b""
+            if request.score:
+                return None, float(self._model.loss(weights, hidden, tokens[:, 1:].to(device), None)), b""
+            logits = self._model.logits(weights, hidden[:, -1:], None)
+            return None, 0.0, logits[:, 0].float().cpu().contiguous().numpy().tobytes()
+
+
+async def ask(
+    transport: Transport,
+    replicas: Replicas,
+    request: Infer,
+    payload: memoryview,
+    spec: RunSpec,
+    rng: random.Random,
+) -> tuple[float, bytes]:
+    """One stage's answer (loss, logits bytes), from whichever replica gives it. Raises StageEmpty."""
+    reasons: list[str] = []
+    for _ in range(_TRIES):
+        known = list(replicas.of_stage(request.stage))
+        if not known:
+            reasons.append("no replica known")
+            await asyncio.sleep(rng.uniform(0.2, 0.6))
+            continue
+        peer = rng.choice(known).peer
+        try:
+            reply = await call(
+                transport,
+                peer,
+                "infer",
+                request,
+                Inferred,
+                timeout_s=_HOP_TIMEOUT_S,
+                payload=payload,
+                max_payload_bytes=request.sequences * spec.data.vocabulary * 4,
+                channel=Channel.BULK,
+            )
+        except ShoalError as error:
+            replicas.suspect(peer, f"infer: {error}")
+            reasons.append(f"{peer}: {error}")
+            continue
+        return reply.header.loss, bytes(reply.payload)
+    raise StageEmpty(f"stage {request.stage} did not answer: {'; '.join(reasons)}")
+
+
+async def infer_logits(
+    transport: Transport, replicas: Replicas, spec: RunSpec, tokens: torch.Tensor, rng: random.Random
+) -> torch.Tensor:
+    """Logits fp32 [B, vocabulary] of the position after tokens int64 [B, T]. Raises StageEmpty."""
+    payload = PayloadFormat.of(spec).pack(tokens, None)
+    request = Infer(0, tokens.shape[0], tokens.shape[1], False)
+    _, logits = await ask(transport, replicas, request, payload, spec, rng)
+    if len(logits) != tokens.shape[0] * spec.data.vocabulary * 4:
+        raise MessageInvalid(f"logits of {len(logits)} bytes for a vocabulary of {spec.data.vocabulary}")
+    return torch.frombuffer(bytearray(logits), dtype=torch.float32).view(tokens.shape[0], -1)
+
+
+async def held_out_loss(
+    transport: Transport, replicas: Replicas, spec: RunSpec, tokens: torch.Tensor, rng: random.Random
+) -> float:
+    """Mean loss in nats a token of tokens int64 [B, T+1] under the anchors. Raises StageEmpty."""
+    payload = PayloadFormat.of(spec).pack(tokens, None)
+    request = Infer(0, tokens.shape[0], tokens.shape[1] - 1, True)
+    loss, _ = await ask(transport, replicas, request, payload, spec, rng)
+    return loss / (tokens.shape[0] * (tokens.shape[1] - 1))

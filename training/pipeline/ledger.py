@@ -1,0 +1,79 @@
+"""What was decided: which micro-batches this replica applied, under which chain, and what became of the others.
+
+P2 rests on it: a micro-batch is applied at most once, and applied ids are kept for ever as intervals.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from shoal.training.pipeline.messages import Link, MicroBatch
+
+CHAINS_KEPT = 4096  # decided chains remembered to answer queries of undecided hops
+
+
+@dataclass(slots=True)
+class Intervals:
+    """A set of integers kept as sorted half-open intervals."""
+
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+    def __contains__(self, number: int) -> bool:
+        index = bisect.bisect_right(self.spans, (number, number + (1 << 62))) - 1
+        return index >= 0 and self.spans[index][0] <= number < self.spans[index][1]
+
+    def add(self, number: int) -> None:
+        """Add one integer that is not in the set."""
+        start, stop = number, number + 1
+        index = bisect.bisect_left(self.spans, (start, stop))
+        if index < len(self.spans) and self.spans[index][0] == stop:
+            stop = self.spans.pop(index)[1]
+        if index > 0 and self.spans[index - 1][1] == start:
+            index -= 1
+            start = self.spans.pop(index)[0]
+        self.spans.insert(index, (start, stop))
+
+    def __len__(self) -> int:
+        return sum(stop - start for start, stop in self.spans)
+
+
+class Ledger:
+    """Applied micro-batches of one stage at one replica."""
+
+    def __init__(self) -> None:
+        self._applied: dict[tuple[str, int], Intervals] = {}
+        self._chains: OrderedDict[MicroBatch, tuple[Link, ...]] = OrderedDict()
+        self.duplicates_refused = 0
+        self.dropped = 0
+        self.tokens = 0
+
+    def has(self, micro_batch: MicroBatch) -> bool:
+        spans = self._applied.get((micro_batch.driver, micro_batch.incarnation))
+        return spans is not None and micro_batch.number in spans
+
+    def apply(self, micro_batch: MicroBatch, chain: tuple[Link, ...], tokens: int) -> bool:
+        """Record a decision; False, and counted, when it was recorded before."""
+        if self.has(micro_batch):
+            self.duplicates_refused += 1
+            return False
+        self._applied.setdefault((micro_batch.driver, micro_batch.incarnation), Intervals()).add(
+            micro_batch.number
+        )
+        self._chains[micro_batch] = chain
+        if len(self._chains) > CHAINS_KEPT:
+            self._chains.popitem(last=False)
+        self.tokens += tokens
+        return True
+
+    def chain(self, micro_batch: MicroBatch) -> tuple[Link, ...]:
+        """The decided chain; empty when unknown or long ago."""
+        return self._chains.get(micro_batch, ())
+
+    def applied(self) -> dict[str, list[tuple[int, int]]]:
+        """`driver/incarnation` -> intervals of applied numbers, for status and tests."""
+        return {f"{driver}/{incarnation}": list(spans.spans) for (driver, incarnation), spans in self._applied.items()}
+
+    def __len__(self) -> int:
+        return sum(len(spans) for spans in self._applied.values())

@@ -1,0 +1,34 @@
+"""What the pipeline asks of the membership table; the trainer adapts `dht.members` to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from shoal.protocol.identity import PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A live replica of a stage."""
+
+    peer: PeerId
+    rtt_s: float
+    backlog_s: float
+
+
+class Replicas(Protocol):
+    """Live replicas by stage."""
+
+    def of_stage(self, stage: int) -> Sequence[Replica]:
+        """The replicas that may be asked now."""
+
+    def suspect(self, peer: PeerId, reason: str) -> None:
+        """A call to this peer failed."""
+
+    def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
+        """Whether the peer departed, or runs under another incarnation by now."""
+
+    async def changed(self) -> None:
+        """Returns after the next change of any stage's replicas."""

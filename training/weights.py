@@ -1,0 +1,147 @@
+"""A replica's local weights: the fp32 master, at most two compute versions, gradient and inner optimizer.
+
+Forward and backward of a micro-batch use one version from beginning to end; an inner step or a rebase
+changes the master and publishes a new version without waiting for micro-batches in flight, unless both
+versions are still in use: then the step waits, forwards go on, and the version that drains first is reused.
+All methods but `sent` and `rebase` run on the compute lane, hence one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shoal.training.inner import InnerOptimizer
+from shoal.training.lane import Lane, Work
+from shoal.training.model.layout import StageLayout
+from shoal.training.outer.local import Rebase, Sent
+from shoal.training.spec import RunSpec
+
+
+@dataclass(slots=True, eq=False)
+class Version:
+    """One set of compute weights and how many micro-batches still need it."""
+
+    flat: torch.Tensor
+    users: int = 0
+
+
+class Weights:
+    """Implements `outer.local.LocalWeights`; the pipeline takes versions from it and adds gradients to it."""
+
+    def __init__(self, spec: RunSpec, layout: StageLayout, initial: torch.Tensor, lane: Lane, device: str) -> None:
+        self.size = layout.size
+        self._lane = lane
+        self._spec = spec
+        self._master = initial.detach().to(device, torch.float32, copy=True)
+        self._gradient = torch.zeros_like(self._master)
+        self._dtype = getattr(torch, spec.model.dtype)
+        self._versions = [Version(self._master.to(self._dtype, copy=True))]
+        self._current = 0
+        self._optimizer = InnerOptimizer(spec.inner, spec.stages.count, layout, self._master, self._gradient)
+        self._behind = False  # the master changed since the current version was published
+        self.pending_tokens = 0  # committed since the last inner step
+        self.tokens = 0  # taken into inner steps since the start
+        self.inner_steps = 0
+        self.gradient_norm = 0.0
+
+    @property
+    def current(self) -> Version:
+        return self._versions[self._current]
+
+    def take(self) -> Version:
+        """The version a new micro-batch shall use, from forward to `release`."""
+        self._publish()
+        self.current.users += 1
+        return self.current
+
+    def release(self, version: Version) -> None:
+        """The micro-batch has its input gradient, or is dropped."""
+        version.users -= 1
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """Flat fp32 sum of the weight gradients committed since the last inner step."""
+        return self._gradient
+
+    def due(self) -> bool:
+        """Whether an inner step may be made now (in `flush` mode only with nothing in flight)."""
+        if self.pending_tokens < self._spec.inner.inner_tokens:
+            return False
+        if self._spec.inner.mode == "flush":
+            return all(version.users == 0 for version in self._versions)
+        return self._free() is not None
+
+    def step(self, learning_rate: float) -> None:
+        """One inner step on the mean gradient of the tokens committed since the last."""
+        self.gradient_norm = self._optimizer.step(self.pending_tokens, learning_rate)
+        self.tokens += self.pending_tokens
+        self.pending_tokens = 0
+        self.inner_steps += 1
+        self._behind = True
+        self._publish()
+
+    async def sent(self) -> Sent:
+        """A copy of the master between two inner steps."""
+        return await self._lane.run(Work.UPDATE, self._copy)
+
+    async def rebase(self, changes: Sequence[Rebase]) -> None:
+        """w ← new + (w − old) for each changed span (design section 9)."""
+        await self._lane.run(Work.UPDATE, self._rebase, changes)
+
+    async def replace(self, weights: torch.Tensor) -> None:
+        """Start anew from an anchor [size] fp32: a joiner, or a switch of chain."""
+        await self._lane.run(Work.UPDATE, self._replace, weights)
+
+    def _copy(self) -> Sent:
+        return Sent(self._master.to("cpu", copy=True), self.inner_steps, self.tokens)
+
+    def _rebase(self, changes: Sequence[Rebase]) -> None:
+        for change in changes:
+            span = self._master[change.start : change.start + change.old.numel()]
+            old, new = change.old.to(span.device), change.new.to(span.device)
+            span.sub_(old).add_(new)
+        self._behind = True
+        self._publish()
+
+    def _replace(self, weights: torch.Tensor) -> None:
+        self._master.copy_(weights)
+        self._behind = True
+        self._publish()
+
+    def _free(self) -> int | None:
+        """The index of a version that nobody uses; the current one first, so that one buffer often suffices."""
+        if self.current.users == 0:
+            return self._current
+        if len(self._versions) == 1:
+            self._versions.append(Version(torch.empty_like(self.current.flat)))
+        other = 1 - self._current
+        return other if self._versions[other].users == 0 else None
+
+    def _publish(self) -> None:
+        if not self._behind:
+            return
+        free = self._free()
+        if free is None:
+            return
+        self._versions[free].flat.copy_(self._master)
+        self._current = free
+        self._behind = False
+
+
+def learning_rate(spec: RunSpec, log_tokens: int) -> float:
+    """Warm-up, then cosine, over the tokens in the log head: equal on all replicas with that head.
+
+    The warm-up counts one round ahead, for at the genesis the log has no tokens and the rate would be zero.
+    """
+    inner = spec.inner
+    tokens = log_tokens + inner.inner_tokens * spec.outer.inner_steps
+    if tokens < inner.warmup_tokens:
+        return inner.learning_rate * tokens / inner.warmup_tokens
+    span = max(inner.total_tokens - inner.warmup_tokens, 1)
+    progress = min((tokens - inner.warmup_tokens) / span, 1.0)
+    floor = inner.final_learning_rate_fraction
+    return inner.learning_rate * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
