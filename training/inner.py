@@ -29,7 +29,10 @@ class InnerOptimizer:
         # No global norm exists across stages; independent norms of S stages add up to c when each is c/√S.
         self._clip_norm = inner.clip_norm / math.sqrt(stages)
         groups = []
-        for span, decay in ((slice(0, layout.decayed), inner.weight_decay), (slice(layout.decayed, None), 0.0)):
+        for span, decay in (
+            (slice(0, layout.decayed), inner.weight_decay),
+            (slice(layout.decayed, None), 0.0),
+        ):
             parameter = torch.nn.Parameter(master[span])
             parameter.grad = gradient[span]
             groups.append({"params": [parameter], "weight_decay": decay})

@@ -78,6 +78,10 @@ class Lane(ABC):
         """The function's result, computed in its turn. Cancelling the caller withdraws work not begun."""
 
     @abstractmethod
+    def post(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Run it after whatever runs now, without waiting for it: to give back what cancelled work took."""
+
+    @abstractmethod
     def load(self) -> LaneLoad:
         """The present load."""
 
@@ -113,6 +117,13 @@ class ThreadLane(Lane):
             self._queues[kind].append(_Job(function, arguments, future))
             self._wake.notify()
         return await future
+
+    def post(self, function: Callable[..., object], *arguments: Any) -> None:
+        with self._wake:
+            if not self._closed:
+                future: asyncio.Future[object] = self._loop.create_future()
+                self._queues[Work.UPDATE].append(_Job(function, arguments, future))
+                self._wake.notify()
 
     def load(self) -> LaneLoad:
         return self._durations.load([len(queue) for queue in self._queues])
@@ -191,6 +202,9 @@ class InlineLane(Lane):
         finally:
             self._durations.record(kind, seconds)
             self._hand_over()
+
+    def post(self, function: Callable[..., object], *arguments: Any) -> None:
+        function(*arguments)  # functions run whole on the loop: none can be running now
 
     def load(self) -> LaneLoad:
         return self._durations.load([len(queue) for queue in self._waiting])

@@ -32,7 +32,9 @@ class Version:
 class Weights:
     """Implements `outer.local.LocalWeights`; the pipeline takes versions from it and adds gradients to it."""
 
-    def __init__(self, spec: RunSpec, layout: StageLayout, initial: torch.Tensor, lane: Lane, device: str) -> None:
+    def __init__(
+        self, spec: RunSpec, layout: StageLayout, initial: torch.Tensor, lane: Lane, device: str
+    ) -> None:
         self.size = layout.size
         self._lane = lane
         self._spec = spec
@@ -89,7 +91,7 @@ class Weights:
         return await self._lane.run(Work.UPDATE, self._copy)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
-        """w ← new + (w − old) for each changed span (design section 9)."""
+        """w ← new + (w - old) for each changed span (design section 9)."""
         await self._lane.run(Work.UPDATE, self._rebase, changes)
 
     async def replace(self, weights: torch.Tensor) -> None:
@@ -113,7 +115,7 @@ class Weights:
         self._publish()
 
     def _free(self) -> int | None:
-        """The index of a version that nobody uses; the current one first, so that one buffer often suffices."""
+        """The index of a version nobody uses; the current one first, so that one buffer often suffices."""
         if self.current.users == 0:
             return self._current
         if len(self._versions) == 1:

@@ -73,7 +73,9 @@ def stage_layout(spec: RunSpec, layers: range) -> StageLayout:
         ]
     if last and not model.tie_embeddings:
         matrices.append((HEAD, (vocabulary, model.width)))
-    norms = [(f"layers.{n}.{part}_norm", (model.width,)) for n in layers for part in ("attention", "feedforward")]
+    norms = [
+        (f"layers.{n}.{part}_norm", (model.width,)) for n in layers for part in ("attention", "feedforward")
+    ]
     if last:
         norms.append((FINAL_NORM, (model.width,)))
     slots: list[Slot] = []

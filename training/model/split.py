@@ -38,9 +38,7 @@ class Tape:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, start: int, tape: Tape
-    ) -> torch.Tensor:
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, start: int, tape: Tape) -> torch.Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.start, ctx.tape = start, tape
         return functional.linear(inputs, weight)
@@ -83,7 +81,7 @@ class _Scale(torch.autograd.Function):
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, start: int, tape: Tape | None) -> torch.Tensor:
-    """inputs [..., n] times weight [m, n] transposed; its gradient goes to flat[start:] by way of the tape."""
+    """inputs [..., n] times weight [m, n] transposed; its gradient goes by way of the tape."""
     if tape is None:
         return functional.linear(inputs, weight)
     result: torch.Tensor = _Linear.apply(inputs, weight, start, tape)  # type: ignore[no-untyped-call]

@@ -51,7 +51,9 @@ class StageModel:
         logits = self.logits(weights, hidden, tape).float()
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
-    def _norm(self, weights: torch.Tensor, name: str, hidden: torch.Tensor, tape: Tape | None) -> torch.Tensor:
+    def _norm(
+        self, weights: torch.Tensor, name: str, hidden: torch.Tensor, tape: Tape | None
+    ) -> torch.Tensor:
         slot = self._slots[name]
         normal = functional.rms_norm(hidden, (self._model.width,), eps=self._model.norm_epsilon)
         return scale(normal, slot.view(weights), slot.start, tape)
@@ -75,7 +77,7 @@ class StageModel:
         names = tuple(f"{prefix}.attention.{part}" for part in "qkv")
         projected = self._fused(weights, names, inputs, tape)
         heads = projected.view(batch, length, -1, head_size).transpose(1, 2)
-        query, key, value = heads.split((model.heads, model.kv_heads, model.kv_heads), dim=1)
+        query, key, value = torch.split(heads, [model.heads, model.kv_heads, model.kv_heads], dim=1)
         cosine, sine = _rotation(length, head_size, model.rope_theta, hidden.dtype, hidden.device)
         query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
         mixed = functional.scaled_dot_product_attention(

@@ -21,12 +21,11 @@ from shoal.training.weights import Version, Weights
 class Passage:
     """One micro-batch on its way through this stage: what backward needs, then what commit needs."""
 
-    version: Version
     tokens: torch.Tensor  # int64 [B, T+1]
-    inputs: torch.Tensor | None  # the leaf whose gradient goes upstream
-    output: torch.Tensor | None  # hidden states, or the loss at the last stage
+    inputs: torch.Tensor | None  # hidden [B, T, width], None at the first stage; the leaf of the graph
+    output: torch.Tensor | None = None  # hidden states, or the loss at the last stage
+    version: Version | None = None
     tape: Tape = field(default_factory=Tape)
-    released: bool = False
 
     @property
     def token_count(self) -> int:
@@ -37,7 +36,12 @@ class StageCompute:
     """The numeric half of a replica."""
 
     def __init__(
-        self, spec: RunSpec, model: StageModel, weights: Weights, device: str, learning_rate: Callable[[], float]
+        self,
+        spec: RunSpec,
+        model: StageModel,
+        weights: Weights,
+        device: str,
+        learning_rate: Callable[[], float],
     ) -> None:
         self.model = model
         self.weights = weights
@@ -48,38 +52,33 @@ class StageCompute:
         slot = model.layout.slots[0]
         self._embedding = (slot.start, slot.count)
 
-    def receive(self, payload: memoryview, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [B, T+1] and hidden [B, T, width] of a Propagate payload. Raises MessageInvalid."""
+    def receive(self, payload: memoryview, sequences: int) -> Passage:
+        """Begin a passage from a Propagate payload. Raises MessageInvalid."""
         columns = self.format.length + 1
         split = self.format.token_bytes(sequences, columns)
         tokens = self.format.unpack_tokens(payload, sequences, columns).to(self.device)
-        return tokens, self.format.unpack_hidden(payload[split:], sequences, columns - 1, self.device)
+        hidden = self.format.unpack_hidden(payload[split:], sequences, columns - 1, self.device)
+        return Passage(tokens, hidden)
 
-    def forward(self, tokens: torch.Tensor, hidden: torch.Tensor | None) -> tuple[Passage, memoryview | None]:
-        """Run the stage; returns what backward needs, and the payload for the next stage (None at the last).
+    def forward(self, passage: Passage) -> memoryview | None:
+        """Run the stage; returns the payload for the next stage, None at the last, whose output is the loss.
 
-        tokens [B, T+1]; hidden [B, T, width], or None at the first stage. The last stage's output is the loss.
+        Takes a weight version, which `backward` or `drop` gives back.
         """
-        version = self.weights.take()
-        passage = Passage(version, tokens, None, None)
-        try:
-            flat, layout = version.flat, self.model.layout
-            if hidden is None:
-                hidden = self.model.embed(flat, tokens[:, :-1])
-            passage.inputs = hidden.to(self._dtype).detach().requires_grad_()
-            output = self.model.blocks(flat, passage.inputs, passage.tape)
-            if layout.last:
-                passage.output = self.model.loss(flat, output, tokens[:, 1:], passage.tape)
-                return passage, None
-            passage.output = output
-            return passage, self.format.pack(tokens, output)
-        except BaseException:
-            self.drop(passage)
-            raise
+        passage.version = self.weights.take()
+        flat, layout, tokens = passage.version.flat, self.model.layout, passage.tokens
+        hidden = passage.inputs
+        if hidden is None:
+            hidden = self.model.embed(flat, tokens[:, :-1])
+        passage.inputs = hidden.to(self._dtype).detach().requires_grad_()
+        output = self.model.blocks(flat, passage.inputs, passage.tape)
+        if layout.last:
+            passage.output = self.model.loss(flat, output, tokens[:, 1:], passage.tape)
+            return None
+        passage.output = output
+        return self.format.pack(tokens, output)
 
-    def backward(
-        self, passage: Passage, gradient: memoryview | None
-    ) -> tuple[memoryview | None, float]:
+    def backward(self, passage: Passage, gradient: memoryview | None) -> tuple[memoryview | None, float]:
         """The gradient for upstream (None at the first stage) and, at the last stage, the loss sum.
 
         `gradient` is a Gradient payload, None at the last stage. The weight gradient stays on the tape.
@@ -111,8 +110,8 @@ class StageCompute:
         return True
 
     def drop(self, passage: Passage) -> None:
-        """Let go of the weight version and the graph; the tape stays. Idempotent."""
+        """Let go of the weight version and the graph; the tape stays. On the lane; idempotent."""
         passage.inputs = passage.output = None
-        if not passage.released:
-            passage.released = True
+        if passage.version is not None:
             self.weights.release(passage.version)
+            passage.version = None

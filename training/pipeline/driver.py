@@ -1,7 +1,7 @@
 """The driver: feeds micro-batches of its data stream through chains, decides them, and commits.
 
-Several micro-batches are in flight at once. When the driver has its gradient it applies its own part: that is
-the decision. Then it tells every hop of the chain directly, in parallel, until each has acknowledged or is gone.
+Several micro-batches are in flight at once. When the driver has its gradient it applies its own part: that
+is the decision. Then it tells every hop of the chain directly, in parallel, until each has acknowledged.
 At a one-stage run the chain is the driver alone and the code the same.
 """
 
@@ -19,7 +19,7 @@ from shoal.protocol.errors import NetworkError, ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream, Transport, call
 from shoal.training.lane import Lane, Work
-from shoal.training.pipeline.compute import StageCompute
+from shoal.training.pipeline.compute import Passage, StageCompute
 from shoal.training.pipeline.downstream import Downstream, Event
 from shoal.training.pipeline.hop import TRAINERS
 from shoal.training.pipeline.ledger import Ledger
@@ -164,8 +164,9 @@ class Driver:
     async def _through_chain(self, micro_batch: MicroBatch, tokens: torch.Tensor) -> tuple[Link, ...]:
         """Forward, chain, backward, and the decision: our own weight gradient. Returns the chain decided."""
         own = Link(0, self.me, 0)
-        passage, payload = await self._lane.run(Work.FORWARD, self._compute.forward, tokens, None)
+        passage = Passage(tokens, None)
         try:
+            payload = await self._lane.run(Work.FORWARD, self._compute.forward, passage)
             chain: tuple[Link, ...] = (own,)
             gradient = None
             loss = 0.0
@@ -177,7 +178,7 @@ class Driver:
                 chain, gradient, loss = (own, *answer.chain), answer.gradient, answer.loss
             _, last_loss = await self._lane.run(Work.BACKWARD, self._compute.backward, passage, gradient)
         except BaseException:
-            self._compute.drop(passage)
+            self._lane.post(self._compute.drop, passage)
             raise
         self._ledger.apply(micro_batch, chain, passage.token_count)
         if await self._lane.run(Work.WEIGHT, self._compute.add, passage):

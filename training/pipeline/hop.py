@@ -88,6 +88,7 @@ class Hop:
         self._undecided: dict[tuple[MicroBatch, int], Undecided] = {}
         self._working = 0
         self._applying: set[asyncio.Task[None]] = set()
+        self._progress = asyncio.Event()  # pulsed when something held here is settled
         self.draining = False
         self.tokens_answered = 0
 
@@ -123,6 +124,7 @@ class Hop:
             passage, answer, own_s = await _while_working(stream, self.stage, self._work(request, message))
         finally:
             self._working -= 1
+            self._progress.set()
         gradient, loss, chain = answer
         now = asyncio.get_running_loop().time()
         self._undecided[(request.micro_batch, request.attempt)] = Undecided(
@@ -136,7 +138,9 @@ class Hop:
         if request.stage != self.stage:
             raise Stale(f"asked for stage {request.stage}, this peer holds stage {self.stage}")
         if request.sequences > self._largest_micro_batch:
-            raise Stale(f"{request.sequences} sequences, the run's micro-batches have {self._largest_micro_batch}")
+            raise Stale(
+                f"{request.sequences} sequences, the run's micro-batches have {self._largest_micro_batch}"
+            )
         if self._ledger.has(request.micro_batch):
             self._ledger.duplicates_refused += 1
             raise Stale(f"micro-batch {request.micro_batch.number} is applied here already")
@@ -151,12 +155,12 @@ class Hop:
         """Forward, the next stage, input gradient. Gives back everything if it fails or is cancelled."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        tokens, hidden = await self._lane.run(
+        passage = await self._lane.run(
             Work.FORWARD, self._compute.receive, message.payload, request.sequences
         )
         own = Link(self.stage, self.me, request.attempt)
-        passage, payload = await self._lane.run(Work.FORWARD, self._compute.forward, tokens, hidden)
         try:
+            payload = await self._lane.run(Work.FORWARD, self._compute.forward, passage)
             answer: Answer | None = None
             forward_s = loop.time() - begun
             if self._downstream is not None and payload is not None:
@@ -169,7 +173,7 @@ class Hop:
                 Work.BACKWARD, self._compute.backward, passage, None if answer is None else answer.gradient
             )
         except BaseException:
-            self._compute.drop(passage)
+            self._lane.post(self._compute.drop, passage)
             self._ledger.dropped += 1
             raise
         if gradient is None:
@@ -201,10 +205,17 @@ class Hop:
             undecided = self._undecided.pop(key)
             if Link(self.stage, self.me, key[1]) not in chain:
                 self._ledger.dropped += 1
+                self._progress.set()
             elif self._ledger.apply(micro_batch, chain, undecided.passage.token_count):
                 task = asyncio.create_task(self._apply(undecided.passage))
                 self._applying.add(task)
-                task.add_done_callback(self._applying.discard)
+                task.add_done_callback(self._applied)
+
+    def _applied(self, task: asyncio.Task[None]) -> None:
+        self._applying.discard(task)
+        self._progress.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a committed micro-batch could not be applied", exc_info=error)
 
     async def _apply(self, passage: Passage) -> None:
         if await self._lane.run(Work.WEIGHT, self._compute.add, passage):
@@ -244,19 +255,17 @@ class Hop:
                     driver_gone = True  # for our purposes: no commit of this attempt will ever come
                     break
         age_s = asyncio.get_running_loop().time() - item.since
-        if key in self._undecided and driver_gone and age_s >= _ASK_AFTER_S or age_s >= self._ttl_s:
-            if self._undecided.pop(key, None) is not None:
-                self._ledger.dropped += 1
-                self._event("dropped", {"micro_batch": micro_batch.number, "driver": micro_batch.driver})
-
-    @property
-    def _ttl_s(self) -> float:
-        return self._limits.undecided_ttl_s
+        hopeless = driver_gone or age_s >= self._limits.undecided_ttl_s
+        if hopeless and self._undecided.pop(key, None) is not None:
+            self._ledger.dropped += 1
+            self._progress.set()
+            self._event("dropped", {"micro_batch": micro_batch.number, "driver": micro_batch.driver})
 
     async def drained(self) -> None:
         """Returns when nothing is held, computed or being applied; admission must be closed before."""
         while self._working or self._undecided or self._applying:
-            await asyncio.sleep(0.05)
+            self._progress.clear()
+            await self._progress.wait()
 
 
 async def _while_working(stream: Stream, stage: int, work: Awaitable[T]) -> T:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from shoal.protocol.errors import MessageInvalid, ShoalError, StageEmpty, Stale
-from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.identity import Role
 from shoal.protocol.transport import Channel, Stream, Transport, call
 from shoal.training.lane import Lane, Work
 from shoal.training.model.stage import StageModel
@@ -75,9 +75,7 @@ class InferenceHop:
             loss, logits = reply
         await stream.send(Inferred(loss, height), logits)
 
-    def _compute(
-        self, request: Infer, payload: memoryview
-    ) -> tuple[memoryview | None, float, bytes]:
+    def _compute(self, request: Infer, payload: memoryview) -> tuple[memoryview | None, float, bytes]:
         """This stage's part: (payload for the next stage or None, loss, logits)."""
         weights, _ = self._anchor()
         columns = request.length + (1 if request.score else 0)
@@ -88,7 +86,9 @@ class InferenceHop:
                 hidden = self._model.embed(weights, tokens[:, : request.length].to(device))
             else:
                 body = payload[self._format.token_bytes(request.sequences, columns) :]
-                hidden = self._format.unpack_hidden(body, request.sequences, request.length, str(device)).float()
+                hidden = self._format.unpack_hidden(
+                    body, request.sequences, request.length, str(device)
+                ).float()
             hidden = self._model.blocks(weights, hidden, None)
             if not self._model.layout.last:
                 return self._format.pack(tokens, hidden), 0.0, b""

@@ -1,4 +1,4 @@
-"""What was decided: which micro-batches this replica applied, under which chain, and what became of the others.
+"""What was decided: which micro-batches this replica applied and under which chain.
 
 P2 rests on it: a micro-batch is applied at most once, and applied ids are kept for ever as intervals.
 """
@@ -73,7 +73,10 @@ class Ledger:
 
     def applied(self) -> dict[str, list[tuple[int, int]]]:
         """`driver/incarnation` -> intervals of applied numbers, for status and tests."""
-        return {f"{driver}/{incarnation}": list(spans.spans) for (driver, incarnation), spans in self._applied.items()}
+        return {
+            f"{driver}/{incarnation}": list(spans.spans)
+            for (driver, incarnation), spans in self._applied.items()
+        }
 
     def __len__(self) -> int:
         return sum(len(spans) for spans in self._applied.values())

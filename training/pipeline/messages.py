@@ -42,7 +42,10 @@ class MicroBatch:
 @wire_message
 @dataclass(frozen=True, slots=True)
 class Propagate:
-    """Forward these activations, answer with their gradient. Payload: tokens [B, T+1], hidden [B, T, width]."""
+    """Forward these activations and answer with their gradient.
+
+    Payload: tokens [B, T+1], hidden [B, T, width].
+    """
 
     micro_batch: MicroBatch
     stage: StageIndex

@@ -66,8 +66,10 @@ class PayloadFormat:
         size = self.hidden_bytes(sequences, length)
         if data.nbytes != size:
             raise MessageInvalid(f"hidden states take {size} bytes, {data.nbytes} came")
-        flat = torch.frombuffer(data, dtype=self.dtype) if not data.readonly else torch.frombuffer(
-            bytearray(data), dtype=self.dtype
+        flat = (
+            torch.frombuffer(data, dtype=self.dtype)
+            if not data.readonly
+            else torch.frombuffer(bytearray(data), dtype=self.dtype)
         )
         hidden = flat.view(sequences, length, self.width).to(device)
         if not bool(torch.isfinite(hidden).all()):
