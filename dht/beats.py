@@ -1,0 +1,105 @@
+"""What two neighbours say to each other on their heartbeat stream, method "beat", control channel.
+
+Each side first sends its own record (`RosterRecords`), then a `Beat` every second and at every change. In
+between, either may offer records it learned, ask for those it lacks, hand over a newer revocation
+list, and say goodbye. `link` speaks it, `members` and all readers of a `SwarmView` read the beats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from shoal.dht.directory import PeerIdText, SignedRecord, StageIndex
+from shoal.protocol.wire import Bounds, Count, Digest, Identifier, Items, Seconds, Text, wire_message
+
+METHOD = "beat"
+NO_DIGEST = bytes(32)  # of a log or a state that does not exist yet
+RECORDS_IN_MESSAGE = 8  # of up to 4 KiB: half a header
+NAMES_IN_MESSAGE = 64
+TokensPerS = Annotated[float, Bounds(0.0, 1e12)]
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class StageBeat:
+    """How far a replica is with one stage. Counters start with the process."""
+
+    stage: StageIndex
+    height: Count = 0  # of its log
+    head: Digest = NO_DIGEST  # of its log at that height
+    state_root: Digest = NO_DIGEST  # hash of anchors and outer momentum at the head (promise P1)
+    log_tokens: Count = 0  # of all replicas, in the log up to the head
+    inner_steps: Count = 0
+    tokens: Count = 0  # committed
+    steps_since_round: Count = 0
+    tokens_since_round: Count = 0
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """One heartbeat. The first six fields are filled in by `Members`, the others by the trainer."""
+
+    incarnation: Identifier = 0  # as in the sender's record
+    number: Count = 0  # on this stream, from 1
+    heard_number: Count = 0  # the receiver's last beat that the sender has seen, 0: none; for the round trip
+    held_s: Seconds = 0.0  # how long ago that was
+    record_sequence: Count = 0  # of the sender's newest record
+    revocation_version: Count = 0  # of the list the sender holds
+    backlog_s: Seconds = 0.0  # compute queued on its lane
+    tokens_per_s: TokensPerS = 0.0  # what the lane manages, measured by itself
+    finished_work: Count = 0  # items its lane finished; stands still while the lane does
+    draining: bool = False
+    stages: Annotated[tuple[StageBeat, ...], Items(8)] = ()
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class RosterRecords:
+    """Records, the sender's own first where it is among them."""
+
+    records: Annotated[tuple[SignedRecord, ...], Items(RECORDS_IN_MESSAGE)]
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class RosterEntry:
+    """The version of a peer's record that the sender holds."""
+
+    peer: PeerIdText
+    incarnation: Identifier
+    sequence: Count
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class RosterOffer:
+    """Records the sender has learned; the receiver asks for those it wants."""
+
+    entries: Annotated[tuple[RosterEntry, ...], Items(NAMES_IN_MESSAGE)]
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class RosterWant:
+    """Records the sender would like to have."""
+
+    peers: Annotated[tuple[PeerIdText, ...], Items(NAMES_IN_MESSAGE)]
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class RevocationNotice:
+    """The payload is the owner-signed revocation list of this version."""
+
+    version: Count
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The sender leaves for good; nothing more will come from this incarnation."""
+
+    incarnation: Identifier
+    reason: Text

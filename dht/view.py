@@ -1,0 +1,70 @@
+"""The frozen picture of the swarm that every policy reads: who is here, what they do, who is alive.
+
+`Members.view()` makes it. Times are loop times of the observer, so a view is worth something only at home.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from shoal.dht.beats import Beat, StageBeat
+from shoal.dht.liveness import Liveness
+from shoal.protocol.identity import PeerId, Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One peer as this one sees it. Claims are the member's own; liveness, rtt and heard are ours."""
+
+    peer: PeerId
+    roles: frozenset[Role] = frozenset({Role.TRAINER})
+    token_id: str = ""
+    state: str = "online"  # one of directory.PEER_STATES
+    stages: tuple[int, ...] = ()  # held, or being joined
+    name: str = ""
+    device: str = ""
+    incarnation: int = 0
+    tokens_per_s: float = 0.0  # its claim: the last beat's, else its record's; 0: unknown
+    liveness: Liveness = Liveness.ALIVE
+    reason: str = ""  # of the liveness
+    departed: bool = False  # gone because it said goodbye or its process is not there any more
+    gone_s: float | None = None  # since when it is gone
+    heard_s: float | None = None  # its last beat; None: known by its record only
+    rtt_s: float | None = None  # smoothed round trip over the beats
+    beat: Beat | None = None
+
+    @property
+    def backlog_s(self) -> float:
+        return self.beat.backlog_s if self.beat else 0.0
+
+    def progress(self, stage: int) -> StageBeat | None:
+        """What its last beat said of a stage."""
+        stages = self.beat.stages if self.beat else ()
+        return next((beat for beat in stages if beat.stage == stage), None)
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmView:
+    """All known members, this peer among them, sorted by peer id; gone ones stay for a while."""
+
+    me: PeerId
+    now_s: float
+    members: tuple[Member, ...]
+
+    def get(self, peer: PeerId) -> Member | None:
+        index = bisect_left(self.members, peer, key=lambda member: member.peer)
+        found = self.members[index] if index < len(self.members) else None
+        return found if found is not None and found.peer == peer else None
+
+    def here(self) -> tuple[Member, ...]:
+        """Everybody who is not gone."""
+        return tuple(member for member in self.members if member.liveness is not Liveness.GONE)
+
+    def group(self, stage: int, *states: str) -> tuple[Member, ...]:
+        """Who is not gone and holds (or joins) a stage in one of `states`; by default all states."""
+        return tuple(m for m in self.here() if stage in m.stages and (not states or m.state in states))
+
+    def online(self, stage: int) -> tuple[Member, ...]:
+        """Replicas of a stage that take work now: online and alive."""
+        return tuple(m for m in self.group(stage, "online") if m.liveness is Liveness.ALIVE)
