@@ -33,6 +33,7 @@ CHAIN_LENGTH = 3
 TOKEN_CHARACTERS = 4 * KIB
 BOOTSTRAP_ADDRESSES = 8
 REVOCATIONS = 10_000
+VERIFIED_CHAINS = 4096  # remembered, so that a reconnecting peer costs no signature checks; 1.5 KB each
 
 # Swarm
 STAGES = 256
