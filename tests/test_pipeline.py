@@ -1,0 +1,185 @@
+"""Micro-batches through stages: the same gradients as one process, and none applied twice or lost."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from pipeline_world import World, batches, small_spec
+from reference_llama import Reference, summed_loss
+
+from shoal.protocol import virtual_time
+from shoal.training.spec import RunSpec
+
+
+def reference(spec: RunSpec, world: World, everything: list[torch.Tensor]) -> Reference:
+    """One process, the same samples, gradients summed."""
+    model = Reference(spec)
+    model.load((peer.layout, peer.weights.current.flat) for peer in world.peers)
+    for tokens in everything:
+        summed_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+    return model
+
+
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_gradients_summed_over_replicas_equal_one_process(stages: int, replicas: int) -> None:
+    async def main() -> None:
+        spec = small_spec(stages)
+        everything = batches(spec, 8)
+        async with World(spec, replicas) as world:
+            model = reference(spec, world, everything)
+            await world.train(everything)
+            for stage in range(stages):
+                group = world.stage(stage)
+                ours = torch.stack([peer.weights.gradient for peer in group]).sum(0)
+                assert relative_difference(ours, model.gradients(group[0].layout)) <= 1e-5
+                assert sum(len(peer.ledger) for peer in group) == len(everything)
+
+    virtual_time.run(main)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_weights_after_an_adamw_step_equal_one_process(stages: int) -> None:
+    async def main() -> None:
+        count = 8
+        spec = small_spec(stages, optimizer="adamw", learning_rate=1e-3, weight_decay=0.1)
+        tokens = count * spec.micro_batch_tokens
+        spec = small_spec(
+            stages, optimizer="adamw", learning_rate=1e-3, weight_decay=0.1, inner_tokens=tokens
+        )
+        everything = batches(spec, count)
+        async with World(spec, 1) as world:
+            model = reference(spec, world, everything)
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.div_(tokens)
+            decayed = [p for p in model.parameters() if p.ndim > 1]
+            plain = [p for p in model.parameters() if p.ndim == 1]
+            inner = spec.inner
+            torch.optim.AdamW(
+                [
+                    {"params": decayed, "weight_decay": inner.weight_decay},
+                    {"params": plain, "weight_decay": 0.0},
+                ],
+                lr=inner.learning_rate,
+                betas=(inner.beta1, inner.beta2),
+                eps=inner.epsilon,
+            ).step()
+            await world.train(everything)
+            for peer in world.peers:
+                assert peer.weights.inner_steps == 1
+                difference = relative_difference(peer.weights.current.flat, model.weights(peer.layout))
+                assert difference <= 1e-5
+
+    virtual_time.run(main)
+
+
+@pytest.mark.parametrize("at_s", [0.005, 0.02, 0.045, 0.06, 0.1])
+def test_a_killed_replica_takes_nothing_but_its_own_along(at_s: float) -> None:
+    """P2: each stage applied every micro-batch at most once; missing is only what the dead one held."""
+
+    async def main() -> None:
+        spec = small_spec(3)
+        everything = batches(spec, 24)
+        async with World(spec, 2) as world:
+            victim = world.stage(1)[0]
+            asyncio.get_running_loop().call_later(at_s, world.kill, victim)
+            async with asyncio.timeout(30):
+                await world.train(everything)
+            decided = {f"{peer.name}/{peer.incarnation}": len(peer.ledger) for peer in world.stage(0)}
+            assert sum(decided.values()) == len(everything)
+            for stage in (1, 2):
+                applied: dict[str, list[int]] = {}
+                for peer in world.stage(stage):
+                    for driver, spans in peer.ledger.applied().items():
+                        applied.setdefault(driver, []).extend(n for a, b in spans for n in range(a, b))
+                for driver, numbers in applied.items():
+                    assert len(numbers) == len(set(numbers)), f"stage {stage} applied twice"
+                    assert set(numbers) <= set(range(decided[driver]))
+                missing = len(everything) - sum(map(len, applied.values()))
+                if stage == 1:  # decided chains whose commit the dead replica did not live to see
+                    assert missing == sum(driver.figures.unacknowledged for driver in world.drivers())
+                else:
+                    assert missing == 0
+
+    virtual_time.run(main)
+
+
+def test_a_frozen_replica_costs_seconds_and_its_micro_batches_finish_elsewhere() -> None:
+    async def main() -> None:
+        spec = small_spec(2)
+        everything = batches(spec, 16)
+        async with World(spec, 2) as world:
+            frozen = world.stage(1)[0]
+            loop = asyncio.get_running_loop()
+            loop.call_later(0.03, world.network.freeze, frozen.name)
+            begun = loop.time()
+            await asyncio.gather(*(d.train(everything[n::2]) for n, d in enumerate(world.drivers())))
+            assert sum(len(peer.ledger) for peer in world.stage(0)) == len(everything)
+            assert any(peer == frozen.name for peer, _ in world.suspected)
+            assert loop.time() - begun < 60
+
+    virtual_time.run(main)
+
+
+def test_an_undecided_hop_learns_the_decision_from_its_chain() -> None:
+    """The driver dies right after deciding, before its commit reaches anyone but one hop."""
+
+    async def main() -> None:
+        spec = small_spec(3)
+        (tokens,) = batches(spec, 1)
+        async with World(spec, 1) as world:
+            driver, middle, last = world.peers
+            assert driver.driver and middle.hop and last.hop
+            world.network.cut(driver.name, last.name)
+            training = asyncio.create_task(driver.driver.train([tokens]))
+            while not len(middle.ledger):
+                await asyncio.sleep(0.01)
+            assert len(last.ledger) == 0
+            assert last.hop.undecided == 1
+            world.kill(driver)
+            training.cancel()
+            await last.hop.drained()
+            assert len(last.ledger) == 1
+
+    virtual_time.run(main)
+
+
+def test_with_the_driver_gone_before_it_decided_nothing_is_applied() -> None:
+    async def main() -> None:
+        spec = small_spec(3)
+        (tokens,) = batches(spec, 1)
+        async with World(spec, 1) as world:
+            driver, middle, last = world.peers
+            assert driver.driver and middle.hop and last.hop
+            training = asyncio.create_task(driver.driver.train([tokens]))
+            while not last.hop.undecided:
+                await asyncio.sleep(0.001)
+            world.kill(driver)
+            training.cancel()
+            await middle.hop.drained()
+            await last.hop.drained()
+            assert len(middle.ledger) == len(last.ledger) == 0
+            assert last.ledger.dropped == 1
+
+    virtual_time.run(main)
+
+
+def test_a_full_hop_says_busy_and_the_work_still_gets_done() -> None:
+    async def main() -> None:
+        spec = small_spec(2, in_flight=8)
+        limits = spec.limits.model_copy(update={"undecided_micro_batches": 1})
+        spec = spec.model_copy(update={"limits": limits})
+        everything = batches(spec, 12)
+        async with World(spec, 1) as world:
+            await world.train(everything)
+            assert len(world.stage(1)[0].ledger) == len(everything)
+            assert not world.suspected
+
+    virtual_time.run(main)

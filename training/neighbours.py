@@ -1,0 +1,41 @@
+"""The trainer's windows on the membership table: replicas for the pipeline, group members for the rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shoal.dht.liveness import Liveness
+from shoal.dht.members import Members
+from shoal.protocol.identity import PeerId
+from shoal.training.pipeline.replicas import Replica
+
+_UNMEASURED_RTT_S = 0.05
+
+
+class MemberReplicas:
+    """Implements `pipeline.replicas.Replicas` on `dht.members`."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+
+    def of_stage(self, stage: int) -> Sequence[Replica]:
+        view = self._members.view()
+        return [
+            Replica(m.peer, m.rtt_s if m.rtt_s is not None else _UNMEASURED_RTT_S, m.backlog_s)
+            for m in view.online(stage)
+            if m.peer != view.me
+        ]
+
+    def suspect(self, peer: PeerId, reason: str) -> None:
+        self._members.suspect(peer, reason)
+
+    def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
+        member = self._members.view().get(peer)
+        if member is None:
+            return True
+        if incarnation is not None and member.incarnation != incarnation:
+            return True
+        return member.liveness is Liveness.GONE
+
+    async def changed(self) -> None:
+        await self._members.changed()
