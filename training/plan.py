@@ -1,0 +1,186 @@
+"""What follows from a spec, as numbers: parameters, memory, bytes on the network. Pure.
+
+`shoal plan` prints it, a peer shows it before it works, and checks its memory against a stage's total.
+Weights of a stage lie in one flat vector (`model.layout`); how memory and bytes are counted is said at each
+field. Activations are an estimate, everything else is exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from shoal.protocol import limits
+from shoal.protocol.errors import SpecError
+from shoal.training.partition import layer_costs, stage_costs, stage_ranges
+from shoal.training.spec import CompressionSection, RunSpec
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_TOKEN_BYTES = 4  # int32 on the wire
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Bytes one replica of a stage needs."""
+
+    master: int  # float32 weights
+    versions: int  # two sets of compute weights, while micro-batches of the older are under way
+    gradient: int  # float32 sum
+    optimizer: int  # AdamW's two moments
+    anchor: int  # float32, of the last round
+    outer_momentum: int
+    activations: int  # of `inner.in_flight` micro-batches
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage, seen from one replica of it."""
+
+    stage: int
+    layers: range
+    parameters: int
+    compute_share: float  # of the model's compute; the largest one sets the pace
+    memory: StageMemory
+    hop_forward_bytes: int  # to the next stage for a micro-batch: tokens and activations; 0 at the last
+    hop_backward_bytes: int  # back from it: the gradient of the activations
+    parts: int
+    contribution_bytes: int  # all parts, encoded for their owners
+    published_bytes: int  # all parts, encoded means
+
+    def round_bytes(self, replicas: int) -> int:
+        """Bytes up, and as many down, of one replica in a round of a group of this size.
+
+        It sends its contribution to the owners of the parts that are not its own, and the mean of its own
+        parts to each of the others; parts are shared out evenly here, by uplink in a real round.
+        """
+        return (self.contribution_bytes + self.published_bytes) * (replicas - 1) // max(replicas, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole run."""
+
+    run_id: bytes
+    parameters: int
+    stages: tuple[StagePlan, ...]
+    micro_batch_tokens: int
+    micro_batches_per_inner_step: int
+    inner_step_tokens: int  # of one replica; whole micro-batches
+    round_tokens: int  # of one replica
+
+    @property
+    def slowest(self) -> StagePlan:
+        return max(self.stages, key=lambda stage: stage.compute_share)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Over all hops of the pipeline, both ways."""
+        hops = sum(stage.hop_forward_bytes + stage.hop_backward_bytes for stage in self.stages)
+        return hops / self.micro_batch_tokens
+
+
+def make_plan(spec: RunSpec) -> Plan:
+    """The plan of a run. Raises SpecError when a stage would have more parts than a round can name."""
+    ranges = stage_ranges(spec)
+    costs = stage_costs(layer_costs(spec), ranges)
+    stages = tuple(
+        _stage(spec, stage, layers, cost / sum(costs))
+        for stage, (layers, cost) in enumerate(zip(ranges, costs, strict=True))
+    )
+    micro_batches = math.ceil(spec.inner.inner_tokens / spec.micro_batch_tokens)
+    step_tokens = micro_batches * spec.micro_batch_tokens
+    return Plan(
+        run_id=spec.run_id(),
+        parameters=sum(stage.parameters for stage in stages),
+        stages=stages,
+        micro_batch_tokens=spec.micro_batch_tokens,
+        micro_batches_per_inner_step=micro_batches,
+        inner_step_tokens=step_tokens,
+        round_tokens=step_tokens * spec.outer.inner_steps,
+    )
+
+
+def stage_parameters(spec: RunSpec, layers: range) -> int:
+    """Weights of the stage that holds `layers`, with embedding or head where it is an end."""
+    model, vocabulary = spec.model, spec.data.vocabulary
+    key_width = model.kv_heads * (model.width // model.heads)
+    attention = 2 * model.width * model.width + 2 * model.width * key_width
+    block = attention + 3 * model.width * model.feedforward + 2 * model.width  # and two norms
+    count = block * len(layers)
+    if layers.start == 0:
+        count += vocabulary * model.width
+    if layers.stop == model.layers:
+        count += model.width + (0 if model.tie_embeddings else vocabulary * model.width)
+    return count
+
+
+def encoded_bytes(parameters: int, part_bytes: int, codec: str, block: int) -> int:
+    """Payload bytes of a stage's parts: one byte a weight and a scale per block in int8, four in float32."""
+    if codec == "float32":
+        return 4 * parameters
+    whole, rest = divmod(parameters, part_bytes // 4)
+    scales = whole * math.ceil(part_bytes // 4 / block) + math.ceil(rest / block)
+    return parameters + _SCALE_BYTES * scales
+
+
+def _stage(spec: RunSpec, stage: int, layers: range, compute_share: float) -> StagePlan:
+    parameters = stage_parameters(spec, layers)
+    part_bytes = spec.outer.part_bytes
+    parts = math.ceil(parameters / (part_bytes // 4))
+    if parts > limits.PARTS:
+        needed = 4 * math.ceil(parameters / limits.PARTS)
+        raise SpecError(
+            f"stage {stage} has {parameters} parameters, {parts} parts of outer.part_bytes = {part_bytes};"
+            f" {limits.PARTS} are allowed: set it to {needed} or more, or raise stages.count"
+        )
+    last = layers.stop == spec.model.layers
+    hidden = spec.micro_batch_tokens * spec.model.width * _BYTES[spec.compression.activations]
+    tokens = spec.inner.micro_batch_sequences * (spec.model.sequence + 1) * _TOKEN_BYTES
+    codecs: CompressionSection = spec.compression
+    return StagePlan(
+        stage=stage,
+        layers=layers,
+        parameters=parameters,
+        compute_share=compute_share,
+        memory=_memory(spec, layers, parameters),
+        hop_forward_bytes=0 if last else tokens + hidden,
+        hop_backward_bytes=0 if last else hidden,
+        parts=parts,
+        contribution_bytes=encoded_bytes(parameters, part_bytes, codecs.contribution, codecs.block),
+        published_bytes=encoded_bytes(parameters, part_bytes, codecs.published, codecs.block),
+    )
+
+
+def _memory(spec: RunSpec, layers: range, parameters: int) -> StageMemory:
+    full = 4 * parameters
+    return StageMemory(
+        master=full,
+        versions=2 * parameters * _BYTES[spec.model.dtype],
+        gradient=full,
+        optimizer=2 * full if spec.inner.optimizer == "adamw" else 0,
+        anchor=full,
+        outer_momentum=full,
+        activations=spec.inner.in_flight * _activation_bytes(spec, layers),
+    )
+
+
+def _activation_bytes(spec: RunSpec, layers: range) -> int:
+    """What a micro-batch keeps at a stage from its forward to its commit; an estimate, measured within 5 %.
+
+    Per token and block, from forward to backward: inputs and results of two norms, inputs of q and of gate,
+    queries, attention output (eight times width), keys and values before and after rotation, and four times
+    the feed-forward width. From backward to commit the tape holds a tenth less: inputs and output gradients
+    of each matrix. At the last stage the softmax in float32 comes on top. Attention keeps no [T, T] matrix.
+    """
+    model = spec.model
+    key_width = model.kv_heads * (model.width // model.heads)
+    kept = len(layers) * (8 * model.width + 4 * key_width + 4 * model.feedforward) * _BYTES[model.dtype]
+    if layers.stop == model.layers:
+        kept += 4 * spec.data.vocabulary
+    return spec.micro_batch_tokens * kept
