@@ -2,7 +2,7 @@
 
 Each side first sends its own record (`RosterRecords`), then a `Beat` every second and at every change. In
 between, either may offer records it learned, ask for those it lacks, hand over a newer revocation
-list, and say goodbye. `link` speaks it, `members` and all readers of a `SwarmView` read the beats.
+list (`protocol.revocation`), and say goodbye. `link` speaks it; all readers of a `SwarmView` read the beats.
 """
 
 from __future__ import annotations
@@ -86,14 +86,6 @@ class RosterWant:
     """Records the sender would like to have."""
 
     peers: Annotated[tuple[PeerIdText, ...], Items(NAMES_IN_MESSAGE)]
-
-
-@wire_message
-@dataclass(frozen=True, slots=True)
-class RevocationNotice:
-    """The payload is the owner-signed revocation list of this version."""
-
-    version: Count
 
 
 @wire_message

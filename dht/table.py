@@ -107,11 +107,19 @@ class MemberTable:
     # --- records
 
     def admit(
-        self, record: PeerRecord, signed: SignedRecord, owner: VerifiedPeer, age_s: float, now: float
+        self,
+        record: PeerRecord,
+        signed: SignedRecord,
+        owner: VerifiedPeer,
+        *,
+        age_s: float,
+        watch: bool,
+        now: float,
     ) -> bool:
         """Take a verified record. False: it is not newer than what is held, or of one that has left.
 
-        `age_s`: since it was issued, by the wall clock. Only news, and renewals of copies that are half
+        `age_s`: since it was issued, by the wall clock. `watch`: a newcomer will be a neighbour, so it
+        counts as alive only when heard. Only news, and renewals of copies that are half
         over, are worth telling others: that halves what gossip costs.
         """
         peer = record.peer
@@ -122,12 +130,17 @@ class MemberTable:
         if held and version <= (held.record.incarnation, held.record.sequence):
             return False
         until_s = now + record.ttl_s - min(max(age_s, 0.0), record.ttl_s)
-        news = held is None or _news(held.record, record) or held.record_until_s - now < record.ttl_s / 2
+        news = (
+            held is None
+            or says_something_new(held.record, record)
+            or held.record_until_s - now < record.ttl_s / 2
+        )
         if held is None:
             if len(self._entries) >= limits.RECORDS_HELD:
                 log.warning("member table is full", extra={"peer": peer, "held": len(self._entries)})
                 return False
             held = Entry(record, signed, owner, until_s, Verdict(Liveness.SUSPECT, "new"))
+            held.watched_since_s = now if watch else None
             self._entries[peer] = held
         elif record.incarnation > held.record.incarnation:
             self._restarted(held, now)
@@ -159,15 +172,17 @@ class MemberTable:
             entry.watched_since_s = now if watched else None
             self.judge(peer, now)
 
-    def opened(self, peer: PeerId, now: float) -> None:
-        if entry := self._entries.get(peer):
-            entry.streams += 1
-            entry.refused = False
-            self.judge(peer, now)
+    def unwatch_living(self, peer: PeerId, now: float) -> None:
+        """Beats are no longer due. A gone peer stays gone: a fresh record does not outweigh a dead stream."""
+        entry = self._entries.get(peer)
+        if entry and entry.gone_s is None:
+            self.watch(peer, False, now)
 
-    def closed(self, peer: PeerId, now: float) -> None:
-        if entry := self._entries.get(peer):
-            entry.streams = max(0, entry.streams - 1)
+    def streams(self, peer: PeerId, count: int, now: float) -> None:
+        """How many streams with this peer carry beats."""
+        entry = self._entries.get(peer)
+        if entry and entry.streams != count:
+            entry.streams = count
             self.judge(peer, now)
 
     def refused(self, peer: PeerId, now: float) -> None:
@@ -325,7 +340,7 @@ def _picture(entry: Entry) -> Member:
     return entry.member
 
 
-def _news(old: PeerRecord, new: PeerRecord) -> bool:
+def says_something_new(old: PeerRecord, new: PeerRecord) -> bool:
     """Did anything change but the sequence, the times and a measured rate?"""
     return any(
         getattr(old, name) != getattr(new, name)

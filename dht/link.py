@@ -1,0 +1,279 @@
+"""One heartbeat stream between two neighbours, the same code at both ends.
+
+`speak` sends what is due: own record, beats, offers of records, wanted records, a newer revocation list,
+goodbye. `listen` feeds what comes into the table. Nothing is queued: a link remembers what the
+other side lacks (bounded), and sends that when its turn comes, so a slow neighbour costs no memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+from shoal.dht.beats import (
+    NAMES_IN_MESSAGE,
+    RECORDS_IN_MESSAGE,
+    Beat,
+    Goodbye,
+    RosterEntry,
+    RosterOffer,
+    RosterRecords,
+    RosterWant,
+)
+from shoal.dht.directory import SignedRecord
+from shoal.dht.table import MemberTable
+from shoal.protocol.errors import PeerSilent, RecordInvalid, StreamEnded
+from shoal.protocol.identity import PeerId
+from shoal.protocol.revocation import ENTRIES_BYTES, RevocationBook, RevocationNotice, SignedRevocations
+from shoal.protocol.transport import Stream
+
+SILENT_LINK_S = 15.0  # a stream without a beat for this long is given up, even if nobody closed it
+FINISH_S = 2.0  # for the other side to end its half
+_SENT_KEPT = 16  # own beats whose echo may still come
+_ASKED_MOST = 1024  # names held of what one link wants, or owes
+_KINDS = (Beat, RosterRecords, RosterOffer, RosterWant, RevocationNotice, Goodbye)
+
+
+class Home(Protocol):
+    """What a link needs of the `Members` it belongs to."""
+
+    me: PeerId
+    heartbeat_s: float
+    rng: random.Random
+    table: MemberTable
+    revocations: RevocationBook
+
+    def own_record(self) -> tuple[SignedRecord, int, int]:
+        """This peer's newest record, its incarnation and its sequence."""
+
+    def own_beat(self) -> Beat:
+        """The beat to send now, but for the fields that belong to a link."""
+
+    async def learn(self, records: tuple[SignedRecord, ...], source: str) -> None:
+        """Verify records and take in the good ones."""
+
+    def lacking(self, entries: tuple[RosterEntry, ...]) -> list[PeerId]:
+        """Those offered records that are worth asking for."""
+
+
+class Link:
+    """Runs the conversation on one stream until either side ends it or it breaks."""
+
+    def __init__(
+        self,
+        home: Home,
+        stream: Stream,
+        *,
+        dialled: bool,
+        on_heard: Callable[[Link], None],
+        once: bool = False,
+    ) -> None:
+        self.peer = stream.remote.peer
+        self.dialled = dialled  # by us
+        self.once = once  # only to hear one beat
+        self.heard = False  # a beat; until then the stream may lead nowhere
+        self._on_heard = on_heard
+        self._home = home
+        self._stream = stream
+        self._wake = asyncio.Event()
+        self._beat_now = True
+        self._finish = False
+        self._goodbye: str | None = None
+        self._sent_sequence = -1
+        self._sent_revocations = 0
+        self._their_revocations = 0
+        self._sent_s: OrderedDict[int, float] = OrderedDict()
+        self._number = 0
+        self._heard_number = 0
+        self._heard_s = asyncio.get_running_loop().time()
+        self._echoed = 0
+        self._offered = 0
+        self._wanted: dict[PeerId, None] = {}
+        self._owed: dict[PeerId, None] = {}
+
+    # --- what the owner may do
+
+    def beat_now(self) -> None:
+        """Something changed: do not wait for the next beat's time."""
+        self._beat_now = True
+        self._wake.set()
+
+    def nudge(self) -> None:
+        """There may be something to send besides beats."""
+        self._wake.set()
+
+    def finish(self) -> None:
+        """End this stream in order; another one serves, or this neighbour is no longer needed."""
+        self._finish = True
+        self._wake.set()
+
+    def say_goodbye(self, reason: str) -> None:
+        self._goodbye = reason
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until the stream ends in order. Raises what breaks it."""
+        speaking = asyncio.create_task(self._speak())
+        listening = asyncio.create_task(self._listen())
+        try:
+            await asyncio.wait((speaking, listening), return_when=asyncio.FIRST_COMPLETED)
+            if listening.done():
+                listening.result()
+            else:
+                speaking.result()
+                async with asyncio.timeout(FINISH_S):
+                    await listening
+        except TimeoutError:
+            raise PeerSilent(f"{self.peer} did not end its heartbeat stream within {FINISH_S:g} s") from None
+        finally:
+            speaking.cancel()
+            listening.cancel()
+            await asyncio.gather(speaking, listening, return_exceptions=True)
+
+    # --- sending
+
+    async def _speak(self) -> None:
+        loop = asyncio.get_running_loop()
+        next_beat_s = loop.time()
+        while not self._finish:
+            self._wake.clear()
+            await self._send_own_record()
+            if self._goodbye is not None:
+                await self._stream.send(Goodbye(self._home.own_record()[1], self._goodbye))
+                break
+            await self._send_revocations()
+            if self._beat_now or loop.time() >= next_beat_s:
+                self._check_silence(loop.time())
+                self._beat_now = False
+                next_beat_s = loop.time() + self._home.heartbeat_s * self._home.rng.uniform(0.8, 1.0)
+                await self._send_beat(loop.time())
+                await self._send_offers()
+            await self._send_wants()
+            await self._send_owed()
+            try:
+                async with asyncio.timeout_at(next_beat_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+        await self._stream.end()
+
+    async def _send_own_record(self) -> None:
+        signed, _, sequence = self._home.own_record()
+        if sequence != self._sent_sequence:
+            self._sent_sequence = sequence
+            await self._stream.send(RosterRecords((signed,)))
+
+    async def _send_revocations(self) -> None:
+        signed = self._home.revocations.signed
+        known = max(self._their_revocations, self._sent_revocations)
+        if self.heard and signed is not None and signed.notice.version > known:
+            self._sent_revocations = signed.notice.version
+            await self._stream.send(signed.notice, signed.entries)
+
+    async def _send_beat(self, now: float) -> None:
+        self._number += 1
+        self._sent_s[self._number] = now
+        if len(self._sent_s) > _SENT_KEPT:
+            self._sent_s.popitem(last=False)
+        beat = replace(
+            self._home.own_beat(),
+            number=self._number,
+            heard_number=self._heard_number,
+            held_s=now - self._heard_s if self._heard_number else 0.0,
+        )
+        await self._stream.send(beat)
+
+    def _check_silence(self, now: float) -> None:
+        if now - self._heard_s > SILENT_LINK_S:
+            raise PeerSilent(
+                f"{self.peer} sent no beat for {now - self._heard_s:.1f} s; the stream is given up"
+            )
+
+    async def _send_offers(self) -> None:
+        """Once per beat: what was learned since the last offer, except the other side's own record."""
+        found, self._offered = self._home.table.learned_after(self._offered, NAMES_IN_MESSAGE)
+        entries = tuple(
+            RosterEntry(entry.record.peer, entry.record.incarnation, entry.record.sequence)
+            for entry in found
+            if entry.record.peer != self.peer and entry.gone_s is None
+        )
+        if entries:
+            await self._stream.send(RosterOffer(entries))
+
+    async def _send_wants(self) -> None:
+        while self._wanted:
+            names = tuple(self._wanted)[:NAMES_IN_MESSAGE]
+            for name in names:
+                del self._wanted[name]
+            await self._stream.send(RosterWant(names))
+
+    async def _send_owed(self) -> None:
+        while self._owed:
+            names = tuple(self._owed)[:RECORDS_IN_MESSAGE]
+            for name in names:
+                del self._owed[name]
+            entries = (self._home.table.get(name) for name in names)
+            records = tuple(entry.signed for entry in entries if entry is not None)
+            if records:
+                await self._stream.send(RosterRecords(records))
+
+    # --- receiving
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                message = await self._stream.receive(*_KINDS, max_payload_bytes=ENTRIES_BYTES)
+            except StreamEnded:
+                return
+            await self._take(message.header, message.payload)
+
+    async def _take(self, header: Any, payload: memoryview) -> None:
+        match header:
+            case Beat():
+                self._take_beat(header)
+            case RosterRecords(records):
+                await self._home.learn(records, f"{self.peer}'s heartbeat stream")
+            case RosterOffer(entries):
+                self._remember(self._wanted, self._home.lacking(entries))
+            case RosterWant(peers):
+                if self._home.me in peers:
+                    self._sent_sequence = -1
+                self._remember(self._owed, peers)
+            case RevocationNotice():
+                self._their_revocations = max(self._their_revocations, header.version)
+                self._home.revocations.adopt(SignedRevocations(header, bytes(payload)))
+            case Goodbye(incarnation, reason):
+                now = asyncio.get_running_loop().time()
+                self._home.table.goodbye(self.peer, incarnation, reason or "said goodbye", now)
+
+    def _take_beat(self, beat: Beat) -> None:
+        now = asyncio.get_running_loop().time()
+        entry = self._home.table.get(self.peer)
+        if entry is None:
+            raise RecordInvalid(f"{self.peer} beats, but no valid record of it came first")
+        rtt_s = None
+        if beat.heard_number > self._echoed and (sent_s := self._sent_s.get(beat.heard_number)) is not None:
+            self._echoed = beat.heard_number
+            rtt_s = max(0.0, now - sent_s - beat.held_s)
+        self._heard_number, self._heard_s = beat.number, now
+        self._their_revocations = max(self._their_revocations, beat.revocation_version)
+        if beat.record_sequence > entry.record.sequence:
+            self._remember(self._wanted, (self.peer,))
+        if self._home.revocations.version > self._their_revocations:
+            self._wake.set()
+        if not self.heard:
+            self.heard = True
+            self._on_heard(self)
+        self._home.table.beat(self.peer, beat, now, rtt_s)
+
+    def _remember(self, names: dict[PeerId, None], more: tuple[PeerId, ...] | list[PeerId]) -> None:
+        """Beyond the cap the rest is forgotten; a later offer or want brings it back."""
+        for name in more:
+            if len(names) < _ASKED_MOST:
+                names[name] = None
+        if names:
+            self._wake.set()

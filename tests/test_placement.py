@@ -1,0 +1,125 @@
+"""Joiners spread over the stages without talking to each other."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from shoal.dht.liveness import Liveness
+from shoal.dht.neighbours import neighbours
+from shoal.dht.view import Member, SwarmView
+from shoal.protocol.identity import PeerId, Role
+from shoal.training.placement import place
+
+
+def member(name: str, *stages: int, state: str = "online", **changes: object) -> Member:
+    return Member(peer=PeerId(name), stages=stages, state=state, **changes)  # type: ignore[arg-type]
+
+
+def view(*members: Member) -> SwarmView:
+    return SwarmView(members[0].peer, 0.0, tuple(sorted(members, key=lambda one: one.peer)))
+
+
+def joiner(name: str, *stages: int) -> Member:
+    return member(name, *stages, state="joining")
+
+
+@pytest.mark.parametrize(
+    ("members", "stage"),
+    [
+        ([], 0),
+        ([member("a", 0)], 1),
+        ([member("a", 0), member("b", 1)], 2),
+        ([member("a", 0), member("b", 1), member("c", 2)], 0),
+        ([member("a", 0), member("b", 1), member("c", 2, liveness=Liveness.GONE)], 2),
+        ([member("a", 0), member("b", 1), member("c", 2, state="draining")], 2),
+        ([member("a", 0), member("b", 1), member("c", 2, roles=frozenset({Role.OBSERVER}))], 2),
+        ([member("a", 0), member("b", 1), member("c", 2, liveness=Liveness.SUSPECT)], 0),
+        ([member("a", 0), member("b", 1), joiner("c", 2)], 0),
+        ([member("a", 0), member("b", 1), joiner("c")], 0),  # c takes 2, then all have one
+        ([member("a", 7), member("b", 0)], 1),  # a stage beyond the spec is nobody's
+    ],
+)
+def test_a_joiner_takes_the_neediest_stage(members: list[Member], stage: int) -> None:
+    assert place(view(joiner("z"), *members), PeerId("z"), 3) == stage
+
+
+def test_from_two_replicas_on_the_weakest_stage_is_helped_first() -> None:
+    fast = [member(name, 0, tokens_per_s=900.0) for name in "ab"]
+    slow = [member(name, 1, tokens_per_s=200.0) for name in "cde"]
+    assert place(view(joiner("z"), *fast, *slow), PeerId("z"), 2) == 1
+    assert place(view(joiner("z"), fast[0], *slow), PeerId("z"), 2) == 0  # one replica: close to empty
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_joiners_that_see_the_same_spread_evenly(seed: int) -> None:
+    print("seed", seed)
+    rng = random.Random(seed)
+    stages = rng.randint(1, 6)
+    newcomers = [joiner(f"j{rng.randrange(10**9)}") for _ in range(rng.randint(1, 24))]
+    picture = view(*newcomers)
+    chosen = [place(picture, one.peer, stages) for one in newcomers]
+    counts = [chosen.count(stage) for stage in range(stages)]
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_in_measured_rates_does_not_part_two_views(seed: int) -> None:
+    print("seed", seed)
+    rng = random.Random(seed)
+
+    def noisy() -> SwarmView:
+        measured = [member(f"m{n}", n % 2, tokens_per_s=100.0 * rng.uniform(0.95, 1.05)) for n in range(4)]
+        return view(joiner("y"), joiner("z"), *measured)
+
+    assert {place(noisy(), PeerId("y"), 2), place(noisy(), PeerId("z"), 2)} == {0, 1}
+
+
+def test_joiners_that_collided_part_one_at_a_time_and_then_stay() -> None:
+    crowd = {name: 1 for name in "xyz"}  # all three announced stage 1, stages 0 and 2 are empty
+    for _ in range(5):
+        picture = view(*(joiner(name, stage) for name, stage in crowd.items()))
+        moves = {name: place(picture, PeerId(name), 3) for name in crowd}
+        assert sum(moves[name] != crowd[name] for name in crowd) <= 1
+        crowd = moves
+    assert sorted(crowd.values()) == [0, 1, 2]
+
+
+def test_a_gap_of_one_moves_nobody() -> None:
+    picture = view(joiner("y", 0), member("a", 0), member("b", 1))
+    assert place(picture, PeerId("y"), 2) == 0
+
+
+def crowd(count: int, stages: int) -> SwarmView:
+    return view(*(member(f"p{n:04}", n % stages) for n in range(count)))
+
+
+def test_in_a_small_swarm_everybody_is_a_neighbour() -> None:
+    picture = crowd(33, 2)
+    assert neighbours(picture, PeerId("p0000")) == {one.peer for one in picture.members} - {"p0000"}
+
+
+def test_in_a_large_swarm_neighbours_are_few_useful_and_connected() -> None:
+    picture = crowd(400, 4)
+    chosen = {one.peer: neighbours(picture, one.peer, 16) for one in picture.members}
+    degrees = dict.fromkeys(chosen, 0)
+    for peer, others in chosen.items():
+        assert len(others) == 16
+        stages = [int(other[1:]) % 4 for other in others]
+        mine = int(peer[1:]) % 4
+        assert stages.count(mine) >= 6
+        assert mine == 3 or stages.count(mine + 1) >= 4
+        for other in others:
+            degrees[other] += other not in chosen or peer not in chosen[other]
+    assert max(degrees.values()) <= 32  # streams held by the other side's wish alone
+    reached, border = {PeerId("p0000")}, [PeerId("p0000")]
+    while border:
+        border = [other for peer in border for other in chosen[peer] if other not in reached]
+        reached.update(border)
+    assert len(reached) == 400
+
+
+def test_gone_peers_take_no_neighbours_place() -> None:
+    dead = [member(f"d{n}", 0, liveness=Liveness.GONE) for n in range(40)]
+    assert neighbours(view(member("a", 0), member("b", 1), *dead), PeerId("a"), 4) == {"b"}
