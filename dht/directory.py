@@ -20,7 +20,6 @@ from shoal.protocol.wire import (
     Items,
     Length,
     OneOf,
-    Seconds,
     Text,
     wire_message,
 )
@@ -28,6 +27,7 @@ from shoal.protocol.wire import (
 PEER_STATES = frozenset({"joining", "online", "draining", "observing"})
 StageIndex = Annotated[int, Bounds(0, limits.STAGES - 1)]
 Address = Annotated[str, Length(3, 128)]
+UnixSeconds = Annotated[float, Bounds(0.0, 1e11)]
 PeerIdText = Annotated[PeerId, Length(46, 64)]
 
 
@@ -39,7 +39,7 @@ class PeerRecord:
     peer: PeerIdText
     incarnation: Identifier  # start of the process in ns since 1970; a higher one supersedes
     sequence: Count  # within the incarnation
-    issued_unix_s: Seconds
+    issued_unix_s: UnixSeconds
     ttl_s: Annotated[float, Bounds(1.0, limits.RECORD_TTL_MAX_S)]
     state: Annotated[str, OneOf(PEER_STATES)]
     stages: Annotated[tuple[StageIndex, ...], Items(8)]  # held, or being joined; one today

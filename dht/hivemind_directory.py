@@ -1,0 +1,360 @@
+"""The directory on hivemind's DHT: the implementation for real networks. The node makes one; tests too.
+
+hivemind's `DHTNode` runs in this process on our loop, over a supervised p2pd (`daemon`), with every call in
+an envelope (`guarded_p2p`). Records are filed per (run, bucket) under the id of their peer, sealed. Routing
+is Kademlia's; we store on all nearest nodes at once ourselves, so that a frozen one costs one timeout and not
+one after another, and so that we know how many took it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.dht.addresses import AddressBook, Multiaddress, is_loopback
+from shoal.dht.bootstrap import Bootstrap, check_port, libp2p_reason
+from shoal.dht.daemon import Daemon, DaemonSettings, DaemonState, load_hivemind
+from shoal.dht.directory import Directory, SignedRecord
+from shoal.dht.envelope import Envelope
+from shoal.dht.gate import RecordGate, RunSecret
+from shoal.dht.records import LOWEST_PORT, SEALED_BYTES, seal
+from shoal.protocol import limits
+from shoal.protocol.errors import (
+    AccessError,
+    BootstrapFailed,
+    MessageTooLarge,
+    NetworkError,
+    PeerSilent,
+    RecordInvalid,
+    TransportLost,
+)
+from shoal.protocol.identity import PeerId, PeerKey
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from shoal.dht.guarded_p2p import CallGuard, GuardedP2P
+
+logger = logging.getLogger(__name__)
+
+CALL_S = 2.0  # one DHT call; a peer that missed it is skipped for a while
+PUBLISH_S = 10.0
+LOOKUP_S = 10.0
+LOOKUP_PATIENCE_S = 2.0  # then a lookup answers with what the last one found, while it goes on
+REPLICAS = 5
+REJOIN_CHECK_S = 10.0
+_NEIGHBOURS_DIALLED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class DirectorySettings:
+    """Where and how the directory listens. `port` 0: any free one, kept in `state_dir` for the next start."""
+
+    state_dir: Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    announce: tuple[str, ...] = ()  # multiaddrs to tell others instead of those listened on
+    nat_port_map: bool = False
+    bootstrap: tuple[str, ...] = ()  # multiaddrs with /p2p/ID
+    buckets: int = 1  # the keys that records spread over; the same for all peers of a run
+    lowest_port: int = LOWEST_PORT  # of addresses in records
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryStatus:
+    """For status and dashboard."""
+
+    daemon: DaemonState
+    restarts: int
+    last_fault: str
+    peers_known: int  # in the routing table
+    bootstrap_failures: dict[str, str] = field(default_factory=dict)  # address -> reason
+    calls_refused: int = 0  # strangers', or malformed
+    records_refused: int = 0  # wrong seal, signature, chain, or times
+
+
+class HivemindDirectory(Directory):
+    """Publishes and finds records in the swarm's DHT."""
+
+    def __init__(
+        self,
+        key: PeerKey,
+        membership: RunSecret,
+        settings: DirectorySettings,
+        *,
+        clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._key = key
+        self._membership = membership
+        self._settings = settings
+        self._rng = rng or random.Random(int.from_bytes(os.urandom(8), "big"))
+        self._keys = tuple(
+            hashlib.blake2b(b"shoal records %d" % bucket, key=membership.run_id, digest_size=32).digest()
+            for bucket in range(settings.buckets)
+        )
+        self._book = AddressBook()
+        self._gate = RecordGate(membership, clock, settings.lowest_port)
+        self._bootstrap = Bootstrap(key.peer, settings.bootstrap, self._dial_bootstrap, self._rng)
+        self._bindings: ModuleType | None = None
+        self._guard: CallGuard | None = None
+        self._daemon: Daemon | None = None
+        self._node: Any = None  # hivemind's DHTNode, one for each p2pd
+        self._joining: asyncio.Task[None] | None = None
+        self._restarted = asyncio.Event()
+        self._last_expiry_unix_s = 0.0
+        self._found: tuple[SignedRecord, ...] | None = None
+        self._lookup: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start p2pd and join.
+
+        Raises TransportLost when p2pd does not start, BootstrapFailed when no bootstrap address answers; in
+        the latter case the directory works alone and goes on trying until `close`.
+        """
+        self._bindings = await load_hivemind()
+        envelope = Envelope(self._membership.run_id, self._membership.sealing_key)
+        guard = self._bindings.CallGuard(
+            self._key.peer, self._membership.run_id, envelope, self._book, self._gate, self._keys
+        )
+        settings = self._settings
+        self._guard = guard
+        self._daemon = Daemon(
+            DaemonSettings(
+                settings.state_dir,
+                self._key.libp2p_identity(),
+                settings.host,
+                settings.port,
+                settings.announce,
+                settings.nat_port_map,
+            ),
+            guard,
+            self._attach,
+            self._rng,
+        )
+        await self._daemon.start()
+        self._restarted.clear()
+        try:
+            await self._join()
+        finally:
+            self._joining = asyncio.create_task(self._keep_joined(), name="directory joining")
+
+    async def publish(self, record: SignedRecord, expires_unix_s: float) -> None:
+        """Store our record on the nearest peers of the DHT, and on this one.
+
+        Raises MessageTooLarge and RecordInvalid before anything is sent, TransportLost, and PeerSilent when
+        other peers are known but none took it.
+        """
+        value = seal(record, self._membership.run_id, self._membership.sealing_key, os.urandom)
+        if len(value) > SEALED_BYTES:
+            raise MessageTooLarge(f"a sealed record of {len(value)} bytes, {SEALED_BYTES} allowed")
+        # Equal expiries lose against what is stored; the growth stays below the gate's slack.
+        expires_unix_s = max(expires_unix_s, self._last_expiry_unix_s + 1e-3)
+        self._gate.open(self._key.peer, value, expires_unix_s)  # what others would refuse is our own error
+        await self._supervisor.call(lambda p2p: self._store(value, expires_unix_s), PUBLISH_S)
+        self._last_expiry_unix_s = expires_unix_s
+
+    async def lookup(self) -> tuple[SignedRecord, ...]:
+        """The records of all buckets, each signed by the peer it is filed under, its chain verified here.
+
+        While a frozen peer delays a lookup by more than LOOKUP_PATIENCE_S, answers with what was found last.
+        Raises TransportLost or PeerSilent.
+        """
+        self._supervisor.check()
+        if self._lookup is None or self._lookup.done():
+            self._lookup = asyncio.create_task(self._find(), name="directory lookup")
+            self._lookup.add_done_callback(_look_at)
+        current = self._lookup
+        patience_s = None if self._found is None else LOOKUP_PATIENCE_S
+        await asyncio.wait({current}, timeout=patience_s)
+        if current.done():
+            current.result()
+        return self._found or ()
+
+    def bootstrap_addresses(self) -> tuple[str, ...]:
+        """Multiaddrs of this peer, those that others can use first. Empty before `start`."""
+        routes = self._guard.my_routes if self._guard is not None else ()
+        public = tuple(route for route in routes if not is_loopback(route))
+        best = public or routes
+        return tuple(f"{route}/p2p/{self._key.peer}" for route in best[: limits.BOOTSTRAP_ADDRESSES])
+
+    def status(self) -> DirectoryStatus:
+        daemon = self._daemon
+        return DirectoryStatus(
+            daemon.state if daemon else DaemonState.DOWN,
+            daemon.restarts if daemon else 0,
+            daemon.last_fault if daemon else "",
+            len(self._node.protocol.routing_table.uid_to_peer_id) if self._node else 0,
+            dict(self._bootstrap.failures),
+            self._guard.calls_refused if self._guard else 0,
+            self._gate.refused,
+        )
+
+    async def close(self) -> None:
+        tasks = {task for task in (self._joining, self._lookup) if task is not None}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        await self._bootstrap.close()
+        if self._daemon is not None:
+            await self._daemon.close()
+
+    @property
+    def _supervisor(self) -> Daemon:
+        if self._daemon is None:
+            raise TransportLost("the directory was not started")
+        return self._daemon
+
+    async def _attach(self, p2p: GuardedP2P) -> None:
+        """A DHT node on a new p2pd, with what the last one stored."""
+        from hivemind.dht.node import DHTID, DHTNode
+
+        assert self._guard is not None
+        node = await DHTNode.create(
+            p2p=p2p,
+            node_id=DHTID.from_bytes(self._guard.node_id(self._key.peer)),
+            num_replicas=REPLICAS,
+            wait_timeout=CALL_S,
+            cache_locally=False,  # caches would answer with old records, and tell others to keep them
+            cache_nearest=0,
+            cache_on_store=False,
+            cache_refresh_before_expiry=0,
+            reuse_get_requests=False,
+        )
+        if self._node is not None:
+            node.protocol.storage = self._node.protocol.storage
+        self._node = node
+        self._restarted.set()
+
+    async def _join(self) -> None:
+        """Through the bootstrap addresses, or through peers met before. Raises BootstrapFailed."""
+        known = self._book.recent(_NEIGHBOURS_DIALLED)
+        greetings = [asyncio.create_task(self._greet_known(peer)) for peer in known]
+        try:
+            await self._bootstrap.once()
+        except BootstrapFailed:
+            met = [await greeting for greeting in greetings]
+            if not any(met):
+                raise
+        finally:
+            for greeting in greetings:
+                greeting.cancel()
+            if greetings:
+                await asyncio.wait(greetings)
+        await self._supervisor.call(lambda p2p: self._node.find_nearest_nodes([self._node.node_id]), LOOKUP_S)
+
+    async def _keep_joined(self) -> None:
+        """Join again after a restart of p2pd, and whenever nobody is left in the routing table."""
+        wait_s = 1.0
+        while True:
+            try:
+                async with asyncio.timeout(wait_s * self._rng.uniform(0.5, 1.5)):
+                    await self._restarted.wait()
+            except TimeoutError:
+                pass
+            self._restarted.clear()
+            if self._node.protocol.routing_table.uid_to_peer_id:
+                wait_s = REJOIN_CHECK_S
+                continue
+            try:
+                await self._join()
+            except NetworkError as error:
+                logger.info("%s", error)
+            wait_s = min(wait_s * 2, 60.0)
+
+    async def _dial_bootstrap(self, target: Multiaddress) -> None:
+        await check_port(target)
+        await self._greet(target.peer, (target.route,), target)
+
+    async def _greet_known(self, peer: PeerId) -> bool:
+        routes = self._book.routes(peer)
+        try:
+            async with asyncio.timeout(CALL_S):
+                await self._greet(peer, routes, Multiaddress.parse(f"{routes[0]}/p2p/{peer}"))
+            return True
+        except (TimeoutError, NetworkError, AccessError):
+            return False
+
+    async def _greet(self, peer: PeerId, routes: tuple[str, ...], target: Multiaddress) -> None:
+        """Connect and ping; then both know each other. Raises NetworkError or AccessError with the reason."""
+        from hivemind.dht.node import DHTID
+        from hivemind.p2p import PeerID
+        from hivemind.proto import dht_pb2
+
+        assert self._bindings is not None
+        peer_id = PeerID.from_base58(peer)
+        protocol = self._node.protocol
+        request = dht_pb2.PingRequest(peer=protocol.node_info)
+
+        async def ping(p2p: GuardedP2P) -> Any:
+            await p2p.dial(peer_id, routes)
+            return await p2p.call_protobuf_handler(
+                peer_id, "DHTProtocol.rpc_ping", request, dht_pb2.PingResponse
+            )
+
+        try:
+            response = await self._supervisor.call(ping, PUBLISH_S)
+        except self._bindings.P2P_ERRORS as error:
+            if "AccessError" in str(error):
+                raise AccessError(
+                    "it answered, but refuses our calls: its run or its sealing key is another"
+                ) from None
+            raise libp2p_reason(str(error), target) from None
+        node_id = DHTID.from_bytes(response.peer.node_id)
+        await protocol.update_routing_table(node_id, peer_id, responded=True)
+
+    async def _store(self, value: bytes, expires_unix_s: float) -> None:
+        """On this node and, at the same time, on the nearest others."""
+        from hivemind.dht.node import DHTID
+        from hivemind.utils import MSGPackSerializer
+
+        node, me = self._node, self._key.peer
+        key = DHTID.generate(source=self._keys[self._bucket(me)])
+        packed = MSGPackSerializer.dumps(value)
+        node.protocol.storage.store(key, packed, expires_unix_s, subkey=str(me))
+        nearest = await node.find_nearest_nodes([key], k_nearest=REPLICAS, exclude_self=True)
+        others = list(nearest[key].values())
+        answers = await asyncio.gather(
+            *(
+                node.protocol.call_store(peer, [key], [packed], [expires_unix_s], subkeys=[str(me)])
+                for peer in others
+            )
+        )
+        if others and not any(answer and answer[0] for answer in answers):
+            silent = sum(answer is None for answer in answers)
+            raise PeerSilent(
+                f"none of {len(others)} directory peers took our record: {silent} silent, "
+                f"{len(others) - silent} refused it; if all refuse, compare this machine's clock"
+            )
+
+    async def _find(self) -> None:
+        """One pass over the DHT; its result is kept in `_found`."""
+        results = await self._supervisor.call(
+            lambda p2p: self._node.get_many(self._keys, sufficient_expiration_time=float("inf")), LOOKUP_S
+        )
+        found: dict[str, SignedRecord] = {}
+        for result in results.values():
+            for peer, (value, expires_unix_s) in result.value.items() if result is not None else ():
+                try:
+                    found[peer] = self._gate.open(peer, value, expires_unix_s)
+                except (RecordInvalid, AccessError) as error:
+                    logger.debug("left out of the lookup: %s", error)
+        self._found = tuple(found.values())[: limits.RECORDS_HELD]
+
+    def _bucket(self, peer: PeerId) -> int:
+        return int.from_bytes(hashlib.blake2b(peer.encode(), digest_size=8).digest(), "big") % len(self._keys)
+
+
+def _look_at(task: asyncio.Task[None]) -> None:
+    """Take note of a lookup's error even if nobody waits for it any more; the next lookup meets it itself."""
+    if not task.cancelled() and task.exception() is not None:
+        logger.debug("lookup failed: %s", task.exception())
