@@ -100,6 +100,8 @@ def _parse(der: bytes, what: str) -> ReadCertificate:
     parsed = x509.load_der_x509_certificate(der)
     if parsed.signature_algorithm_oid != SignatureAlgorithmOID.ECDSA_WITH_SHA256:
         raise ValueError("it is not signed with ECDSA and SHA-256")
+    if not der.endswith(b"\x00" + parsed.signature):  # the parser lets a bit string claim unused bits
+        raise ValueError("its signature is not encoded as DER")
     key = parsed.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ValueError("its key is not a P-256 key")
@@ -142,13 +144,18 @@ def pem_of(der: bytes) -> bytes:
     return read_certificate(der, "certificate").parsed.public_bytes(Encoding.PEM)
 
 
-def chain_of_pem(pem: bytes) -> tuple[bytes, ...]:
-    """The DER certificates of a PEM text, in order: what gRPC's auth_context shows. Raises ChainInvalid."""
-    if len(pem) > 2 * limits.CHAIN_LENGTH * limits.CERTIFICATE_BYTES:
+def chain_of_pem(*pems: bytes) -> tuple[bytes, ...]:
+    """The DER certificates of PEM texts, in order, each once. Raises ChainInvalid.
+
+    gRPC's auth_context gives the leaf as `x509_pem_cert` and the rest as `x509_pem_cert_chain` (which, on
+    a client, repeats the leaf): pass both, in this order.
+    """
+    pem = b"".join(pems)
+    if len(pem) > 2 * (limits.CHAIN_LENGTH + 1) * limits.CERTIFICATE_BYTES:
         raise ChainInvalid(f"the peer shows {len(pem)} bytes of certificates")
     try:
         parsed = x509.load_pem_x509_certificates(pem)
-        return tuple(certificate.public_bytes(Encoding.DER) for certificate in parsed)
+        return tuple(dict.fromkeys(certificate.public_bytes(Encoding.DER) for certificate in parsed))
     except _UNREADABLE as error:
         raise ChainInvalid(f"the peer's certificates cannot be read: {error}") from error
 
