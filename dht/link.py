@@ -8,6 +8,7 @@ other side lacks (bounded), and sends that when its turn comes, so a slow neighb
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from shoal.dht.beats import (
 )
 from shoal.dht.directory import SignedRecord
 from shoal.dht.table import MemberTable
-from shoal.protocol.errors import PeerSilent, RecordInvalid, StreamEnded
+from shoal.protocol.errors import PeerSilent, RecordInvalid, StorageError, StreamEnded
 from shoal.protocol.identity import PeerId
 from shoal.protocol.revocation import ENTRIES_BYTES, RevocationBook, RevocationNotice, SignedRevocations
 from shoal.protocol.transport import Stream
@@ -36,6 +37,8 @@ FINISH_S = 2.0  # for the other side to end its half
 _SENT_KEPT = 16  # own beats whose echo may still come
 _ASKED_MOST = 1024  # names held of what one link wants, or owes
 _KINDS = (Beat, RosterRecords, RosterOffer, RosterWant, RevocationNotice, Goodbye)
+
+log = logging.getLogger(__name__)
 
 
 class Home(Protocol):
@@ -245,10 +248,16 @@ class Link:
                 self._remember(self._owed, peers)
             case RevocationNotice():
                 self._their_revocations = max(self._their_revocations, header.version)
-                self._home.revocations.adopt(SignedRevocations(header, bytes(payload)))
+                self._adopt(SignedRevocations(header, bytes(payload)))
             case Goodbye(incarnation, reason):
                 now = asyncio.get_running_loop().time()
                 self._home.table.goodbye(self.peer, incarnation, reason or "said goodbye", now)
+
+    def _adopt(self, signed: SignedRevocations) -> None:
+        try:
+            self._home.revocations.adopt(signed)
+        except StorageError as error:  # it counts all the same, until this process ends
+            log.error("revocations were not stored", extra={"error": str(error)})
 
     def _take_beat(self, beat: Beat) -> None:
         now = asyncio.get_running_loop().time()

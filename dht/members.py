@@ -2,8 +2,8 @@
 
 It merges what the directory spreads (records) with what neighbours say on heartbeat streams, which are
 the truth. After joining it lives without the directory: neighbours pass records and revocations on.
-Its parts: `table` (state), `liveness` and `neighbours` (policies), `neighbourhood` and `link` (streams).
-The daemon makes one, starts transport and directory, then enters it.
+Its parts: `table` (state), `liveness` and `neighbours` (policies), `roster` (records), `neighbourhood` and
+`link` (streams). The daemon makes one, starts transport and directory, then enters it.
 """
 
 from __future__ import annotations
@@ -11,38 +11,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Self
-
-from blake3 import blake3
 
 from shoal.dht.beats import METHOD, Beat, RosterEntry
 from shoal.dht.directory import Directory, PeerRecord, SignedRecord
 from shoal.dht.neighbourhood import Neighbourhood
 from shoal.dht.neighbours import SMALL_SWARM, neighbours
-from shoal.dht.records import RecordBook, sign_record
-from shoal.dht.table import Event, MemberTable, says_something_new
+from shoal.dht.records import RecordBook
+from shoal.dht.roster import Roster, RosterHealth
+from shoal.dht.table import Event, MemberTable
 from shoal.dht.view import Member, SwarmView
-from shoal.protocol import limits
 from shoal.protocol.admission import Membership
 from shoal.protocol.contacts import ContactBook
-from shoal.protocol.errors import AccessError, Busy, NetworkError, ProtocolViolation, ShoalError
+from shoal.protocol.errors import Busy, NetworkError
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Stream, Transport
-from shoal.protocol.wire import decode
 
-REFRESH_S = 5.0  # between two lookups; the first ones come quicker
-FIRST_REFRESH_S = 0.2
-DIRECTORY_CALL_S = 15.0
-LARGE_SWARM_TTL_S = (
-    60.0  # records of a large swarm live longer, since gossip of renewals grows with its square
-)
 ANNOUNCE_S = 0.2  # at least, between two rounds of beats for `changed_now`
-ASK_AGAIN_S = 2.0  # a record asked of one neighbour is asked of another after this long
 OWN_PAUSE_S = 1.0  # when our own loop was late by more, others are not to blame for silence
 SOUGHT = 32  # gone peers that are still dialled now and then
+CHOOSE_SMALL_S, CHOOSE_LARGE_S = 0.02, 0.5  # at least, between two choices of neighbours
 
 log = logging.getLogger(__name__)
 
@@ -53,23 +43,9 @@ class MembersHealth:
 
     known: int
     streams: int
-    lookups: int
-    lookup_failures: int
-    lookup_error: str  # of the last lookup; empty if it succeeded
-    publishes: int
-    publish_failures: int
-    publish_error: str
-    records_refused: int
-    refusal: str  # the last
     failed_dials: int
     dial_error: str  # the last
-    twin: str  # another process seen under this peer's id
-
-
-@dataclass(frozen=True, slots=True)
-class _Own:
-    record: PeerRecord
-    signed: SignedRecord
+    roster: RosterHealth
 
 
 class Members:
@@ -92,8 +68,9 @@ class Members:
     ) -> None:
         """Registers its method with the transport, so make it before the transport starts.
 
-        `make_record` describes this peer now (sequence, time of issue and a longer ttl are filled in
-        here), `make_beat` its progress; both are called often and must be cheap. `clock`: Unix seconds.
+        `make_record` describes this peer now (sequence, time of issue and, in a large swarm, a longer ttl
+        are filled in here), `make_beat` its progress; both are called often and must be cheap. Neither is
+        called before `start`. `clock`: Unix seconds.
         """
         self.me = transport.me
         self.rng = rng
@@ -101,54 +78,53 @@ class Members:
         self.revocations = membership.revocations
         self.table = MemberTable(self._tell, self._view_changed)
         self._transport = transport
-        self._directory = directory
         self._membership = membership
-        self._contacts = contacts
-        self._record_book = record_book
-        self._make_record = make_record
         self._make_beat = make_beat
-        self._clock = clock
         self._neighbour_limit = neighbour_limit
         self._neighbourhood = Neighbourhood(self, transport)
+        self._roster: Roster | None = None  # while running
+        self._make_roster = lambda: Roster(
+            me=transport.me,
+            directory=directory,
+            membership=membership,
+            contacts=contacts,
+            record_book=record_book,
+            table=self.table,
+            make_record=make_record,
+            clock=clock,
+            rng=rng,
+            neighbour_limit=neighbour_limit,
+            renewed=self._own_renewed,
+            admitted=self._admitted,
+        )
         self._listeners: list[Callable[[Event], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._own: _Own | None = None
-        self._sequence = 0
         self._leaving = False
         self._view: SwarmView | None = None
+        self._viewed_s = 0.0
         self._changed = asyncio.Event()
         self._choose = asyncio.Event()
-        self._publish = asyncio.Event()
         self._judge = asyncio.Event()
         self._announcement: asyncio.TimerHandle | None = None
         self._announced_s = -ANNOUNCE_S
-        self._seen: OrderedDict[bytes, None] = OrderedDict()  # digests of records already looked at
-        self._asked: OrderedDict[PeerId, float] = OrderedDict()
-        self._lookups = self._lookup_failures = self._publishes = self._publish_failures = 0
-        self._lookup_error = self._publish_error = self._refusal = self._twin = ""
-        self._records_refused = 0
         transport.serve(METHOD, self._answer, frozenset(Role))
 
     # --- life
 
     async def start(self) -> None:
         """Begin to publish, look up, beat and judge."""
-        self._renew_own()
+        self._roster = roster = self._make_roster()
         self.revocations.changed.append(self._revocations_changed)
         self._membership.renewed.append(self.changed_now)
-        for name, work in (
-            ("publish", self._keep_published()),
-            ("look up", self._keep_looking()),
-            ("judge", self._keep_judging()),
-            ("choose neighbours", self._keep_choosing()),
-        ):
-            self._spawn(work, f"members: {name}")
+        self._spawn(roster.keep_published(), "members: publish")
+        self._spawn(roster.keep_looking(), "members: look up")
+        self._spawn(self._keep_judging(), "members: judge")
+        self._spawn(self._keep_choosing(), "members: choose neighbours")
 
     async def close(self) -> None:
         """Stop everything at once; neighbours see their streams break. `leave` first for a clean farewell."""
-        if self._own is None:
+        if self._roster is None:
             return
-        self._own = None
         self.revocations.changed.remove(self._revocations_changed)
         self._membership.renewed.remove(self.changed_now)
         if self._announcement is not None:
@@ -158,6 +134,7 @@ class Members:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._neighbourhood.close()
+        self._roster = None
 
     async def leave(self, reason: str = "left", within_s: float = 2.0) -> None:
         """Say goodbye to all neighbours, so that nobody waits for this peer; then `close`."""
@@ -176,10 +153,10 @@ class Members:
     def view(self) -> SwarmView:
         """The swarm now, this peer included."""
         now = self._now()
-        if self._view is None:
+        if self._view is None or now - self._viewed_s > self.heartbeat_s:
+            self._viewed_s = now
             members = [*self.table.members(), self._myself()]
-            members.sort(key=lambda member: member.peer)
-            self._view = SwarmView(self.me, now, tuple(members))
+            self._view = SwarmView(self.me, now, tuple(sorted(members, key=lambda member: member.peer)))
         elif self._view.now_s != now:
             self._view = replace(self._view, now_s=now)
         return self._view
@@ -192,9 +169,9 @@ class Members:
                     await self.changed()
                 return view
         except TimeoutError:
-            here = len(self.view().here())
             raise NetworkError(
-                f"the swarm did not come to the awaited state within {timeout_s:g} s; {here} peers are here"
+                f"the swarm did not come to the awaited state within {timeout_s:g} s; "
+                f"{len(self.view().here())} peers are here"
             ) from None
 
     async def changed(self) -> None:
@@ -207,16 +184,15 @@ class Members:
 
     def suspect(self, peer: PeerId, reason: str) -> None:
         """A call to this peer failed: spare it, and find out whether it is there."""
-        self.table.failed(peer, reason, self._now())
         if self.table.get(peer) is not None:
+            self.table.failed(peer, reason, self._now())
             self._neighbourhood.look_into(peer)
 
     def changed_now(self) -> None:
         """This peer's record or progress changed in a way that others should not learn a second later."""
-        if self._own is None:
+        if self._roster is None:
             return
-        if says_something_new(self._own.record, self._make_record()):
-            self._renew_own()
+        self._roster.renew(only_news=True)
         self._view_changed()
         self._choose.set()
         if self._announcement is None:
@@ -227,198 +203,71 @@ class Members:
         return MembersHealth(
             known=len(self.table),
             streams=len(self._neighbourhood.links()),
-            lookups=self._lookups,
-            lookup_failures=self._lookup_failures,
-            lookup_error=self._lookup_error,
-            publishes=self._publishes,
-            publish_failures=self._publish_failures,
-            publish_error=self._publish_error,
-            records_refused=self._records_refused,
-            refusal=self._refusal,
             failed_dials=self._neighbourhood.failed_dials,
             dial_error=self._neighbourhood.last_failure,
-            twin=self._twin,
+            roster=self._roster.health if self._roster else RosterHealth(),
         )
 
     # --- what links ask (`link.Home`)
 
     def own_record(self) -> tuple[SignedRecord, int, int]:
-        own = self._running()
-        return own.signed, own.record.incarnation, own.record.sequence
+        roster = self._running()
+        return roster.signed, roster.record.incarnation, roster.record.sequence
 
     def own_beat(self) -> Beat:
-        own = self._running()
-        beat = self._make_beat()
-        self._view = None
+        record, beat = self._running().record, self._make_beat()
         return replace(
             beat,
-            incarnation=own.record.incarnation,
-            record_sequence=own.record.sequence,
+            incarnation=record.incarnation,
+            record_sequence=record.sequence,
             revocation_version=self.revocations.version,
             draining=beat.draining or self._leaving,
         )
 
     async def learn(self, records: tuple[SignedRecord, ...], source: str) -> None:
-        """Verify records and take in the good ones; each new one costs up to a millisecond."""
-        for signed in records:
-            digest = blake3(signed.signature + signed.record).digest()
-            if digest in self._seen:
-                continue
-            self._seen[digest] = None
-            if len(self._seen) > limits.RECORDS_HELD:
-                self._seen.popitem(last=False)
-            self._admit(signed, source)
-            await asyncio.sleep(0)
+        await self._running().learn(records, source)
 
     def lacking(self, entries: tuple[RosterEntry, ...]) -> list[PeerId]:
-        found = []
-        now = self._now()
-        for offered in entries:
-            held = self.table.get(offered.peer)
-            version = (held.record.incarnation, held.record.sequence) if held else (-1, -1)
-            newer = (offered.incarnation, offered.sequence) > version and offered.peer != self.me
-            if newer and now - self._asked.get(offered.peer, -ASK_AGAIN_S) >= ASK_AGAIN_S:
-                self._asked[offered.peer] = now
-                self._asked.move_to_end(offered.peer)
-                found.append(offered.peer)
-        while len(self._asked) > limits.RECORDS_HELD:
-            self._asked.popitem(last=False)
-        return found
+        return self._running().lacking(entries, self._now())
 
-    # --- own record
+    # --- what the parts report
 
-    def _renew_own(self) -> None:
-        self._sequence += 1
-        record = self._make_record()
-        crowded = len(self.table) >= self._neighbour_limit
-        record = replace(
-            record,
-            sequence=self._sequence,
-            issued_unix_s=self._clock(),
-            ttl_s=max(record.ttl_s, LARGE_SWARM_TTL_S) if crowded else record.ttl_s,
-        )
-        self._own = _Own(record, sign_record(record, self._membership.key, self._membership.run_id))
-        self._publish.set()
+    def _own_renewed(self) -> None:
+        self._view_changed()
         for link in self._neighbourhood.links():
             link.nudge()
+
+    def _admitted(self) -> None:
+        self._choose.set()
+        self._judge.set()
+
+    def _revocations_changed(self) -> None:
+        self._shut_out_unwelcome()
+        self.changed_now()
+
+    def _tell(self, event: Event) -> None:
+        log.info("member %s", event.kind, extra={"peer": event.peer, "reason": event.reason})
+        self._choose.set()
+        for listener in self._listeners:
+            asyncio.get_running_loop().call_soon(listener, event)
+
+    def _view_changed(self) -> None:
+        self._view = None
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # --- work
+
+    async def _answer(self, stream: Stream) -> None:
+        if self._roster is None or self._leaving:
+            raise Busy(f"{self.me} is starting or leaving", 1.0)
+        await self._neighbourhood.answer(stream)
 
     def _announce(self) -> None:
         self._announcement = None
         self._announced_s = self._now()
         for link in self._neighbourhood.links():
             link.beat_now()
-
-    async def _keep_published(self) -> None:
-        """Spread the own record when it changes and at a third of its life; streams get it either way."""
-        failures = 0
-        while True:
-            self._publish.clear()
-            own = self._running()
-            error = await self._directory_call(
-                self._directory.publish(own.signed, own.record.issued_unix_s + own.record.ttl_s)
-            )
-            self._publishes += 1
-            self._publish_failures += bool(error)
-            self._publish_error = error
-            failures = failures + 1 if error else 0
-            wait_s = own.record.ttl_s / 3 if not error else min(2.0 ** min(failures, 4), own.record.ttl_s / 3)
-            if not await self._waited(self._publish, wait_s * self.rng.uniform(0.8, 1.0)):
-                self._renew_own()
-
-    # --- others' records
-
-    async def _keep_looking(self) -> None:
-        wait_s = FIRST_REFRESH_S
-        while True:
-            found: list[SignedRecord] = []
-
-            async def look(into: list[SignedRecord] = found) -> None:
-                into.extend(await self._directory.lookup())
-
-            error = await self._directory_call(look())
-            self._lookups += 1
-            self._lookup_failures += bool(error)
-            self._lookup_error = error
-            await self.learn(tuple(found), "the directory")
-            self._sweep()
-            await asyncio.sleep(wait_s * self.rng.uniform(0.8, 1.0))
-            wait_s = min(wait_s * 1.5, REFRESH_S)
-
-    async def _directory_call(self, work: Coroutine[Any, Any, None]) -> str:
-        """What went wrong, empty if nothing; the directory's troubles stop nobody."""
-        try:
-            async with asyncio.timeout(DIRECTORY_CALL_S):
-                await work
-        except TimeoutError:
-            return f"no answer within {DIRECTORY_CALL_S:g} s"
-        except ShoalError as error:
-            return f"{type(error).__name__}: {error}"
-        return ""
-
-    def _admit(self, signed: SignedRecord, source: str) -> None:
-        """One record into book, table and contacts, if it is valid and newer."""
-        now = self._now()
-        try:
-            claimed = decode(PeerRecord, signed.record)
-            held = self.table.get(claimed.peer)
-            if held and (claimed.incarnation, claimed.sequence) <= (
-                held.record.incarnation,
-                held.record.sequence,
-            ):
-                return
-            if claimed.peer == self.me and claimed.incarnation == self._running().record.incarnation:
-                return
-            record = self._record_book.admit(signed, self._clock())
-            owner = self._membership.verify(record.chain)
-        except (ProtocolViolation, AccessError) as error:
-            self._records_refused += 1
-            self._refusal = f"from {source}: {error}"
-            log.info("record refused", extra={"source": source, "error": str(error)})
-            return
-        if record.peer == self.me:
-            self._meet_twin(record)
-            return
-        age_s = self._clock() - record.issued_unix_s
-        watch = len(self.table) < self._neighbour_limit
-        if self.table.admit(record, signed, owner, age_s=age_s, watch=watch, now=now):
-            self._contacts.learn(record.contact())
-            self._choose.set()
-            self._judge.set()
-
-    def _meet_twin(self, record: PeerRecord) -> None:
-        """Our own id, another process. An older one is our own past; a newer one has copied the key."""
-        if record.incarnation > self._running().record.incarnation:
-            self._twin = f"a newer process runs under this id at {', '.join(record.addresses)}"
-            log.warning("another process uses this peer's key", extra={"addresses": record.addresses})
-
-    def _sweep(self) -> None:
-        """Out with those whose certificate expired or was revoked; let the book forget the old."""
-        wall_s = self._clock()
-        self._record_book.live(wall_s)
-        for peer in self.table:
-            entry = self.table.get(peer)
-            if entry is None:
-                continue
-            if self.revocations.is_revoked(entry.owner):
-                self._shut_out(peer, f"revoked by list {self.revocations.version}")
-            elif entry.owner.not_after <= wall_s:
-                self._shut_out(peer, "its certificate expired")
-
-    def _shut_out(self, peer: PeerId, reason: str) -> None:
-        self._neighbourhood.drop(peer)
-        self.table.remove(peer, reason)
-        self._spawn(self._transport.disconnect(peer), f"disconnect {peer}")
-
-    def _revocations_changed(self) -> None:
-        self._sweep()
-        self.changed_now()
-
-    # --- neighbours and time
-
-    async def _answer(self, stream: Stream) -> None:
-        if self._own is None or self._leaving:
-            raise Busy(f"{self.me} is starting or leaving", 1.0)
-        await self._neighbourhood.answer(stream)
 
     async def _keep_choosing(self) -> None:
         while True:
@@ -428,7 +277,7 @@ class Members:
                 chosen = neighbours(self.view(), self.me, self._neighbour_limit)
                 self._neighbourhood.keep(chosen, self._sought() - chosen)
             crowded = len(self.table) > self._neighbour_limit
-            await asyncio.sleep(0.5 if crowded else 0.02)
+            await asyncio.sleep(CHOOSE_LARGE_S if crowded else CHOOSE_SMALL_S)
 
     def _sought(self) -> frozenset[PeerId]:
         """Gone peers worth dialling: those whose record is fresh first, then the latest gone."""
@@ -444,17 +293,26 @@ class Members:
         """Wake when a verdict falls due; notice when it was this process that stood still."""
         while True:
             self._judge.clear()
+            self._shut_out_unwelcome()
             now = self._now()
             due_s = max(min(self.table.judge_due(now), now + OWN_PAUSE_S), now)
-            if not await self._waited(self._judge, due_s - now):
+            try:
+                async with asyncio.timeout_at(due_s):
+                    await self._judge.wait()
+            except TimeoutError:
                 late_s = self._now() - due_s
                 if late_s > OWN_PAUSE_S:
                     log.warning("this process stood still", extra={"pause_s": round(late_s, 3)})
                     self.table.excuse(late_s)
 
+    def _shut_out_unwelcome(self) -> None:
+        for peer, reason in self._running().unwelcome():
+            self._neighbourhood.drop(peer)
+            self.table.remove(peer, reason)
+            self._spawn(self._transport.disconnect(peer), f"members: disconnect {peer}")
+
     def _myself(self) -> Member:
-        own = self._running()
-        record, beat = own.record, self.own_beat()
+        record, beat = self._running().record, self.own_beat()
         return Member(
             peer=self.me,
             roles=self._membership.me.roles,
@@ -473,21 +331,10 @@ class Members:
 
     # --- small things
 
-    def _tell(self, event: Event) -> None:
-        log.info("member %s", event.kind, extra={"peer": event.peer, "reason": event.reason})
-        self._choose.set()
-        for listener in self._listeners:
-            asyncio.get_running_loop().call_soon(listener, event)
-
-    def _view_changed(self) -> None:
-        self._view = None
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    def _present(self) -> _Own:
-        if self._own is None:
+    def _running(self) -> Roster:
+        if self._roster is None:
             raise Busy(f"the membership of {self.me} is not running", 1.0)
-        return self._own
+        return self._roster
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
@@ -498,16 +345,6 @@ class Members:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s failed", task.get_name(), exc_info=error)
-
-    @staticmethod
-    async def _waited(event: asyncio.Event, wait_s: float) -> bool:
-        """Whether the event came within `wait_s`."""
-        try:
-            async with asyncio.timeout(wait_s):
-                await event.wait()
-        except TimeoutError:
-            return False
-        return True
 
     @staticmethod
     def _now() -> float:

@@ -67,6 +67,11 @@ class Entry:
     learned: int = 0  # rises with every change worth telling others
     member: Member | None = field(default=None, repr=False)  # cached picture
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """A newer record has a higher one."""
+        return self.record.incarnation, self.record.sequence
+
     def evidence(self) -> Evidence:
         return Evidence(
             record_until_s=self.record_until_s,
@@ -126,8 +131,7 @@ class MemberTable:
         held = self._entries.get(peer)
         if record.incarnation <= self._departed.get(peer, -1):
             return False
-        version = (record.incarnation, record.sequence)
-        if held and version <= (held.record.incarnation, held.record.sequence):
+        if held is not None and (record.incarnation, record.sequence) <= held.version:
             return False
         until_s = now + record.ttl_s - min(max(age_s, 0.0), record.ttl_s)
         news = (
