@@ -176,11 +176,11 @@ def _activation_bytes(spec: RunSpec, layers: range) -> int:
     Per token and block, from forward to backward: inputs and results of two norms, inputs of q and of gate,
     queries, attention output (eight times width), keys and values before and after rotation, and four times
     the feed-forward width. From backward to commit the tape holds a tenth less: inputs and output gradients
-    of each matrix. At the last stage the softmax in float32 comes on top. Attention keeps no [T, T] matrix.
+    of each matrix. The last stage adds its norm and the softmax in float32. Attention keeps no [T, T] matrix.
     """
     model = spec.model
     key_width = model.kv_heads * (model.width // model.heads)
     kept = len(layers) * (8 * model.width + 4 * key_width + 4 * model.feedforward) * _BYTES[model.dtype]
     if layers.stop == model.layers:
-        kept += 4 * spec.data.vocabulary
+        kept += 3 * model.width * _BYTES[model.dtype] + 4 * spec.data.vocabulary
     return spec.micro_batch_tokens * kept
