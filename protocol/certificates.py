@@ -232,9 +232,9 @@ def _require_current(certificate: ReadCertificate, now: float) -> None:
 
 def _require_binding(leaf: ReadCertificate, grant: TokenGrant) -> PeerId:
     try:
-        binding = decode(LeafBinding, leaf.own[BINDING_OID])
+        binding = decode(LeafBinding, leaf.own.get(BINDING_OID, b""))
         verify_signature(binding.peer, _BINDING_LABEL, _bound(grant, leaf.public_key), binding.signature)
-    except (KeyError, ProtocolViolation) as error:
+    except ProtocolViolation as error:
         raise BindingInvalid(
             f"no peer vouches for this leaf of token {grant.token_id.hex()}: {error}; "
             "its holder may be posing as another peer"
