@@ -1,0 +1,52 @@
+"""Puts the commands together, and turns errors into a message and an exit code. Called as `shoal`."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+
+import typer
+
+from shoal.node.cli import demo, inference, peer, spec, tokens
+from shoal.node.cli.console import explain, report_bug
+from shoal.protocol.errors import ShoalError
+
+EXIT_CODES = """\
+Exit codes: 0 ok, 2 usage, 10 token refused, 11 nobody answered, 14 hardware too small, 15 run.toml wrong,
+20 disk, 70 internal error, 130 interrupted after a clean drain."""
+
+app = typer.Typer(
+    name="shoal",
+    help="Train one model on many computers that do not trust the network between them.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(spec.init)
+app.command()(spec.plan)
+app.command()(peer.up)
+app.command()(peer.join)
+app.command()(peer.status)
+app.command()(peer.leave)
+app.add_typer(tokens.app, name="token")
+app.command()(inference.generate)
+app.command()(demo.demo)
+
+
+@app.command("version")
+def show_version() -> None:
+    """Print the version."""
+    typer.echo(version("shoal"))
+
+
+def main() -> None:
+    """Run the command line and exit with a code of the table in the help."""
+    try:
+        app()
+    except ShoalError as error:
+        explain(error)
+        sys.exit(error.exit_code)
+    except Exception as error:  # the process's edge: a bug of ours, kept whole for a report
+        report_bug(error)
+        sys.exit(ShoalError.exit_code)

@@ -1,0 +1,232 @@
+"""`shoal up`, `join`, `status`, `leave`: run a peer on this machine, look at it, stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shoal.node.cli.console import note, out, print_json
+from shoal.node.cli.units import rate_bytes_per_s, size_bytes
+from shoal.node.events import Events, json_events, plain_events
+from shoal.node.paths import PeerFolder, control_sockets, data_root
+from shoal.protocol.errors import PeerUnreachable, UsageError
+from shoal.protocol.limits import NAME_CHARACTERS
+
+if TYPE_CHECKING:
+    from shoal.node.daemon import PeerOptions
+
+WATCH_S = 1.0
+
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Folder of keys and runs.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Memory = Annotated[str | None, typer.Option(help="Most memory to use, like 12GiB.", show_default=False)]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
+Upload = Annotated[str | None, typer.Option(help="Your uplink, like 20Mbit.", show_default=False)]
+Name = Annotated[str, typer.Option(help="What others call this peer.", show_default=False)]
+Stage = Annotated[int | None, typer.Option(min=0, help="Serve this stage.", show_default="where needed most")]
+Listen = Annotated[str, typer.Option(help="IP address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")]
+DhtPort = Annotated[int, typer.Option(min=0, max=65535, help="TCP port of the directory.")]
+Announce = Annotated[
+    list[str] | None, typer.Option(help="Host under which others reach you.", show_default=False)
+]
+NoTrain = Annotated[bool, typer.Option("--no-train", help="Take part without a stage.")]
+
+
+def up(
+    path: Annotated[Path, typer.Argument(metavar="RUN.TOML")],
+    listen: Listen = "0.0.0.0",
+    port: Port = 0,
+    dht_port: DhtPort = 0,
+    announce: Announce = None,
+    device: Device = "auto",
+    memory: Memory = None,
+    threads: Threads = None,
+    upload: Upload = None,
+    name: Name = "owner",
+    stage: Stage = None,
+    no_train: NoTrain = False,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a run, or your own peer of it, and print how others join."""
+    from shoal.training import spec_file
+
+    spec = spec_file.load(path)
+    from shoal.node.daemon import run_daemon
+    from shoal.node.owner.home import OwnerHome
+
+    root = data_root(data_dir)
+    home = OwnerHome.of_run(root, spec, time.time())
+    options = _options(
+        device, memory, threads, upload, name, stage, no_train, listen, port, dht_port, announce
+    )
+    with PeerFolder.claim(root) as folder:
+        code = run_daemon(home.own_token(time.time()), folder, options, _events(as_json), home)
+    raise typer.Exit(code)
+
+
+def join(
+    token: Annotated[
+        str, typer.Argument(help="The token, @FILE, or - for standard input.", show_default=False)
+    ],
+    listen: Listen = "0.0.0.0",
+    port: Port = 0,
+    dht_port: DhtPort = 0,
+    announce: Announce = None,
+    device: Device = "auto",
+    memory: Memory = None,
+    threads: Threads = None,
+    upload: Upload = None,
+    name: Name = "",
+    stage: Stage = None,
+    no_train: NoTrain = False,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Join a run with the token its owner gave you."""
+    from shoal.protocol.admission import read_token
+
+    parsed, warning = read_token(token)
+    if warning:
+        note(warning)
+    options_given = (device, memory, threads, upload, name, stage, no_train, listen, port, dht_port, announce)
+    from shoal.node.daemon import run_daemon
+
+    options = _options(*options_given)
+    with PeerFolder.claim(data_root(data_dir)) as folder:
+        code = run_daemon(parsed, folder, options, _events(as_json))
+    raise typer.Exit(code)
+
+
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until Ctrl-C.")] = False,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the peers that run on this machine and the swarm as they see it."""
+    root = data_root(data_dir)
+    if not watch:
+        _show(asyncio.run(_ask_all(root, "status")), as_json)
+        return
+    from rich.live import Live
+
+    from shoal.node.cli.status_view import status_view
+
+    if as_json or not out.is_terminal:
+        while True:
+            _show(asyncio.run(_ask_all(root, "status")), as_json)
+            time.sleep(WATCH_S)
+    with Live(console=out, auto_refresh=False) as live:
+        while True:
+            live.update(status_view(asyncio.run(_ask_all(root, "status"))), refresh=True)
+            time.sleep(WATCH_S)
+
+
+def leave(
+    peer: Annotated[
+        str | None, typer.Argument(help="Name or id of one peer.", show_default="all here")
+    ] = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the peers on this machine to finish what they hold and leave."""
+    root = data_root(data_dir)
+    left = asyncio.run(_leave(root, peer))
+    if as_json:
+        print_json({"leaving": left})
+    else:
+        note(f"asked to leave: {', '.join(left)}")
+
+
+async def _leave(root: Path, wanted: str | None) -> list[str]:
+    from shoal.node.control import ask
+
+    left = []
+    for path, found in await _daemons(root, "status"):
+        if wanted is None or wanted in (found["name"], found["peer"]):
+            await ask(path, "leave")
+            left.append(str(found["name"]))
+    if not left:
+        raise UsageError(f"no peer called {wanted!r} runs from {root}\nsee them with: shoal status")
+    return left
+
+
+async def _ask_all(root: Path, do: str) -> list[dict[str, Any]]:
+    return [found for _, found in await _daemons(root, do)]
+
+
+async def _daemons(root: Path, do: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Each daemon's socket and answer. Raises PeerUnreachable when none answers."""
+    from shoal.node.control import ask
+
+    found = []
+    for path in control_sockets(root):
+        try:
+            found.append((path, await ask(path, do)))
+        except PeerUnreachable:
+            continue  # a daemon that was killed left its socket
+    if not found:
+        raise PeerUnreachable(
+            f"no peer runs from {root}\nstart one with: shoal join TOKEN, or shoal up run.toml"
+        )
+    return found
+
+
+def _show(statuses: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        for found in statuses:
+            print_json(found)
+        return
+    from shoal.node.cli.status_view import status_view
+
+    out.print(status_view(statuses))
+
+
+def _options(
+    device: str,
+    memory: str | None,
+    threads: int | None,
+    upload: str | None,
+    name: str,
+    stage: int | None,
+    no_train: bool,
+    listen: str,
+    port: int,
+    dht_port: int,
+    announce: list[str] | None,
+) -> PeerOptions:
+    memory_bytes = None if memory is None else size_bytes(memory)
+    upload_bytes_per_s = None if upload is None else rate_bytes_per_s(upload)
+    if len(name) > NAME_CHARACTERS or not name.isprintable():
+        raise UsageError(f"--name takes at most {NAME_CHARACTERS} printable characters")
+    from shoal.node.daemon import PeerOptions
+    from shoal.node.presence import Listening
+
+    listening = Listening(host=listen, port=port, dht_port=dht_port, announce=tuple(announce or ()))
+    return PeerOptions(
+        device=device,
+        memory_bytes=memory_bytes,
+        threads=threads,
+        upload_bytes_per_s=upload_bytes_per_s,
+        name=name,
+        stage=stage,
+        train=not no_train,
+        listening=listening,
+    )
+
+
+def _events(as_json: bool) -> Events:
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
+    )
+    return json_events(sys.stdout) if as_json else plain_events(sys.stdout)

@@ -1,0 +1,54 @@
+"""A peer's status as tables for people. Called by `shoal status`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from shoal.node.status import verdict
+
+
+def status_view(statuses: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """All daemons of this machine, then the swarm as the first of them sees it."""
+    return Group(*(_own(status) for status in statuses), _swarm(statuses[0]))
+
+
+def _own(status: Mapping[str, Any]) -> RenderableType:
+    training = status["training"]
+    stage = "no stage" if status["stage"] is None else f"stage {status['stage']} of {status['stage_count']}"
+    head = Text.assemble((status["name"], "bold"), f"  {status['state']}, {stage}, run {status['run_name']}")
+    table = Table.grid(padding=(0, 2))
+    table.add_row("device", escape(status["device"] or "-"))
+    table.add_row("address", escape(f"{', '.join(status['addresses'])}: {status['reachable']}"))
+    if training:
+        loss = training.get("held_out_loss") or training.get("loss")
+        table.add_row("training", f"round {training['height']}, {training['inner_steps']} steps, "
+                      f"{training['tokens']:,} tokens, {training['tokens_per_s']:,.0f} tok/s"
+                      + (f", loss {loss:.3f}" if loss else ""))  # fmt: skip
+    loop = status["loop"]
+    table.add_row("loop", f"lag p99 {loop['lag_p99_ms']:.1f} ms, longest callback "
+                  f"{loop['callback_worst_ms']:.1f} ms CPU ({escape(loop['callback_worst'])})")  # fmt: skip
+    return Group(head, table)
+
+
+def _swarm(status: Mapping[str, Any]) -> RenderableType:
+    table = Table(
+        "peer", "stage", "state", "tok/s", "rtt", "round", title=verdict(tuple(status["stage_replicas"]))
+    )
+    for peer in status["peers"]:
+        state = peer["state"] if peer["liveness"] == "alive" else f"{peer['liveness']}: {peer['reason']}"
+        rtt = "-" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.1f} ms"
+        table.add_row(
+            escape(peer["name"]),
+            ", ".join(map(str, peer["stages"])) or "-",
+            escape(state),
+            f"{peer['tokens_per_s']:,.0f}",
+            rtt,
+            "-" if peer["height"] is None else str(peer["height"]),
+        )
+    return table

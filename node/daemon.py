@@ -1,0 +1,374 @@
+"""One peer: joins, takes a stage, trains until it is told to leave, and tells what it does on the way.
+
+`shoal up` and `shoal join` run it through `run_daemon`. It composes; the deciding is done elsewhere: which
+stage (`training.placement`), who is alive (`dht.members`), what to compute (`training.trainer`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from shoal.dht.beats import Beat
+from shoal.dht.members import Event
+from shoal.node.control import serve_control
+from shoal.node.events import Events
+from shoal.node.hardware import Device, check_memory, choose_device
+from shoal.node.loop import LoopMeter, new_loop
+from shoal.node.owner.home import OwnerHome
+from shoal.node.paths import PeerFolder, run_folder
+from shoal.node.presence import Listening, Presence, present
+from shoal.node.reachability import Reach, find_reach
+from shoal.node.status import Status, stage_replicas, swarm_table, verdict
+from shoal.node.trainee import Trainee
+from shoal.protocol.admission import JoinToken
+from shoal.protocol.errors import NetworkError, ShoalError, TokenRevoked
+from shoal.protocol.identity import PeerKey
+from shoal.training.placement import place
+from shoal.training.plan import make_plan
+from shoal.training.spec import RunSpec
+
+DRAIN_S = 20.0
+ALL_THREADS: int | None = None
+_MEET_S = 1.0  # a new peer looks around this long before it chooses a stage ...
+_SETTLE_S = 0.6  # ... and once more after each change, since others may be choosing at the same time
+_SETTLE_LOOKS = 6
+_ADDRESSES_EVERY_S = 30.0
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerOptions:
+    """What a volunteer may say about their machine."""
+
+    device: str = "auto"
+    memory_bytes: int | None = None
+    threads: int | None = ALL_THREADS
+    upload_bytes_per_s: float | None = None
+    name: str = ""
+    stage: int | None = None  # None: where the swarm needs it most
+    train: bool = True
+    listening: Listening = field(default_factory=Listening)
+
+
+def run_daemon(
+    token: JoinToken,
+    folder: PeerFolder,
+    options: PeerOptions,
+    events: Events,
+    owner: OwnerHome | None = None,
+) -> int:
+    """Run a peer to its end; the exit code. Raises the ShoalError that ended it."""
+    meter = LoopMeter()
+    daemon = Daemon(token, folder, options, events, meter, owner)
+    with asyncio.Runner(loop_factory=lambda: new_loop(meter)) as runner:
+        try:
+            return runner.run(daemon.run())
+        except BaseExceptionGroup as group:
+            raise _cause(group) from group
+
+
+class Daemon:
+    """See the module. One use."""
+
+    def __init__(
+        self,
+        token: JoinToken,
+        folder: PeerFolder,
+        options: PeerOptions,
+        events: Events,
+        meter: LoopMeter,
+        owner: OwnerHome | None,
+    ) -> None:
+        self._token = token
+        self._folder = run_folder(folder.path, token.run_id)
+        self._identity_path = folder.identity_path
+        self._options = options
+        self._events = events
+        self._meter = meter
+        self._owner = owner
+        self._stop = asyncio.Event()
+        self._stop_reason = ""
+        self._exit_code = 0
+        self._started_s = time.monotonic()
+        self._presence: Presence | None = None
+        self._device: Device | None = None
+        self._trainee: Trainee | None = None
+        self._reach = Reach("not tested yet", None)
+
+    async def run(self) -> int:
+        """Until it is told to stop; returns the exit code."""
+        self._install_signals()
+        options, owner = self._options, self._owner
+        key = await asyncio.to_thread(PeerKey.load_or_create, self._identity_path)
+        actions = {
+            "status": self._answer_status,
+            "leave": self._answer_leave,
+            "ledger": self._answer_ledger,
+            "reload_revocations": self._answer_reload,
+        }
+        self._events("starting", {"peer": key.peer, "pid": os.getpid(), "data_dir": str(self._folder)})
+        async with (
+            present(
+                self._token,
+                key,
+                self._folder,
+                options.listening,
+                name=options.name,
+                revocations_path=owner.key.revocations_path if owner else None,
+                alone_is_fine=owner is not None,
+            ) as presence,
+            serve_control(self._folder / "control.sock", actions),
+        ):
+            self._presence = presence
+            if owner is not None:
+                presence.spec = owner.spec
+            presence.members.on_event(self._member_changed)
+            presence.make_beat = self._beat
+            await self._live(presence)
+            await presence.members.leave(self._stop_reason or "left")
+        self._events("left", self._farewell())
+        return self._exit_code
+
+    async def _live(self, presence: Presence) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(presence.keep_leaf_fresh(), name="renew leaf"),
+                tasks.create_task(self._meter.watch_lag(), name="watch lag"),
+                tasks.create_task(self._leave_when_revoked(presence), name="watch revocations"),
+            ]
+            if self._owner is not None:
+                background.append(tasks.create_task(self._keep_addresses(presence, self._owner)))
+            work = tasks.create_task(self._work(presence), name="work")
+            stop = tasks.create_task(self._stop.wait(), name="wait for stop")
+            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                await self._drain(presence)
+            for task in (work, stop, *background):
+                task.cancel()
+
+    async def _work(self, presence: Presence) -> None:
+        """Learn the run, take a stage, train."""
+        signed = presence.spec or await presence.learn_spec(self._folder)
+        spec = signed.spec
+        if not self._options.train:
+            presence.announce("observing", ())
+            self._events("observing", {"text": f"watching run {spec.run.name}; this peer does not train"})
+            await asyncio.Event().wait()
+        self._device = device = await asyncio.to_thread(
+            choose_device, self._options.device, self._options.memory_bytes, self._options.threads
+        )
+        presence.device = device.title
+        stage = await self._take_stage(presence, spec)
+        others = [
+            member.peer for member in presence.members.view().here() if member.peer != presence.transport.me
+        ]
+        self._reach = await find_reach(presence.transport, others, presence.rng)
+        planned = make_plan(spec).stages[stage]
+        check_memory(device, planned)
+        self._tell_plan(presence, spec, stage)
+        trainee = Trainee(presence, spec, stage, device, self._folder, self._events)
+        async with trainee:
+            self._trainee = trainee
+            await trainee.recover()
+            presence.announce("online", (stage,))
+            self._events("online", {"stage": stage, "text": f"online at stage {stage}", **trainee.heads()})
+            await trainee.run()
+
+    async def _take_stage(self, presence: Presence, spec: RunSpec) -> int:
+        """Choose, announce, and look again until the choice holds (`placement` says why)."""
+        if self._options.stage is not None:
+            presence.announce("joining", (self._options.stage,))
+            return self._options.stage
+        view = presence.members.view
+        if self._token.bootstrap:
+            await asyncio.sleep(_MEET_S)
+        stage = place(view(), presence.transport.me, spec.stages.count)
+        presence.announce("joining", (stage,))
+        for _ in range(_SETTLE_LOOKS if self._token.bootstrap else 0):
+            await asyncio.sleep(_SETTLE_S)
+            again = place(view(), presence.transport.me, spec.stages.count)
+            if again == stage:
+                break
+            stage = again
+            presence.announce("joining", (stage,))
+        return stage
+
+    async def _drain(self, presence: Presence) -> None:
+        self._events("draining", {"text": f"leaving ({self._stop_reason}): finishing what is held"})
+        presence.announce("draining", presence.stages)
+        if self._trainee is not None:
+            await self._trainee.drain(DRAIN_S)
+
+    async def _leave_when_revoked(self, presence: Presence) -> None:
+        """Raises TokenRevoked once the owner's list names this peer."""
+        book, changed = presence.membership.revocations, asyncio.Event()
+        book.changed.append(changed.set)
+        while not book.is_revoked(presence.membership.me):
+            changed.clear()
+            await changed.wait()
+        raise TokenRevoked(
+            f"the run's owner has shut this peer out (revocation list {book.version} names "
+            f"token {self._token.token_id} or this peer)\nonly a new token from the owner helps"
+        )
+
+    async def _keep_addresses(self, presence: Presence, owner: OwnerHome) -> None:
+        """Keep what new tokens carry up to date, and hand the first invitation out."""
+        known: tuple[str, ...] = ()
+        while True:
+            found = presence.directory.bootstrap_addresses()
+            if found and found != known:
+                await asyncio.to_thread(owner.keep_addresses, found)
+                if not known:
+                    await self._invite(owner)
+                known = found
+            await asyncio.sleep(_ADDRESSES_EVERY_S if known else 0.2)
+
+    async def _invite(self, owner: OwnerHome) -> None:
+        path, text = await asyncio.to_thread(owner.invitation, time.time())
+        self._events(
+            "invitation",
+            {
+                "token_file": str(path),
+                "text": f"to join from another terminal or machine:\n\n  shoal join {text}\n\n"
+                f"(the same token is in {path}; one volunteer, one token: shoal token create)",
+            },
+        )
+
+    # --- telling
+
+    def _beat(self) -> Beat:
+        return self._trainee.beat() if self._trainee is not None else Beat()
+
+    def _tell_plan(self, presence: Presence, spec: RunSpec, stage: int) -> None:
+        """One screen before work."""
+        planned = make_plan(spec).stages[stage]
+        view = presence.members.view()
+        others = sum(member.peer != presence.transport.me for member in view.group(stage))
+        device = self._device
+        assert device is not None
+        layers = planned.layers
+        text = "\n".join(
+            (
+                f"run {spec.run.name} ({presence.token.run_id.hex()[:8]}), you are {presence.name}",
+                f"  device    {device.title}",
+                f"  stage     {stage} of {spec.stages.count}: layers {layers.start}-{layers.stop - 1} of "
+                f"{spec.model.layers}, {planned.parameters:,} parameters; "
+                f"{others or 'no'} other {'peer shares' if others == 1 else 'peers share'} it",
+                f"  memory    {planned.memory.total >> 20:,} MiB of {device.memory_bytes >> 20:,} MiB",
+                f"  address   {', '.join(presence.addresses)}: {self._reach.text}",
+                f"  status    {verdict(stage_replicas(view, spec.stages.count))}",
+            )
+        )
+        fields = {
+            "peer": presence.transport.me,
+            "stage": stage,
+            "stages": spec.stages.count,
+            "layers": [layers.start, layers.stop],
+            "device": device.title,
+            "memory_bytes": planned.memory.total,
+            "reachable": self._reach.reachable,
+        }
+        self._events("plan", {**fields, "text": text})
+
+    def _member_changed(self, event: Event) -> None:
+        presence = self._presence
+        member = presence.members.view().get(event.peer) if presence else None
+        fields: dict[str, object] = {"peer": event.peer, "reason": event.reason}
+        if member is not None:
+            fields |= {"name": member.name, "stage": member.stages[0] if member.stages else None}
+        self._events(f"peer_{event.kind}", fields)
+
+    def _farewell(self) -> dict[str, object]:
+        done = self._trainee.status() if self._trainee is not None else {}
+        steps, tokens = done.get("inner_steps", 0), done.get("tokens", 0)
+        uptime_s = time.monotonic() - self._started_s
+        text = f"left after {uptime_s / 60:.1f} min: {steps} steps, {tokens} tokens contributed. Thank you."
+        return {"reason": self._stop_reason, "uptime_s": uptime_s, "training": done, "text": text}
+
+    def status(self) -> Status:
+        """Everything this peer knows, for the control socket."""
+        presence, trainee = self._presence, self._trainee
+        if presence is None:
+            raise NetworkError("this peer is still starting\ntry again in a moment")
+        membership, view = presence.membership, presence.members.view()
+        spec = presence.spec.spec if presence.spec else None
+        return Status(
+            version=version("shoal"),
+            pid=os.getpid(),
+            run_name=spec.run.name if spec else "",
+            run_id=presence.token.run_id.hex(),
+            peer=presence.transport.me,
+            name=presence.name,
+            roles=tuple(sorted(membership.me.roles)),
+            state=presence.state,
+            stage=trainee.stage if trainee else None,
+            stage_count=spec.stages.count if spec else 0,
+            layers=trainee.layers if trainee else None,
+            device=self._device.title if self._device else "",
+            memory_bytes=self._device.memory_bytes if self._device else 0,
+            addresses=presence.addresses,
+            bootstrap=presence.directory.bootstrap_addresses(),
+            reachable=self._reach.text,
+            uptime_s=round(time.monotonic() - self._started_s, 1),
+            token_id=presence.token.token_id,
+            token_until=membership.token.not_after,
+            leaf_until=membership.me.not_after,
+            revocation_version=membership.revocations.version,
+            data_dir=str(self._folder),
+            stage_replicas=stage_replicas(view, spec.stages.count) if spec else (),
+            peers=swarm_table(view),
+            loop=self._meter.health(),
+            training=trainee.status() if trainee else {},
+        )
+
+    # --- the control socket
+
+    async def _answer_status(self, request: Mapping[str, Any]) -> object:
+        return self.status().to_json()
+
+    async def _answer_leave(self, request: Mapping[str, Any]) -> object:
+        self._ask_to_stop("shoal leave", 0)
+        return {"leaving": True}
+
+    async def _answer_ledger(self, request: Mapping[str, Any]) -> object:
+        return self._trainee.ledger() if self._trainee is not None else {}
+
+    async def _answer_reload(self, request: Mapping[str, Any]) -> object:
+        presence = self._presence
+        return presence is not None and presence.membership.revocations.reload()
+
+    # --- stopping
+
+    def _install_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._ask_to_stop, "Ctrl-C", _INTERRUPTED)
+        loop.add_signal_handler(signal.SIGTERM, self._ask_to_stop, "told to terminate", 0)
+
+    def _ask_to_stop(self, reason: str, exit_code: int) -> None:
+        """The first time drain; the second time go at once."""
+        if self._stop.is_set() and exit_code == _INTERRUPTED:
+            os._exit(_INTERRUPTED)
+        self._stop_reason, self._exit_code = reason, exit_code
+        self._stop.set()
+
+
+def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error to show: the first of ours, else the first of all."""
+    mine, others = group.split(ShoalError)
+    found: BaseException = mine or others or group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
+def socket_of(folder: Path) -> Path:
+    """The control socket in a peer's folder of a run."""
+    return folder / "control.sock"

@@ -1,0 +1,90 @@
+"""What a peer tells the person in front of it: one call, `events(kind, fields)`, and two ways to show it.
+
+With `--json` every event is one line with stable keys (`event`, `at` and the fields). Otherwise people get
+sentences: changes of state in words, one line a round, nothing in between. Writing is guarded
+by a lock, since the compute lane reports from its own thread.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+Fields = Mapping[str, object]
+Events = Callable[[str, Fields], None]
+
+_MIB = 1 << 20
+
+
+def json_events(stream: TextIO, clock: Callable[[], float] = time.time) -> Events:
+    """Events as JSON lines."""
+    lock = threading.Lock()
+
+    def emit(kind: str, fields: Fields) -> None:
+        line = json.dumps({"event": kind, "at": round(clock(), 3), **fields}, default=str)
+        with lock:
+            stream.write(line + "\n")
+            stream.flush()
+
+    return emit
+
+
+def plain_events(stream: TextIO) -> Events:
+    """Events as sentences; those without one stay silent."""
+    lock = threading.Lock()
+
+    def emit(kind: str, fields: Fields) -> None:
+        text = sentence(kind, fields)
+        if text is None:
+            return
+        with lock:
+            stream.write(text + "\n")
+            stream.flush()
+
+    return emit
+
+
+def sentence(kind: str, fields: Fields) -> str | None:
+    """An event in words, None for those that only programs want."""
+    known = _SENTENCES.get(kind)
+    if known is not None:
+        return known(fields)
+    text = fields.get("text")
+    return str(text) if text is not None else None
+
+
+def _round(fields: Fields) -> str:
+    loss = fields.get("loss")
+    parts = [f"round {fields.get('height', '?')}"]
+    if "inner_step" in fields:
+        parts.append(f"step {fields['inner_step']}")
+    if isinstance(loss, float):
+        parts.append(f"loss {loss:.3f}")
+    if isinstance(speed := fields.get("tokens_per_s"), int | float):
+        parts.append(f"{speed:,.0f} tok/s")
+    up, down = fields.get("up_bytes"), fields.get("down_bytes")
+    if isinstance(up, int | float) and isinstance(down, int | float):
+        parts.append(f"up {up / _MIB:.1f} MB, down {down / _MIB:.1f} MB")
+    return "  ".join(parts)
+
+
+def _peer(verb: str) -> Callable[[Fields], str]:
+    def tell(fields: Fields) -> str:
+        stage = fields.get("stage")
+        where = f" (stage {stage})" if stage is not None else ""
+        why = f": {fields['reason']}" if fields.get("reason") else ""
+        return f"peer {fields.get('name') or fields.get('peer')}{where} {verb}{why}"
+
+    return tell
+
+
+_SENTENCES: dict[str, Callable[[Fields], str | None]] = {
+    "round": _round,
+    "peer_joined": _peer("joined"),
+    "peer_left": _peer("left"),
+    "peer_suspect": _peer("is slow to answer"),
+    "peer_gone": _peer("is gone"),
+}

@@ -1,0 +1,68 @@
+"""The device a peer trains on: chosen, named and measured before work. Called by the daemon at start."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from shoal.protocol.errors import HardwareTooSmall, UsageError
+from shoal.training.plan import StagePlan
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A torch device, how people call it, and how much of its memory this peer may use."""
+
+    torch_name: str
+    title: str
+    memory_bytes: int
+
+
+def choose_device(wanted: str, memory_bytes: int | None, threads: int | None) -> Device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`. Sets torch's thread count. Raises UsageError or HardwareTooSmall."""
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0))))
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise UsageError(f"{wanted!r} is not a device\nuse auto, cpu, cuda or cuda:N") from error
+    match device.type:
+        case "cpu":
+            found = Device("cpu", _processor_name(), psutil.virtual_memory().available)
+        case "cuda":
+            found = _cuda(device)
+        case kind:
+            raise UsageError(f"{kind} devices are not supported\nuse auto, cpu, cuda or cuda:N")
+    return Device(found.torch_name, found.title, min(found.memory_bytes, memory_bytes or found.memory_bytes))
+
+
+def check_memory(device: Device, stage: StagePlan) -> None:
+    """Raises HardwareTooSmall unless the stage fits."""
+    needed = stage.memory.total
+    if needed > device.memory_bytes:
+        raise HardwareTooSmall(
+            f"stage {stage.stage} needs {needed / _MIB:,.0f} MiB, {device.title} has "
+            f"{device.memory_bytes / _MIB:,.0f} MiB for it\nuse a larger machine, raise --memory, "
+            "or ask the owner for a run with more stages"
+        )
+
+
+def _cuda(device: torch.device) -> Device:
+    index = device.index or 0
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise HardwareTooSmall(f"there is no {device}; torch finds {count} CUDA devices\ntry --device cpu")
+    free_bytes, _ = torch.cuda.mem_get_info(index)
+    return Device(f"cuda:{index}", torch.cuda.get_device_name(index), free_bytes)
+
+
+def _processor_name() -> str:
+    cores = len(os.sched_getaffinity(0))
+    return f"{platform.processor() or platform.machine()} CPU, {cores} {'core' if cores == 1 else 'cores'}"

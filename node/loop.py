@@ -1,0 +1,154 @@
+"""The event loop of a daemon, and what it measures about itself. Made by the daemon; shown in its status.
+
+Two figures, because they have different causes. *Lag*: how late the loop wakes on the wall clock;
+it grows when this machine is busy with anything. *Callback time*: CPU time of the loop's thread
+inside one callback; it grows only when code on the loop works too long, which is a bug above 50 ms.
+
+The loop class wraps every callback that is scheduled through it: task steps, timers, done callbacks, readers.
+The wrapper reads the thread clock twice, about half a microsecond, and uvloop has no hook of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+TICK_S = 0.1
+WINDOW_TICKS = 600  # a minute of lag samples
+LIMIT_S = 0.05  # design section 4
+CULPRITS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopHealth:
+    """What the loop did since it started; lag over the last minute, and the worst since the start."""
+
+    lag_p50_ms: float = 0.0
+    lag_p99_ms: float = 0.0
+    lag_worst_ms: float = 0.0
+    callback_worst_ms: float = 0.0
+    callback_worst: str = ""
+    callbacks: int = 0
+    callbacks_over_limit: int = 0
+    culprits: tuple[tuple[str, float], ...] = ()  # name and ms of the longest callbacks
+
+
+class LoopMeter:
+    """Collects callback times and lag. One per loop."""
+
+    def __init__(self) -> None:
+        self._worst: dict[str, float] = {}
+        self._callbacks = 0
+        self._over_limit = 0
+        self._least_kept_s = 0.001
+        self._lags: deque[float] = deque(maxlen=WINDOW_TICKS)
+        self._worst_lag_s = 0.0
+
+    def timed(self, callback: Callable[..., object]) -> Callable[..., object]:
+        """`callback`, measured."""
+        clock = time.thread_time
+
+        def run(*args: object) -> object:
+            started = clock()
+            try:
+                return callback(*args)
+            finally:
+                spent_s = clock() - started
+                self._callbacks += 1
+                if spent_s > self._least_kept_s:
+                    self._keep(callback, spent_s)
+
+        return run
+
+    def _keep(self, callback: Callable[..., object], spent_s: float) -> None:
+        self._over_limit += spent_s > LIMIT_S
+        name = _name(callback)
+        self._worst[name] = max(self._worst.get(name, 0.0), spent_s)
+        if len(self._worst) > CULPRITS:
+            least = min(self._worst, key=self._worst.__getitem__)
+            self._least_kept_s = max(self._least_kept_s, self._worst.pop(least))
+
+    async def watch_lag(self) -> None:
+        """Measure the lag until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + TICK_S
+            await asyncio.sleep(TICK_S)
+            lag_s = max(0.0, loop.time() - due)
+            self._lags.append(lag_s)
+            self._worst_lag_s = max(self._worst_lag_s, lag_s)
+
+    def health(self) -> LoopHealth:
+        lags = sorted(self._lags)
+        culprits = sorted(self._worst.items(), key=lambda item: -item[1])
+        name, worst_s = culprits[0] if culprits else ("", 0.0)
+        return LoopHealth(
+            lag_p50_ms=_ms(_quantile(lags, 0.5)),
+            lag_p99_ms=_ms(_quantile(lags, 0.99)),
+            lag_worst_ms=_ms(self._worst_lag_s),
+            callback_worst_ms=_ms(worst_s),
+            callback_worst=name,
+            callbacks=self._callbacks,
+            callbacks_over_limit=self._over_limit,
+            culprits=tuple((name, _ms(spent_s)) for name, spent_s in culprits),
+        )
+
+
+def new_loop(meter: LoopMeter) -> asyncio.AbstractEventLoop:
+    """A measured loop: uvloop's where it is installed, asyncio's otherwise."""
+    base: type[Any]
+    try:
+        import uvloop
+
+        base = uvloop.Loop
+    except ImportError:
+        base = asyncio.SelectorEventLoop
+
+    class MeasuredLoop(base):
+        """Times every callback scheduled through the public methods."""
+
+        def call_soon(self, callback: Callable[..., object], *args: object, context: Any = None) -> Any:
+            return super().call_soon(meter.timed(callback), *args, context=context)
+
+        def call_soon_threadsafe(
+            self, callback: Callable[..., object], *args: object, context: Any = None
+        ) -> Any:
+            return super().call_soon_threadsafe(meter.timed(callback), *args, context=context)
+
+        def call_later(
+            self, delay: float, callback: Callable[..., object], *args: object, context: Any = None
+        ) -> Any:
+            return super().call_later(delay, meter.timed(callback), *args, context=context)
+
+        def call_at(
+            self, when: float, callback: Callable[..., object], *args: object, context: Any = None
+        ) -> Any:
+            return super().call_at(when, meter.timed(callback), *args, context=context)
+
+        def add_reader(self, fd: Any, callback: Callable[..., object], *args: object) -> Any:
+            return super().add_reader(fd, meter.timed(callback), *args)
+
+    loop: asyncio.AbstractEventLoop = MeasuredLoop()
+    return loop
+
+
+def _name(callback: Callable[..., object]) -> str:
+    """A task step by its coroutine, anything else by its qualified name."""
+    owner = getattr(callback, "__self__", None)
+    if isinstance(owner, asyncio.Task):
+        coroutine = owner.get_coro()
+        return str(getattr(coroutine, "__qualname__", coroutine))
+    return str(getattr(callback, "__qualname__", None) or type(callback).__name__)
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, math.floor(share * len(ordered)))] if ordered else 0.0
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)

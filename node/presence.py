@@ -1,0 +1,194 @@
+"""A peer's presence in a swarm: identity, transport, directory and members, started and stopped as one.
+
+The daemon trains on top of it, the inference client asks through it. It knows nothing of models; it
+does serve the run's spec and revocations to joiners, since every peer must.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from shoal.dht.beats import Beat
+from shoal.dht.directory import PeerRecord
+from shoal.dht.hivemind_directory import DirectorySettings, HivemindDirectory
+from shoal.dht.members import Members
+from shoal.dht.records import RecordBook
+from shoal.node.network import announced_addresses, announced_routes
+from shoal.node.reachability import serve_dial_back
+from shoal.node.signed_spec import SignedSpec, fetch_spec, serve_spec
+from shoal.protocol import limits
+from shoal.protocol.admission import JoinToken, Membership
+from shoal.protocol.contacts import ContactBook
+from shoal.protocol.errors import AccessError, BootstrapFailed, NetworkError, ShoalError
+from shoal.protocol.grpc_transport import GrpcTransport
+from shoal.protocol.identity import PeerKey
+from shoal.protocol.revocation import RevocationBook
+
+_FIRST_PEER_S = 15.0
+_SPEC_S = 10.0
+_RENEWAL_CHECK_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listening:
+    """Where a peer listens and what it tells others. Port 0: any free one."""
+
+    host: str = "0.0.0.0"  # other machines are the point; every connection needs a certificate of the run
+    port: int = 0
+    dht_port: int = 0
+    announce: tuple[str, ...] = ()  # hosts under which others reach this machine
+
+
+@dataclass
+class Presence:
+    """One live peer below training. Made by `present`."""
+
+    token: JoinToken
+    key: PeerKey
+    membership: Membership
+    contacts: ContactBook
+    transport: GrpcTransport
+    directory: HivemindDirectory
+    listening: Listening
+    name: str
+    rng: random.Random
+    make_beat: Callable[[], Beat] = Beat
+    state: str = "joining"
+    stages: tuple[int, ...] = ()
+    device: str = ""
+    spec: SignedSpec | None = None
+    incarnation: int = field(default_factory=time.time_ns)
+    members: Members = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.members = Members(
+            transport=self.transport,
+            directory=self.directory,
+            membership=self.membership,
+            contacts=self.contacts,
+            record_book=RecordBook(self.membership),
+            make_record=self._record,
+            make_beat=lambda: self.make_beat(),
+            clock=time.time,
+            rng=random.Random(self.rng.getrandbits(64)),
+        )
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """ "host:port" of the transport, as others are told."""
+        return announced_addresses(self.listening.host, self.transport.port, self.listening.announce)
+
+    def announce(self, state: str, stages: tuple[int, ...]) -> None:
+        """Tell everybody what this peer does from now on."""
+        self.state, self.stages = state, stages
+        self.members.changed_now()
+
+    async def learn_spec(self, folder: Path) -> SignedSpec:
+        """The run's spec, from disk or from whoever answers first; kept on disk.
+
+        Raises NetworkError when nobody is there or nobody gives it, AccessError when this peer is refused.
+        """
+        kept = await asyncio.to_thread(SignedSpec.load, folder)
+        if kept is not None:
+            self.spec = kept
+            return kept
+        view = await self.members.wait_for(lambda view: len(view.here()) > 1, _FIRST_PEER_S)
+        reasons: list[str] = []
+        for member in view.here():
+            if member.peer == self.transport.me:
+                continue
+            try:
+                async with asyncio.timeout(_SPEC_S):
+                    self.spec = await fetch_spec(self.transport, member.peer, self.membership)
+            except AccessError:
+                raise  # this peer is not wanted: nobody else will say otherwise
+            except (ShoalError, TimeoutError) as error:
+                reasons.append(f"{member.name or member.peer}: {error or f'no answer in {_SPEC_S:g} s'}")
+                continue
+            await asyncio.to_thread(self.spec.save, folder)
+            return self.spec
+        raise NetworkError("nobody gave the run's spec\n" + "\n".join(reasons))
+
+    async def keep_leaf_fresh(self) -> None:
+        """Renew the leaf certificate at two thirds of its life, until cancelled. Raises TokenExpired."""
+        while True:
+            await asyncio.sleep(_RENEWAL_CHECK_S)
+            if self.membership.renew_due():
+                self.membership.renew()
+
+    def _record(self) -> PeerRecord:
+        return PeerRecord(
+            peer=self.transport.me,
+            incarnation=self.incarnation,
+            sequence=0,  # filled in by Members, as is the time
+            issued_unix_s=0.0,
+            ttl_s=limits.RECORD_TTL_S,
+            state=self.state,
+            stages=self.stages,
+            name=self.name,
+            addresses=self.addresses,
+            chain=self.membership.chain,
+            device=self.device,
+            tokens_per_s=0.0,
+            version=version("shoal"),
+        )
+
+
+@contextlib.asynccontextmanager
+async def present(
+    token: JoinToken,
+    key: PeerKey,
+    folder: Path,
+    listening: Listening,
+    *,
+    name: str = "",
+    revocations_path: Path | None = None,
+    more_bootstrap: tuple[str, ...] = (),
+    alone_is_fine: bool = False,
+) -> AsyncIterator[Presence]:
+    """Join the swarm of `token`; leave it when the context ends.
+
+    `revocations_path`: where the list is kept, if not in `folder`. `alone_is_fine`: nobody answering is
+    no error (the owner starts first). Raises AccessError, BootstrapFailed, TransportLost.
+    """
+    book = RevocationBook(token.run_id, token.root_der, revocations_path or folder / "revocations")
+    membership = Membership(token, key, time.time, book)
+    contacts = ContactBook()
+    transport = GrpcTransport(membership, contacts, listening.host, listening.port)
+    settings = DirectorySettings(
+        state_dir=folder / "dht",
+        host=listening.host,
+        port=listening.dht_port,
+        announce=announced_routes(listening.announce, listening.dht_port),
+        bootstrap=tuple(dict.fromkeys((*token.bootstrap, *more_bootstrap))),
+    )
+    rng = random.SystemRandom()
+    directory = HivemindDirectory(key, membership, settings, rng=rng)
+    presence = Presence(
+        token, key, membership, contacts, transport, directory, listening, name or default_name(key), rng
+    )
+    serve_spec(transport, lambda: presence.spec, membership)
+    serve_dial_back(transport)
+    async with contextlib.AsyncExitStack() as stack:
+        await transport.start()
+        stack.push_async_callback(transport.close)
+        stack.push_async_callback(directory.close)
+        try:
+            await directory.start()
+        except BootstrapFailed:
+            if not alone_is_fine:
+                raise
+        await stack.enter_async_context(presence.members)
+        yield presence
+
+
+def default_name(key: PeerKey) -> str:
+    """A short readable name for a peer nobody named: the end of its id."""
+    return f"peer-{key.peer[-6:]}"

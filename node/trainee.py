@@ -1,0 +1,115 @@
+"""The daemon's hold on its Trainer: makes what a trainer needs on a real machine, and closes it again.
+
+A compute lane for the device, a small pool for work that must not run on the loop, and the data
+stream where this peer is a driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Self, TypeVar
+
+from shoal.dht.beats import Beat
+from shoal.node.events import Events
+from shoal.node.hardware import Device
+from shoal.node.presence import Presence
+from shoal.training.feed import Feed
+from shoal.training.lane import ThreadLane
+from shoal.training.spec import RunSpec
+from shoal.training.trainer import Trainer
+
+_OFFLOAD_THREADS = 2  # codecs and hashing beside the lane; more would only contend with it
+T = TypeVar("T")
+
+
+class Trainee:
+    """One Trainer and what it stands on. Use as `async with`."""
+
+    def __init__(
+        self, presence: Presence, spec: RunSpec, stage: int, device: Device, folder: Path, events: Events
+    ) -> None:
+        self.stage = stage
+        self._presence = presence
+        self._spec = spec
+        self._device = device
+        self._folder = folder
+        self._events = events
+        self._pool = ThreadPoolExecutor(_OFFLOAD_THREADS, thread_name_prefix="offload")
+        self._trainer: Trainer | None = None
+
+    async def __aenter__(self) -> Self:
+        self._lane = ThreadLane()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._lane.close()
+        await asyncio.to_thread(self._pool.shutdown, True, cancel_futures=True)
+
+    async def recover(self) -> None:
+        """Bring the stage to its group's state; afterwards it serves."""
+        presence = self._presence
+        trainer = Trainer(
+            self._spec,
+            self.stage,
+            transport=presence.transport,
+            members=presence.members,
+            lane=self._lane,
+            offload=self._offload,
+            feed=await self._feed() if self.stage == 0 else None,
+            me=presence.transport.me,
+            incarnation=presence.incarnation,
+            event=self._events,
+            rng=random.Random(presence.rng.getrandbits(64)),
+            device=self._device.torch_name,
+            data_dir=self._folder,
+        )
+        await trainer.recover()
+        self._trainer = trainer
+
+    async def run(self) -> None:
+        """Train until cancelled."""
+        assert self._trainer is not None
+        await self._trainer.run()
+
+    async def drain(self, deadline_s: float) -> None:
+        if self._trainer is not None:
+            await self._trainer.drain(deadline_s)
+
+    @property
+    def layers(self) -> tuple[int, int] | None:
+        if self._trainer is None:
+            return None
+        start, stop = self._trainer.layers.start, self._trainer.layers.stop
+        return start, stop - 1
+
+    def beat(self) -> Beat:
+        if self._trainer is None:
+            return Beat()
+        load = self._trainer.load()
+        return Beat(
+            backlog_s=load.backlog_s,
+            tokens_per_s=self._trainer.tokens_per_s(),
+            finished_work=load.finished,
+            stages=self._trainer.beat(),
+        )
+
+    def status(self) -> dict[str, object]:
+        return self._trainer.status() if self._trainer is not None else {}
+
+    def ledger(self) -> dict[str, list[tuple[int, int]]]:
+        return self._trainer.ledger() if self._trainer is not None else {}
+
+    def heads(self) -> dict[str, object]:
+        """Height and head of the stage's log, for events."""
+        progress = self.beat().stages
+        return {"height": progress[0].height, "head": progress[0].head.hex()} if progress else {}
+
+    async def _offload(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    async def _feed(self) -> Feed:
+        raise NotImplementedError
