@@ -9,7 +9,6 @@ p2pd ends by itself when this process does: it has lost its control connection t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import logging
 import os
@@ -240,7 +239,7 @@ class Daemon:
             self.restarts += 1
             self._fail_pending(self.last_fault)
             p2p, self._p2p = self._p2p, None
-            await _dispose(p2p)
+            await _dispose(p2p, gently=False)
             await self._restart()
 
     async def _restart(self) -> None:
@@ -283,15 +282,17 @@ class Daemon:
             self._lost.set_result(fault)
 
 
-async def _dispose(p2p: GuardedP2P) -> None:
+async def _dispose(p2p: GuardedP2P, gently: bool = True) -> None:
     """End a p2pd, hung or not, and leave nothing behind."""
+    if not gently:
+        p2p.kill()
     try:
         async with asyncio.timeout(CLOSE_S):
             await p2p.shutdown()
     except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            p2p._child.kill()
-        await p2p._child.wait()
+        p2p.kill()
+        await p2p.shutdown()
+    p2p.forget_errors()
 
 
 def _socket_directory(state_dir: Path) -> tempfile.TemporaryDirectory[str]:

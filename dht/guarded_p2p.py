@@ -9,6 +9,7 @@ the `RecordGate` are stored or found, plain values cannot overwrite a bucket, an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
@@ -193,6 +194,18 @@ class GuardedP2P(P2P):  # type: ignore[misc]  # hivemind is untyped
             return "the connection to p2pd broke"
         return None
 
+    def kill(self) -> None:
+        if self._child is not None and self._child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._child.kill()
+
+    def forget_errors(self) -> None:
+        """Of a lost connection; else asyncio complains of them in the log when they are collected."""
+        control = self._client.control if self._client is not None else None
+        for task in (control._read_task, control._write_task) if control is not None else ():
+            if task.done() and not task.cancelled():
+                task.exception()
+
     async def until_fault(self) -> str:
         """Wait until p2pd ends or stops to listen to us; the reason."""
         ended = asyncio.ensure_future(self._child.wait())
@@ -206,7 +219,7 @@ class GuardedP2P(P2P):  # type: ignore[misc]  # hivemind is untyped
         return self.fault() or "p2pd ended"
 
     async def identify(self) -> tuple[str, ...]:
-        """The routes that p2pd listens on; also the ping. Cancelled, it closes its socket, unlike hivemind's."""
+        """The routes that p2pd listens on; also the ping. Closes its socket even when cancelled."""
         response = await self._control(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
         for task_id, task in list(self._client.control._handler_tasks.items()):
             if task.done():  # hivemind keeps those of cancelled calls for ever

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.dht.addresses import AddressBook, Multiaddress, is_loopback
-from shoal.dht.bootstrap import Bootstrap, check_port, libp2p_reason
+from shoal.dht.bootstrap import ADDRESS_DEADLINE_S, Bootstrap, check_port, libp2p_reason
 from shoal.dht.daemon import Daemon, DaemonSettings, DaemonState, load_hivemind
 from shoal.dht.directory import Directory, SignedRecord
 from shoal.dht.envelope import Envelope
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CALL_S = 2.0  # one DHT call; a peer that missed it is skipped for a while
 PUBLISH_S = 10.0
 LOOKUP_S = 10.0
 LOOKUP_PATIENCE_S = 2.0  # then a lookup answers with what the last one found, while it goes on
@@ -66,6 +65,8 @@ class DirectorySettings:
     bootstrap: tuple[str, ...] = ()  # multiaddrs with /p2p/ID
     buckets: int = 1  # the keys that records spread over; the same for all peers of a run
     lowest_port: int = LOWEST_PORT  # of addresses in records
+    call_deadline_s: float = 2.0  # of one DHT call; a peer that missed it is skipped for a while
+    bootstrap_deadline_s: float = ADDRESS_DEADLINE_S  # of one address
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,9 @@ class HivemindDirectory(Directory):
         )
         self._book = AddressBook()
         self._gate = RecordGate(membership, clock, settings.lowest_port)
-        self._bootstrap = Bootstrap(key.peer, settings.bootstrap, self._dial_bootstrap, self._rng)
+        self._bootstrap = Bootstrap(
+            key.peer, settings.bootstrap, self._dial_bootstrap, self._rng, settings.bootstrap_deadline_s
+        )
         self._bindings: ModuleType | None = None
         self._guard: CallGuard | None = None
         self._daemon: Daemon | None = None
@@ -223,7 +226,7 @@ class HivemindDirectory(Directory):
             p2p=p2p,
             node_id=DHTID.from_bytes(self._guard.node_id(self._key.peer)),
             num_replicas=REPLICAS,
-            wait_timeout=CALL_S,
+            wait_timeout=self._settings.call_deadline_s,
             cache_locally=False,  # caches would answer with old records, and tell others to keep them
             cache_nearest=0,
             cache_on_store=False,
@@ -278,7 +281,7 @@ class HivemindDirectory(Directory):
     async def _greet_known(self, peer: PeerId) -> bool:
         routes = self._book.routes(peer)
         try:
-            async with asyncio.timeout(CALL_S):
+            async with asyncio.timeout(self._settings.call_deadline_s):
                 await self._greet(peer, routes, Multiaddress.parse(f"{routes[0]}/p2p/{peer}"))
             return True
         except (TimeoutError, NetworkError, AccessError):

@@ -150,7 +150,7 @@ class RecordBook:
         self._held: OrderedDict[PeerId, _Held] = OrderedDict()  # longest not refreshed first
 
     def admit(self, signed: SignedRecord, now: float) -> PeerRecord:
-        """The verified record, now held. The same bytes again are admitted again, without cost.
+        """The verified record, now held. The same bytes again are admitted again, at the cost of their chain.
 
         Raises what `verify_record` raises, and RecordInvalid for one that is older than the one held
         (replayed, or overtaken), and for two different ones with one sequence.
@@ -158,6 +158,7 @@ class RecordBook:
         claimed = _decoded(signed)
         held = self._held.get(claimed.peer)
         if held is not None and held.signed == signed and held.expires_unix_s > now:
+            self._membership.verify(held.record.chain)  # may be revoked by now
             return held.record
         record = verify_record(signed, self._membership, now, self._lowest_port)
         entry = _Held(signed, record)

@@ -87,8 +87,9 @@ class MemoryWorld:
 class HivemindWorld:
     """Directories with a p2pd each on loopback; the first is everybody's bootstrap peer."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, **settings_changed: float) -> None:
         self._run = run
+        self._settings_changed = settings_changed
         self._bootstrap: tuple[str, ...] = ()
 
     @asynccontextmanager
@@ -96,7 +97,7 @@ class HivemindWorld:
         async with AsyncExitStack() as stack:
             opened: list[Directory] = []
             for person in people:
-                directory = hivemind_directory(self._run, person, self._bootstrap)
+                directory = hivemind_directory(self._run, person, self._bootstrap, **self._settings_changed)
                 stack.push_async_callback(directory.close)
                 await directory.start()
                 self._bootstrap = self._bootstrap or directory.bootstrap_addresses()
@@ -104,6 +105,9 @@ class HivemindWorld:
             yield opened
 
 
-def hivemind_directory(run: Run, person: Person, bootstrap: tuple[str, ...]) -> HivemindDirectory:
+def hivemind_directory(
+    run: Run, person: Person, bootstrap: tuple[str, ...], **settings_changed: float
+) -> HivemindDirectory:
     settings = DirectorySettings(run.directory / person.key.peer[-8:], bootstrap=bootstrap)
+    settings = replace(settings, **settings_changed)
     return HivemindDirectory(person.key, person.membership, settings, rng=random.Random(1))
