@@ -34,6 +34,7 @@ from shoal.protocol.transport import Stream
 
 SILENT_LINK_S = 15.0  # a stream without a beat for this long is given up, even if nobody closed it
 FINISH_S = 2.0  # for the other side to end its half
+REPEATED_OFFERS = 4  # records a beat offered again: an answer may have been lost with another stream
 _SENT_KEPT = 16  # own beats whose echo may still come
 _ASKED_MOST = 1024  # names held of what one link wants, or owes
 _KINDS = (Beat, RosterRecords, RosterOffer, RosterWant, RevocationNotice, Goodbye)
@@ -197,10 +198,12 @@ class Link:
             )
 
     async def _send_offers(self) -> None:
-        """Once per beat: what was learned since the last offer, except the other side's own record."""
-        found, self._offered = self._home.table.learned_after(self._offered, NAMES_IN_MESSAGE)
+        """Once per beat: what was learned since the last offer, and a few others in turn."""
+        table = self._home.table
+        found, self._offered = table.learned_after(self._offered, NAMES_IN_MESSAGE - REPEATED_OFFERS)
+        found += table.some(self._number * REPEATED_OFFERS, REPEATED_OFFERS)
         entries = tuple(
-            RosterEntry(entry.record.peer, entry.record.incarnation, entry.record.sequence)
+            RosterEntry(entry.record.peer, *entry.version)
             for entry in found
             if entry.record.peer != self.peer and entry.gone_s is None
         )

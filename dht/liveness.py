@@ -35,6 +35,7 @@ class Evidence:
 
     record_until_s: float  # its record lapses then
     watched_since_s: float | None = None  # since when beats are due from it; None: nobody listens for them
+    known_alive: bool = False  # counted as alive before; a stranger has to be heard first
     heard_s: float | None = None  # last beat
     stream_open: bool = False
     refused: bool = False  # no stream, and the last dial was refused at once: the process is not there
@@ -83,15 +84,16 @@ def _watched(now: float, seen: Evidence, since_s: float) -> Verdict:
     if now >= gone_s:
         what = "never answered" if seen.heard_s is None else "silent"
         return Verdict(Liveness.GONE, f"{what} for {now - last_s:.1f} s")
-    if seen.heard_s is None:
+    if seen.heard_s is None and not seen.known_alive:
         return Verdict(Liveness.SUSPECT, "not heard yet", gone_s)
     if now >= last_s + SUSPECT_SILENCE_S:
         return Verdict(Liveness.SUSPECT, f"silent for {now - last_s:.1f} s", gone_s)
-    if not seen.stream_open and seen.heard_s >= since_s:
+    heard_s = -math.inf if seen.heard_s is None else seen.heard_s
+    if not seen.stream_open and heard_s >= since_s:
         return Verdict(Liveness.SUSPECT, "its stream broke", gone_s)
-    hold_until_s = seen.failed_s + failed_call_hold_s(seen.failed_calls)
-    if seen.heard_s <= seen.failed_s:
+    if seen.failed_calls and heard_s <= seen.failed_s:
         return Verdict(Liveness.SUSPECT, _failed(seen), gone_s)
+    hold_until_s = seen.failed_s + failed_call_hold_s(seen.failed_calls)
     if now < hold_until_s:
         return Verdict(Liveness.SUSPECT, _failed(seen), min(gone_s, hold_until_s))
     return _working(now, seen, last_s + SUSPECT_SILENCE_S)

@@ -31,6 +31,7 @@ from shoal.protocol.transport import Stream, Transport
 
 ANNOUNCE_S = 0.2  # at least, between two rounds of beats for `changed_now`
 OWN_PAUSE_S = 1.0  # when our own loop was late by more, others are not to blame for silence
+JUDGE_S = 0.25  # at most, between two looks at the table
 SOUGHT = 32  # gone peers that are still dialled now and then
 CHOOSE_SMALL_S, CHOOSE_LARGE_S = 0.02, 0.5  # at least, between two choices of neighbours
 
@@ -95,7 +96,7 @@ class Members:
             rng=rng,
             neighbour_limit=neighbour_limit,
             renewed=self._own_renewed,
-            admitted=self._admitted,
+            admitted=self._choose.set,
         )
         self._listeners: list[Callable[[Event], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -104,7 +105,6 @@ class Members:
         self._viewed_s = 0.0
         self._changed = asyncio.Event()
         self._choose = asyncio.Event()
-        self._judge = asyncio.Event()
         self._announcement: asyncio.TimerHandle | None = None
         self._announced_s = -ANNOUNCE_S
         transport.serve(METHOD, self._answer, frozenset(Role))
@@ -237,10 +237,6 @@ class Members:
         for link in self._neighbourhood.links():
             link.nudge()
 
-    def _admitted(self) -> None:
-        self._choose.set()
-        self._judge.set()
-
     def _revocations_changed(self) -> None:
         self._shut_out_unwelcome()
         self.changed_now()
@@ -290,20 +286,16 @@ class Members:
         return frozenset(peer for _, _, peer in sorted(gone, reverse=True)[:SOUGHT])
 
     async def _keep_judging(self) -> None:
-        """Wake when a verdict falls due; notice when it was this process that stood still."""
+        """Judge when a verdict falls due; notice when it was this process that stood still."""
         while True:
-            self._judge.clear()
-            self._shut_out_unwelcome()
             now = self._now()
-            due_s = max(min(self.table.judge_due(now), now + OWN_PAUSE_S), now)
-            try:
-                async with asyncio.timeout_at(due_s):
-                    await self._judge.wait()
-            except TimeoutError:
-                late_s = self._now() - due_s
-                if late_s > OWN_PAUSE_S:
-                    log.warning("this process stood still", extra={"pause_s": round(late_s, 3)})
-                    self.table.excuse(late_s)
+            self._shut_out_unwelcome()
+            due_s = min(max(self.table.judge_due(now), now), now + JUDGE_S)
+            await asyncio.sleep(due_s - now)
+            late_s = self._now() - due_s
+            if late_s > OWN_PAUSE_S:
+                log.warning("this process stood still", extra={"pause_s": round(late_s, 3)})
+                self.table.excuse(late_s)
 
     def _shut_out_unwelcome(self) -> None:
         for peer, reason in self._running().unwelcome():

@@ -16,7 +16,7 @@ from shoal.protocol.errors import Busy, PeerUnreachable, ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Stream, Transport
 
-INBOUND_WAIT_S = 2.0
+INBOUND_WAIT_S = 1.0  # below SUSPECT_SILENCE_S: else every one-sided wish would raise a suspicion
 REFUSED_WITHIN_S = 1.0  # a dial that fails sooner was refused by a machine, not lost in the network
 REDIAL_S = 0.25  # doubled by each failure ...
 REDIAL_MOST_S = 15.0  # ... up to this; a peer that returns without a directory is met again this soon
@@ -51,6 +51,7 @@ class Neighbourhood:
         self._probes: dict[PeerId, asyncio.Task[None]] = {}
         self._watched: frozenset[PeerId] = frozenset()
         self._wanted: frozenset[PeerId] = frozenset()
+        self._closing = False
         self.failed_dials = 0
         self.last_failure = ""
 
@@ -63,12 +64,12 @@ class Neighbourhood:
 
     def keep(self, watched: frozenset[PeerId], sought: frozenset[PeerId]) -> None:
         """Hold streams to `watched`, from whom beats are due; dial `sought`, who are gone, now and then."""
-        dropped = self._watched - watched - sought
         self._watched, self._wanted = watched, watched | sought
         for peer in sorted(watched):
             self._home.table.watch(peer, True, self._now())
-        for peer in sorted(dropped):
-            self._let_go(peer)
+        for peer in self._home.table:
+            if peer not in self._wanted and peer not in self._probes:
+                self._let_go(peer)
         for peer in sorted(self._keepers.keys() - self._wanted):
             self._door(peer).changed.set()
         for peer in sorted(self._wanted - self._keepers.keys()):
@@ -76,6 +77,8 @@ class Neighbourhood:
 
     def look_into(self, peer: PeerId) -> None:
         """Somebody doubts that this peer lives: ask it, unless a stream will tell anyway."""
+        if self._closing:
+            return
         if peer in self._keepers:
             self._door(peer).changed.set()
         elif not self.heard_streams(peer) and peer not in self._probes and len(self._probes) < PROBES:
@@ -98,6 +101,7 @@ class Neighbourhood:
 
     async def say_goodbye(self, reason: str, within_s: float) -> None:
         """Tell all neighbours, dial nobody any more, and wait until they ended their streams."""
+        self._closing = True
         self._wanted = self._watched = frozenset()
         for link in self.links():
             link.say_goodbye(reason)
@@ -110,6 +114,7 @@ class Neighbourhood:
 
     async def close(self) -> None:
         tasks = [*self._keepers.values(), *self._probes.values()]
+        self._closing = True
         self._wanted = self._watched = frozenset()
         for task in tasks:
             task.cancel()
@@ -179,7 +184,7 @@ class Neighbourhood:
             self._tidy(link.peer)
 
     def _ended(self, peer: PeerId, door: _Door, broke: bool) -> None:
-        if door.heard():
+        if door.heard() or self._closing:
             return
         if broke:
             self._home.table.streams(peer, 0, self._now())
@@ -210,8 +215,8 @@ class Neighbourhood:
                 if link.dialled:
                     link.finish()
         if not self.heard_streams(peer):
-            self._home.table.streams(peer, 0, now)
             self._home.table.unwatch_living(peer, now)
+            self._home.table.streams(peer, 0, now)
 
     # --- small things
 

@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 from shoal.dht.beats import Beat
@@ -76,6 +77,7 @@ class Entry:
         return Evidence(
             record_until_s=self.record_until_s,
             watched_since_s=self.watched_since_s,
+            known_alive=self.joined,
             heard_s=self.heard_s,
             stream_open=self.streams > 0,
             refused=self.refused,
@@ -166,6 +168,12 @@ class MemberTable:
             found.append(self._entries[peer])
         found = found[::-1][:most]
         return found, found[-1].learned if found else count
+
+    def some(self, start: int, most: int) -> list[Entry]:
+        """Up to `most` entries from place `start` on, going round; for offers that repair what got lost."""
+        size = len(self._entries)
+        first = start % size if size else 0
+        return list(islice(self._entries.values(), first, first + most))
 
     # --- what streams tell
 

@@ -57,6 +57,13 @@ class SwarmView:
         found = self.members[index] if index < len(self.members) else None
         return found if found is not None and found.peer == peer else None
 
+    def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
+        """Whether this peer, or that process of it, is gone. Who is unknown counts as gone."""
+        member = self.get(peer)
+        if member is None or member.liveness is Liveness.GONE:
+            return True
+        return incarnation is not None and member.incarnation != incarnation
+
     def here(self) -> tuple[Member, ...]:
         """Everybody who is not gone."""
         return tuple(member for member in self.members if member.liveness is not Liveness.GONE)
