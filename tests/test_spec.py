@@ -184,6 +184,7 @@ def test_a_spec_survives_toml_and_the_network(
         RunSpec().canonical().replace(b'"layers":4', b'"layers":4,"layers":4'),
         RunSpec().canonical().replace(b'"layers":4', b'"layers":4,"moe":8'),
         RunSpec().canonical().replace(b'"layers":4', b'"layers":NaN'),
+        RunSpec().canonical().replace(b'"layers"', b'"\\u001b[31m' + b"x" * 1000 + b'"'),
         b'{"run":"' + b"x" * SPEC_BYTES,
     ],
 )
@@ -191,6 +192,7 @@ def test_a_spec_from_the_network_is_canonical_or_refused(data: bytes) -> None:
     with pytest.raises(SpecError) as caught:
         from_canonical(data)
     assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
 
 
 @given(st.binary(max_size=200), st.integers(0, 2000))

@@ -80,8 +80,8 @@ def from_canonical(data: bytes) -> RunSpec:
         spec = RunSpec.model_validate_json(data, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])[:100]
-        reason = f"{where}: {first['msg'][:200]}"
+        where = ".".join(str(part) for part in first["loc"])
+        reason = ascii(f"{where[:100]}: {first['msg'][:200]}")  # a stranger's text: no terminal codes
         raise SpecError(
             f"the spec received is not valid: {reason}; is this version too old for it?"
         ) from None
