@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.dht.beats import Beat
-from shoal.dht.members import Event
+from shoal.dht.table import Event
 from shoal.node.control import serve_control
 from shoal.node.events import Events
 from shoal.node.hardware import Device, check_memory, choose_device

@@ -4,8 +4,8 @@ Two figures, because they have different causes. *Lag*: how late the loop wakes 
 it grows when this machine is busy with anything. *Callback time*: CPU time of the loop's thread
 inside one callback; it grows only when code on the loop works too long, which is a bug above 50 ms.
 
-The loop class wraps every callback that is scheduled through it: task steps, timers, done callbacks, readers.
-The wrapper reads the thread clock twice, about half a microsecond, and uvloop has no hook of its own.
+Every callback that is scheduled through the loop is wrapped: task steps, timers, done callbacks, readers.
+The wrapper reads the thread clock twice, about a microsecond; uvloop has no hook of its own for this.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ TICK_S = 0.1
 WINDOW_TICKS = 600  # a minute of lag samples
 LIMIT_S = 0.05  # design section 4
 CULPRITS = 8
+_SCHEDULERS = {  # methods that take a callback -> its position
+    "call_soon": 0,
+    "call_soon_threadsafe": 0,
+    "call_later": 1,
+    "call_at": 1,
+    "add_reader": 1,
+    "add_writer": 1,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,19 +59,13 @@ class LoopMeter:
 
     def timed(self, callback: Callable[..., object]) -> Callable[..., object]:
         """`callback`, measured."""
-        clock = time.thread_time
+        return callback if isinstance(callback, _Timed) else _Timed(self, callback)
 
-        def run(*args: object) -> object:
-            started = clock()
-            try:
-                return callback(*args)
-            finally:
-                spent_s = clock() - started
-                self._callbacks += 1
-                if spent_s > self._least_kept_s:
-                    self._keep(callback, spent_s)
-
-        return run
+    def ran(self, callback: Callable[..., object], spent_s: float) -> None:
+        """A callback took this much of the thread's CPU time."""
+        self._callbacks += 1
+        if spent_s > self._least_kept_s:
+            self._keep(callback, spent_s)
 
     def _keep(self, callback: Callable[..., object], spent_s: float) -> None:
         self._over_limit += spent_s > LIMIT_S
@@ -99,42 +101,44 @@ class LoopMeter:
         )
 
 
+class _Timed:
+    """A callback that reports its CPU time to the meter."""
+
+    __slots__ = ("_callback", "_meter")
+
+    def __init__(self, meter: LoopMeter, callback: Callable[..., object]) -> None:
+        self._meter = meter
+        self._callback = callback
+
+    def __call__(self, *arguments: object) -> object:
+        started_s = time.thread_time()
+        try:
+            return self._callback(*arguments)
+        finally:
+            self._meter.ran(self._callback, time.thread_time() - started_s)
+
+
 def new_loop(meter: LoopMeter) -> asyncio.AbstractEventLoop:
     """A measured loop: uvloop's where it is installed, asyncio's otherwise."""
-    base: type[Any]
     try:
         import uvloop
-
-        base = uvloop.Loop
     except ImportError:
-        base = asyncio.SelectorEventLoop
-
-    class MeasuredLoop(base):
-        """Times every callback scheduled through the public methods."""
-
-        def call_soon(self, callback: Callable[..., object], *args: object, context: Any = None) -> Any:
-            return super().call_soon(meter.timed(callback), *args, context=context)
-
-        def call_soon_threadsafe(
-            self, callback: Callable[..., object], *args: object, context: Any = None
-        ) -> Any:
-            return super().call_soon_threadsafe(meter.timed(callback), *args, context=context)
-
-        def call_later(
-            self, delay: float, callback: Callable[..., object], *args: object, context: Any = None
-        ) -> Any:
-            return super().call_later(delay, meter.timed(callback), *args, context=context)
-
-        def call_at(
-            self, when: float, callback: Callable[..., object], *args: object, context: Any = None
-        ) -> Any:
-            return super().call_at(when, meter.timed(callback), *args, context=context)
-
-        def add_reader(self, fd: Any, callback: Callable[..., object], *args: object) -> Any:
-            return super().add_reader(fd, meter.timed(callback), *args)
-
-    loop: asyncio.AbstractEventLoop = MeasuredLoop()
+        loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop()
+    else:
+        loop = uvloop.new_event_loop()
+    for name, position in _SCHEDULERS.items():
+        setattr(loop, name, _measuring(getattr(loop, name), position, meter))
     return loop
+
+
+def _measuring(schedule: Callable[..., Any], position: int, meter: LoopMeter) -> Callable[..., Any]:
+    """A method of the loop that wraps the callback at `position` of its arguments."""
+
+    def scheduled(*arguments: Any, **options: Any) -> Any:
+        callback = meter.timed(arguments[position])
+        return schedule(*arguments[:position], callback, *arguments[position + 1 :], **options)
+
+    return scheduled
 
 
 def _name(callback: Callable[..., object]) -> str:

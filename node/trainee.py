@@ -13,11 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self, TypeVar
 
+from blake3 import blake3
+
 from shoal.dht.beats import Beat
 from shoal.node.events import Events
 from shoal.node.hardware import Device
+from shoal.node.paths import cache_root
 from shoal.node.presence import Presence
-from shoal.training.feed import Feed
+from shoal.training.feed import CorpusFeed, Feed
 from shoal.training.lane import ThreadLane
 from shoal.training.spec import RunSpec
 from shoal.training.trainer import Trainer
@@ -112,4 +115,8 @@ class Trainee:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     async def _feed(self) -> Feed:
-        raise NotImplementedError
+        """This driver's own stream: numbered by its peer id, so no two drivers read the same order."""
+        stream_id = int.from_bytes(blake3(b"stream " + self._presence.transport.me.encode()).digest(length=6))
+        folder = cache_root() / "corpora"
+        self._events("corpus", {"text": "opening the corpus (built on the first use)"})
+        return await CorpusFeed.open(self._spec, folder, stream_id, self._offload)

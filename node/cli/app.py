@@ -9,11 +9,13 @@ import typer
 
 from shoal.node.cli import demo, inference, peer, spec, tokens
 from shoal.node.cli.console import explain, report_bug
+from shoal.node.parent import die_with_parent
 from shoal.protocol.errors import ShoalError
 
-EXIT_CODES = """\
-Exit codes: 0 ok, 2 usage, 10 token refused, 11 nobody answered, 14 hardware too small, 15 run.toml wrong,
-20 disk, 70 internal error, 130 interrupted after a clean drain."""
+EXIT_CODES = (
+    "Exit codes: 0 ok, 1 a demo that did not hold, 2 usage, 10 token refused, 11 nobody answered, "
+    "14 hardware too small, 15 run.toml wrong, 20 disk, 70 internal error, 130 Ctrl-C after a clean drain."
+)
 
 app = typer.Typer(
     name="shoal",
@@ -42,6 +44,7 @@ def show_version() -> None:
 
 def main() -> None:
     """Run the command line and exit with a code of the table in the help."""
+    die_with_parent()
     try:
         app()
     except ShoalError as error:

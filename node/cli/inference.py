@@ -13,7 +13,9 @@ from shoal.node.paths import data_root
 
 
 def generate(
-    token: Annotated[str, typer.Argument(help="An inference token, @FILE, or - for standard input.")],
+    token: Annotated[
+        str, typer.Argument(metavar="TOKEN", help="An inference token, @FILE, or - for standard input.")
+    ],
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0 takes the likeliest token.")] = 0.7,

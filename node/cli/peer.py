@@ -77,7 +77,10 @@ def up(
 
 def join(
     token: Annotated[
-        str, typer.Argument(help="The token, @FILE, or - for standard input.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="TOKEN", help="The token, @FILE, or - for standard input.", show_default=False
+        ),
     ],
     listen: Listen = "0.0.0.0",
     port: Port = 0,

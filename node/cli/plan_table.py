@@ -16,8 +16,8 @@ REPLICAS_SHOWN = 2  # bytes a round depend on the group's size; two is the small
 def plan_table(plan: Plan) -> RenderableType:
     """Stages, parameters, memory and traffic."""
     table = Table(
-        "stage", "layers", "parameters", "compute", "memory", "hop forward", "hop back",
-        f"a round ({REPLICAS_SHOWN} replicas)",
+        "stage", "layers", "weights", "compute", "memory", "hop on", "hop back",
+        "a round",
         title=f"run {plan.run_id.hex()[:8]}: {plan.parameters:,} parameters",
     )  # fmt: skip
     for stage in plan.stages:
@@ -29,12 +29,14 @@ def plan_table(plan: Plan) -> RenderableType:
             size(stage.memory.total),
             size(stage.hop_forward_bytes),
             size(stage.hop_backward_bytes),
-            f"{size(stage.round_bytes(REPLICAS_SHOWN))} up",
+            size(stage.round_bytes(REPLICAS_SHOWN)),
         )
     facts = (
         f"micro-batch {plan.micro_batch_tokens:,} tokens, inner step {plan.inner_step_tokens:,}, "
         f"round {plan.round_tokens:,} tokens a replica; "
-        f"{plan.bytes_per_token:,.0f} bytes a token between stages; stage {plan.slowest.stage} sets the pace"
+        f"{plan.bytes_per_token:,.0f} bytes a token between stages; "
+        f"stage {plan.slowest.stage} sets the pace\n"
+        f"bytes a round: up, and as many down, with {REPLICAS_SHOWN} replicas a stage"
     )
     return Group(table, facts)
 

@@ -1,7 +1,7 @@
 """A client that continues a text on the swarm. Called by `shoal generate` and by the demo.
 
-It joins as an observer with an inference token, asks the stages for the logits of the next position, draws a token,
-and asks again with the longer text: every token recomputes the whole prefix.
+It joins with an inference token, asks the stages for the logits of the next position, draws a token, and
+asks again with the longer text: every token recomputes the whole prefix.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shoal.node.presence import Listening, Presence, present
 from shoal.protocol.admission import JoinToken
 from shoal.protocol.errors import UsageError
 from shoal.protocol.identity import PeerKey
-from shoal.training.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
+from shoal.training.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from shoal.training.neighbours import MemberReplicas
 from shoal.training.pipeline.inference import infer_logits
 from shoal.training.spec import RunSpec
@@ -77,7 +77,7 @@ async def _generate(
 async def _continue(
     presence: Presence, spec: RunSpec, request: Request, show: Callable[[str], None]
 ) -> Completion:
-    tokenizer = await asyncio.to_thread(open_tokenizer, spec.data)
+    tokenizer = await asyncio.to_thread(load_tokenizer, spec.data)
     ids = [int(i) for i in tokenizer.encode(request.prompt)]
     if not ids:
         raise UsageError("the prompt is empty\ngive the model something to continue with -p TEXT")

@@ -1,0 +1,352 @@
+"""The demo itself: start a swarm, watch it, kill a peer, let another come, and have the model write.
+
+    0 s          owner and peers up, training begins
+    a third      SIGKILL to a peer that is not the owner's; how long until its work goes elsewhere?
+    at once      a new peer joins; how long until it holds the group's log head and contributes?
+    the end      heads compared, text generated, everything stopped
+
+All figures come from the peers' own events and statuses, and from the clock of this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.node.demo.measure import Figures, Heads, Losses, micro_batches
+from shoal.node.demo.processes import JsonObject, PeerProcess, run_shoal
+from shoal.node.demo.screen import Progress, Screen
+from shoal.protocol.errors import NetworkError, ShoalError
+
+PROMPT = "def "
+NEW_TOKENS = 64
+START_S = 90.0  # for everybody to be online; two cores and four imports of torch need 20
+REROUTE_S = 30.0
+REJOIN_S = 60.0
+HEADS_S = 30.0
+GENERATE_S = 90.0
+_POLL_S = 1.0
+_FAST_POLL_S = 0.1
+_HOST = "127.0.0.1"
+_REROUTE_GRACE_S = 2.0  # a micro-batch on its way to the dead peer needs this long to tell of its detour
+_FAILED = 1
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """See `shoal demo --help`."""
+
+    stages: int
+    replicas: int
+    seconds: float
+    kill: bool
+
+
+def run_demo(options: DemoOptions, as_json: bool) -> int:
+    """The demo's exit code: 0 if every figure was measured and the run recovered."""
+    folder = Path(tempfile.mkdtemp(prefix="shoal-demo-"))
+    screen = Screen(as_json)
+    demo = Demo(options, folder, screen)
+    problems: list[str] = []
+    try:
+        with screen.running():
+            asyncio.run(demo.run())
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        screen.tell("interrupted", f"interrupted; logs are in {folder}")
+        return _INTERRUPTED
+    except ShoalError as error:
+        problems.append(str(error))
+    problems += demo.figures.failures()
+    for problem in problems:
+        screen.tell("problem", problem)
+    if problems:
+        screen.tell("logs", f"the demo did not hold; logs are in {folder}", folder=str(folder))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    screen.result(demo.figures.summary(), PROMPT)
+    return _FAILED if problems else 0
+
+
+class Demo:
+    """One demo. `figures` holds what was measured so far, whatever happens."""
+
+    def __init__(self, options: DemoOptions, folder: Path, screen: Screen) -> None:
+        self.figures = Figures(options.stages, options.kill)
+        self._options = options
+        self._folder = folder
+        self._screen = screen
+        self._owner = PeerProcess("owner", folder / "owner", self._heard)
+        self._peers: list[PeerProcess] = [self._owner]
+        self._statuses: dict[str, JsonObject] = {}
+        self._heads = Heads()
+        self._losses = Losses()
+        self._reroutes: list[tuple[float, int]] = []  # (Unix time, stage)
+        self._entries: list[tuple[float, int, frozenset[str]]] = []  # (Unix time, stage, contributors)
+        self._tokens_marks: list[tuple[float, int]] = []
+
+    async def run(self) -> None:
+        """From start to the last figure. Raises ShoalError where it cannot go on."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)
+        try:
+            await self._start()
+            watching = asyncio.create_task(self._watch(), name="watch")
+            try:
+                await self._act()
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+        finally:
+            await asyncio.gather(*(peer.stop() for peer in self._peers))
+
+    # --- acts
+
+    async def _start(self) -> None:
+        options = self._options
+        count = options.stages * options.replicas
+        self._screen.tell("start", f"starting {count} peers for {options.stages} stages on this machine")
+        path = self._folder / "run.toml"
+        await asyncio.to_thread(_write_spec, path, options.stages)
+        await self._owner.start("up", str(path), "--listen", _HOST)
+        await self._owner.event("invitation", START_S)
+        await asyncio.gather(*(self._join(f"peer-{number}") for number in range(1, count)))
+        await asyncio.gather(*(peer.event("online", START_S) for peer in self._peers))
+        self._started_s = time.monotonic()
+
+    async def _join(self, name: str) -> PeerProcess:
+        """Start a peer the way a volunteer would, with a token of its own."""
+        token = await self._token("trainer", name)
+        peer = PeerProcess(name, self._folder / name, self._heard)
+        self._peers.append(peer)
+        await peer.start("join", f"@{token}", "--listen", _HOST)
+        return peer
+
+    async def _token(self, role: str, name: str) -> Path:
+        created = await run_shoal(
+            "token", "create", "--role", role, "--name", name, "--json",
+            "--data-dir", str(self._owner.folder / "data"), timeout_s=START_S,
+        )  # fmt: skip
+        path = self._folder / f"{name}.token"
+        await asyncio.to_thread(_write_secret, path, str(created["token"]))
+        return path
+
+    async def _act(self) -> None:
+        options = self._options
+        if options.kill:
+            await self._until(options.seconds / 3)
+            await self._kill_and_replace()
+        await self._until(options.seconds)
+        self._measure_progress()
+        await self._compare_heads()
+        self._screen.tell("generate", "the model writes")
+        await self._generate()
+
+    async def _until(self, elapsed_s: float) -> None:
+        await asyncio.sleep(max(0.0, self._started_s + elapsed_s - time.monotonic()))
+
+    async def _kill_and_replace(self) -> None:
+        victim = self._victim()
+        if victim is None or victim.stage is None:
+            raise NetworkError("no stage has a replica to spare\nuse --replicas 2 or more, or --no-kill")
+        survivors = [peer for peer in self._peers if peer.stage == victim.stage and peer is not victim]
+        before = {peer.name: micro_batches(self._statuses[peer.name]) for peer in survivors}
+        killed_unix_s = victim.kill()
+        self.figures.killed = victim.name
+        self._screen.tell(
+            "kill", f"killed {victim.name} of stage {victim.stage} with SIGKILL", peer=victim.name
+        )
+        newcomer = await self._join(f"peer-{len(self._peers)}")
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._measure_reroute(victim.stage, killed_unix_s, survivors, before))
+            tasks.create_task(self._measure_rejoin(newcomer))
+
+    def _victim(self) -> PeerProcess | None:
+        """Of the last stage that can spare one: there, micro-batches are on their way to it."""
+        by_stage: dict[int, list[PeerProcess]] = {}
+        for peer in self._peers:
+            if peer.stage is not None and peer.alive:
+                by_stage.setdefault(peer.stage, []).append(peer)
+        for stage in sorted(by_stage, reverse=True):
+            candidates = [peer for peer in by_stage[stage] if peer is not self._owner]
+            if len(by_stage[stage]) > 1 and candidates:
+                return candidates[-1]
+        return None
+
+    # --- measuring
+
+    async def _measure_reroute(
+        self, stage: int, killed_unix_s: float, survivors: list[PeerProcess], before: dict[str, int]
+    ) -> None:
+        """From the kill to the first micro-batch that went to another replica instead.
+
+        If none was on its way to the dead one, to the first that a survivor of the stage finished since.
+        """
+        deadline_s = time.monotonic() + REROUTE_S
+        fallback_s: float | None = None
+        while time.monotonic() < deadline_s:
+            rerouted = [at for at, where in self._reroutes if where == stage and at > killed_unix_s]
+            if rerouted:
+                self.figures.reroute_s = min(rerouted) - killed_unix_s
+                break
+            if fallback_s is None and await self._progressed(survivors, before):
+                fallback_s = time.time() - killed_unix_s
+            if fallback_s is not None and time.time() - killed_unix_s > fallback_s + _REROUTE_GRACE_S:
+                self.figures.reroute_s = fallback_s
+                break
+            await asyncio.sleep(_FAST_POLL_S)
+        if self.figures.reroute_s is not None:
+            text = f"work goes on without it after {self.figures.reroute_s:.2f} s"
+            self._screen.tell("reroute", text, reroute_s=self.figures.reroute_s)
+
+    async def _progressed(self, survivors: list[PeerProcess], before: dict[str, int]) -> bool:
+        for peer in survivors:
+            status = await peer.status()
+            if status is not None and micro_batches(status) > before[peer.name] + 1:
+                return True
+        return False
+
+    async def _measure_rejoin(self, newcomer: PeerProcess) -> None:
+        """From the start of its process to an entry that lists it, with the group's head in its log."""
+        deadline_s = time.monotonic() + REJOIN_S
+        await newcomer.event("online", REJOIN_S)
+        stage = newcomer.stage
+        assert stage is not None
+        while time.monotonic() < deadline_s:
+            listed = [at for at, s, who in self._entries if s == stage and newcomer.peer_id in who]
+            height = self._heads.latest.get((stage, newcomer.peer_id), -1)
+            if listed and height >= self._heads.group_height(stage, newcomer.peer_id):
+                self.figures.rejoin_s = time.time() - newcomer.started_unix_s
+                text = f"{newcomer.name} holds the head of stage {stage} and contributes"
+                self._screen.tell(
+                    "rejoin", f"{text} after {self.figures.rejoin_s:.1f} s", rejoin_s=self.figures.rejoin_s
+                )
+                return
+            await asyncio.sleep(_FAST_POLL_S)
+
+    def _measure_progress(self) -> None:
+        figures = self.figures
+        figures.seconds = time.monotonic() - self._started_s
+        figures.loss_first, figures.loss_last = self._losses.first, self._losses.last
+        figures.rounds = self._heads.group_height(0, "")
+        figures.tokens = self._tokens()
+        figures.replicas = self._replicas()
+
+    async def _compare_heads(self) -> None:
+        """All live replicas of each stage, at a height that each of them was seen at."""
+        deadline_s = time.monotonic() + HEADS_S
+        groups: dict[int, list[str]] = {}
+        for peer in self._peers:
+            if peer.alive and peer.stage is not None:
+                groups.setdefault(peer.stage, []).append(peer.peer_id)
+        while time.monotonic() < deadline_s:
+            common = {stage: self._heads.common_height(stage, peers) for stage, peers in groups.items()}
+            if all(height is not None and height > 0 for height in common.values()):
+                break
+            await asyncio.sleep(_FAST_POLL_S)
+        else:
+            return
+        differences = self._heads.differences()
+        for difference in differences:
+            self._screen.tell("difference", difference)
+        self.figures.heads_equal = not differences
+        self._screen.tell("heads", f"anchors compared at heights {common}", heights=common)
+
+    async def _generate(self) -> None:
+        token = await self._token("inference", "writer")
+        written = await run_shoal(
+            "generate", f"@{token}", "-p", PROMPT, "--max-new-tokens", str(NEW_TOKENS),
+            "--temperature", "0.7", "--seed", "1", "--json",
+            "--data-dir", str(self._folder / "writer"), timeout_s=GENERATE_S,
+        )  # fmt: skip
+        self.figures.text = str(written["text"])
+
+    # --- listening
+
+    def _heard(self, peer: PeerProcess, event: JsonObject) -> None:
+        """An event that a peer printed."""
+        match event.get("event"):
+            case "held-out":
+                self._losses.add(float(event["loss"]), int(event["log_tokens"]))
+            case "reroute":
+                self._reroutes.append((float(event["at"]), int(event["stage"])))
+            case "round":
+                self._took_round(peer, event)
+            case "plan":
+                self._screen.tell("peer", f"{peer.name} takes stage {peer.stage}", stage=peer.stage)
+
+    def _took_round(self, peer: PeerProcess, event: JsonObject) -> None:
+        stage = int(event["stage"])
+        who = frozenset(str(name) for name in event["contributors"])
+        self._entries.append((float(event["at"]), stage, who))
+        self._heads.add(
+            peer.peer_id, stage, int(event["height"]), str(event["head"]), str(event["state_root"])
+        )
+
+    async def _watch(self) -> None:
+        """Ask every peer for its status once a second and show the sum."""
+        while True:
+            alive = [peer for peer in self._peers if peer.alive]
+            found = await asyncio.gather(*(peer.status() for peer in alive))
+            for peer, status in zip(alive, found, strict=True):
+                if status is not None:
+                    self._statuses[peer.name] = status
+                    self._take_status(peer, status)
+            self._screen.progress(self._progress())
+            await asyncio.sleep(_POLL_S)
+
+    def _take_status(self, peer: PeerProcess, status: JsonObject) -> None:
+        training: dict[str, Any] = status["training"]
+        if peer.stage is not None and training:
+            self._heads.add(
+                peer.peer_id, peer.stage, training["height"], training["head"], training["state_root"]
+            )
+
+    def _progress(self) -> Progress:
+        now, tokens = time.monotonic(), self._tokens()
+        marks = self._tokens_marks = [*self._tokens_marks, (now, tokens)][-20:]
+        elapsed_s = now - marks[0][0]
+        return Progress(
+            elapsed_s=round(now - self._started_s, 1),
+            seconds=self._options.seconds,
+            loss=self._losses.last,
+            tokens=tokens,
+            tokens_per_s=round((tokens - marks[0][1]) / elapsed_s, 1) if elapsed_s > 0 else 0.0,
+            rounds=[self._heads.group_height(stage, "") for stage in range(self._options.stages)],
+            replicas=self._replicas(),
+            peers=sum(peer.alive for peer in self._peers),
+        )
+
+    def _tokens(self) -> int:
+        """Tokens that drivers committed, the dead ones' included."""
+        drivers = {peer.name for peer in self._peers if peer.stage == 0}
+        return sum(int(s["training"].get("tokens", 0)) for n, s in self._statuses.items() if n in drivers)
+
+    def _replicas(self) -> list[int]:
+        return [
+            sum(peer.alive and peer.stage == stage for peer in self._peers)
+            for stage in range(self._options.stages)
+        ]
+
+
+def _write_spec(path: Path, stages: int) -> None:
+    from shoal.training.spec_text import render
+    from shoal.training.templates import TEMPLATES
+
+    tiny = TEMPLATES["tiny"]
+    cut = tiny.stages.model_copy(update={"count": stages})
+    path.write_text(render(tiny.model_copy(update={"stages": cut})))
+
+
+def _write_secret(path: Path, text: str) -> None:
+    with contextlib.suppress(FileExistsError):
+        path.touch(mode=0o600, exist_ok=False)
+    path.write_text(text)
