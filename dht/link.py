@@ -150,8 +150,9 @@ class Link:
                 await self._stream.send(Goodbye(self._home.own_record()[1], self._goodbye))
                 break
             await self._send_revocations()
-            if self._beat_now or loop.time() >= next_beat_s:
-                self._check_silence(loop.time())
+            self._check_silence(loop.time())
+            due = self._beat_now or loop.time() >= next_beat_s
+            if due and self._home.table.get(self.peer) is not None:  # no beats for refused records
                 self._beat_now = False
                 next_beat_s = loop.time() + self._home.heartbeat_s * self._home.rng.uniform(0.8, 1.0)
                 await self._send_beat(loop.time())
@@ -159,7 +160,7 @@ class Link:
             await self._send_wants()
             await self._send_owed()
             try:
-                async with asyncio.timeout_at(next_beat_s):
+                async with asyncio.timeout_at(max(next_beat_s, loop.time() + 0.1)):
                     await self._wake.wait()
             except TimeoutError:
                 continue
@@ -243,6 +244,7 @@ class Link:
                 self._take_beat(header)
             case RosterRecords(records):
                 await self._home.learn(records, f"{self.peer}'s heartbeat stream")
+                self._wake.set()
             case RosterOffer(entries):
                 self._remember(self._wanted, self._home.lacking(entries))
             case RosterWant(peers):

@@ -83,8 +83,9 @@ class Members:
         self._make_beat = make_beat
         self._neighbour_limit = neighbour_limit
         self._neighbourhood = Neighbourhood(self, transport)
+        self._choose = asyncio.Event()
         self._roster: Roster | None = None  # while running
-        self._make_roster = lambda: Roster(
+        self._make_roster: Callable[[], Roster] = lambda: Roster(
             me=transport.me,
             directory=directory,
             membership=membership,
@@ -104,7 +105,6 @@ class Members:
         self._view: SwarmView | None = None
         self._viewed_s = 0.0
         self._changed = asyncio.Event()
-        self._choose = asyncio.Event()
         self._announcement: asyncio.TimerHandle | None = None
         self._announced_s = -ANNOUNCE_S
         transport.serve(METHOD, self._answer, frozenset(Role))

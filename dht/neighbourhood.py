@@ -20,6 +20,7 @@ INBOUND_WAIT_S = 1.0  # below SUSPECT_SILENCE_S: else every one-sided wish would
 REFUSED_WITHIN_S = 1.0  # a dial that fails sooner was refused by a machine, not lost in the network
 REDIAL_S = 0.25  # doubled by each failure ...
 REDIAL_MOST_S = 15.0  # ... up to this; a peer that returns without a directory is met again this soon
+SHORT_STREAM_S = 1.0  # a stream that ends sooner counts as a failure too
 SPACING_S = 0.1  # between two dials of one peer, however many reasons there are
 PROBES = 64  # at once
 LINKS_PER_PEER = 4  # one serves; more exist only while both ends notice a break or a restart
@@ -134,11 +135,12 @@ class Neighbourhood:
                 failures = 0
                 continue
             dialled_s = self._now()
-            if await self._dial(peer, once=False):
+            heard = await self._dial(peer, once=False)
+            if heard and self._now() - dialled_s > SHORT_STREAM_S:
                 failures = 0
-            else:
+            elif not door.links:
                 failures += 1
-                self._home.table.streams(peer, door.heard(), self._now())
+                self._home.table.streams(peer, 0, self._now())
                 wait_s = min(REDIAL_MOST_S, REDIAL_S * 2.0 ** min(failures, 16))
                 await self._change(door, wait_s * self._home.rng.uniform(0.5, 1.0))
             await asyncio.sleep(max(0.0, dialled_s + SPACING_S - self._now()))
