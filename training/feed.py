@@ -6,9 +6,19 @@ The trainer takes any `Feed`; `CorpusFeed` is the real one, tests hand in lists.
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+
+from shoal.training.data.corpus import open_corpus
+from shoal.training.data.stream import Stream, held_out
+from shoal.training.data.tokenizer import load_tokenizer
+from shoal.training.spec import RunSpec
+
+_HELD_OUT_BATCHES = 4
 
 
 class Feed(Protocol):
@@ -21,7 +31,7 @@ class Feed(Protocol):
         """(stream id, samples drawn so far): what the first stage's log records."""
 
     def held_out(self) -> torch.Tensor:
-        """A fixed batch of held-out tokens int64 [B, T+1]."""
+        """Held-out tokens int64 [N, T+1], the same on every machine with the same corpus."""
 
 
 class ListFeed:
@@ -43,3 +53,49 @@ class ListFeed:
 
     def held_out(self) -> torch.Tensor:
         return self._batches[0]
+
+
+class CorpusFeed:
+    """The run's corpus on this machine, in the order of one stream."""
+
+    def __init__(self, stream: Stream, scored: torch.Tensor, offload: Callable[..., Awaitable[Any]]) -> None:
+        self._stream = stream
+        self._scored = scored
+        self._offload = offload
+        self._drawing = asyncio.Lock()
+
+    @classmethod
+    async def open(
+        cls,
+        spec: RunSpec,
+        cache_dir: Path,
+        stream_id: int,
+        offload: Callable[..., Awaitable[Any]],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> CorpusFeed:
+        """Open or build the corpus; raises SpecError for data that is not there, StorageError for the disk."""
+
+        def build() -> tuple[Stream, torch.Tensor]:
+            corpus = open_corpus(spec, load_tokenizer(spec.data), cache_dir, progress)
+            sequences, length = spec.inner.micro_batch_sequences, spec.model.sequence
+            scored = held_out(corpus, length, sequences, _HELD_OUT_BATCHES)
+            stream = Stream(corpus, spec.run.seed, stream_id, length, sequences)
+            return stream, torch.from_numpy(np.concatenate([batch.tokens for batch in scored]))
+
+        stream, scored = await offload(build)
+        return cls(stream, scored, offload)
+
+    async def next_batch(self) -> torch.Tensor:
+        async with self._drawing:
+            batch = await self._offload(self._stream.next)
+        return torch.from_numpy(batch.tokens)
+
+    def position(self) -> tuple[int, int]:
+        return self._stream.state()
+
+    def held_out(self) -> torch.Tensor:
+        return self._scored
+
+    def resume(self, position: int) -> None:
+        """Go on where the log says that this stream stood."""
+        self._stream.resume(position)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shoal.dht.beats import StageBeat
 from shoal.dht.liveness import Liveness
 from shoal.dht.members import Members
 from shoal.protocol.identity import PeerId
+from shoal.training.outer.policy import GroupMember
 from shoal.training.pipeline.replicas import Replica
 
 _UNMEASURED_RTT_S = 0.05
@@ -39,3 +41,27 @@ class MemberReplicas:
 
     async def changed(self) -> None:
         await self._members.changed()
+
+
+def group_members(members: Members, incarnation: int, own: StageBeat) -> list[GroupMember]:
+    """The live replicas of a stage, this peer among them: the others by their last beat, itself as it is."""
+    view = members.view()
+    found = {view.me: _group_member(view.me, incarnation, own)}
+    for member in view.online(own.stage):
+        progress = member.progress(own.stage)
+        if member.peer != view.me and progress is not None:
+            found[member.peer] = _group_member(member.peer, member.incarnation, progress)
+    return sorted(found.values(), key=lambda member: member.peer)
+
+
+def _group_member(peer: PeerId, incarnation: int, beat: StageBeat) -> GroupMember:
+    return GroupMember(
+        peer=peer,
+        incarnation=incarnation,
+        height=beat.height,
+        head=beat.head,
+        state_root=beat.state_root,
+        steps_since_round=beat.steps_since_round,
+        tokens_since_round=beat.tokens_since_round,
+        log_tokens=beat.log_tokens,
+    )

@@ -91,6 +91,8 @@ class Driver:
         self._commit_slots = asyncio.Semaphore(_COMMITS_PENDING)
         self._running = asyncio.Event()
         self._running.set()
+        self._progress = asyncio.Event()  # pulsed when a micro-batch or its commits are done
+        self._committing = 0
         self.figures = DriverFigures()
 
     def serve(self) -> None:
@@ -103,6 +105,13 @@ class Driver:
 
     def resume(self) -> None:
         self._running.set()
+
+    async def drained(self) -> None:
+        """Begin nothing more; returns when all is decided and its commits are acknowledged or given up."""
+        self.pause()
+        while self._undecided or self._committing:
+            self._progress.clear()
+            await self._progress.wait()
 
     @property
     def in_flight(self) -> int:
@@ -134,8 +143,9 @@ class Driver:
 
     async def _feed(self, next_batch: NextBatch, tasks: asyncio.TaskGroup) -> None:
         while True:
+            tokens = await next_batch()
             await self._running.wait()
-            await self._micro_batch(await next_batch(), tasks)
+            await self._micro_batch(tokens, tasks)
 
     async def _micro_batch(self, tokens: torch.Tensor, tasks: asyncio.TaskGroup) -> None:
         """One micro-batch to its decision, however many chains that takes; commits go on in `tasks`."""
@@ -147,6 +157,7 @@ class Driver:
             while True:
                 try:
                     chain = await self._through_chain(micro_batch, tokens)
+                    self._committing += 1
                     break
                 except ShoalError as error:
                     self.figures.restarted += 1
@@ -154,12 +165,12 @@ class Driver:
                     await asyncio.sleep(self._rng.uniform(0.1, 0.5))
         finally:
             self._undecided.discard(micro_batch)
+            self._progress.set()
         chain_s = asyncio.get_running_loop().time() - begun
         known = self.figures.chain_s
         self.figures.chain_s = chain_s if known == 0.0 else known + _SMOOTHING * (chain_s - known)
-        if len(chain) > 1:
-            await self._commit_slots.acquire()
-            tasks.create_task(self._commit_all(Commit(micro_batch, chain)))
+        await self._commit_slots.acquire()
+        tasks.create_task(self._commit_all(Commit(micro_batch, chain)))
 
     async def _through_chain(self, micro_batch: MicroBatch, tokens: torch.Tensor) -> tuple[Link, ...]:
         """Forward, chain, backward, and the decision: our own weight gradient. Returns the chain decided."""
@@ -200,6 +211,8 @@ class Driver:
                 for link in commit.chain[1:]:
                     tasks.create_task(self._commit(commit, PeerId(link.peer)))
         finally:
+            self._committing -= 1
+            self._progress.set()
             self._commit_slots.release()
 
     async def _commit(self, commit: Commit, peer: PeerId) -> None:

@@ -67,13 +67,25 @@ class InferenceHop:
             raise MessageInvalid(
                 f"{request.sequences} sequences of {request.length}; at most {most} of {self._format.length}"
             )
-        forwarded, loss, logits = await self._lane.run(Work.SERVE, self._compute, request, message.payload)
-        _, height = self._anchor()
-        if forwarded is not None:
-            onward = Infer(self.stage + 1, request.sequences, request.length, request.score)
-            reply = await ask(self._transport, self._replicas, onward, forwarded, self._spec, self._rng)
-            loss, logits = reply
-        await stream.send(Inferred(loss, height), logits)
+        loss, logits = await self._answer(request, message.payload)
+        await stream.send(Inferred(loss, self._anchor()[1]), logits)
+
+    async def score(self, tokens: torch.Tensor) -> float:
+        """Mean loss in nats of tokens int64 [N, T+1] from here to the last stage. Raises StageEmpty."""
+        total = 0.0
+        for rows in torch.split(tokens, self._spec.inner.micro_batch_sequences):
+            request = Infer(self.stage, rows.shape[0], rows.shape[1] - 1, True)
+            loss, _ = await self._answer(request, self._format.pack(rows, None))
+            total += loss
+        return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+    async def _answer(self, request: Infer, payload: memoryview) -> tuple[float, bytes]:
+        """(loss, logits) of this stage and those behind it."""
+        forwarded, loss, logits = await self._lane.run(Work.SERVE, self._compute, request, payload)
+        if forwarded is None:
+            return loss, logits
+        onward = Infer(self.stage + 1, request.sequences, request.length, request.score)
+        return await ask(self._transport, self._replicas, onward, forwarded, self._spec, self._rng)
 
     def _compute(self, request: Infer, payload: memoryview) -> tuple[memoryview | None, float, bytes]:
         """This stage's part: (payload for the next stage or None, loss, logits)."""
@@ -145,13 +157,3 @@ async def infer_logits(
     if len(logits) != tokens.shape[0] * spec.data.vocabulary * 4:
         raise MessageInvalid(f"logits of {len(logits)} bytes for a vocabulary of {spec.data.vocabulary}")
     return torch.frombuffer(bytearray(logits), dtype=torch.float32).view(tokens.shape[0], -1)
-
-
-async def held_out_loss(
-    transport: Transport, replicas: Replicas, spec: RunSpec, tokens: torch.Tensor, rng: random.Random
-) -> float:
-    """Mean loss in nats a token of tokens int64 [B, T+1] under the anchors. Raises StageEmpty."""
-    payload = PayloadFormat.of(spec).pack(tokens, None)
-    request = Infer(0, tokens.shape[0], tokens.shape[1] - 1, True)
-    loss, _ = await ask(transport, replicas, request, payload, spec, rng)
-    return loss / (tokens.shape[0] * (tokens.shape[1] - 1))

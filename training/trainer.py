@@ -1,0 +1,307 @@
+"""One replica of one stage, put together: weights, pipeline, rounds, and what it reports about itself.
+
+The daemon makes one and runs it; the simulator makes many. The trainer decides nothing by itself: it connects
+the parts, evaluates the held-out loss now and then, and drains in order when the peer leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.dht.beats import StageBeat
+from shoal.dht.members import Members
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Transport
+from shoal.training.feed import Feed
+from shoal.training.lane import Lane, LaneLoad
+from shoal.training.model.layout import genesis, stage_layout
+from shoal.training.model.stage import StageModel
+from shoal.training.neighbours import MemberReplicas, group_members
+from shoal.training.outer.service import GroupMember, Outer
+from shoal.training.partition import stage_ranges
+from shoal.training.pipeline.compute import StageCompute
+from shoal.training.pipeline.downstream import Downstream, Event
+from shoal.training.pipeline.driver import Driver
+from shoal.training.pipeline.hop import Hop
+from shoal.training.pipeline.inference import InferenceHop
+from shoal.training.pipeline.ledger import Ledger
+from shoal.training.spec import RunSpec
+from shoal.training.weights import Weights, learning_rate
+
+_EVALUATE_EVERY_S = 5.0
+_RATE_WINDOW_S = 20.0
+Offload = Callable[..., Awaitable[Any]]
+
+
+class Trainer:
+    """A replica. `recover` brings it to the group's state and starts to serve; `run` trains until cancelled."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        stage: int,
+        *,
+        transport: Transport,
+        members: Members,
+        lane: Lane,
+        offload: Offload,
+        feed: Feed | None,  # needed at the first stage
+        me: PeerId,
+        incarnation: int,
+        event: Event,
+        rng: random.Random,
+        device: str = "cpu",
+        data_dir: Path | None = None,
+    ) -> None:
+        self.spec = spec
+        self.stage = stage
+        self._transport = transport
+        self._members = members
+        self._lane = lane
+        self._offload = offload
+        self._feed = feed
+        self._me = me
+        self._incarnation = incarnation
+        self._event = event
+        self._rng = rng
+        self._device = device
+        self._data_dir = data_dir
+        self._replicas = MemberReplicas(members)
+        self._layout = stage_layout(spec, stage_ranges(spec)[stage])
+        self._ledger = Ledger()
+        self._held_out_loss = math.nan
+        self._marks: deque[tuple[float, int]] = deque()  # (loop time, tokens) for the rate
+        self._started_s = asyncio.get_running_loop().time()
+        self.reroutes: deque[float] = deque(maxlen=100)
+
+    @property
+    def layers(self) -> range:
+        """The layers this stage holds."""
+        return self._layout.layers
+
+    async def recover(self) -> None:
+        """Build the stage, bring it to the group's log head, and register everything this replica serves.
+
+        Raises StageEmpty when the group has state but no donor answers.
+        """
+        initial = await self._offload(genesis, self.spec, self._layout)
+        model = StageModel(self.spec, self._layout)
+        self._weights = Weights(self.spec, self._layout, initial, self._lane, self._device)
+        self._outer = Outer(
+            self.spec,
+            self.stage,
+            me=self._me,
+            incarnation=self._incarnation,
+            transport=self._transport,
+            weights=self._weights,
+            genesis=initial,
+            peers=self._group,
+            suspect=self._replicas.suspect,
+            offload=self._offload,
+            positions=self._positions,
+            event=self._event,
+            rng=random.Random(self._rng.getrandbits(64)),
+            directory=self._data_dir,
+        )
+        await self._outer.recover()
+        compute = StageCompute(self.spec, model, self._weights, self._device, self._learning_rate)
+        self._build_pipeline(compute)
+        self._inference = InferenceHop(
+            self.spec,
+            self.stage,
+            transport=self._transport,
+            replicas=self._replicas,
+            model=model,
+            lane=self._lane,
+            anchor=lambda: (self._outer.anchor, self._outer.height),
+            rng=self._rng,
+        )
+        self._inference.serve()
+        self._outer.serve()
+
+    def _build_pipeline(self, compute: StageCompute) -> None:
+        downstream = None
+        if not self._layout.last:
+            downstream = Downstream(
+                self.stage + 1,
+                self._transport,
+                self._replicas,
+                compute.format.hidden_bytes,
+                random.Random(self._rng.getrandbits(64)),
+                self._pipeline_event,
+            )
+        self._downstream = downstream
+        self._driver: Driver | None = None
+        self._hop: Hop | None = None
+        if self._layout.first:
+            self._driver = Driver(
+                self.spec,
+                me=self._me,
+                incarnation=self._incarnation,
+                transport=self._transport,
+                replicas=self._replicas,
+                compute=compute,
+                lane=self._lane,
+                ledger=self._ledger,
+                downstream=downstream,
+                stepped=self._stepped,
+                event=self._pipeline_event,
+                rng=random.Random(self._rng.getrandbits(64)),
+            )
+            self._driver.serve()
+        else:
+            self._hop = Hop(
+                self.spec,
+                self.stage,
+                me=self._me,
+                transport=self._transport,
+                replicas=self._replicas,
+                compute=compute,
+                lane=self._lane,
+                ledger=self._ledger,
+                downstream=downstream,
+                stepped=self._stepped,
+                event=self._pipeline_event,
+            )
+            self._hop.serve()
+
+    async def run(self) -> None:
+        """Train until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._outer.run())
+            if self._hop is not None:
+                tasks.create_task(self._hop.run())
+            if self._driver is not None and self._feed is not None:
+                tasks.create_task(self._driver.run(self._feed.next_batch))
+                tasks.create_task(self._evaluate())
+
+    async def drain(self, deadline_s: float) -> None:
+        """Leave in order: take nothing new, finish what is held, contribute the last delta; at most so long."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                if self._driver is not None:
+                    await self._driver.drained()
+                if self._hop is not None:
+                    self._hop.draining = True
+                    await self._hop.drained()
+                await self._outer.final_round()
+        except TimeoutError:
+            self._event("drain-cut", {"after_s": deadline_s})
+
+    def beat(self) -> tuple[StageBeat, ...]:
+        """What heartbeats say of this stage."""
+        outer, weights = self._outer, self._weights
+        return (
+            StageBeat(
+                stage=self.stage,
+                height=outer.height,
+                head=outer.head,
+                state_root=outer.state_root,
+                log_tokens=outer.tokens,
+                inner_steps=weights.inner_steps,
+                tokens=weights.tokens,
+                steps_since_round=outer.steps_since_round,
+                tokens_since_round=outer.tokens_since_round,
+            ),
+        )
+
+    def load(self) -> LaneLoad:
+        """The lane's load, for heartbeats."""
+        return self._lane.load()
+
+    def tokens_per_s(self) -> float:
+        """Committed tokens a second over the last RATE_WINDOW_S."""
+        now, tokens = asyncio.get_running_loop().time(), self._ledger.tokens
+        self._marks.append((now, tokens))
+        while len(self._marks) > 2 and now - self._marks[0][0] > _RATE_WINDOW_S:
+            self._marks.popleft()
+        (then, before), elapsed_s = self._marks[0], now - self._marks[0][0]
+        return (tokens - before) / elapsed_s if elapsed_s > 0 else 0.0
+
+    def ledger(self) -> dict[str, list[tuple[int, int]]]:
+        """Applied micro-batches, `driver/incarnation` -> intervals."""
+        return self._ledger.applied()
+
+    def status(self) -> dict[str, object]:
+        """Figures for `shoal status`, JSON-able, keys stable."""
+        outer, weights, load = self._outer, self._weights, self._lane.load()
+        figures: dict[str, object] = {
+            "stage": self.stage,
+            "layers": [self._layout.layers.start, self._layout.layers.stop],
+            "parameters": self._layout.size,
+            "height": outer.height,
+            "head": outer.head.hex(),
+            "state_root": outer.state_root.hex(),
+            "log_tokens": outer.tokens,
+            "learning_rate": self._learning_rate(),
+            "inner_steps": weights.inner_steps,
+            "gradient_norm": weights.gradient_norm,
+            "tokens": self._ledger.tokens,
+            "tokens_per_s": self.tokens_per_s(),
+            "micro_batches": len(self._ledger),
+            "duplicates_refused": self._ledger.duplicates_refused,
+            "dropped": self._ledger.dropped,
+            "undecided": self._hop.undecided if self._hop is not None else 0,
+            "retries": self._downstream.retries if self._downstream is not None else 0,
+            "reroutes_s": list(self.reroutes),
+            "lane_queued": load.queued,
+            "lane_backlog_s": load.backlog_s,
+            "lane_busy_s": load.busy_s,
+            "lane_finished": load.finished,
+            "held_out_loss": _number(self._held_out_loss),
+            "outer": outer.status(),
+        }
+        if self._driver is not None:
+            driver = self._driver.figures
+            figures |= {
+                "loss": _number(driver.loss),
+                "chain_s": driver.chain_s,
+                "restarted": driver.restarted,
+                "unacknowledged": driver.unacknowledged,
+                "in_flight": self._driver.in_flight,
+            }
+        return figures
+
+    def _learning_rate(self) -> float:
+        return learning_rate(self.spec, self._outer.tokens)
+
+    def _stepped(self) -> None:
+        self._outer.stepped()
+
+    def _positions(self) -> tuple[tuple[int, int], ...]:
+        return (self._feed.position(),) if self._feed is not None and self._layout.first else ()
+
+    def _pipeline_event(self, kind: str, data: dict[str, object]) -> None:
+        if kind == "reroute":
+            self.reroutes.append(float(str(data["seconds"])))
+        self._event(kind, data)
+
+    def _group(self) -> Sequence[GroupMember]:
+        return group_members(self._members, self._incarnation, self.beat()[0])
+
+    async def _evaluate(self) -> None:
+        """Score the held-out batch on the anchors; one driver of the swarm does, the one of lowest id."""
+        if self._feed is None:
+            return
+        tokens = self._feed.held_out()
+        while True:
+            await asyncio.sleep(_EVALUATE_EVERY_S * self._rng.uniform(0.9, 1.1))
+            view = self._members.view()
+            drivers = [member.peer for member in view.online(0)]
+            if drivers and min(drivers) != self._me:
+                continue
+            with contextlib.suppress(ShoalError):  # a stage is empty for now: the next time then
+                self._held_out_loss = await self._inference.score(tokens)
+                self._event("held-out", {"loss": self._held_out_loss, "log_tokens": self._outer.tokens})
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
