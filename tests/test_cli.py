@@ -1,0 +1,393 @@
+"""The command line: what a user types, what comes back, and with which exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pytest
+import torch
+
+from shoal.node import paths
+from shoal.node.cli.app import main
+from shoal.node.cli.units import duration_s, rate_bytes_per_s, size_bytes
+from shoal.node.control import ask, serve_control
+from shoal.node.demo.measure import Figures, Heads, Losses
+from shoal.node.inference.sampling import next_token
+from shoal.node.loop import LoopMeter, new_loop
+from shoal.node.owner.home import OwnerHome
+from shoal.node.signed_spec import SignedSpec
+from shoal.protocol.admission import JoinToken
+from shoal.protocol.errors import (
+    PeerUnreachable,
+    RecordInvalid,
+    ShoalError,
+    SpecError,
+    StorageError,
+    UsageError,
+)
+from shoal.protocol.identity import Role
+from shoal.training.spec import RunSection, RunSpec
+
+NOW = 1_900_000_000.0
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    errors: str
+
+
+class Shoal(Protocol):
+    def __call__(self, *arguments: object) -> Answer: ...
+
+
+@pytest.fixture
+def shoal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Shoal:
+    """Runs a command with a data folder of its own."""
+    monkeypatch.setenv(paths.ENVIRONMENT_KEY, str(tmp_path / "data"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["shoal", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, errors = capsys.readouterr()
+        return Answer(int(exit_.value.code or 0), out, errors)
+
+    return run
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> OwnerHome:
+    """An owner whose swarm was up once, where the `shoal` fixture looks."""
+    made = OwnerHome.of_run(tmp_path / "data", RunSpec(), NOW)
+    made.keep_addresses(("/ip4/127.0.0.1/tcp/31337/p2p/12D3KooWAddress",))
+    return made
+
+
+# --- init and plan
+
+
+@pytest.mark.parametrize("template", ["tiny", "small", "125m", "1b"])
+def test_every_template_is_written_and_planned(shoal: Shoal, tmp_path: Path, template: str) -> None:
+    path = tmp_path / "run.toml"
+    assert shoal("init", "--template", template, path).code == 0
+    answer = shoal("plan", path, "--json")
+    assert answer.code == 0
+    plan = json.loads(answer.out)
+    assert plan["parameters"] == sum(stage["parameters"] for stage in plan["stages"])
+    assert all(stage["memory_bytes"] > 0 for stage in plan["stages"])
+
+
+def test_init_leaves_an_existing_file_alone(shoal: Shoal, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("mine")
+    answer = shoal("init", path)
+    assert answer.code == 2
+    assert path.read_text() == "mine"
+
+
+def test_an_unknown_key_is_refused_with_line_and_nearest_match(shoal: Shoal, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[inner]\nlearning_rte = 0.1\n")
+    answer = shoal("plan", path)
+    assert answer.code == 15
+    assert "run.toml:2" in answer.errors
+    assert "learning_rate" in answer.errors
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("join", "shoal1-tooshort"), 10, "cut off"),
+        (("join", "nonsense"), 10, "shoal1-"),
+        (("join", "@/nowhere/token"), 2, "/nowhere/token"),
+        (("status",), 11, "shoal join"),
+        (("leave",), 11, "shoal join"),
+        (("token", "list"), 2, "shoal up"),
+        (("plan", "/nowhere/run.toml"), 15, "shoal init"),
+        (("dance",), 2, "dance"),
+        (("up", "run.toml", "--memory", "lots"), 15, "run.toml"),
+    ],
+)
+def test_a_refusal_has_a_reason_and_its_exit_code(
+    shoal: Shoal, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    answer = shoal(*arguments)
+    assert answer.code == code
+    assert says in answer.errors
+    assert "Traceback" not in answer.errors
+
+
+def test_a_bug_is_kept_in_a_report_and_not_thrown_at_the_user(
+    shoal: Shoal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(template: str, path: Path) -> None:
+        raise ZeroDivisionError("of ours")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("shoal.training.spec_file.write_template", broken)
+    answer = shoal("init", tmp_path / "run.toml")
+    assert answer.code == 70
+    assert "Traceback" not in answer.errors
+    (report,) = tmp_path.glob("shoal-report-*")
+    assert "ZeroDivisionError: of ours" in report.read_text()
+
+
+def test_a_token_on_the_command_line_never_reaches_a_message(shoal: Shoal, home: OwnerHome) -> None:
+    text = home.issue((Role.TRAINER,), 60.0, "", NOW).encode()
+    answer = shoal("join", text[:-5])
+    assert answer.code == 10
+    assert text[20:60] not in answer.out + answer.errors
+
+
+def test_help_and_quick_commands_load_no_heavy_library() -> None:
+    program = (
+        "import sys; from shoal.node.cli import app; from shoal.node.cli import tokens, spec; "
+        "sys.exit(bool({'torch', 'hivemind', 'grpc'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# --- tokens
+
+
+def test_a_token_is_created_listed_and_revoked(shoal: Shoal, home: OwnerHome) -> None:
+    created = json.loads(shoal("token", "create", "--name", "ada", "--ttl", "12h", "--json").out)
+    token = JoinToken.parse(created["token"])
+    assert token.roles == {Role.TRAINER}
+    assert token.bootstrap == home.addresses()
+    assert token.run_id == RunSpec().run_id()
+    (listed,) = json.loads(shoal("token", "list", "--json").out)
+    assert (listed["id"], listed["name"], listed["state"]) == (token.token_id, "ada", "good")
+    assert shoal("token", "revoke", token.token_id).code == 0
+    (listed,) = json.loads(shoal("token", "list", "--json").out)
+    assert listed["state"] == "revoked"
+    assert "ada" in shoal("token", "list").out
+
+
+def test_a_token_nobody_issued_cannot_be_revoked(shoal: Shoal, home: OwnerHome) -> None:
+    answer = shoal("token", "revoke", "00" * 8)
+    assert answer.code == 2
+    assert "token list" in answer.errors
+
+
+def test_the_owners_files_are_private_and_survive_a_restart(tmp_path: Path, home: OwnerHome) -> None:
+    token = home.own_token(NOW)
+    assert {path.stat().st_mode & 0o077 for path in home.folder.iterdir()} == {0}
+    again = OwnerHome.of_run(tmp_path / "data", RunSpec(), NOW + 5)
+    assert again.key.root_der == home.key.root_der
+    assert again.own_token(NOW + 5).token_id == token.token_id
+    assert token.roles == {Role.OWNER, Role.TRAINER}
+
+
+def test_several_runs_of_one_owner_are_told_apart(tmp_path: Path, home: OwnerHome) -> None:
+    other = RunSpec(run=RunSection(name="other"))
+    OwnerHome.of_run(tmp_path / "data", other, NOW)
+    with pytest.raises(UsageError, match="--run"):
+        OwnerHome.choose(tmp_path / "data", None)
+    assert OwnerHome.choose(tmp_path / "data", "other").spec.spec == other
+    assert OwnerHome.choose(tmp_path / "data", other.run_id().hex()[:6]).spec.spec == other
+
+
+# --- the signed spec
+
+
+def test_a_spec_is_taken_only_from_its_owner_and_for_its_run(home: OwnerHome) -> None:
+    canonical, run_id, root = RunSpec().canonical(), home.key.run_id, home.key.root_der
+    SignedSpec.verified(canonical, home.spec.signature, run_id, root)
+    other = RunSpec(run=RunSection(name="other")).canonical()
+    with pytest.raises(SpecError):
+        SignedSpec.verified(other, home.spec.signature, run_id, root)
+    with pytest.raises(RecordInvalid):
+        SignedSpec.verified(canonical, home.key.sign(b"another label", canonical), run_id, root)
+
+
+# --- paths
+
+
+def test_two_daemons_never_share_an_identity(tmp_path: Path) -> None:
+    with paths.PeerFolder.claim(tmp_path) as first:
+        with paths.PeerFolder.claim(tmp_path) as second:
+            assert first.identity_path != second.identity_path
+        with paths.PeerFolder.claim(tmp_path) as third:
+            assert third.path == second.path
+
+
+def test_folders_are_private(tmp_path: Path) -> None:
+    root = paths.data_root(tmp_path / "data")
+    with paths.PeerFolder.claim(root) as folder:
+        run = paths.run_folder(folder.path, bytes(32))
+    assert {path.stat().st_mode & 0o777 for path in (root, folder.path, run)} == {0o700}
+
+
+def test_a_data_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        paths.data_root(tmp_path / "file" / "data")
+
+
+@pytest.mark.parametrize(("text", "value"), [("90s", 90), ("1.5h", 5400), ("7d", 604800), (" 2 w ", 1209600)])
+def test_durations(text: str, value: float) -> None:
+    assert duration_s(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("12GiB", 12 << 30), ("500MB", 500_000_000), ("4G", 4 * 10**9), ("512", 512), ("8b", 8)],
+)
+def test_sizes(text: str, value: int) -> None:
+    assert size_bytes(text) == value
+
+
+def test_rates_and_what_is_none() -> None:
+    assert rate_bytes_per_s("20Mbit") == 2.5e6
+    assert rate_bytes_per_s("1Gbit/s") == 1.25e8
+    for wrong in ("", "fast", "12 parsec", "-5d"):
+        for read in (duration_s, size_bytes, rate_bytes_per_s):
+            with pytest.raises(UsageError):
+                read(wrong)
+
+
+# --- control socket
+
+
+async def _echo(request: Mapping[str, Any]) -> object:
+    return request["text"]
+
+
+async def _refuse(request: Mapping[str, Any]) -> object:
+    raise StorageError("the disk is full\nfree some space")
+
+
+@pytest.mark.parametrize("depth", [1, 12])
+def test_the_control_socket_answers_also_from_a_deep_folder(tmp_path: Path, depth: int) -> None:
+    folder = tmp_path.joinpath(*["a-rather-long-name"] * depth)
+    folder.mkdir(parents=True)
+
+    async def scenario() -> None:
+        path = folder / "control.sock"
+        async with serve_control(path, {"echo": _echo, "refuse": _refuse}):
+            assert path.stat().st_mode & 0o077 == 0
+            assert await ask(path, "echo", text="häh\n") == "häh\n"
+            with pytest.raises(ShoalError, match="disk is full") as refused:
+                await ask(path, "refuse")
+            assert refused.value.exit_code == StorageError.exit_code
+            with pytest.raises(ShoalError, match="knows echo, refuse"):
+                await ask(path, "dance")
+        with pytest.raises(PeerUnreachable):
+            await ask(path, "echo", text="")
+
+    asyncio.run(scenario())
+
+
+def test_the_control_socket_survives_nonsense(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        path = tmp_path / "control.sock"
+        async with serve_control(path, {"echo": _echo}):
+            for nonsense in (b"", b"\xff\xfe\n", b"[]\n", b'"echo"\n', b"x" * (1 << 20)):
+                reader, writer = await asyncio.open_unix_connection(str(path))
+                writer.write(nonsense)
+                writer.write_eof()
+                with contextlib.suppress(ConnectionError):  # it hangs up on an endless line
+                    await reader.read()
+                writer.close()
+            assert await ask(path, "echo", text="still here") == "still here"
+
+    asyncio.run(scenario())
+
+
+# --- the loop's own figures
+
+
+def test_a_long_callback_is_named() -> None:
+    meter = LoopMeter()
+
+    async def busy() -> None:
+        total = 0
+        while meter_s() < 0.06:
+            total += 1
+
+    async def scenario() -> None:
+        await asyncio.create_task(busy())
+
+    begin = time.thread_time()
+
+    def meter_s() -> float:
+        return time.thread_time() - begin
+
+    with asyncio.Runner(loop_factory=lambda: new_loop(meter)) as runner:
+        runner.run(scenario())
+    health = meter.health()
+    assert health.callbacks_over_limit == 1
+    assert health.callback_worst.endswith("busy")
+    assert health.callback_worst_ms >= 50
+
+
+# --- sampling, and the demo's verdict
+
+
+def test_sampling_is_greedy_at_zero_and_repeats_with_its_seed() -> None:
+    logits = torch.tensor([0.0, 2.0, 1.0, 2.0])
+    assert next_token(logits, 0.0, random.Random(1)) == 1
+    draw = [next_token(logits, 1.0, random.Random(7)) for _ in range(3)]
+    assert draw == [draw[0]] * 3
+    rng = random.Random(3)
+    drawn = {next_token(logits, 2.0, rng) for _ in range(200)}
+    assert drawn == {0, 1, 2, 3}
+
+
+def test_heads_agree_only_at_heights_where_all_were_seen() -> None:
+    heads = Heads()
+    heads.add("a", 0, 1, "h1", "r1")
+    heads.add("a", 0, 2, "h2", "r2")
+    heads.add("b", 0, 1, "h1", "r1")
+    assert heads.common_height(0, ["a", "b"]) == 1
+    assert heads.group_height(0, but="b") == 2
+    assert heads.differences() == []
+    heads.add("b", 0, 2, "h2", "another root")
+    assert len(heads.differences()) == 1
+
+
+def _complete() -> Figures:
+    return Figures(
+        stages=2, kill=True, tokens=1, seconds=1.0, loss_first=5.0, loss_last=2.0, rounds=3,
+        replicas=[2, 2], killed="peer-3", reroute_s=0.4, rejoin_s=9.0, heads_equal=True, text="x",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["tokens", "loss_first", "loss_last", "rounds", "killed", "reroute_s", "rejoin_s", "heads_equal", "text"],
+)
+def test_a_demo_with_an_unmeasured_figure_has_failed(missing: str) -> None:
+    figures = _complete()
+    assert figures.failures() == []
+    setattr(figures, missing, None)
+    assert any(missing in failure for failure in figures.failures())
+
+
+def test_a_demo_that_learned_nothing_or_disagrees_has_failed() -> None:
+    for name, value in (("loss_last", 5.5), ("heads_equal", False), ("rounds", 0), ("replicas", [2, 0])):
+        figures = _complete()
+        setattr(figures, name, value)
+        assert figures.failures(), name
+
+
+def test_the_last_loss_is_the_one_of_the_most_tokens() -> None:
+    losses = Losses()
+    for loss, tokens in ((5.0, 100), (float("nan"), 150), (3.0, 300), (4.0, 200)):
+        losses.add(loss, tokens)
+    assert (losses.first, losses.last) == (5.0, 3.0)
