@@ -8,14 +8,20 @@ MIB = 1024 * KIB
 # Framing
 FRAME_BYTES = 1 * MIB  # payload bytes of one frame; trials: 256 KiB to 4 MiB are equally fast on gRPC
 HEADER_BYTES = 64 * KIB  # one encoded message header
+MESSAGE_NAME_BYTES = 96  # the name of a message type
 ABORT_TEXT_BYTES = 1 * KIB
 STREAMS_PER_PEER = 256  # concurrently open, inbound
+STREAMS_PER_TOKEN = 1024  # one holder may run many peers, but not fill everything
 STREAMS_IN_ALL = 4096
 
 # Silence on a transfer that should be moving (design section 7)
 SUSPECT_AFTER_S = 2.0
 ABORT_AFTER_S = 5.0
+FRAME_S = 30.0  # longest time one frame may take while its connection moves other bytes
 CONNECT_S = 5.0
+LINGER_S = 60.0  # what a remote handler gets to finish after its caller's END
+KEEPALIVE_S = 10.0  # an idle connection is probed this often ...
+KEEPALIVE_ANSWER_S = 5.0  # ... and is dead when the probe is not answered
 
 # Records and the directory
 RECORD_BYTES = 4 * KIB

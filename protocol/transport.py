@@ -8,6 +8,9 @@ A stream carries `Message`s both ways. A message is a small typed header and a r
 receiver admits; the transport cuts payloads into frames with sequence and checksum and gives them
 back whole.
 Each side finishes with an explicit END; a stream that stops without END raises `StreamBroken`.
+
+A wait may be cancelled at any time (deadlines are the caller's): a cancelled `receive` loses nothing, the
+next one goes on where it stopped; a cancelled `send` breaks the stream.
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ from __future__ import annotations
 import asyncio
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from shoal.protocol.errors import PeerSilent
+from shoal.protocol.errors import PeerSilent, ShoalError
 from shoal.protocol.identity import PeerId, Role, VerifiedPeer
 
 Buffer = bytes | bytearray | memoryview
@@ -39,7 +42,7 @@ class Message(Generic[H]):
     """One message: `header` is an instance of a `wire_message` class, `payload` raw bytes."""
 
     header: H
-    payload: memoryview
+    payload: memoryview  # of bytes; writable and the receiver's own
 
 
 class Stream(ABC):
@@ -71,12 +74,28 @@ class Stream(ABC):
 
 
 Handler = Callable[[Stream], Awaitable[None]]
+Trouble = Callable[[PeerId, ShoalError], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TransportCounters:
+    """What a transport has done since it was made."""
+
+    bytes_in: Mapping[str, int]  # of frames, by method, both directions of opening
+    bytes_out: Mapping[str, int]
+    streams_in: int  # open now, opened by others
+    streams_out: int  # open now, opened by this peer
+    refusals: Mapping[str, int]  # inbound streams that were not dispatched, by error class
 
 
 class Transport(ABC):
     """Opens streams to peers and serves methods to them."""
 
     me: PeerId
+
+    on_trouble: Trouble | None = None
+    """Told at once when a peer cannot be dialled, keeps silent where bytes should move (first after
+    SUSPECT_AFTER_S, then when the stream is given up), breaks a stream, or breaks the protocol. Must not block."""
 
     @abstractmethod
     def serve(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
@@ -93,7 +112,8 @@ class Transport(ABC):
     ) -> AbstractAsyncContextManager[Stream]:
         """A stream to `method` of `peer`. Raises PeerUnreachable, AccessError or StreamBroken.
 
-        Leaving the context normally sends END; leaving it by an exception cancels the remote handler.
+        Leaving the context normally sends END, and the remote handler has LINGER_S to finish; what it still
+        sends is discarded. Leaving by an exception cancels the remote handler. A peer may open to itself.
         """
 
     @abstractmethod
@@ -107,6 +127,10 @@ class Transport(ABC):
     @abstractmethod
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection with a peer, both ways (revocation, a leaf that changed)."""
+
+    @abstractmethod
+    def counters(self) -> TransportCounters:
+        """A copy of the figures."""
 
 
 async def call(

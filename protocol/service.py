@@ -1,0 +1,133 @@
+"""The serving side of a transport: which methods there are, who may call them, how a call ends.
+
+Shared by both transports: they verify who calls and hand over a stream, `Service` does the rest. Roles
+and caps are checked before the handler runs; a refusal is sent as ABORT and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterable
+
+from shoal.protocol.errors import Busy, MessageInvalid, ShoalError, StreamBroken, UsageError, WrongRole
+from shoal.protocol.framed_stream import FramedStream, Traffic
+from shoal.protocol.identity import PeerId, Role, VerifiedPeer
+from shoal.protocol.limits import STREAMS_IN_ALL, STREAMS_PER_PEER, STREAMS_PER_TOKEN
+from shoal.protocol.transport import Handler, TransportCounters
+
+_log = logging.getLogger(__name__)
+_UNKNOWN = "(unknown)"  # traffic of methods that nobody serves or opens here: their names are a stranger's
+
+
+class Service:
+    """The methods a transport serves, the calls that run, and their figures."""
+
+    def __init__(self) -> None:
+        self._methods: dict[str, tuple[Handler, frozenset[Role]]] = {}
+        self._running: dict[asyncio.Task[None], VerifiedPeer] = {}
+        self._peers: Counter[PeerId] = Counter()
+        self._tokens: Counter[str] = Counter()
+        self._traffic: dict[str, Traffic] = {}
+        self._refusals: Counter[str] = Counter()
+        self.streams_out = 0
+
+    def register(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
+        """Answer `method` by `handler`. Raises UsageError for a name that is taken."""
+        if method in self._methods:
+            raise UsageError(f"method {method!r} is served already")
+        self._methods[method] = (handler, roles)
+
+    def traffic(self, method: str, opened_here: bool = False) -> Traffic:
+        """The byte counters of a method."""
+        name = method if opened_here or method in self._methods else _UNKNOWN
+        return self._traffic.setdefault(name, Traffic())
+
+    def refused(self, error: ShoalError) -> None:
+        """Count an inbound stream that was not dispatched."""
+        self._refusals[type(error).__name__] += 1
+
+    async def answer(self, method: str, stream: FramedStream) -> None:
+        """Serve one stream to its end: END after the handler, ABORT for its error or a refusal.
+
+        Cancelled when the caller went away, and then cancels the handler.
+        """
+        try:
+            handler = self._admit(method, stream.remote)
+        except ShoalError as refusal:
+            self.refused(refusal)
+            await stream.abort(refusal)
+            return
+        task = asyncio.create_task(self._handle(method, handler, stream), name=f"serve {method}")
+        self._enter(task, stream.remote)
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+            self._leave(task)
+        if task.cancelled():
+            await stream.abort(StreamBroken("this peer closed the connection"))
+
+    async def cancel(self, peer: PeerId | None = None) -> None:
+        """Cancel the handlers that serve `peer` (None: all) and wait for them."""
+        tasks = [task for task, caller in self._running.items() if peer in (None, caller.peer)]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def counters(self) -> TransportCounters:
+        """A copy of the figures."""
+        return TransportCounters(
+            bytes_in={method: traffic.bytes_in for method, traffic in self._traffic.items()},
+            bytes_out={method: traffic.bytes_out for method, traffic in self._traffic.items()},
+            streams_in=len(self._running),
+            streams_out=self.streams_out,
+            refusals=dict(self._refusals),
+        )
+
+    def _admit(self, method: str, caller: VerifiedPeer) -> Handler:
+        if method not in self._methods:
+            raise MessageInvalid(f"this peer does not serve {method[:64]!r}; it may run another version")
+        handler, roles = self._methods[method]
+        if not roles & caller.roles:
+            raise WrongRole(
+                f"{method} is for {_names(roles)}; the token of {caller.peer} grants {_names(caller.roles)}"
+            )
+        counts = (
+            (self._peers[caller.peer], STREAMS_PER_PEER, "from this peer"),
+            (self._tokens[caller.token_id], STREAMS_PER_TOKEN, "from peers of this token"),
+            (len(self._running), STREAMS_IN_ALL, "in all"),
+        )
+        for count, cap, what in counts:
+            if count >= cap:
+                raise Busy(f"{count} streams {what} are open, {cap} are allowed")
+        return handler
+
+    async def _handle(self, method: str, handler: Handler, stream: FramedStream) -> None:
+        try:
+            await handler(stream)
+            await stream.end()
+        except ShoalError as error:
+            await stream.abort(error)
+        except Exception as error:  # a bug of ours must not take the transport along
+            _log.exception("the handler of %s failed for %s", method, stream.remote.peer)
+            await stream.abort(error)
+
+    def _enter(self, task: asyncio.Task[None], caller: VerifiedPeer) -> None:
+        self._running[task] = caller
+        self._peers[caller.peer] += 1
+        self._tokens[caller.token_id] += 1
+
+    def _leave(self, task: asyncio.Task[None]) -> None:
+        caller = self._running.pop(task)
+        for counter, key in ((self._peers, caller.peer), (self._tokens, caller.token_id)):
+            counter[key] -= 1
+            if not counter[key]:
+                del counter[key]
+
+
+def _names(roles: Iterable[Role]) -> str:
+    return ", ".join(sorted(roles)) or "nobody"

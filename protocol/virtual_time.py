@@ -1,0 +1,134 @@
+"""An asyncio event loop with a virtual clock, for simulations and tests: hours pass in milliseconds.
+
+When nothing is ready the clock jumps to the next timer. Nothing outside takes part (no sockets, threads or
+subprocesses), and tasks and futures hash by their order of creation, so that sets of them iterate alike:
+the same program gives the same trace, unless it iterates over sets of strings itself.
+When nothing is ready and no timer is set, a real loop would wait for ever; this one raises Deadlock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import selectors
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
+from contextvars import Context
+from typing import Any, TypeVar, TypeVarTuple
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+_SHOWN_TASKS = 20
+
+
+class Deadlock(RuntimeError):
+    """Every task waits and nothing is scheduled; the text lists who waits where."""
+
+
+class TimeLimit(RuntimeError):
+    """The virtual clock passed the limit that `run` was given."""
+
+
+def run(
+    main: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
+    *,
+    start_s: float = 0.0,
+    limit_s: float = float("inf"),
+) -> T:
+    """asyncio.run on a new VirtualTimeLoop. Takes the coroutine or the function that makes it.
+
+    Raises Deadlock, TimeLimit when more than `limit_s` virtual seconds pass, and what `main` raises.
+    """
+    loop = VirtualTimeLoop(start_s, start_s + limit_s)
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        return runner.run(main() if callable(main) else main)
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """The loop. `time()` starts at `start_s` and moves only when nothing is ready."""
+
+    def __init__(self, start_s: float = 0.0, end_s: float = float("inf")) -> None:
+        self._now_s = start_s
+        self._end_s = end_s
+        self._orders = itertools.count()
+        super().__init__(_NothingFromOutside(self))
+        self.set_task_factory(_make_task)
+        self._clock_resolution = math.ulp(start_s)  # timers fire exactly when they are due
+
+    def time(self) -> float:
+        return self._now_s
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return _OrderedFuture(next(self._orders), self)
+
+    def call_soon_threadsafe(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        if threading.get_ident() != self._thread_id:  # type: ignore[attr-defined]
+            raise RuntimeError("a thread called into virtual time; its answer would come at a random moment")
+        return self.call_soon(callback, *args, context=context)
+
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
+    ) -> asyncio.Future[T]:
+        raise RuntimeError("virtual time has no threads: pass an interface that computes in place instead")
+
+    def advance(self) -> None:
+        """Jump to the next timer; called when nothing is ready."""
+        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        if not scheduled:
+            raise Deadlock("all tasks wait and nothing is scheduled:\n" + _waiting(self))
+        self._now_s = max(self._now_s, scheduled[0].when())
+        self._clock_resolution = math.ulp(self._now_s)
+        if self._now_s > self._end_s:
+            end_s, self._end_s = self._end_s, float("inf")  # let cleaning up take its time
+            raise TimeLimit(f"not done at {end_s:g} virtual seconds:\n" + _waiting(self))
+
+
+class _OrderedFuture(asyncio.Future[Any]):
+    def __init__(self, order: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._order = order
+        super().__init__(loop=loop)
+
+    def __hash__(self) -> int:
+        return self._order
+
+
+class _OrderedTask(asyncio.Task[Any]):
+    def __init__(self, order: int, coroutine: Coroutine[Any, Any, Any], **options: Any) -> None:
+        self._order = order  # first: registering the task hashes it
+        super().__init__(coroutine, **options)
+
+    def __hash__(self) -> int:
+        return self._order
+
+
+def _make_task(
+    loop: asyncio.AbstractEventLoop, coroutine: Any, context: Context | None = None, **options: Any
+) -> asyncio.Task[Any]:
+    order = next(loop._orders)  # type: ignore[attr-defined]
+    return _OrderedTask(order, coroutine, loop=loop, context=context, **options)
+
+
+class _NothingFromOutside(selectors.SelectSelector):
+    """The selector of a loop that only its own timers wake."""
+
+    def __init__(self, loop: VirtualTimeLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None or timeout > 0:
+            self._loop.advance()
+        return []
+
+
+def _waiting(loop: asyncio.AbstractEventLoop) -> str:
+    lines = []
+    for task in sorted(asyncio.all_tasks(loop), key=hash)[:_SHOWN_TASKS]:
+        frames = task.get_stack(limit=1)
+        place = f"{frames[-1].f_code.co_filename}:{frames[-1].f_lineno}" if frames else "an unknown place"
+        lines.append(f"  {task.get_name()} waits at {place}")
+    return "\n".join(lines)
