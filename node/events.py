@@ -81,10 +81,18 @@ def _peer(verb: str) -> Callable[[Fields], str]:
     return tell
 
 
+def _seconds(fields: Fields) -> str:
+    return f"{float(str(fields['seconds'])):.2f} s"
+
+
 _SENTENCES: dict[str, Callable[[Fields], str | None]] = {
     "round": _round,
     "peer_joined": _peer("joined"),
     "peer_left": _peer("left"),
     "peer_suspect": _peer("is slow to answer"),
     "peer_gone": _peer("is gone"),
+    "peer_back": _peer("is back"),
+    "held-out": lambda fields: f"held-out loss {float(str(fields['loss'])):.3f}",
+    "reroute": lambda fields: f"stage {fields['stage']}: another replica took over after {_seconds(fields)}",
+    "drain-cut": lambda fields: "not everything could be finished in time; what is left is dropped",
 }

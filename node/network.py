@@ -32,6 +32,11 @@ def announced_routes(announce: Sequence[str], dht_port: int) -> tuple[str, ...]:
     return tuple(f"/{_kind(host)}/{host}/tcp/{dht_port}" for host in announce) if dht_port else ()
 
 
+def on_loopback(multiaddress: str) -> bool:
+    """Whether a bootstrap address is on the machine that wrote it, and reaches nobody else."""
+    return multiaddress.startswith(("/ip4/127.", "/ip6/::1/", "/dns4/localhost/"))
+
+
 def _is_unspecified(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_unspecified

@@ -40,7 +40,7 @@ _RENEWAL_CHECK_S = 60.0
 class Listening:
     """Where a peer listens and what it tells others. Port 0: any free one."""
 
-    host: str = "0.0.0.0"  # other machines are the point; every connection needs a certificate of the run
+    host: str = "127.0.0.1"
     port: int = 0
     dht_port: int = 0
     announce: tuple[str, ...] = ()  # hosts under which others reach this machine

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from shoal.node.daemon import PeerOptions
 
 WATCH_S = 1.0
+LOOPBACK = "127.0.0.1"
+EVERYWHERE = "0.0.0.0"
 
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Folder of keys and runs.", show_default=False)
@@ -33,7 +35,10 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_de
 Upload = Annotated[str | None, typer.Option(help="Your uplink, like 20Mbit.", show_default=False)]
 Name = Annotated[str, typer.Option(help="What others call this peer.", show_default=False)]
 Stage = Annotated[int | None, typer.Option(min=0, help="Serve this stage.", show_default="where needed most")]
-Listen = Annotated[str, typer.Option(help="IP address to listen on.")]
+ListenUp = Annotated[str, typer.Option(help="IP address to listen on; 0.0.0.0 for other machines to join.")]
+ListenJoin = Annotated[
+    str | None, typer.Option(help="IP address to listen on.", show_default="loopback if the owner does")
+]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")]
 DhtPort = Annotated[int, typer.Option(min=0, max=65535, help="TCP port of the directory.")]
 Announce = Annotated[
@@ -44,7 +49,7 @@ NoTrain = Annotated[bool, typer.Option("--no-train", help="Take part without a s
 
 def up(
     path: Annotated[Path, typer.Argument(metavar="RUN.TOML")],
-    listen: Listen = "0.0.0.0",
+    listen: ListenUp = LOOPBACK,
     port: Port = 0,
     dht_port: DhtPort = 0,
     announce: Announce = None,
@@ -82,7 +87,7 @@ def join(
             metavar="TOKEN", help="The token, @FILE, or - for standard input.", show_default=False
         ),
     ],
-    listen: Listen = "0.0.0.0",
+    listen: ListenJoin = None,
     port: Port = 0,
     dht_port: DhtPort = 0,
     announce: Announce = None,
@@ -102,10 +107,14 @@ def join(
     parsed, warning = read_token(token)
     if warning:
         note(warning)
-    options_given = (device, memory, threads, upload, name, stage, no_train, listen, port, dht_port, announce)
     from shoal.node.daemon import run_daemon
+    from shoal.node.network import on_loopback
 
-    options = _options(*options_given)
+    if listen is None:
+        listen = LOOPBACK if all(map(on_loopback, parsed.bootstrap)) else EVERYWHERE
+    options = _options(
+        device, memory, threads, upload, name, stage, no_train, listen, port, dht_port, announce
+    )
     with PeerFolder.claim(data_root(data_dir)) as folder:
         code = run_daemon(parsed, folder, options, _events(as_json))
     raise typer.Exit(code)
