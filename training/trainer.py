@@ -42,7 +42,7 @@ Offload = Callable[..., Awaitable[Any]]
 
 
 class Trainer:
-    """A replica. `recover` brings it to the group's state and starts to serve; `run` trains until cancelled."""
+    """A replica. `recover` brings it to the group's state and serves; `run` trains until cancelled."""
 
     def __init__(
         self,
@@ -107,6 +107,7 @@ class Trainer:
             suspect=self._replicas.suspect,
             offload=self._offload,
             positions=self._positions,
+            first_stage_head=self._first_stage_head,
             event=self._event,
             rng=random.Random(self._rng.getrandbits(64)),
             directory=self._data_dir,
@@ -184,7 +185,7 @@ class Trainer:
                 tasks.create_task(self._evaluate())
 
     async def drain(self, deadline_s: float) -> None:
-        """Leave in order: take nothing new, finish what is held, contribute the last delta; at most so long."""
+        """Leave in order: take nothing new, finish what is held, contribute the last delta."""
         try:
             async with asyncio.timeout(deadline_s):
                 if self._driver is not None:
@@ -223,7 +224,8 @@ class Trainer:
         self._marks.append((now, tokens))
         while len(self._marks) > 2 and now - self._marks[0][0] > _RATE_WINDOW_S:
             self._marks.popleft()
-        (then, before), elapsed_s = self._marks[0], now - self._marks[0][0]
+        then, before = self._marks[0]
+        elapsed_s = now - then
         return (tokens - before) / elapsed_s if elapsed_s > 0 else 0.0
 
     def ledger(self) -> dict[str, list[tuple[int, int]]]:
@@ -278,6 +280,14 @@ class Trainer:
 
     def _positions(self) -> tuple[tuple[int, int], ...]:
         return (self._feed.position(),) if self._feed is not None and self._layout.first else ()
+
+    def _first_stage_head(self) -> bytes:
+        """Of the first stage's longest log that is heard of: entries of the other stages name it."""
+        if self.stage == 0:
+            return self._outer.head
+        beats = (member.progress(0) for member in self._members.view().group(0))
+        known = [beat for beat in beats if beat is not None]
+        return max(known, key=lambda beat: (beat.log_tokens, beat.head)).head if known else bytes(32)
 
     def _pipeline_event(self, kind: str, data: dict[str, object]) -> None:
         if kind == "reroute":
