@@ -16,6 +16,7 @@ from shoal.protocol.identity import PeerId, public_key_of
 
 _ROUTE = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]{1,120})/(tcp|udp)/(\d{1,5})((?:/[a-z0-9.-]+)*)\Z")
 _PEERS_KNOWN = 4096
+_LOOPBACK = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,28 @@ def is_route(text: str) -> bool:
     return True
 
 
-def is_loopback(route: str) -> bool:
-    host = _split_route(route)[0]
+def best_first(routes: tuple[str, ...]) -> tuple[str, ...]:
+    """The routes worth telling others, at most ADDRESSES_PER_PEER: public ones first, loopback if alone."""
+    ranked = sorted((rank, route) for route in routes if (rank := _rank(route)) is not None)
+    best = [route for rank, route in ranked if rank < _LOOPBACK] or [route for _, route in ranked]
+    return tuple(best[: limits.ADDRESSES_PER_PEER])
+
+
+def _rank(route: str) -> int | None:
+    """0 for names and public addresses, 1 for private ones, _LOOPBACK; None for what cannot be dialled."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        host = _split_route(route)[0]
+    except UsageError:
+        return None
+    try:
+        number = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return _LOOPBACK if host == "localhost" else 0
+    if number.is_loopback:
+        return _LOOPBACK
+    if number.is_link_local or number.is_unspecified:
+        return None
+    return 0 if number.is_global else 1
 
 
 def host_route(host: str, port: int) -> str:

@@ -1,14 +1,11 @@
-"""Bootstrap: reach at least one peer of the swarm through given addresses. Used by `hivemind_directory`.
+"""Bootstrap: reach at least one peer of the swarm through given addresses. `joining` uses it again and again.
 
-All addresses are dialled at once and each fails for its own reason; the first that answers is enough. When
-none does, the directory tries again, for ever, with jitter.
+All addresses are dialled at once and each fails for its own reason; the first that answers is enough.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import random
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -17,10 +14,7 @@ from shoal.dht.addresses import Multiaddress
 from shoal.protocol.errors import AccessError, BootstrapFailed, NetworkError, ShoalError, UsageError
 from shoal.protocol.identity import PeerId
 
-logger = logging.getLogger(__name__)
-
 ADDRESS_DEADLINE_S = 6.0  # libp2p gives up after 5 s, with a reason; it dials all routes of a peer together
-FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
 
 Dial = Callable[[Multiaddress], Awaitable[None]]
 
@@ -37,13 +31,10 @@ class Bootstrap:
         me: PeerId,
         addresses: tuple[str, ...],
         dial: Dial,
-        rng: random.Random,
         deadline_s: float = ADDRESS_DEADLINE_S,
     ) -> None:
         self.failures: dict[str, str] = {}  # address -> reason, of the latest attempt
-        self.reached: tuple[PeerId, ...] = ()
         self._dial = dial
-        self._rng = rng
         self._deadline_s = deadline_s
         self._targets: list[Multiaddress] = []
         self._dials: set[asyncio.Task[bool]] = set()
@@ -55,35 +46,25 @@ class Bootstrap:
                 continue
             if target.peer != me:
                 self._targets.append(target)
-        self.is_alone = not self._targets and not self.failures
 
-    async def once(self) -> None:
+    async def once(self, reached: frozenset[PeerId] = frozenset()) -> None:
         """Return when one address answered; the others are dialled to their end meanwhile.
 
-        Raises BootstrapFailed, with the reason of each, when none did. No address but our own: nothing to do.
+        Peers in `reached` are not dialled. Raises BootstrapFailed, with the reason of each address, when none
+        answered and nobody is reached already. No address but our own: nothing to do.
         """
-        if self.is_alone:
-            return
         await self.close()  # dials of an earlier attempt
-        self._dials = {asyncio.create_task(self._try(target)) for target in self._targets}
+        targets = [target for target in self._targets if target.peer not in reached]
+        if not targets and (reached or not self.failures):
+            return
+        self._dials = {asyncio.create_task(self._try(target)) for target in targets}
         pending = set(self._dials)
         while pending:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             if any(task.result() for task in done):
                 return
-        raise BootstrapFailed(self.explain())
-
-    async def until_reached(self) -> None:
-        """`once`, again and again; waits between 1 s and 60 s."""
-        wait_s = FIRST_RETRY_S
-        while True:
-            await asyncio.sleep(wait_s * self._rng.uniform(0.5, 1.5))
-            try:
-                await self.once()
-                return
-            except BootstrapFailed as error:
-                logger.info("%s", error)
-            wait_s = min(wait_s * 2, LAST_RETRY_S)
+        if not reached:
+            raise BootstrapFailed(self.explain())
 
     def explain(self) -> str:
         """Each failed address with its reason, and what to do."""
@@ -112,7 +93,6 @@ class Bootstrap:
             self.failures[target.text] = str(error) or type(error).__name__
             return False
         self.failures.pop(target.text, None)
-        self.reached = (*(peer for peer in self.reached if peer != target.peer), target.peer)
         return True
 
 

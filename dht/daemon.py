@@ -15,20 +15,19 @@ import os
 import random
 import shutil
 import tempfile
-import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.dht.addresses import host_route
-from shoal.protocol.errors import PeerSilent, ShoalError, StorageError, TransportLost
+from shoal.dht.hivemind_loading import load_hivemind
+from shoal.protocol.errors import PeerSilent, ShoalError, StorageError, TransportLost, UsageError
 from shoal.protocol.private_files import private_directory, read_private, write_private
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
-    from shoal.dht.guarded_p2p import CallGuard, GuardedP2P
+    from shoal.dht.call_guard import CallGuard
+    from shoal.dht.guarded_p2p import GuardedP2P
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -62,36 +61,6 @@ class DaemonSettings:
     nat_port_map: bool = False  # asks the router to forward the port (UPnP): the volunteer's choice
 
 
-async def load_hivemind() -> ModuleType:
-    """The module `guarded_p2p`, and with it hivemind: 2 s in a thread, the first time.
-
-    Undoes what importing hivemind changes in this process: torch's sharing strategy, the name of the log
-    level WARNING, its own log handler.
-    """
-    return await asyncio.to_thread(_import_contained)
-
-
-def _import_contained() -> ModuleType:
-    os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")  # also what p2pd writes
-    import torch.multiprocessing
-
-    strategy = torch.multiprocessing.get_sharing_strategy()  # type: ignore[no-untyped-call]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside hivemind
-        from shoal.dht import guarded_p2p
-    torch.multiprocessing.set_sharing_strategy(strategy)  # type: ignore[no-untyped-call]
-
-    from hivemind.utils.logging import use_hivemind_log_handler
-
-    use_hivemind_log_handler("nowhere")
-    logging.addLevelName(logging.WARNING, "WARNING")
-    hivemind_logger = logging.getLogger("hivemind")
-    hivemind_logger.setLevel(logging.WARNING)
-    if not any(isinstance(handler, logging.NullHandler) for handler in hivemind_logger.handlers):
-        hivemind_logger.addHandler(logging.NullHandler())  # else warnings reach the terminal unasked
-    return guarded_p2p
-
-
 class Daemon:
     """Keeps one p2pd running. `attach` is awaited with each new one before calls go to it."""
 
@@ -116,7 +85,12 @@ class Daemon:
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> None:
-        """Start p2pd and watch it. Raises TransportLost if it does not start, StorageError for its files."""
+        """Start p2pd and watch it.
+
+        Raises TransportLost if it does not start, StorageError for its files, UsageError for the settings.
+        """
+        if self._settings.announce and not self._settings.port:
+            raise UsageError("to announce addresses, choose the port that they lead to")
         await asyncio.to_thread(self._prepare_files)
         try:
             await self._launch()
@@ -185,7 +159,7 @@ class Daemon:
 
     async def _launch(self) -> None:
         """One p2pd, attached. Raises TransportLost."""
-        bindings = await load_hivemind()
+        guarded_p2p = await load_hivemind()
         settings = self._settings
         assert self._sockets is not None
         attributes = {
@@ -193,7 +167,7 @@ class Daemon:
             "guard": self._guard,
             "born": [],
         }
-        kind: type[GuardedP2P] = type("RunP2P", (bindings.GuardedP2P,), attributes)
+        kind: type[GuardedP2P] = type("RunP2P", (guarded_p2p.GuardedP2P,), attributes)
         try:
             async with asyncio.timeout(LAUNCH_S):
                 p2p = await kind.create(
@@ -207,15 +181,15 @@ class Daemon:
                     startup_timeout=LAUNCH_S,
                 )
                 routes = await p2p.identify()
-                self._guard.my_routes = routes[:8]
+                self._guard.my_routes = routes
                 await self._attach(p2p)
         except BaseException as error:
             for unfinished in kind.born:
                 await _dispose(unfinished)
-            if isinstance(error, TimeoutError | OSError | EOFError | bindings.P2P_ERRORS):
+            if isinstance(error, (TimeoutError, OSError, EOFError, *guarded_p2p.P2P_ERRORS)):
                 raise TransportLost(f"p2pd does not start: {error or type(error).__name__}") from error
             raise
-        self._keep_port(routes)
+        await asyncio.to_thread(self._keep_port, routes)
         self._p2p = p2p
         self._lost = asyncio.get_running_loop().create_future()
         self.state = DaemonState.UP
@@ -268,7 +242,7 @@ class Daemon:
                     return ended.result()
                 try:
                     async with asyncio.timeout(PING_DEADLINE_S):
-                        self._guard.my_routes = (await p2p.identify())[:8]
+                        self._guard.my_routes = await p2p.identify()
                 except TimeoutError:
                     return f"p2pd did not answer for {PING_DEADLINE_S:g} s"
                 except (OSError, EOFError) as error:

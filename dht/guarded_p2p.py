@@ -1,23 +1,19 @@
-"""hivemind's P2P with our guards. Imports hivemind, so only `daemon.load_hivemind` imports this module.
+"""hivemind's P2P with our guards: imports hivemind, so only `hivemind_loading` imports this module.
 
-Every unary call and answer travels in an `Envelope`; what is inside is checked before hivemind sees it:
-node ids derive from peer ids (hivemind takes any, which makes eclipsing a key free), only records that pass
-the `RecordGate` are stored or found, plain values cannot overwrite a bucket, and no message comes near the
-4 MiB at which p2pd hangs a caller and hivemind drops all it knows. Streams are refused: the DHT has none.
+Every unary call and answer travels in an `Envelope`, and what is inside passes the `CallGuard` before
+hivemind sees it. No message comes near the 4 MiB at which p2pd hangs a caller and hivemind drops all it
+knows. Streams are refused: the DHT has none.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
 
-import msgpack  # hivemind's own dependency, and its format for values
 from google.protobuf.message import DecodeError
-from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import (
     ControlFailure,
@@ -27,20 +23,12 @@ from hivemind.p2p.p2p_daemon_bindings.utils import (
     write_pbmsg,
 )
 from hivemind.proto import dht_pb2, p2pd_pb2
-from hivemind.utils import MSGPackSerializer
 from hivemind.utils.multiaddr import Multiaddr
 
-from shoal.dht.addresses import AddressBook
-from shoal.dht.envelope import BODY_BYTES, NEIGHBOURS, CallHeader, Envelope, Line, Neighbour, answering
-from shoal.dht.gate import RecordGate
-from shoal.protocol import limits
-from shoal.protocol.errors import (
-    AccessError,
-    FrameInvalid,
-    ProtocolViolation,
-    RecordInvalid,
-    ShoalError,
-)
+from shoal.dht.addresses import best_first
+from shoal.dht.call_guard import CallGuard
+from shoal.dht.envelope import BODY_BYTES, Line, answering
+from shoal.protocol.errors import AccessError, FrameInvalid, ProtocolViolation, ShoalError
 from shoal.protocol.identity import PeerId
 
 logger = logging.getLogger(__name__)
@@ -48,123 +36,10 @@ logger = logging.getLogger(__name__)
 P2P_ERRORS = (
     P2PDaemonError,
     P2PHandlerError,
-)  # what hivemind raises for a daemon's and a remote peer's refusals
+)  # a refusal of our p2pd, and of a remote peer
 
-_KEY_BYTES = 20
-_KEYS_PER_CALL = 64
-_PLAIN_VALUE, _WHOLE_DICTIONARY = MSGPackSerializer.dumps(None), b""  # hivemind's reserved subkeys
-_DICTIONARY_CODE = 0x50  # hivemind's msgpack extension type of a dictionary
-_VALUES_PER_SLICE = 16  # verified between two looks at the loop: about 10 ms
 _REDIAL_AFTER_S = 60.0  # a peer not heard of for this long may have moved
-
-
-class CallGuard:
-    """The rules for DHT calls of one peer; outlives restarts of p2pd."""
-
-    def __init__(
-        self,
-        me: PeerId,
-        run_id: bytes,
-        envelope: Envelope,
-        book: AddressBook,
-        gate: RecordGate,
-        keys: tuple[bytes, ...],
-    ) -> None:
-        self.me = me
-        self.envelope = envelope
-        self.book = book
-        self.my_routes: tuple[str, ...] = ()
-        self.calls_refused = 0
-        self._run_id = run_id
-        self._gate = gate
-        self._bucket_keys = frozenset(hashlib.sha1(key).digest() for key in keys)  # as DHTID.generate does
-
-    def node_id(self, peer: PeerId) -> bytes:
-        """The only place in the DHT that a peer may take."""
-        return hashlib.blake2b(self._run_id + peer.encode(), digest_size=_KEY_BYTES).digest()
-
-    def check_sender(self, info: Any, peer: PeerId) -> None:
-        if info.node_id not in (b"", self.node_id(peer)):
-            raise FrameInvalid(f"{peer} claims a node id that is not its own")
-
-    async def allows(self, request: Any) -> bool:
-        """Check a request in place; False for a store to be answered with "not stored"."""
-        if isinstance(request, dht_pb2.FindRequest):
-            _check_keys(request.keys)
-        if not isinstance(request, dht_pb2.StoreRequest):
-            return True
-        _check_keys(request.keys)
-        columns = (request.subkeys, request.values, request.expiration_time, request.in_cache)
-        if any(len(column) != len(request.keys) for column in columns):
-            raise FrameInvalid("a store request with columns of different lengths")
-        if any(request.in_cache) or any(key not in self._bucket_keys for key in request.keys):
-            return False
-        for index, tag in enumerate(request.subkeys):
-            if tag == _WHOLE_DICTIONARY:
-                request.values[index] = _packed(await self._believed(request.values[index]))
-            elif not self._believes(
-                _text(tag), _content(request.values[index]), request.expiration_time[index]
-            ):
-                return False
-        return True
-
-    async def clean(self, response: Any) -> None:
-        """Remove from a find response what is not to be believed."""
-        if not isinstance(response, dht_pb2.FindResponse):
-            return
-        for result in response.results:
-            kept = [
-                (node, peer)
-                for node, peer in zip(result.nearest_node_ids, result.nearest_peer_ids, strict=False)
-                if node == self.node_id(_peer(PeerID(peer)))
-            ][:NEIGHBOURS]
-            del result.nearest_node_ids[:], result.nearest_peer_ids[:]
-            result.nearest_node_ids.extend(node for node, _ in kept)
-            result.nearest_peer_ids.extend(peer for _, peer in kept)
-            found = result.type == dht_pb2.FOUND_DICTIONARY
-            dictionary = await self._believed(result.value) if found else DictionaryDHTValue()
-            if dictionary:
-                result.value, result.expiration_time = _packed(dictionary), dictionary.latest_expiration_time
-            else:
-                result.type, result.value, result.expiration_time = dht_pb2.NOT_FOUND, b"", 0.0
-
-    def header(self, message: Any) -> CallHeader:
-        """Our routes; with a find response, those of the peers that it names."""
-        nearest: dict[PeerId, tuple[str, ...]] = {}
-        if isinstance(message, dht_pb2.FindResponse):
-            for result in message.results:
-                for raw in result.nearest_peer_ids:
-                    peer = _peer(PeerID(raw))
-                    nearest[peer] = self.book.routes(peer)[:4]
-        told = [Neighbour(peer, routes) for peer, routes in nearest.items() if routes]
-        return CallHeader(self.my_routes, tuple(told[:NEIGHBOURS]))
-
-    def learn(self, peer: PeerId, header: CallHeader) -> None:
-        self.book.learn(peer, header.multiaddrs, by_itself=True)
-        for neighbour in header.neighbours:
-            if neighbour.peer != self.me:
-                self.book.learn(neighbour.peer, neighbour.multiaddrs, by_itself=False)
-
-    async def _believed(self, packed: bytes) -> DictionaryDHTValue:
-        """The entries of a dictionary that pass the gate; without its claims of size and expiry."""
-        kept = DictionaryDHTValue()
-        unseen = 0
-        for peer, content, expires_unix_s in _entries(packed):
-            unseen += not self._gate.knows(peer, content)
-            if self._believes(peer, content, expires_unix_s):
-                kept.store(peer, MSGPackSerializer.dumps(content), expires_unix_s)
-            if unseen >= _VALUES_PER_SLICE:
-                unseen = 0
-                await asyncio.sleep(0)
-        return kept
-
-    def _believes(self, peer: str, content: bytes, expires_unix_s: float) -> bool:
-        try:
-            self._gate.open(peer, content, expires_unix_s)
-        except (RecordInvalid, AccessError) as error:
-            logger.debug("left out of the directory: %s", error)
-            return False
-        return True
+_PEERS_HEARD = 4096
 
 
 class GuardedP2P(P2P):  # type: ignore[misc]  # hivemind is untyped
@@ -179,6 +54,13 @@ class GuardedP2P(P2P):  # type: ignore[misc]  # hivemind is untyped
         self.born.append(self)
         self._heard_s: dict[PeerID, float] = {}
 
+    @classmethod
+    async def create(cls, **options: Any) -> GuardedP2P:
+        """A running p2pd. The options are those of hivemind's P2P."""
+        p2p: GuardedP2P = await super().create(**options)
+        p2p._client.control._pending_calls = _PendingCalls()
+        return p2p
+
     @staticmethod
     def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
         kwargs["relayService"] = False  # on by default: a relay for anybody, without saying so
@@ -190,8 +72,10 @@ class GuardedP2P(P2P):  # type: ignore[misc]  # hivemind is untyped
         control = self._client.control if self._client is not None else None
         if self._child is not None and self._child.returncode is not None:
             return f"p2pd ended with status {self._child.returncode}"
-        if control is None or control._read_task.done() or control._write_task.done():
-            return "the connection to p2pd broke"
+        for task in (control._read_task, control._write_task) if control is not None else ():
+            if task.done():
+                error = None if task.cancelled() else task.exception()
+                return f"the connection to p2pd broke ({error!r})" if error else "p2pd closed the connection"
         return None
 
     def kill(self) -> None:
@@ -219,12 +103,12 @@ class GuardedP2P(P2P):  # type: ignore[misc]  # hivemind is untyped
         return self.fault() or "p2pd ended"
 
     async def identify(self) -> tuple[str, ...]:
-        """The routes that p2pd listens on; also the ping. Closes its socket even when cancelled."""
+        """The routes that p2pd listens on, public ones first. Also the ping: it leaves no socket behind."""
         response = await self._control(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
         for task_id, task in list(self._client.control._handler_tasks.items()):
             if task.done():  # hivemind keeps those of cancelled calls for ever
                 del self._client.control._handler_tasks[task_id]
-        return tuple(str(Multiaddr(raw)) for raw in response.identify.addrs)
+        return best_first(tuple(str(Multiaddr(raw)) for raw in response.identify.addrs))
 
     async def dial(self, peer: PeerID, routes: tuple[str, ...]) -> None:
         """Connect, or stay connected. Raises ControlFailure with libp2p's reasons."""
@@ -284,9 +168,9 @@ class GuardedP2P(P2P):  # type: ignore[misc]  # hivemind is untyped
         except Exception:  # the edge of hivemind's handler: its text would go to the caller verbatim
             logger.exception("%s failed for %s", name, peer)
             raise ShoalError("internal error; the peer's own log has the cause") from None
-        return _Raw(
-            guard.envelope.seal(answering(line, call), guard.header(response), response.SerializeToString())
-        )
+        guard.fit(response)
+        header = guard.header(response)
+        return _Raw(guard.envelope.seal(answering(line, call), header, response.SerializeToString()))
 
     async def call_protobuf_handler(
         self, peer_id: PeerID, name: str, input: Any, output_protobuf_type: type[Any]
@@ -309,6 +193,8 @@ class GuardedP2P(P2P):  # type: ignore[misc]  # hivemind is untyped
         except BaseException:
             self._heard_s.pop(peer_id, None)
             raise
+        if len(self._heard_s) > _PEERS_HEARD:
+            self._heard_s.clear()
         self._heard_s[peer_id] = asyncio.get_running_loop().time()
         guard.learn(peer, header)
         await guard.clean(response)
@@ -320,6 +206,18 @@ class GuardedP2P(P2P):  # type: ignore[misc]  # hivemind is untyped
         routes = self.guard.book.routes(peer)
         if routes and (heard_s is None or asyncio.get_running_loop().time() - heard_s > _REDIAL_AFTER_S):
             await self.dial(peer_id, routes)
+
+
+class _PendingCalls(dict[Any, "asyncio.Future[bytes]"]):
+    """Calls that still wait for their answer.
+
+    hivemind's reader gives the answer to any call it finds here, and dies if that one was cancelled a moment
+    before; then no call of this process is ever answered again.
+    """
+
+    def __contains__(self, call_id: object) -> bool:
+        future = self.get(call_id)
+        return future is not None and not future.done()
 
 
 class _Raw:
@@ -349,54 +247,3 @@ def _parsed(kind: type[Any], body: bytes) -> Any:
 
 def _not_stored(request: Any) -> Any:
     return dht_pb2.StoreResponse(store_ok=[False] * len(request.keys))
-
-
-def _check_keys(keys: Any) -> None:
-    if len(keys) > _KEYS_PER_CALL or any(len(key) != _KEY_BYTES for key in keys):
-        raise FrameInvalid(f"a DHT call with {len(keys)} keys, or keys that are not {_KEY_BYTES} bytes")
-
-
-def _packed(dictionary: DictionaryDHTValue) -> bytes:
-    return bytes(MSGPackSerializer.dumps(dictionary))
-
-
-def _unpacked(data: bytes) -> Any:
-    """msgpack without hivemind's extensions, whose decoders recurse on what the sender chooses."""
-    try:
-        return msgpack.loads(data, raw=False, use_list=True, strict_map_key=True)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise FrameInvalid(f"not msgpack ({len(data)} bytes)") from error
-
-
-def _text(tag: bytes) -> str:
-    subkey = _unpacked(tag) if tag != _PLAIN_VALUE else None
-    if not isinstance(subkey, str):
-        raise FrameInvalid("a value that is not filed under a peer id")
-    return subkey
-
-
-def _content(value: bytes) -> bytes:
-    content = _unpacked(value)
-    if not isinstance(content, bytes):
-        raise FrameInvalid("a value that is not bytes")
-    return content
-
-
-def _entries(packed: bytes) -> list[tuple[str, bytes, float]]:
-    """(peer, content, expiry) of each entry of a packed dictionary. Raises FrameInvalid."""
-    outer = _unpacked(packed)
-    fields = (
-        _unpacked(outer.data)
-        if isinstance(outer, msgpack.ExtType) and outer.code == _DICTIONARY_CODE
-        else None
-    )
-    if not isinstance(fields, list) or len(fields) != 3 or not isinstance(fields[2], list):
-        raise FrameInvalid("not a dictionary of records")
-    entries = []
-    for item in fields[2][: limits.RECORDS_HELD]:
-        match item:
-            case [str() as peer, bytes() as value, float() as expires_unix_s]:
-                entries.append((peer, _content(value), expires_unix_s))
-            case _:
-                raise FrameInvalid("a dictionary entry that is not a record")
-    return entries

@@ -19,19 +19,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.dht.addresses import AddressBook, Multiaddress, is_loopback
-from shoal.dht.bootstrap import ADDRESS_DEADLINE_S, Bootstrap, check_port, libp2p_reason
-from shoal.dht.daemon import Daemon, DaemonSettings, DaemonState, load_hivemind
+from shoal.dht.addresses import AddressBook
+from shoal.dht.bootstrap import ADDRESS_DEADLINE_S
+from shoal.dht.daemon import Daemon, DaemonSettings, DaemonState
 from shoal.dht.directory import Directory, SignedRecord
 from shoal.dht.envelope import Envelope
 from shoal.dht.gate import RecordGate, RunSecret
+from shoal.dht.hivemind_loading import load_hivemind
 from shoal.dht.records import LOWEST_PORT, SEALED_BYTES, seal
 from shoal.protocol import limits
 from shoal.protocol.errors import (
     AccessError,
-    BootstrapFailed,
     MessageTooLarge,
-    NetworkError,
     PeerSilent,
     RecordInvalid,
     TransportLost,
@@ -39,9 +38,9 @@ from shoal.protocol.errors import (
 from shoal.protocol.identity import PeerId, PeerKey
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
-    from shoal.dht.guarded_p2p import CallGuard, GuardedP2P
+    from shoal.dht.call_guard import CallGuard
+    from shoal.dht.guarded_p2p import GuardedP2P
+    from shoal.dht.joining import Joiner
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +48,6 @@ PUBLISH_S = 10.0
 LOOKUP_S = 10.0
 LOOKUP_PATIENCE_S = 2.0  # then a lookup answers with what the last one found, while it goes on
 REPLICAS = 5
-REJOIN_CHECK_S = 10.0
-_NEIGHBOURS_DIALLED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +99,12 @@ class HivemindDirectory(Directory):
             hashlib.blake2b(b"shoal records %d" % bucket, key=membership.run_id, digest_size=32).digest()
             for bucket in range(settings.buckets)
         )
-        self._book = AddressBook()
         self._gate = RecordGate(membership, clock, settings.lowest_port)
-        self._bootstrap = Bootstrap(
-            key.peer, settings.bootstrap, self._dial_bootstrap, self._rng, settings.bootstrap_deadline_s
-        )
-        self._bindings: ModuleType | None = None
         self._guard: CallGuard | None = None
         self._daemon: Daemon | None = None
-        self._node: Any = None  # hivemind's DHTNode, one for each p2pd
-        self._joining: asyncio.Task[None] | None = None
-        self._restarted = asyncio.Event()
+        self._joiner: Joiner | None = None
+        self._node: Any = None  # hivemind's DHTNode, a new one for each p2pd
+        self._keep_joined: asyncio.Task[None] | None = None
         self._last_expiry_unix_s = 0.0
         self._found: tuple[SignedRecord, ...] | None = None
         self._lookup: asyncio.Task[None] | None = None
@@ -123,32 +115,39 @@ class HivemindDirectory(Directory):
         Raises TransportLost when p2pd does not start, BootstrapFailed when no bootstrap address answers; in
         the latter case the directory works alone and goes on trying until `close`.
         """
-        self._bindings = await load_hivemind()
-        envelope = Envelope(self._membership.run_id, self._membership.sealing_key)
-        guard = self._bindings.CallGuard(
-            self._key.peer, self._membership.run_id, envelope, self._book, self._gate, self._keys
+        await load_hivemind()
+        from shoal.dht.call_guard import CallGuard
+        from shoal.dht.joining import Joiner
+
+        settings, membership, me = self._settings, self._membership, self._key.peer
+        envelope = Envelope(membership.run_id, membership.sealing_key)
+        book = AddressBook()
+        self._guard = CallGuard(me, membership.run_id, envelope, book, self._gate, self._keys, self._rng)
+        daemon_settings = DaemonSettings(
+            settings.state_dir,
+            self._key.libp2p_identity(),
+            settings.host,
+            settings.port,
+            settings.announce,
+            settings.nat_port_map,
         )
-        settings = self._settings
-        self._guard = guard
-        self._daemon = Daemon(
-            DaemonSettings(
-                settings.state_dir,
-                self._key.libp2p_identity(),
-                settings.host,
-                settings.port,
-                settings.announce,
-                settings.nat_port_map,
-            ),
-            guard,
-            self._attach,
+        self._daemon = Daemon(daemon_settings, self._guard, self._attach, self._rng)
+        self._joiner = Joiner(
+            me,
+            settings.bootstrap,
+            settings.bootstrap_deadline_s,
+            self._daemon,
+            lambda: self._node,
+            book,
+            settings.state_dir,
             self._rng,
         )
         await self._daemon.start()
-        self._restarted.clear()
+        self._joiner.restarted.clear()
         try:
-            await self._join()
+            await self._joiner.join()
         finally:
-            self._joining = asyncio.create_task(self._keep_joined(), name="directory joining")
+            self._keep_joined = asyncio.create_task(self._joiner.keep(), name="directory joining")
 
     async def publish(self, record: SignedRecord, expires_unix_s: float) -> None:
         """Store our record on the nearest peers of the DHT, and on this one.
@@ -183,31 +182,31 @@ class HivemindDirectory(Directory):
         return self._found or ()
 
     def bootstrap_addresses(self) -> tuple[str, ...]:
-        """Multiaddrs of this peer, those that others can use first. Empty before `start`."""
+        """Multiaddrs of this peer, public ones first. Empty before `start`."""
         routes = self._guard.my_routes if self._guard is not None else ()
-        public = tuple(route for route in routes if not is_loopback(route))
-        best = public or routes
-        return tuple(f"{route}/p2p/{self._key.peer}" for route in best[: limits.BOOTSTRAP_ADDRESSES])
+        return tuple(f"{route}/p2p/{self._key.peer}" for route in routes[: limits.BOOTSTRAP_ADDRESSES])
 
     def status(self) -> DirectoryStatus:
-        daemon = self._daemon
+        """The picture of the moment; cheap."""
+        daemon, joiner = self._daemon, self._joiner
         return DirectoryStatus(
             daemon.state if daemon else DaemonState.DOWN,
             daemon.restarts if daemon else 0,
             daemon.last_fault if daemon else "",
-            len(self._node.protocol.routing_table.uid_to_peer_id) if self._node else 0,
-            dict(self._bootstrap.failures),
+            len(self._node.protocol.routing_table.peer_id_to_uid) if self._node else 0,
+            dict(joiner.bootstrap.failures) if joiner else {},
             self._guard.calls_refused if self._guard else 0,
             self._gate.refused,
         )
 
     async def close(self) -> None:
-        tasks = {task for task in (self._joining, self._lookup) if task is not None}
+        tasks = {task for task in (self._keep_joined, self._lookup) if task is not None}
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        await self._bootstrap.close()
+        if self._joiner is not None:
+            await self._joiner.close()
         if self._daemon is not None:
             await self._daemon.close()
 
@@ -221,10 +220,12 @@ class HivemindDirectory(Directory):
         """A DHT node on a new p2pd, with what the last one stored."""
         from hivemind.dht.node import DHTID, DHTNode
 
-        assert self._guard is not None
+        guard, joiner = self._guard, self._joiner
+        if guard is None or joiner is None:
+            raise TransportLost("the directory was not started")
         node = await DHTNode.create(
             p2p=p2p,
-            node_id=DHTID.from_bytes(self._guard.node_id(self._key.peer)),
+            node_id=DHTID.from_bytes(guard.node_id(self._key.peer)),
             num_replicas=REPLICAS,
             wait_timeout=self._settings.call_deadline_s,
             cache_locally=False,  # caches would answer with old records, and tell others to keep them
@@ -235,85 +236,9 @@ class HivemindDirectory(Directory):
         )
         if self._node is not None:
             node.protocol.storage = self._node.protocol.storage
+        guard.storage = node.protocol.storage
         self._node = node
-        self._restarted.set()
-
-    async def _join(self) -> None:
-        """Through the bootstrap addresses, or through peers met before. Raises BootstrapFailed."""
-        known = self._book.recent(_NEIGHBOURS_DIALLED)
-        greetings = [asyncio.create_task(self._greet_known(peer)) for peer in known]
-        try:
-            await self._bootstrap.once()
-        except BootstrapFailed:
-            met = [await greeting for greeting in greetings]
-            if not any(met):
-                raise
-        finally:
-            for greeting in greetings:
-                greeting.cancel()
-            if greetings:
-                await asyncio.wait(greetings)
-        await self._supervisor.call(lambda p2p: self._node.find_nearest_nodes([self._node.node_id]), LOOKUP_S)
-
-    async def _keep_joined(self) -> None:
-        """Join again after a restart of p2pd, and whenever nobody is left in the routing table."""
-        wait_s = 1.0
-        while True:
-            try:
-                async with asyncio.timeout(wait_s * self._rng.uniform(0.5, 1.5)):
-                    await self._restarted.wait()
-            except TimeoutError:
-                pass
-            self._restarted.clear()
-            if self._node.protocol.routing_table.uid_to_peer_id:
-                wait_s = REJOIN_CHECK_S
-                continue
-            try:
-                await self._join()
-            except NetworkError as error:
-                logger.info("%s", error)
-            wait_s = min(wait_s * 2, 60.0)
-
-    async def _dial_bootstrap(self, target: Multiaddress) -> None:
-        await check_port(target)
-        await self._greet(target.peer, (target.route,), target)
-
-    async def _greet_known(self, peer: PeerId) -> bool:
-        routes = self._book.routes(peer)
-        try:
-            async with asyncio.timeout(self._settings.call_deadline_s):
-                await self._greet(peer, routes, Multiaddress.parse(f"{routes[0]}/p2p/{peer}"))
-            return True
-        except (TimeoutError, NetworkError, AccessError):
-            return False
-
-    async def _greet(self, peer: PeerId, routes: tuple[str, ...], target: Multiaddress) -> None:
-        """Connect and ping; then both know each other. Raises NetworkError or AccessError with the reason."""
-        from hivemind.dht.node import DHTID
-        from hivemind.p2p import PeerID
-        from hivemind.proto import dht_pb2
-
-        assert self._bindings is not None
-        peer_id = PeerID.from_base58(peer)
-        protocol = self._node.protocol
-        request = dht_pb2.PingRequest(peer=protocol.node_info)
-
-        async def ping(p2p: GuardedP2P) -> Any:
-            await p2p.dial(peer_id, routes)
-            return await p2p.call_protobuf_handler(
-                peer_id, "DHTProtocol.rpc_ping", request, dht_pb2.PingResponse
-            )
-
-        try:
-            response = await self._supervisor.call(ping, PUBLISH_S)
-        except self._bindings.P2P_ERRORS as error:
-            if "AccessError" in str(error):
-                raise AccessError(
-                    "it answered, but refuses our calls: its run or its sealing key is another"
-                ) from None
-            raise libp2p_reason(str(error), target) from None
-        node_id = DHTID.from_bytes(response.peer.node_id)
-        await protocol.update_routing_table(node_id, peer_id, responded=True)
+        joiner.restarted.set()
 
     async def _store(self, value: bytes, expires_unix_s: float) -> None:
         """On this node and, at the same time, on the nearest others."""

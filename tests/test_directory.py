@@ -20,9 +20,10 @@ import pytest
 from directory_world import HivemindWorld, MemoryWorld, Person, Run, hivemind_directory
 
 from shoal.dht.bootstrap import Bootstrap
-from shoal.dht.daemon import DaemonState, load_hivemind
+from shoal.dht.daemon import DaemonState
 from shoal.dht.directory import Directory, SignedRecord
 from shoal.dht.hivemind_directory import HivemindDirectory
+from shoal.dht.hivemind_loading import load_hivemind
 from shoal.dht.memory_directory import MemoryDirectoryHub
 from shoal.dht.records import seal
 from shoal.protocol.errors import (
@@ -381,7 +382,25 @@ def test_the_own_address_is_no_bootstrap_address() -> None:
         async def dial(target: object) -> None:
             raise AssertionError(target)
 
-        await Bootstrap(me, (f"/ip4/127.0.0.1/tcp/4001/p2p/{me}",), dial, random.Random(1)).once()
+        await Bootstrap(me, (f"/ip4/127.0.0.1/tcp/4001/p2p/{me}",), dial).once()
+
+    asyncio.run(scenario())
+
+
+def test_a_peer_without_bootstrap_addresses_comes_back_through_those_it_met(run: Run) -> None:
+    """The owner who restarts: nobody gives it an address, and others need not notice that it is back."""
+
+    async def scenario() -> None:
+        owner, ann = run.person(), run.person()
+        async with HivemindWorld(run).directories(owner, ann) as (first, second):
+            said = await published(second, ann)
+            await first.close()
+            again = hivemind_directory(run, owner, ())
+            try:
+                await again.start()
+                assert await again.lookup() == (said,)
+            finally:
+                await again.close()
 
     asyncio.run(scenario())
 
@@ -425,6 +444,29 @@ def test_calls_fail_soon_when_p2pd_is_lost_and_work_again_after_its_restart(
             assert second.status().daemon is DaemonState.UP
             assert second.status().restarts == 1
             assert second.bootstrap_addresses() == addresses
+
+    asyncio.run(scenario())
+
+
+def test_calls_cancelled_as_their_answer_comes_do_no_harm(run: Run) -> None:
+    """hivemind alone loses its connection to p2pd here, within a hundred calls."""
+    rng = random.Random(1)
+
+    async def scenario() -> None:
+        ann, bob = run.person(), run.person()
+        async with HivemindWorld(run).directories(ann, bob) as (_, second):
+            assert isinstance(second, HivemindDirectory) and second._daemon is not None
+            from hivemind.p2p import PeerID
+
+            for _ in range(150):
+                peer = PeerID.from_base58(ann.key.peer)
+                calls = {asyncio.ensure_future(second._node.protocol.call_ping(peer)) for _ in range(4)}
+                await asyncio.wait(calls, timeout=rng.uniform(0, 0.01), return_when=asyncio.FIRST_COMPLETED)
+                for call in calls:
+                    call.cancel()
+                await asyncio.wait(calls)
+            second._daemon.check()
+            assert second.status().restarts == 0
 
     asyncio.run(scenario())
 
