@@ -125,12 +125,11 @@ class Link:
         listening = asyncio.create_task(self._listen())
         try:
             await asyncio.wait((speaking, listening), return_when=asyncio.FIRST_COMPLETED)
-            if listening.done():
-                listening.result()
-            else:
-                speaking.result()
-                async with asyncio.timeout(FINISH_S):
-                    await listening
+            (speaking if speaking.done() else listening).result()
+            self.finish()  # one half ended in order: so shall the other
+            async with asyncio.timeout(FINISH_S):
+                await speaking
+                await listening
         except TimeoutError:
             raise PeerSilent(f"{self.peer} did not end its heartbeat stream within {FINISH_S:g} s") from None
         finally:

@@ -184,7 +184,8 @@ class Members:
 
     def suspect(self, peer: PeerId, reason: str) -> None:
         """A call to this peer failed: spare it, and find out whether it is there."""
-        if self.table.get(peer) is not None:
+        entry = self.table.get(peer)
+        if entry is not None and entry.gone_s is None:
             self.table.failed(peer, reason, self._now())
             self._neighbourhood.look_into(peer)
 

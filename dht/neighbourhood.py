@@ -34,7 +34,7 @@ class _Door:
 
     def __init__(self) -> None:
         self.links: list[Link] = []
-        self.changed = asyncio.Event()  # a stream opened or closed, or there is a reason to dial now
+        self.changed = asyncio.Event()  # a stream opened, was heard or closed, or is no longer wanted
 
     def heard(self) -> int:
         """Streams that carried a beat; the others may yet turn out to lead nowhere."""
@@ -77,12 +77,9 @@ class Neighbourhood:
             self._keepers[peer] = asyncio.create_task(self._keep(peer), name=f"keep {peer}")
 
     def look_into(self, peer: PeerId) -> None:
-        """Somebody doubts that this peer lives: ask it, unless a stream will tell anyway."""
-        if self._closing:
-            return
-        if peer in self._keepers:
-            self._door(peer).changed.set()
-        elif not self.heard_streams(peer) and peer not in self._probes and len(self._probes) < PROBES:
+        """Somebody doubts that this peer lives: ask it, unless its keeper or a stream will tell anyway."""
+        told = peer in self._keepers or peer in self._probes or self.heard_streams(peer)
+        if not told and not self._closing and len(self._probes) < PROBES:
             self._home.table.watch(peer, True, self._now())
             self._probes[peer] = asyncio.create_task(self._probe(peer), name=f"probe {peer}")
 
