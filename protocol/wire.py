@@ -93,18 +93,21 @@ def wire_message(cls: type[T]) -> type[T]:
     return cls
 
 
-def encode(message: object) -> bytes:
-    """Protobuf bytes of a wire message, at most HEADER_BYTES. Equal messages give equal bytes."""
+def encode(message: object, max_bytes: int = HEADER_BYTES) -> bytes:
+    """Protobuf bytes of a wire message. Equal messages give equal bytes.
+
+    Those that travel as payloads (entries of a log) name a `max_bytes` of their own.
+    """
     data: bytes = _to_protobuf(message).SerializeToString(deterministic=True)
-    if len(data) > HEADER_BYTES:
-        raise MessageTooLarge(f"{type(message).__name__} takes {len(data)} of {HEADER_BYTES} bytes")
+    if len(data) > max_bytes:
+        raise MessageTooLarge(f"{type(message).__name__} takes {len(data)} of {max_bytes} bytes")
     return data
 
 
-def decode(cls: type[T], data: bytes) -> T:
+def decode(cls: type[T], data: bytes, max_bytes: int = HEADER_BYTES) -> T:
     """The message in `data`, every field within its bounds. Raises MessageInvalid or MessageTooLarge."""
-    if len(data) > HEADER_BYTES:
-        raise MessageTooLarge(f"{cls.__name__}: {len(data)} bytes, {HEADER_BYTES} allowed")
+    if len(data) > max_bytes:
+        raise MessageTooLarge(f"{cls.__name__}: {len(data)} bytes, {max_bytes} allowed")
     parsed = _protobuf_class(cls)()
     try:
         parsed.ParseFromString(data)

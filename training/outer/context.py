@@ -1,0 +1,89 @@
+"""What every part of one replica's round machinery shares: names, cut, codecs, and the way out."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.compression.codec import Codec
+from shoal.compression.registry import codec_for
+from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.transport import Transport
+from shoal.training.outer.messages import method
+from shoal.training.outer.parts import Part, cut
+from shoal.training.outer.strategy import OuterStrategy
+from shoal.training.spec import RunSpec
+
+Offload = Callable[..., Awaitable[Any]]
+Event = Callable[[str, dict[str, object]], None]
+GROUP_ROLES = frozenset({Role.OWNER, Role.TRAINER})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Context:
+    """One replica's place in its group."""
+
+    spec: RunSpec
+    stage: int
+    run_id: bytes
+    size: int  # fp32 values of the stage
+    parts: tuple[Part, ...]
+    contribution: Codec
+    published: Codec
+    strategy: OuterStrategy
+    me: PeerId
+    incarnation: int
+    transport: Transport
+    offload: Offload
+    suspect: Callable[[PeerId, str], None]
+    event: Event
+    rng: random.Random
+    refused: Counter[PeerId] = field(default_factory=Counter)
+
+    @classmethod
+    def of(
+        cls,
+        spec: RunSpec,
+        stage: int,
+        size: int,
+        *,
+        me: PeerId,
+        incarnation: int,
+        transport: Transport,
+        offload: Offload,
+        suspect: Callable[[PeerId, str], None],
+        event: Event,
+        rng: random.Random,
+    ) -> Context:
+        """What follows from the spec is computed here, once."""
+        codecs = spec.compression
+        return cls(
+            spec,
+            stage,
+            spec.run_id(),
+            size,
+            cut(size, spec.outer.part_bytes, codecs.block),
+            codec_for(codecs.contribution, codecs.block),
+            codec_for(codecs.published, codecs.block),
+            OuterStrategy.of(spec.outer),
+            me,
+            incarnation,
+            transport,
+            offload,
+            suspect,
+            event,
+            rng,
+        )
+
+    def method(self, name: str) -> str:
+        """The transport method of this stage's group."""
+        return method(self.stage, name)
+
+    def refuse(self, peer: PeerId, reason: str) -> None:
+        """Count what a peer sent against the protocol, and let membership know."""
+        self.refused[peer] += 1
+        self.suspect(peer, reason)
+        self.event("refused", {"peer": peer, "reason": reason})

@@ -1,0 +1,189 @@
+"""Entry: the committed result of a round, one link of a stage's log. Canonical bytes and their hash.
+
+A *draft* is an entry before its parts are known: what GO fixes. Entries outgrow message headers, so they
+travel as payloads of at most ENTRY_BYTES.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated
+
+from blake3 import blake3
+
+from shoal.dht.directory import PeerIdText, StageIndex
+from shoal.protocol import limits, wire
+from shoal.protocol.errors import MessageInvalid
+from shoal.protocol.wire import Bounds, Count, Digest, Identifier, Items, Length, wire_message
+
+# 4096 parts × (32 + 128) bytes, 1024 seats and as many contributors of about 80 bytes each: under 1 MiB.
+ENTRY_BYTES = 1 * limits.MIB
+SKIP = bytes(32)  # the digest of a part that stays as it is
+SeatIndex = Annotated[int, Bounds(0, limits.ROSTER - 1)]
+Norm = Annotated[float, Bounds(0.0, 1e18)]  # sums of a roster's deltas stay far inside fp32
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One place in a roster."""
+
+    peer: PeerIdText
+    incarnation: Identifier
+    uplink: Annotated[float, Bounds(0.0, 1e15)]  # relative; part owners are drawn in proportion
+    present: bool = False  # answered PREPARE: may own parts and gets what is published
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class StreamPosition:
+    """How far a data stream was read when its driver's contribution was taken."""
+
+    stream: Identifier
+    samples: Count
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class Contributor:
+    """One peer's steps from_step < step ≤ to_step, counted since its process started."""
+
+    seat: SeatIndex
+    from_step: Count
+    to_step: Count
+    tokens: Count  # of those steps
+    norm: Norm  # of its delta, as it said
+    clip: Annotated[float, Bounds(0.0, 1.0)]  # factor on its delta
+    positions: Annotated[tuple[StreamPosition, ...], Items(8)] = ()
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a round decided. Ballots order attempts at one height: by number, then by leader."""
+
+    stage: StageIndex
+    height: Annotated[int, Bounds(1, 2**53)]
+    previous: Digest  # hash of the entry before, or the genesis head
+    ballot: Count
+    leader: PeerIdText
+    revision: Count  # of the spec
+    fragment: Annotated[int, Bounds(0, 255)]
+    roster: Annotated[tuple[Seat, ...], Items(limits.ROSTER)]  # by peer id
+    contributors: Annotated[tuple[Contributor, ...], Items(limits.ROSTER)]  # by seat
+    first_stage_head: Annotated[bytes, Length(0, 32)]  # the head it ran under; empty: not known
+    digests: Annotated[bytes, Length(0, 32 * limits.PARTS)] = b""  # 32 bytes a part, SKIP or of the part
+    listed: Annotated[bytes, Length(0, limits.PARTS * limits.ROSTER // 8)] = b""  # a bitmap of seats a part
+    tokens: Count = 0  # in the log since genesis, this entry's included
+
+    def __post_init__(self) -> None:
+        peers = [seat.peer for seat in self.roster]
+        if not peers or peers != sorted(set(peers)):
+            raise ValueError("the roster is empty or not in order")
+        if self.leader not in peers:
+            raise ValueError("the leader has no seat")
+        seats = [row.seat for row in self.contributors]
+        if seats != sorted(set(seats)) or (seats and seats[-1] >= len(peers)):
+            raise ValueError("contributors out of order or without a seat")
+        for row in self.contributors:
+            if row.from_step >= row.to_step or row.tokens == 0 or row.clip == 0.0:
+                raise ValueError(f"seat {row.seat} contributes nothing")
+        if len(self.digests) % 32 or len(self.listed) != self.parts * self.bitmap_bytes:
+            raise ValueError(f"{len(self.digests)} bytes of digests, {len(self.listed)} of bitmaps")
+
+    @property
+    def parts(self) -> int:
+        return len(self.digests) // 32
+
+    @property
+    def bitmap_bytes(self) -> int:
+        return -(-len(self.roster) // 8)
+
+    def digest(self, part: int) -> bytes:
+        """The part's digest, or SKIP."""
+        return self.digests[32 * part : 32 * part + 32]
+
+    def listed_in(self, part: int) -> bytes:
+        """The bitmap of seats whose contributions are in the part's mean."""
+        return self.listed[self.bitmap_bytes * part : self.bitmap_bytes * (part + 1)]
+
+    def seat_of(self, peer: str, incarnation: int | None = None) -> int | None:
+        """The seat of a peer (in that incarnation), or None."""
+        for index, seat in enumerate(self.roster):
+            if seat.peer == peer and incarnation in (None, seat.incarnation):
+                return index
+        return None
+
+    def present(self) -> list[int]:
+        """Seats that take part."""
+        return [index for index, seat in enumerate(self.roster) if seat.present]
+
+    def row_of(self, seat: int) -> Contributor | None:
+        """What the seat contributes."""
+        return next((row for row in self.contributors if row.seat == seat), None)
+
+    def encode(self) -> bytes:
+        """Canonical bytes."""
+        return wire.encode(self, ENTRY_BYTES)
+
+    def finish(self, results: list[tuple[bytes, bytes] | None], previous_tokens: int) -> Entry:
+        """The entry that a draft becomes: (digest, bitmap) of each part, None for those skipped.
+
+        Contributors that no part lists are left out: for the log they did not take part.
+        """
+        empty = (SKIP, bytes(self.bitmap_bytes))
+        digests, bitmaps = zip(*(result or empty for result in results), strict=True)
+        kept = union(bitmaps)
+        rows = tuple(row for row in self.contributors if row.seat in kept)
+        return dataclasses.replace(
+            self,
+            contributors=rows,
+            digests=b"".join(digests),
+            listed=b"".join(bitmaps),
+            tokens=previous_tokens + sum(row.tokens for row in rows),
+        )
+
+
+def parse(data: bytes) -> Entry:
+    """The entry in `data`. Raises MessageInvalid, also for bytes that are not the canonical ones."""
+    entry = wire.decode(Entry, data, ENTRY_BYTES)
+    if entry.encode() != data:
+        raise MessageInvalid(f"Entry {entry.height}: not in canonical form")
+    return entry
+
+
+def entry_hash(data: bytes) -> bytes:
+    """The head of a log that ends with these entry bytes."""
+    return blake3(b"shoal entry\0" + data).digest()
+
+
+def draft_id(data: bytes) -> bytes:
+    """What contributions and published parts name the round by."""
+    return blake3(b"shoal draft\0" + data).digest()
+
+
+def part_digest(listed: bytes, encoded: bytes | bytearray | memoryview) -> bytes:
+    """Names a published part: the contributors and the encoded mean."""
+    hasher = blake3(b"shoal part\0" + len(listed).to_bytes(2, "little") + listed)
+    return hasher.update(encoded).digest()
+
+
+def bitmap(seats: set[int], size: int) -> bytes:
+    """Bit i of byte i // 8 for each seat; `size` seats in all."""
+    bits = sum(1 << seat for seat in seats)
+    return bits.to_bytes(-(-size // 8), "little")
+
+
+def seats_in(bits: bytes) -> set[int]:
+    """The seats of a bitmap."""
+    number = int.from_bytes(bits, "little")
+    return {index for index in range(number.bit_length()) if number >> index & 1}
+
+
+def union(bitmaps: tuple[bytes, ...]) -> set[int]:
+    """The seats of all bitmaps."""
+    number = 0
+    for bits in bitmaps:
+        number |= int.from_bytes(bits, "little")
+    return seats_in(number.to_bytes(limits.ROSTER // 8, "little"))

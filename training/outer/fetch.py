@@ -1,0 +1,83 @@
+"""Fetching a published part by its digest from any holder: repair in a round, and replay when catching up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from shoal.compression.codec import CodecError
+from shoal.protocol.errors import NotHere, ProtocolViolation, ShoalError
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Channel, call
+from shoal.training.outer.context import Context
+from shoal.training.outer.entry import SKIP, Entry
+from shoal.training.outer.messages import PartRequest, PublishedPart
+from shoal.training.outer.reduce import Published, publish
+
+PART_S = 30.0  # one part from one holder; a stalled transfer ends sooner
+AT_A_TIME = 4  # parts of an entry
+
+
+async def fetch_parts(
+    context: Context, entry: Entry, held: dict[int, Published], holders: Sequence[PeerId]
+) -> dict[int, Published]:
+    """All parts that the entry names: those held already, the others from `holders`. Raises NotHere."""
+    found: dict[int, Published] = {}
+    missing: list[int] = []
+    for part in range(entry.parts):
+        digest = entry.digest(part)
+        if digest == SKIP:
+            continue
+        here = held.get(part)
+        if here is not None and here.digest == digest:
+            found[part] = here
+        else:
+            missing.append(part)
+    missing.reverse()
+    failures: list[ShoalError] = []
+
+    async def work() -> None:
+        while missing and not failures:
+            part = missing.pop()
+            try:
+                found[part] = await fetch_part(context, part, entry.digest(part), holders)
+            except ShoalError as error:
+                failures.append(error)
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(min(AT_A_TIME, len(missing))):
+            tasks.create_task(work())
+    if failures:
+        raise failures[0]
+    return found
+
+
+async def fetch_part(context: Context, part: int, digest: bytes, holders: Sequence[PeerId]) -> Published:
+    """The part with that digest from the first holder that has it, tried in random order. Raises NotHere."""
+    count = context.parts[part].count
+    reasons = []
+    for peer in context.rng.sample(holders, len(holders)):
+        try:
+            message = await call(
+                context.transport,
+                peer,
+                context.method("part"),
+                PartRequest(part, digest),
+                PublishedPart,
+                timeout_s=PART_S,
+                max_payload_bytes=context.published.encoded_bytes(count),
+                channel=Channel.BULK,
+            )
+            published = await context.offload(publish, message.header.listed, message.payload)
+            if published.digest != digest:
+                raise ProtocolViolation(f"part {part}: other bytes than digest {digest.hex()[:8]} names")
+            await context.offload(context.published.check, published.encoded, count)
+            result: Published = published
+            return result
+        except (ProtocolViolation, CodecError) as error:
+            context.refuse(peer, str(error))
+            reasons.append(f"{peer}: {error}")
+        except ShoalError as error:
+            reasons.append(f"{peer}: {error}")
+    why = "; ".join(reasons[:4]) or "nobody to ask"
+    raise NotHere(f"part {part} ({digest.hex()[:8]}) found nowhere: {why}")

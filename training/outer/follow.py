@@ -1,0 +1,177 @@
+"""What a member answers on the network: the leader's stream, contributions, published parts, log and parts.
+
+Thin shells around `Member` and `Round`; everything that arrives is bounded here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from shoal.compression.codec import CodecError
+from shoal.protocol.errors import (
+    MessageInvalid,
+    NotHere,
+    PeerSilent,
+    ProtocolViolation,
+    ShoalError,
+    Stale,
+    StreamEnded,
+)
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Message, Stream
+from shoal.training.outer.context import GROUP_ROLES, Context
+from shoal.training.outer.entry import ENTRY_BYTES
+from shoal.training.outer.line import LEADER_SILENCE_S, Line, lifeline
+from shoal.training.outer.member import Member
+from shoal.training.outer.messages import (
+    Commit,
+    ContributedPart,
+    Contributing,
+    Done,
+    EntriesRequest,
+    EntryItem,
+    Go,
+    Gone,
+    PartRequest,
+    Prepare,
+    PublishedPart,
+    Publishing,
+    Report,
+)
+from shoal.training.outer.reduce import publish
+from shoal.training.outer.round import Round
+
+_SLACK_S = 30.0  # beyond a round's deadlines, before a leader that only ticks counts as lost
+
+
+async def follow(context: Context, member: Member, line: Line) -> None:
+    """One round behind one leader, from PREPARE to DONE."""
+    opening = await line.receive(Prepare, max_payload_bytes=ENTRY_BYTES)
+    reporting: asyncio.Task[None] | None = None
+    try:
+        async with asyncio.timeout(4 * context.spec.outer.round_deadline_s + _SLACK_S):
+            line.post(*await member.prepare(opening.header, line.peer))
+            while True:
+                message = await line.receive(Go, Gone, Commit, max_payload_bytes=ENTRY_BYTES)
+                match message.header:
+                    case Go(deadline_s):
+                        round_ = await member.go(bytes(message.payload), deadline_s)
+                        reporting = asyncio.create_task(_report(round_, line))
+                    case Gone(seat):
+                        member.gone(seat)
+                    case Commit():
+                        await member.commit(bytes(message.payload), [line.peer])
+                        line.post(Done(member.replica.log.height, member.replica.log.head))
+                        return
+    except TimeoutError:
+        raise PeerSilent(f"{line.peer} led a round for too long") from None
+    except StreamEnded:
+        return  # the leader gave the round up
+    finally:
+        if reporting is not None:
+            reporting.cancel()
+            await asyncio.gather(reporting, return_exceptions=True)
+        member.disengage(line.peer)
+
+
+async def _report(round_: Round, line: Line) -> None:
+    await round_.collected()
+    with contextlib.suppress(ShoalError):  # the leader is lost; `follow` notices by itself
+        line.post(Report(round_.id), round_.report())
+
+
+class Services:
+    """Serves a member's methods on the transport."""
+
+    def __init__(self, context: Context, member: Member) -> None:
+        self._context = context
+        self._member = member
+
+    def serve(self) -> None:
+        """Register; the transport owns the handlers' tasks."""
+        transport, name = self._context.transport, self._context.method
+        transport.serve(name("round"), self._round, GROUP_ROLES)
+        transport.serve(name("contribute"), self._contributions, GROUP_ROLES)
+        transport.serve(name("publish"), self._published, GROUP_ROLES)
+        transport.serve(name("part"), self._part, GROUP_ROLES)
+        transport.serve(name("entries"), self._entries, GROUP_ROLES)
+
+    async def _round(self, stream: Stream) -> None:
+        async with lifeline(stream, LEADER_SILENCE_S) as line:
+            await follow(self._context, self._member, line)
+
+    async def _contributions(self, stream: Stream) -> None:
+        opening = await stream.receive(Contributing)
+        round_ = await self._member.round_named(opening.header.draft)
+        peer = stream.remote.peer
+        seat = round_.expects_from(peer)
+        if seat is None:
+            raise Stale(f"{peer} does not contribute to draft {round_.id.hex()[:8]}")
+        codec, parts = self._context.contribution, self._context.parts
+        most = codec.encoded_bytes(parts[0].count)
+        try:
+            async for message in _messages(stream, ContributedPart, most):
+                with self._checked(peer, message.header.part):
+                    await round_.take_contribution(seat, message.header.part, message.payload)
+        except ProtocolViolation as error:
+            self._context.refuse(peer, f"contribution: {error}")
+            raise
+        finally:
+            round_.end_contributions(seat)
+
+    async def _published(self, stream: Stream) -> None:
+        opening = await stream.receive(Publishing)
+        round_ = await self._member.round_named(opening.header.draft)
+        peer = stream.remote.peer
+        seat = round_.draft.seat_of(peer)
+        if seat is None:
+            raise Stale(f"{peer} has no seat in draft {round_.id.hex()[:8]}")
+        most = self._context.published.encoded_bytes(self._context.parts[0].count)
+        try:
+            async for message in _messages(stream, PublishedPart, most):
+                with self._checked(peer, message.header.part):
+                    listed = message.header.listed
+                    if len(listed) != round_.draft.bitmap_bytes:
+                        raise MessageInvalid(f"{len(listed)} bytes of bitmap")
+                    published = await self._context.offload(publish, listed, message.payload)
+                    await round_.take_published(seat, message.header.part, published)
+        except ProtocolViolation as error:
+            self._context.refuse(peer, f"published part: {error}")
+            raise
+        finally:
+            round_.end_published(seat)
+
+    async def _part(self, stream: Stream) -> None:
+        request = (await stream.receive(PartRequest)).header
+        found = self._member.part(request.part, request.digest)
+        await stream.send(PublishedPart(request.part, found.listed), found.encoded)
+
+    async def _entries(self, stream: Stream) -> None:
+        request = (await stream.receive(EntriesRequest)).header
+        log = self._member.replica.log
+        for height in range(request.from_height, min(request.to_height, log.height) + 1):
+            data = log.entry(height)
+            if data is None:
+                raise NotHere(f"entry {height} is not kept here any more; take a snapshot")
+            await stream.send(EntryItem(height), data)
+
+    @contextlib.contextmanager
+    def _checked(self, peer: PeerId, part: int) -> Iterator[None]:
+        if part >= len(self._context.parts):
+            raise MessageInvalid(f"part {part} of {len(self._context.parts)}")
+        try:
+            yield
+        except CodecError as error:
+            raise MessageInvalid(f"part {part} from {peer}: {error}") from error
+
+
+async def _messages(stream: Stream, kind: type[Any], max_payload_bytes: int) -> AsyncIterator[Message[Any]]:
+    """All messages up to END."""
+    while True:
+        try:
+            yield await stream.receive(kind, max_payload_bytes=max_payload_bytes)
+        except StreamEnded:
+            return

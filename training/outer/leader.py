@@ -1,0 +1,322 @@
+"""Leader: conducts one round of a group, or finishes the one that a lost leader left.
+
+PREPARE fixes height, ballot and roster; the answers tell what there is to contribute and what is undecided.
+Highest first, an undecided entry is re-issued, else an undecided draft is gone on with, else a new
+one is made. Then GO, reports, COMMIT. Whoever is lost on the way is announced with GONE: nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from shoal.protocol.errors import MessageInvalid, NetworkError, NotHere, ShoalError, Stale
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Message
+from shoal.training.outer.change import Change
+from shoal.training.outer.context import Context
+from shoal.training.outer.entry import ENTRY_BYTES, SKIP, Contributor, Entry, Seat, draft_id, parse
+from shoal.training.outer.line import MEMBER_SILENCE_S, Line, lifeline, loopback
+from shoal.training.outer.log import Log
+from shoal.training.outer.messages import Answer, Commit, Done, Go, Gone, Prepare, Report
+from shoal.training.outer.policy import GroupMember, clip_factors, closes_at, holds_quorum
+
+COMMIT_S = 5.0  # for members to apply the entry; after that they are on their own, and catch up
+_REPORT_SLACK_S = 2.0
+Follow = Callable[[Line], Awaitable[None]]
+
+
+class Leader:
+    """One attempt at one height."""
+
+    def __init__(
+        self,
+        context: Context,
+        log: Log,
+        group: Sequence[GroupMember],
+        ballot: int,
+        first_stage_head: bytes,
+        follow: Follow,
+    ) -> None:
+        self._context = context
+        self._log = log
+        self._follow = follow
+        self._ballot = ballot
+        self._deadline_s = context.spec.outer.round_deadline_s
+        roster = tuple(
+            Seat(member.peer, member.incarnation, member.uplink)
+            for member in sorted(group, key=lambda member: member.peer)
+        )
+        self._offer = Entry(
+            stage=context.stage,
+            height=log.height + 1,
+            previous=log.head,
+            ballot=ballot,
+            leader=context.me,
+            revision=0,
+            fragment=0,
+            roster=roster,
+            contributors=(),
+            first_stage_head=first_stage_head,
+        )
+        here = {seat.peer for seat in roster}
+        self._last = [peer for peer in log.quorum if peer in here]
+        self._lines: dict[PeerId, Line] = {}
+        self._answers: dict[PeerId, Answer] = {}
+        self._undecided: list[
+            tuple[Entry, bytes]
+        ] = []  # entries that somebody saw and nobody told us applied
+        self._drafts: list[tuple[Entry, bytes]] = []
+        self._draft: Entry | None = None
+        self._reports: dict[int, bytes] = {}  # seat of the draft -> payload
+        self._report_of = b""  # the draft's id
+        self._done: set[PeerId] = set()
+        self._lost: dict[PeerId, str] = {}
+        self._change = Change()
+        self.highest_ballot = ballot  # met; the next attempt has to exceed it
+
+    async def lead(self) -> Entry:
+        """Returns the entry once this process has applied it. Raises Stale when the round cannot go on."""
+        attending = [asyncio.create_task(self._attend(seat.peer)) for seat in self._offer.roster]
+        try:
+            entry = await self._conduct()
+            limit_s = self._now() + COMMIT_S
+            await self._change.until(lambda: not self._open() - self._done, lambda: limit_s)
+            return entry
+        finally:
+            for task in attending:
+                task.cancel()
+            for outcome in await asyncio.gather(*attending, return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    raise outcome
+
+    # -- one member each
+
+    async def _attend(self, peer: PeerId) -> None:
+        try:
+            if peer == self._context.me:
+                await self._attend_here()
+                return
+            transport, method = self._context.transport, self._context.method("round")
+            async with transport.open(peer, method) as stream, lifeline(stream, MEMBER_SILENCE_S) as line:
+                await self._converse(line)
+        except ShoalError as error:
+            self._lose(peer, error)
+        except Exception as error:  # a bug of ours: `lead` raises it, and nobody may wait for this seat
+            self._lost[peer] = repr(error)
+            self._change.notify()
+            raise
+
+    async def _attend_here(self) -> None:
+        ours, theirs = loopback(self._context.me)
+        following = asyncio.ensure_future(self._follow(theirs))
+        conversing = asyncio.ensure_future(self._converse(ours))
+        try:
+            done, _ = await asyncio.wait((following, conversing), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            await conversing
+        finally:
+            for task in (following, conversing):
+                task.cancel()
+            await asyncio.gather(following, conversing, return_exceptions=True)
+
+    async def _converse(self, line: Line) -> None:
+        offer = self._offer
+        line.post(Prepare(offer.height, offer.previous, offer.ballot), offer.encode())
+        answer = await line.receive(Answer, max_payload_bytes=2 * ENTRY_BYTES)
+        self._note_answer(line, answer)
+        try:
+            while line.peer not in self._done:
+                message = await line.receive(Report, Done, max_payload_bytes=ENTRY_BYTES)
+                if isinstance(message.header, Report):
+                    self._note_report(line.peer, message)
+                else:
+                    self._done.add(line.peer)
+                self._change.notify()
+        finally:
+            self._lines.pop(line.peer, None)
+            self._change.notify()
+
+    def _note_answer(self, line: Line, message: Message[Any]) -> None:
+        answer: Answer = message.header
+        if answer.promised:
+            self.highest_ballot = max(self.highest_ballot, answer.promised)
+            raise Stale(f"{line.peer} has promised ballot {answer.promised}")
+        if len(message.payload) != answer.draft_bytes + answer.entry_bytes:
+            raise MessageInvalid(f"Answer of {line.peer}: {len(message.payload)} bytes")
+        for found, start, size in (
+            (self._drafts, 0, answer.draft_bytes),
+            (self._undecided, answer.draft_bytes, answer.entry_bytes),
+        ):
+            if size:
+                data = bytes(message.payload[start : start + size])
+                entry = parse(data)
+                if (entry.stage, entry.height, entry.previous) == self._place():
+                    found.append((entry, data))
+        self._answers[line.peer] = answer
+        self._lines[line.peer] = line
+        self._change.notify()
+
+    def _note_report(self, peer: PeerId, message: Message[Any]) -> None:
+        seat = self._draft.seat_of(peer) if self._draft is not None else None
+        if self._draft is None or seat is None or message.header.draft != self._report_of:
+            return
+        if len(message.payload) != len(self._context.parts) * (32 + self._draft.bitmap_bytes):
+            raise MessageInvalid(f"Report of {peer}: {len(message.payload)} bytes")
+        self._reports[seat] = bytes(message.payload)
+
+    def _lose(self, peer: PeerId, error: ShoalError) -> None:
+        self._lost[peer] = str(error)
+        self._context.event("member-lost", {"peer": peer, "height": self._offer.height, "why": str(error)})
+        if isinstance(error, NetworkError):
+            self._context.suspect(peer, str(error))
+        self._announce_gone([peer])
+        self._change.notify()
+
+    def _announce_gone(self, peers: Sequence[PeerId]) -> None:
+        if self._draft is None:
+            return
+        for seat in (self._draft.seat_of(peer) for peer in peers):
+            if seat is not None:
+                self._post(Gone(seat))
+
+    def _post(self, header: object, payload: bytes = b"") -> None:
+        for line in list(self._lines.values()):
+            try:
+                line.post(header, payload)
+            except NetworkError as error:
+                self._lines.pop(line.peer, None)
+                self._lose(line.peer, error)
+
+    # -- the round
+
+    async def _conduct(self) -> Entry:
+        await self._gather_answers()
+        if self._undecided:
+            entry, data = max(self._undecided, key=lambda found: (found[0].ballot, found[0].leader))
+            return await self._commit(entry, data)
+        if self._drafts:
+            draft, data = max(self._drafts, key=lambda found: (found[0].ballot, found[0].leader))
+        else:
+            draft = self._new_draft()
+            data = draft.encode()
+        results = await self._gather_reports(draft, data)
+        if not any(results):
+            raise Stale(
+                f"height {draft.height}: no part arrived anywhere; nothing is lost, the next round has it"
+            )
+        if draft.seat_of(self._context.me) is not None:
+            draft = dataclasses.replace(draft, ballot=self._ballot, leader=self._context.me)
+        entry = draft.finish(results, self._log.tokens)
+        return await self._commit(entry, entry.encode())
+
+    async def _gather_answers(self) -> None:
+        opened_s = self._now()
+        quorum_s: float | None = None
+        everybody = {seat.peer for seat in self._offer.roster}
+
+        def complete() -> bool:
+            nonlocal quorum_s
+            if (
+                quorum_s is None
+                and self._context.me in self._answers
+                and len(self._answers) * 2 > len(everybody)
+            ):
+                quorum_s = self._now()
+            return self._ahead() or everybody <= self._answers.keys() | self._lost.keys()
+
+        await self._change.until(complete, lambda: closes_at(opened_s, quorum_s, self._deadline_s))
+        if self._ahead():
+            raise Stale(f"height {self._offer.height} has been decided without this peer; catch up")
+        if self._context.me not in self._answers:
+            raise Stale(f"this peer cannot lead: {self._lost.get(self._context.me, 'its weights are busy')}")
+        verdict = holds_quorum(self._last, list(self._answers), self._log.head)
+        if not verdict.yes:
+            raise Stale(f"height {self._offer.height}: {verdict.reason}; {self._lost}")
+
+    def _new_draft(self) -> Entry:
+        """Everybody who answered is present; who has tokens contributes."""
+        seats = enumerate(self._offer.roster)
+        given = [(i, self._answers[seat.peer]) for i, seat in seats if seat.peer in self._answers]
+        given = [(i, answer) for i, answer in given if answer.tokens and answer.to_step > answer.from_step]
+        clips = clip_factors([answer.norm for _, answer in given], [answer.tokens for _, answer in given])
+        rows = [
+            Contributor(i, a.from_step, a.to_step, a.tokens, a.norm, clip, a.positions)
+            for (i, a), clip in zip(given, clips, strict=True)
+        ]
+        if not rows:
+            raise Stale(f"height {self._offer.height}: nobody has made a step")
+        for (_, answer), clip in zip(given, clips, strict=True):
+            if clip < 1.0:
+                self._context.event("clipped", {"norm": answer.norm, "factor": clip})
+        roster = tuple(
+            dataclasses.replace(seat, present=seat.peer in self._answers) for seat in self._offer.roster
+        )
+        return dataclasses.replace(self._offer, roster=roster, contributors=tuple(rows))
+
+    async def _gather_reports(self, draft: Entry, data: bytes) -> list[tuple[bytes, bytes] | None]:
+        """GO, then wait for the report of everybody present who is not lost."""
+        self._draft, self._report_of = draft, draft_id(data)
+        present = {draft.roster[seat].peer for seat in draft.present()}
+        self._post_to(present, Go(self._deadline_s), data)
+        self._announce_gone(sorted(present - self._answers.keys() | present & self._lost.keys()))
+        limit_s = self._now() + 2 * self._deadline_s + _REPORT_SLACK_S
+
+        def complete() -> bool:
+            open_ = {draft.seat_of(peer) for peer in self._open() & present}
+            return open_ <= self._reports.keys()
+
+        await self._change.until(complete, lambda: limit_s)
+        return self._results(draft)
+
+    def _results(self, draft: Entry) -> list[tuple[bytes, bytes] | None]:
+        """What to commit of each part: the digest that most reporters hold, if they are more than half.
+
+        A part in the hands of a few could be lost with them after COMMIT, and the chain with it.
+        """
+        parts, width = len(self._context.parts), draft.bitmap_bytes
+        reports = [self._reports[seat] for seat in sorted(self._reports)]
+        results: list[tuple[bytes, bytes] | None] = []
+        for part in range(parts):
+            at = 32 * parts + width * part
+            held = Counter(
+                (report[32 * part : 32 * part + 32], report[at : at + width]) for report in reports
+            )
+            (digest, listed), holders = max(held.items(), key=lambda item: (item[0][0] != SKIP, item[1]))
+            results.append((digest, listed) if digest != SKIP and 2 * holders > len(reports) else None)
+        return results
+
+    async def _commit(self, entry: Entry, data: bytes) -> Entry:
+        """COMMIT to all, and wait until this process has applied it."""
+        self._post(Commit(), data)
+        me = self._context.me
+        await self._change.until(lambda: me in self._done or me in self._lost, lambda: None)
+        if me in self._lost:
+            raise NotHere(f"entry {entry.height} could not be applied here: {self._lost[me]}")
+        return entry
+
+    def _post_to(self, peers: set[PeerId], header: object, payload: bytes) -> None:
+        for peer in sorted(peers & self._lines.keys()):
+            try:
+                self._lines[peer].post(header, payload)
+            except NetworkError as error:
+                self._lose(peer, error)
+
+    # -- views
+
+    def _place(self) -> tuple[int, int, bytes]:
+        return self._offer.stage, self._offer.height, self._offer.previous
+
+    def _ahead(self) -> bool:
+        return any(answer.height >= self._offer.height for answer in self._answers.values())
+
+    def _open(self) -> set[PeerId]:
+        """Members that can still be heard."""
+        return set(self._lines)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()

@@ -1,0 +1,117 @@
+"""Line: the control stream between a leader and one member of its round, on which silence is noticed.
+
+Sends Tick whenever nothing else was sent for TICK_S, and raises PeerSilent when nothing came for a while: a
+stopped process keeps its connections open, so only its silence tells. `loopback` joins a leader to
+its own member in the same process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from shoal.protocol.errors import PeerSilent, ShoalError, StreamBroken
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Buffer, Message, Stream
+from shoal.training.outer.messages import Tick
+
+TICK_S = 0.25
+LEADER_SILENCE_S = 1.0  # then members look for another leader (design section 9)
+MEMBER_SILENCE_S = 2.0  # then the leader goes on without the member (limits.SUSPECT_AFTER_S)
+OUTBOX = 2048  # messages: a GONE for each seat of a roster fits twice
+
+
+class Line(ABC):
+    """Posts messages without waiting, receives with a limit on silence."""
+
+    peer: PeerId
+
+    @abstractmethod
+    def post(self, header: object, payload: Buffer = b"") -> None:
+        """Send soon, in order. Raises PeerSilent when the other side has long taken nothing."""
+
+    @abstractmethod
+    async def receive(self, *kinds: type[Any], max_payload_bytes: int = 0) -> Message[Any]:
+        """The next message that is no Tick. Raises PeerSilent, and what Stream.receive raises."""
+
+
+class _Lifeline(Line):
+    def __init__(self, stream: Stream, silence_s: float) -> None:
+        self.peer = stream.remote.peer
+        self._stream = stream
+        self._silence_s = silence_s
+        self.outbox: asyncio.Queue[tuple[object, Buffer] | None] = asyncio.Queue(OUTBOX)
+
+    def post(self, header: object, payload: Buffer = b"") -> None:
+        try:
+            self.outbox.put_nowait((header, payload))
+        except asyncio.QueueFull:
+            raise PeerSilent(f"{self.peer} takes no messages: {OUTBOX} wait") from None
+
+    async def receive(self, *kinds: type[Any], max_payload_bytes: int = 0) -> Message[Any]:
+        while True:
+            try:
+                async with asyncio.timeout(self._silence_s):
+                    message = await self._stream.receive(*kinds, Tick, max_payload_bytes=max_payload_bytes)
+            except TimeoutError:
+                raise PeerSilent(f"nothing from {self.peer} for {self._silence_s:g} s") from None
+            if not isinstance(message.header, Tick):
+                return message
+
+    async def send_all(self) -> None:
+        """Until the outbox is closed. A broken stream ends it quietly: the receiving side reports it."""
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(TICK_S):
+                        item = await self.outbox.get()
+                except TimeoutError:
+                    item = (Tick(), b"")
+                if item is None:
+                    return
+                await self._stream.send(*item)
+        except ShoalError:
+            return
+
+
+@asynccontextmanager
+async def lifeline(stream: Stream, silence_s: float) -> AsyncIterator[Line]:
+    """A line that ticks inside the context; what was posted is sent before it ends in order."""
+    line = _Lifeline(stream, silence_s)
+    sender = asyncio.create_task(line.send_all())
+    try:
+        yield line
+        async with asyncio.timeout(silence_s):
+            await line.outbox.put(None)
+            await sender
+    except TimeoutError:
+        raise PeerSilent(f"{line.peer} takes no messages") from None
+    finally:
+        sender.cancel()
+        await asyncio.gather(sender, return_exceptions=True)
+
+
+class _Loopback(Line):
+    def __init__(self, peer: PeerId) -> None:
+        self.peer = peer
+        self.inbox: asyncio.Queue[Message[Any]] = asyncio.Queue(OUTBOX)
+        self.other: _Loopback = self
+
+    def post(self, header: object, payload: Buffer = b"") -> None:
+        self.other.inbox.put_nowait(Message(header, memoryview(payload)))
+
+    async def receive(self, *kinds: type[Any], max_payload_bytes: int = 0) -> Message[Any]:
+        message = await self.inbox.get()
+        if not isinstance(message.header, kinds):
+            raise StreamBroken(f"{type(message.header).__name__} out of order in this process")
+        return message
+
+
+def loopback(me: PeerId) -> tuple[Line, Line]:
+    """Both ends of a line within this process."""
+    one, other = _Loopback(me), _Loopback(me)
+    one.other, other.other = other, one
+    return one, other

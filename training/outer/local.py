@@ -1,0 +1,68 @@
+"""Local weights as rounds see them: one flat fp32 vector that inner steps move. Interface and memory twin.
+
+`training/weights.py` implements it for real replicas; `MemoryWeights` for tests and the simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sent:
+    """A copy of the local weights, taken between two inner steps: the `s` of design section 9."""
+
+    weights: torch.Tensor  # [size] fp32 CPU
+    inner_step: int  # steps since the process started
+    tokens: int  # taken into those steps
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rebase:
+    """One change of base: w[start : start+n] ← new + (w[start : start+n] − old)."""
+
+    start: int
+    old: torch.Tensor  # [n] fp32 CPU
+    new: torch.Tensor  # [n] fp32 CPU
+
+
+class LocalWeights(Protocol):
+    """The weights that inner steps change while rounds go on."""
+
+    size: int  # fp32 values of the stage, in canonical parameter order
+    inner_steps: int  # since the process started
+    tokens: int  # taken into those steps
+
+    async def sent(self) -> Sent:
+        """A copy, taken atomically between inner steps."""
+
+    async def rebase(self, changes: Sequence[Rebase]) -> None:
+        """All changes at once, between inner steps."""
+
+
+class MemoryWeights:
+    """A plain vector whose inner steps the caller makes by hand."""
+
+    def __init__(self, initial: torch.Tensor) -> None:
+        self.size = initial.numel()
+        self.weights = initial.clone()
+        self.inner_steps = 0
+        self.tokens = 0
+
+    def step(self, change: torch.Tensor, tokens: int) -> None:
+        """One inner step: add `change` [size]."""
+        self.weights.add_(change)
+        self.inner_steps += 1
+        self.tokens += tokens
+
+    async def sent(self) -> Sent:
+        return Sent(self.weights.clone(), self.inner_steps, self.tokens)
+
+    async def rebase(self, changes: Sequence[Rebase]) -> None:
+        for change in changes:
+            span = self.weights[change.start : change.start + change.old.numel()]
+            span.sub_(change.old).add_(change.new)

@@ -1,0 +1,174 @@
+"""Log: the chain of a stage's entries, what follows from it, and what it refuses.
+
+Knows no tensors and no network. `Replica` keeps one beside anchors and momentum; snapshots carry a
+`LogState`, from which a joiner goes on. Promise P4 is kept here: the steps that entries record for a process
+tile its steps without gap or overlap, or the entry is refused.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Annotated
+
+from blake3 import blake3
+
+from shoal.dht.directory import PeerIdText, StageIndex
+from shoal.protocol import limits
+from shoal.protocol.errors import MessageInvalid, Stale
+from shoal.protocol.identity import PeerId
+from shoal.protocol.wire import Count, Digest, Identifier, Items, wire_message
+from shoal.training.outer.entry import (
+    SKIP,
+    Entry,
+    StreamPosition,
+    entry_hash,
+    parse,
+    seats_in,
+    union,
+)
+
+ENDS_KEPT = 4 * limits.ROSTER  # processes whose last step is remembered, least recent contributors go first
+STREAMS_KEPT = 4 * limits.ROSTER
+ENTRIES_BYTES = 64 * limits.MIB  # of entries kept beyond the last snapshot, payloads not counted
+LOG_STATE_BYTES = 2 * limits.MIB
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class StepsEnd:
+    """The last step of a process that the log holds."""
+
+    peer: PeerIdText
+    incarnation: Identifier
+    step: Count
+    tokens: Count  # of all its steps in the log
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class LogState:
+    """All that the entries up to a height leave behind."""
+
+    stage: StageIndex
+    height: Count
+    head: Digest
+    tokens: Count
+    quorum: Annotated[tuple[PeerIdText, ...], Items(limits.ROSTER)]  # who took part in the last round
+    ends: Annotated[tuple[StepsEnd, ...], Items(ENDS_KEPT)]
+    positions: Annotated[tuple[StreamPosition, ...], Items(STREAMS_KEPT)]
+
+
+def genesis_state(run_id: bytes, stage: int) -> LogState:
+    """The state of an empty log: its head names the run and the stage."""
+    head = blake3(b"shoal genesis\0" + run_id + stage.to_bytes(4, "little")).digest()
+    return LogState(stage, 0, head, 0, (), (), ())
+
+
+class Log:
+    """The chain from some snapshot on. Mutable; owned by one replica."""
+
+    def __init__(self, state: LogState, parts: int) -> None:
+        self.stage = state.stage
+        self.height = state.height
+        self.head = state.head
+        self.tokens = state.tokens
+        self.quorum = state.quorum
+        self._parts = parts
+        self._ends = OrderedDict(((end.peer, end.incarnation), end) for end in state.ends)
+        self._positions = OrderedDict((p.stream, p.samples) for p in state.positions)
+        self._entries: OrderedDict[int, bytes] = OrderedDict()
+        self._entries_bytes = 0
+
+    def state(self) -> LogState:
+        """What a snapshot at this height carries."""
+        return LogState(
+            self.stage,
+            self.height,
+            self.head,
+            self.tokens,
+            self.quorum,
+            tuple(self._ends.values()),
+            tuple(StreamPosition(stream, samples) for stream, samples in self._positions.items()),
+        )
+
+    def end_of(self, peer: PeerId, incarnation: int) -> tuple[int, int]:
+        """(step, tokens) up to which the log holds the work of a process."""
+        end = self._ends.get((peer, incarnation))
+        return (end.step, end.tokens) if end else (0, 0)
+
+    def positions(self) -> dict[int, int]:
+        """Samples read of each data stream, as far as the log holds their deltas."""
+        return dict(self._positions)
+
+    def entry(self, height: int) -> bytes | None:
+        """The bytes of an entry that is still kept."""
+        return self._entries.get(height)
+
+    def check(self, entry: Entry) -> None:
+        """Raises Stale unless the entry continues this chain, MessageInvalid where it breaks its rules."""
+        if entry.height != self.height + 1 or entry.previous != self.head:
+            raise Stale(
+                f"entry {entry.height} after {entry.previous.hex()[:8]} does not continue "
+                f"height {self.height}, head {self.head.hex()[:8]}; catch up first"
+            )
+        if entry.stage != self.stage or entry.parts != self._parts:
+            raise MessageInvalid(
+                f"entry {entry.height}: stage {entry.stage}, {entry.parts} parts; "
+                f"stage {self.stage}, {self._parts} parts expected"
+            )
+        self._check_parts(entry)
+        self._check_contributors(entry)
+
+    def append(self, data: bytes) -> Entry:
+        """Take an entry in after `check`. Returns it."""
+        entry = parse(data)
+        self.check(entry)
+        self.height, self.head, self.tokens = entry.height, entry_hash(data), entry.tokens
+        self.quorum = tuple(entry.roster[seat].peer for seat in entry.present())
+        for row in entry.contributors:
+            seat = entry.roster[row.seat]
+            key = (seat.peer, seat.incarnation)
+            tokens = self.end_of(*key)[1] + row.tokens
+            self._ends[key] = StepsEnd(seat.peer, seat.incarnation, row.to_step, tokens)
+            self._ends.move_to_end(key)
+            for position in row.positions:
+                self._positions[position.stream] = position.samples
+                self._positions.move_to_end(position.stream)
+        for kept, most in ((self._ends, ENDS_KEPT), (self._positions, STREAMS_KEPT)):
+            while len(kept) > most:
+                kept.popitem(last=False)
+        self._entries[entry.height] = data
+        self._entries_bytes += len(data)
+        return entry
+
+    def prune(self, below: int) -> None:
+        """Forget the oldest entries below a height while they take more than ENTRIES_BYTES."""
+        while self._entries_bytes > ENTRIES_BYTES and (oldest := next(iter(self._entries))) < below:
+            self._entries_bytes -= len(self._entries.pop(oldest))
+
+    def _check_parts(self, entry: Entry) -> None:
+        rows = {row.seat for row in entry.contributors}
+        for part in range(entry.parts):
+            listed = seats_in(entry.listed_in(part))
+            if (entry.digest(part) == SKIP) != (not listed) or not listed <= rows:
+                raise MessageInvalid(f"entry {entry.height}, part {part}: listed {sorted(listed)[:8]}")
+        if union(tuple(entry.listed_in(part) for part in range(entry.parts))) != rows:
+            raise MessageInvalid(f"entry {entry.height}: a contributor that no part lists")
+
+    def _check_contributors(self, entry: Entry) -> None:
+        tokens = self.tokens
+        for row in entry.contributors:
+            seat = entry.roster[row.seat]
+            step, _ = self.end_of(seat.peer, seat.incarnation)
+            if row.from_step != step:
+                fault = "overlap" if row.from_step < step else "leave a gap"
+                raise MessageInvalid(
+                    f"entry {entry.height}: steps {row.from_step}-{row.to_step} of {seat.peer} {fault}; "
+                    f"the log holds its steps up to {step}"
+                )
+            if not seat.present:
+                raise MessageInvalid(f"entry {entry.height}: {seat.peer} contributes without being present")
+            tokens += row.tokens
+        if entry.tokens != tokens:
+            raise MessageInvalid(f"entry {entry.height}: {entry.tokens} tokens, {tokens} expected")

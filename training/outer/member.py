@@ -1,0 +1,227 @@
+"""Member: how a replica follows rounds, whoever leads; the leader is a member of its own round too.
+
+Decides nothing but what a promise binds it to: it refuses lower ballots, it refuses a second leader while the
+first is alive, and it tells a new leader what is still undecided. `follow` brings the messages here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from shoal.protocol.errors import Busy, NotHere, Stale
+from shoal.protocol.identity import PeerId
+from shoal.training.outer.change import Change
+from shoal.training.outer.context import Context
+from shoal.training.outer.entry import StreamPosition, parse
+from shoal.training.outer.fetch import fetch_parts
+from shoal.training.outer.local import LocalWeights, Sent
+from shoal.training.outer.messages import Answer, Prepare
+from shoal.training.outer.reduce import Published, delta_norm
+from shoal.training.outer.replica import Replica
+from shoal.training.outer.round import Round
+
+GO_LAG_S = 2.0  # a neighbour's contribution may be here before the leader's GO
+NORM_MOST = 1e18  # entry.Norm's bound
+Positions = Callable[[], Sequence[tuple[int, int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """The highest ballot accepted at a height."""
+
+    height: int = 0
+    ballot: int = 0
+    leader: str = ""
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """Ballots of a height rise by number, then by leader."""
+        return self.height, self.ballot, self.leader
+
+
+class Member:
+    """One replica's state in and between rounds."""
+
+    def __init__(
+        self, context: Context, replica: Replica, local: LocalWeights, positions: Positions, change: Change
+    ) -> None:
+        self.replica = replica
+        self.change = change  # notified at GO, at every COMMIT, and when a leader is lost
+        self.promise = Promise()
+        self.engaged_with: PeerId | None = None  # the leader of the round under way
+        self.undecided_since_s: float | None = None  # since when a round stands without leader
+        self.round: Round | None = None
+        self._context = context
+        self._local = local
+        self._positions = positions
+        self._sent: Sent | None = None  # of the height to come, kept once it may have been contributed
+        self._unapplied: bytes | None = None  # an entry of the height to come whose parts are not all here
+        self._deciding = asyncio.Lock()  # one entry at a time; no copy of weights in the middle of one
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    @property
+    def next_height(self) -> int:
+        return self.replica.log.height + 1
+
+    # -- the leader's messages, in their order
+
+    async def prepare(self, prepare: Prepare, leader: PeerId) -> tuple[Answer, bytes]:
+        """Promise a ballot and say what there is to contribute. Raises Stale or Busy."""
+        async with self._deciding:
+            log = self.replica.log
+            if prepare.height <= log.height:
+                return Answer(log.height, 0, 0, 0, 0.0, ()), b""
+            if prepare.height != self.next_height or prepare.previous != log.head:
+                raise Stale(f"height {log.height}, head {log.head.hex()[:8]} here; this peer has to catch up")
+            if self.engaged_with not in (None, leader):
+                raise Busy(f"in a round with {self.engaged_with}", retry_after_s=1.0)
+            asked = Promise(prepare.height, prepare.ballot, leader)
+            if asked.order < self.promise.order:
+                return Answer(log.height, 0, 0, 0, 0.0, (), promised=self.promise.ballot), b""
+            self.promise, self.engaged_with = asked, leader
+            if self.round is None:
+                self._sent = await self._local.sent()
+            return await self._answer()
+
+    async def _answer(self) -> tuple[Answer, bytes]:
+        log, context = self.replica.log, self._context
+        draft = self.round.data if self.round is not None else b""
+        entry = self._unapplied or b""
+        from_step, from_tokens = log.end_of(context.me, context.incarnation)
+        answer = Answer(
+            log.height, from_step, from_step, 0, 0.0, (), draft_bytes=len(draft), entry_bytes=len(entry)
+        )
+        if self._sent is not None:
+            norm = await context.offload(delta_norm, self.replica.anchor, self._sent.weights)
+            if math.isfinite(norm) and norm <= NORM_MOST:
+                answer = Answer(
+                    log.height,
+                    from_step,
+                    self._sent.inner_step,
+                    max(self._sent.tokens - from_tokens, 0),
+                    norm,
+                    tuple(StreamPosition(stream, samples) for stream, samples in self._positions()),
+                    draft_bytes=len(draft),
+                    entry_bytes=len(entry),
+                )
+            else:
+                context.event("weights-not-finite", {"norm": str(norm)})
+        return answer, draft + entry
+
+    async def go(self, data: bytes, deadline_s: float) -> Round:
+        """Begin the data plane of a draft; the same draft again, from a new leader, changes nothing."""
+        draft = parse(data)
+        if draft.parts or draft.height != self.next_height or draft.previous != self.replica.log.head:
+            raise Stale(f"GO for height {draft.height} at height {self.replica.log.height}")
+        if self.round is not None:
+            if self.round.data == data:
+                return self.round
+            await self.round.close()
+        sent = self._sent
+        seat = draft.seat_of(self._context.me, self._context.incarnation)
+        row = draft.row_of(seat) if seat is not None else None
+        if row is not None and (sent is None or sent.inner_step != row.to_step):
+            sent = None  # a draft of another attempt: this peer is not listed, and loses nothing
+        self.round = Round(self._context, data, draft, self.replica.anchor, sent, deadline_s)
+        self.round.start()
+        self.change.notify()
+        return self.round
+
+    async def commit(self, data: bytes, holders: Sequence[PeerId] = ()) -> None:
+        """Apply an entry, from a leader's COMMIT or from a donor. Goes on when its caller is cancelled.
+
+        Raises Stale or MessageInvalid from the log's rules, NotHere when a part is found nowhere.
+        """
+        task: asyncio.Task[object] = asyncio.create_task(self._commit(data, holders))
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        await asyncio.shield(task)
+
+    def _finished(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # the caller has it, or went away and will learn from the next PREPARE
+
+    async def _commit(self, data: bytes, holders: Sequence[PeerId]) -> None:
+        async with self._deciding:
+            entry, log = parse(data), self.replica.log
+            if entry.height <= log.height:
+                if log.entry(entry.height) == data:
+                    return
+                raise Stale(f"height {entry.height} is decided here, by another entry")
+            log.check(entry)
+            self._unapplied = data
+            held = self.round.held if self.round is not None else {}
+            present = [entry.roster[seat].peer for seat in entry.present()]
+            asked = dict.fromkeys(p for p in (*holders, *present) if p != self._context.me)
+            try:
+                published = await fetch_parts(self._context, entry, held, list(asked))
+            except NotHere:
+                # Nobody alive can apply this entry: a new leader may decide the height anew (section 9).
+                self._unapplied = None
+                raise
+            await self.replica.apply(data, published, self._local, self._sent)
+            await self._leave_round()
+        self.change.notify()
+
+    async def _leave_round(self) -> None:
+        if self.round is not None:
+            await self.round.close()
+        self.round, self._sent, self._unapplied, self.undecided_since_s = None, None, None, None
+
+    async def install(self, jump: Callable[[Sent | None], Awaitable[None]]) -> None:
+        """Run a jump to a snapshot between two entries; it gets the copy contributed at the next height."""
+        async with self._deciding:
+            await jump(self._sent if self.round is not None else None)
+            await self._leave_round()
+        self.change.notify()
+
+    def gone(self, seat: int) -> None:
+        """A seat of the round under way is not there any more."""
+        if self.round is not None:
+            self.round.mark_gone(seat)
+
+    def disengage(self, leader: PeerId) -> None:
+        """The stream with a leader is over, in whatever way. What is undecided waits for the next leader."""
+        if self.engaged_with != leader:
+            return
+        self.engaged_with = None
+        if self.round is None and self._unapplied is None:
+            self._sent = None
+        elif self.undecided_since_s is None:
+            self.undecided_since_s = asyncio.get_running_loop().time()
+        self.change.notify()
+
+    # -- for the neighbours' streams
+
+    async def round_named(self, draft: bytes) -> Round:
+        """The round under way, if that is its draft; GO gets a moment to arrive. Raises Stale."""
+        limit_s = asyncio.get_running_loop().time() + GO_LAG_S
+
+        def here() -> bool:
+            return self.round is not None and self.round.id == draft
+
+        await self.change.until(here, lambda: limit_s)
+        if self.round is None or not here():
+            raise Stale(f"no round of draft {draft.hex()[:8]} here")
+        return self.round
+
+    def part(self, part: int, digest: bytes) -> Published:
+        """A published part that others may fetch. Raises NotHere."""
+        found = self.replica.payloads.find(digest)
+        if found is None and self.round is not None:
+            found = self.round.held.get(part)
+        if found is None or found.digest != digest:
+            raise NotHere(f"part {part} ({digest.hex()[:8]}) is not here")
+        return found
+
+    async def close(self) -> None:
+        """End what is under way."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.round is not None:
+            await self.round.close()

@@ -1,0 +1,180 @@
+"""Every decision of a round that is not arithmetic on tensors: who leads, who owns, when to open and close.
+
+Pure functions: peers, numbers and loop times in, decisions out. `service`, `leader` and `round` act on them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+
+from shoal.protocol.identity import PeerId
+
+CLIP_FACTOR = 3.0  # times the group's median (notes: verification B2, "robust reduce")
+TAKEOVER_S = 1.0  # silence after which the next in order acts (design section 9)
+GRACE_FACTOR = 1.0  # after quorum, as long again as the quorum took
+GRACE_MIN_S = 1.0  # a scheduler hiccup must not cost a contribution
+BEHIND_S = 0.5  # a COMMIT already on its way gets this long before the entry is fetched instead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupMember:
+    """A live replica of the stage, as its last beat tells; for this peer itself, as it is."""
+
+    peer: PeerId
+    incarnation: int
+    height: int = 0
+    head: bytes = bytes(32)
+    state_root: bytes = bytes(32)
+    steps_since_round: int = 0
+    tokens_since_round: int = 0
+    log_tokens: int = 0  # of its whole log
+    uplink: float = 1.0  # relative; part owners are drawn in proportion
+
+
+def _score(*key: bytes) -> int:
+    hasher = blake3(b"shoal rendezvous")
+    for element in key:
+        hasher.update(len(element).to_bytes(4, "little")).update(element)
+    return int.from_bytes(hasher.digest(8), "little")
+
+
+def succession(run_id: bytes, stage: int, height: int, members: Sequence[PeerId]) -> tuple[PeerId, ...]:
+    """Who leads the round of a height, and who follows when that one is silent: by rendezvous hash."""
+    place = f"leader/{stage}/{height}".encode()
+    return tuple(sorted(members, key=lambda peer: (_score(run_id, place, peer.encode()), peer), reverse=True))
+
+
+def owners(
+    run_id: bytes, stage: int, parts: int, peers: Sequence[PeerId], uplinks: Sequence[float]
+) -> list[int]:
+    """The index of each part's owner: weighted rendezvous (highest of uplink / −ln u), u from a hash.
+
+    Depends on run, stage, part and peer only, so a part keeps its owner from round to round, and a change of
+    roster moves no part but those of who came or left.
+    """
+    seeds = np.array([_score(run_id, f"owner/{stage}".encode(), p.encode()) for p in peers], np.uint64)
+    mixed = _mix(seeds[None, :] ^ _mix(np.arange(1, parts + 1, dtype=np.uint64))[:, None])
+    uniform = (mixed >> np.uint64(11)).astype(np.float64) / 2**53 + 2**-54
+    weights = np.maximum(np.asarray(uplinks, np.float64), 1e-9)
+    return [int(index) for index in np.argmax(weights / -np.log(uniform), axis=1)]
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser: a bijection that looks random; wraps around on purpose."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A decision and its reason, for people."""
+
+    yes: bool
+    reason: str
+
+
+def holds_quorum(last: Sequence[PeerId], here: Sequence[PeerId], head: bytes) -> Verdict:
+    """Whether `here`, who answered, may go on: at least half of `last`, those of the last round not departed.
+
+    At exactly half, the side that holds the lowest hash under the log head, so that two halves never both do.
+    Newcomers do not count: they must neither block a group nor outvote it.
+    """
+    count = len(set(last) & set(here))
+    if 2 * count > len(last) or not last:
+        return Verdict(True, f"{count} of {len(last)} answered")
+    lowest = min(last, key=lambda peer: (_score(head, peer.encode()), peer))
+    if 2 * count == len(last) and lowest in here:
+        return Verdict(True, f"half of {len(last)}, with the lowest hash")
+    return Verdict(False, f"only {count} of the last round's {len(last)} answered")
+
+
+def should_open(inner_steps: int, mine: GroupMember, group: Sequence[GroupMember]) -> Verdict:
+    """A round is due on work done: H steps a replica on the mean, however they are spread.
+
+    Counters that members reported before their last COMMIT say nothing about the round to come.
+    """
+    current = [member for member in group if member.height == mine.height]
+    steps = sum(member.steps_since_round for member in current)
+    due = inner_steps * max(len(group), 1)
+    return Verdict(steps >= due, f"{steps} of {due} inner steps")
+
+
+def clip_factors(norms: Sequence[float], tokens: Sequence[int]) -> list[float]:
+    """Factor in (0, 1] for each contribution, against CLIP_FACTOR times the group's median norm.
+
+    Norms are compared per √tokens, since an honest fast peer did more steps than a slow one. With one or two
+    contributors nothing is ever clipped (the median is their mean).
+    """
+    rates = [norm / math.sqrt(max(count, 1)) for norm, count in zip(norms, tokens, strict=True)]
+    bound = CLIP_FACTOR * statistics.median(rates) if rates else 0.0
+    return [min(1.0, bound / rate) if rate > 0 and bound > 0 else 1.0 for rate in rates]
+
+
+def closes_at(opened_s: float, quorum_s: float | None, deadline_s: float) -> float:
+    """When to stop waiting: at the deadline, or after an adaptive grace once half of the weight is in."""
+    if quorum_s is None:
+        return opened_s + deadline_s
+    grace_s = max(GRACE_MIN_S, GRACE_FACTOR * (quorum_s - opened_s))
+    return min(opened_s + deadline_s, quorum_s + grace_s)
+
+
+def is_half(weights: Mapping[int, int], complete: set[int]) -> bool:
+    """Whether the complete ones carry at least half of the weight."""
+    return 2 * sum(weights[seat] for seat in complete) >= sum(weights.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """All that `next_action` looks at."""
+
+    now_s: float
+    me: PeerId
+    group: Sequence[GroupMember]  # live replicas, this one among them
+    order: Sequence[PeerId]  # succession at the next height
+    height: int
+    engaged: bool  # a round with a live leader is under way, this peer's own included
+    behind_since_s: float | None  # since when somebody is known to be ahead
+    wanted_since_s: float | None  # since when a round is due, or one was left without leader
+    not_before_s: float  # back-off after an attempt that failed
+    urgent: bool = False  # this peer leaves and opens its last round itself
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do before `until_s` unless something changes."""
+
+    until_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CatchUp:
+    """Fetch what the others have committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """Open a round, or take over the one that was left."""
+
+
+Action = Wait | CatchUp | Lead
+
+
+def next_action(position: Position) -> Action:
+    """What a replica does now. First who is behind catches up; then the first in order leads, each next one
+    TAKEOVER_S later."""
+    if position.behind_since_s is not None:
+        due_s = max(position.behind_since_s + BEHIND_S, position.not_before_s)
+        return CatchUp() if position.now_s >= due_s else Wait(due_s)
+    if position.engaged or position.wanted_since_s is None:
+        return Wait(None)
+    rank = 0 if position.urgent or position.me not in position.order else position.order.index(position.me)
+    due_s = max(position.wanted_since_s + rank * TAKEOVER_S, position.not_before_s)
+    return Lead() if position.now_s >= due_s else Wait(due_s)

@@ -1,0 +1,257 @@
+"""Round: one draft's data plane at one member: contribute, reduce the own parts, publish, collect.
+
+Started by GO. Who is asked for what follows from the draft alone, so no message but the data is needed. A
+round never fails: what does not arrive is not held, and what is not held everywhere is skipped by COMMIT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+
+import torch
+
+from shoal.compression.codec import Buffer, CodecError
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.transport import Channel
+from shoal.training.outer.change import Change
+from shoal.training.outer.context import Context
+from shoal.training.outer.entry import SKIP, Contributor, Entry, draft_id
+from shoal.training.outer.local import Sent
+from shoal.training.outer.messages import ContributedPart, Contributing, PublishedPart, Publishing
+from shoal.training.outer.policy import closes_at, is_half, owners
+from shoal.training.outer.reduce import Mean, Published, encode_delta, weighted_mean
+
+
+class Round:
+    """What one member does and holds between GO and COMMIT."""
+
+    def __init__(
+        self,
+        context: Context,
+        data: bytes,
+        draft: Entry,
+        anchor: torch.Tensor,
+        sent: Sent | None,
+        deadline_s: float,
+    ) -> None:
+        self.draft = draft
+        self.data = data
+        self.id = draft_id(data)
+        self.sent = sent
+        self.held: dict[int, Published] = {}
+        self.bytes_out = 0
+        self._context = context
+        self._anchor = anchor
+        self.opened_s = asyncio.get_running_loop().time()
+        self._deadline_s = deadline_s
+        self._mine = draft.seat_of(context.me, context.incarnation)
+        self._rows = {row.seat: row for row in draft.contributors}
+        present = draft.present()
+        seats = [draft.roster[seat] for seat in present]
+        drawn = owners(
+            context.run_id,
+            context.stage,
+            len(context.parts),
+            [seat.peer for seat in seats],
+            [seat.uplink for seat in seats],
+        )
+        self._owner_of = [present[index] for index in drawn]
+        self._to_reduce = {part for part, owner in enumerate(self._owner_of) if owner == self._mine}
+        self._received: defaultdict[int, dict[int, Buffer]] = defaultdict(dict)  # part -> seat -> encoded
+        self._gone: set[int] = set()  # seats that take no part any more
+        self._sent_all: set[int] = set()  # contributors from whom nothing more will come
+        self._published_all: set[int] = set()  # owners from whom nothing more will come
+        self._quorum_s: float | None = None
+        self._change = Change()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin; `close` ends it."""
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop whatever is still under way."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def mark_gone(self, seat: int) -> None:
+        """The leader says that a seat is not there any more."""
+        self._gone.add(seat)
+        self._change.notify()
+
+    async def collected(self) -> None:
+        """Returns when every part is held that can still come, or at twice the deadline."""
+        limit_s = self.opened_s + 2 * self._deadline_s
+        await self._change.until(lambda: not self._awaited_parts(), lambda: limit_s)
+
+    def report(self) -> bytes:
+        """Digest of each part, then bitmap of each part; zeros for what is not held."""
+        nothing = Published(bytes(self.draft.bitmap_bytes), b"", SKIP)
+        held = [self.held.get(part.index, nothing) for part in self._context.parts]
+        return b"".join(part.digest for part in held) + b"".join(part.listed for part in held)
+
+    # -- what arrives
+
+    def expects_from(self, peer: str) -> int | None:
+        """The seat of a peer that contributes to this round."""
+        seat = self.draft.seat_of(peer)
+        return seat if seat in self._rows else None
+
+    async def take_contribution(self, seat: int, part: int, data: Buffer) -> None:
+        """One contributed part. Raises CodecError for bytes no encoder makes; what is late is left out."""
+        if part not in self._to_reduce or seat in self._received[part] or seat in self._sent_all:
+            return
+        await self._context.offload(self._context.contribution.check, data, self._context.parts[part].count)
+        if part in self._to_reduce:
+            self._received[part][seat] = data
+            self._change.notify()
+
+    def end_contributions(self, seat: int) -> None:
+        """The seat's stream is over, in whatever way."""
+        self._sent_all.add(seat)
+        self._change.notify()
+
+    async def take_published(self, seat: int, part: int, published: Published) -> None:
+        """One published part from its owner. Raises CodecError for bytes no encoder makes."""
+        if self._owner_of[part] != seat or part in self.held:
+            return
+        await self._context.offload(
+            self._context.published.check, published.encoded, self._context.parts[part].count
+        )
+        self.held.setdefault(part, published)
+        self._change.notify()
+
+    def end_published(self, seat: int) -> None:
+        """The owner's stream is over, in whatever way."""
+        self._published_all.add(seat)
+        self._change.notify()
+
+    # -- what goes out
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            if self._mine in self._rows:
+                for owner in sorted(set(self._owner_of)):
+                    tasks.create_task(self._contribute(owner))
+            if self._to_reduce:
+                for seat in self.draft.present():
+                    if seat != self._mine:
+                        tasks.create_task(self._publish(seat))
+                tasks.create_task(self._reduce())
+
+    async def _contribute(self, owner: int) -> None:
+        """Send the owner its parts; nothing but END when this peer has nothing that the draft could list."""
+        parts = enumerate(self._owner_of) if self.sent is not None else ()
+        owned = [part for part, seat in parts if seat == owner]
+        try:
+            if owner == self._mine:
+                for part in owned:
+                    self._received[part][owner] = await self._encode(part)
+                    self._change.notify()
+                return
+            peer = self.draft.roster[owner].peer
+            method = self._context.method("contribute")
+            async with self._context.transport.open(peer, method, Channel.BULK) as stream:
+                await stream.send(Contributing(self.id))
+                for part in owned:
+                    data = await self._encode(part)
+                    await stream.send(ContributedPart(part), data)
+                    self.bytes_out += memoryview(data).nbytes
+        except (ShoalError, CodecError) as error:  # not listed then: the delta stays in the local weights
+            self._context.event(
+                "contribution-cut", {"owner": self.draft.roster[owner].peer, "why": str(error)}
+            )
+        finally:
+            if owner == self._mine:
+                self.end_contributions(owner)
+
+    async def _encode(self, part: int) -> Buffer:
+        span = self._context.parts[part].span
+        if self.sent is None:
+            raise ValueError("nothing was taken for this draft")
+        data: Buffer = await self._context.offload(
+            encode_delta, self._context.contribution, self._anchor[span], self.sent.weights[span]
+        )
+        return data
+
+    async def _reduce(self) -> None:
+        """Close each part when all who still can have contributed, or the rest at the deadline or grace."""
+        while self._to_reduce:
+            await self._change.until(lambda: bool(self._closable()), self._closes_at)
+            for part in self._closable() or sorted(self._to_reduce):
+                await self._close_part(part)
+
+    def _closable(self) -> list[int]:
+        awaited = self._rows.keys() - self._gone - self._sent_all
+        self._note_quorum(awaited)
+        return [part for part in sorted(self._to_reduce) if awaited <= self._received[part].keys()]
+
+    def _note_quorum(self, awaited: set[int]) -> None:
+        """When half of the others' weight is in; the own contribution is always the first."""
+        others = {seat: row.tokens for seat, row in self._rows.items() if seat != self._mine}
+        complete = others.keys() - awaited
+        complete |= {seat for seat in others if all(seat in self._received[part] for part in self._to_reduce)}
+        if self._quorum_s is None and complete and is_half(others, complete):
+            self._quorum_s = asyncio.get_running_loop().time()
+
+    def _closes_at(self) -> float:
+        return closes_at(self.opened_s, self._quorum_s, self._deadline_s)
+
+    async def _close_part(self, part: int) -> None:
+        contributions: list[tuple[Contributor, Buffer]] = [
+            (self._rows[seat], data) for seat, data in sorted(self._received[part].items())
+        ]
+        try:
+            mean: Mean = await self._context.offload(
+                weighted_mean,
+                self._context.contribution,
+                self._context.published,
+                contributions,
+                self._context.parts[part].count,
+                len(self.draft.roster),
+            )
+        except CodecError as error:  # too large to publish: skipped by all, and nothing is lost
+            self._context.event("part-not-published", {"part": part, "why": str(error)})
+            mean = Mean(None, {})
+        for seat, reason in mean.refused.items():
+            self._context.refuse(self.draft.roster[seat].peer, f"contribution to part {part}: {reason}")
+        if mean.published is not None:
+            self.held[part] = mean.published
+        self._to_reduce.discard(part)
+        self._received.pop(part, None)
+        self._change.notify()
+
+    async def _publish(self, seat: int) -> None:
+        """Send every part of mine to one member as soon as it is closed."""
+        remaining = set(self._to_reduce)
+        peer = self.draft.roster[seat].peer
+        try:
+            async with self._context.transport.open(
+                peer, self._context.method("publish"), Channel.BULK
+            ) as stream:
+                await stream.send(Publishing(self.id))
+                while remaining and seat not in self._gone:
+                    ready = sorted(remaining - self._to_reduce)
+                    for part in ready:
+                        published = self.held.get(part)
+                        if published is not None:
+                            await stream.send(PublishedPart(part, published.listed), published.encoded)
+                            self.bytes_out += memoryview(published.encoded).nbytes
+                    remaining.difference_update(ready)
+                    if remaining and not ready:
+                        await self._change.wait()
+        except ShoalError as error:  # that member fetches by digest, or misses the round and catches up
+            self._context.event("publication-cut", {"member": peer, "why": str(error)})
+
+    def _awaited_parts(self) -> list[int]:
+        return [
+            part
+            for part, owner in enumerate(self._owner_of)
+            if part not in self.held
+            and (part in self._to_reduce if owner == self._mine else self._may_publish(owner))
+        ]
+
+    def _may_publish(self, owner: int) -> bool:
+        return owner not in self._gone and owner not in self._published_all

@@ -1,0 +1,361 @@
+"""Outer: a replica's whole outer optimisation, as the trainer uses it: serve, recover, run, final_round."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from shoal.protocol.errors import ShoalError, StageEmpty
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Transport
+from shoal.training.outer.change import Change
+from shoal.training.outer.context import Context, Event, Offload
+from shoal.training.outer.entry import SKIP, Entry
+from shoal.training.outer.follow import Services, follow
+from shoal.training.outer.leader import Leader
+from shoal.training.outer.local import LocalWeights
+from shoal.training.outer.member import Member, Positions
+from shoal.training.outer.policy import (
+    CatchUp,
+    GroupMember,
+    Lead,
+    Position,
+    Wait,
+    next_action,
+    should_open,
+    succession,
+)
+from shoal.training.outer.reduce import Published
+from shoal.training.outer.replica import Replica
+from shoal.training.outer.snapshot import genesis_snapshot
+from shoal.training.recovery.catch_up import CatchingUp
+from shoal.training.recovery.donor import Donor
+from shoal.training.recovery.snapshots import Snapshots
+from shoal.training.spec import RunSpec
+
+POLL_S = 0.25  # membership changes and beats are looked at this often
+RECOVER_S = 30.0  # to find a donor that answers, before the stage counts as empty
+_BACKOFF_S = (0.2, 5.0)
+
+__all__ = ["GroupMember", "Outer"]
+
+
+@dataclass(slots=True)
+class Figures:
+    """Counters for status."""
+
+    rounds: int = 0
+    led: int = 0
+    failed: int = 0
+    caught_up: int = 0
+    listed: int = 0
+    skipped_parts: int = 0
+    last_round_s: float = 0.0
+    bytes_out: int = 0
+    contributors: int = 0
+    last_reason: str = ""
+    refused: dict[str, int] = field(default_factory=dict)
+
+
+class Outer:
+    """One replica's rounds, log, anchors, and what it gives to joiners.
+
+    `peers()` are the live replicas of the stage, this one among them. `offload(fn, *args)` runs CPU work off
+    the loop. Everything is safe to read at any time from the loop.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        stage: int,
+        *,
+        me: PeerId,
+        incarnation: int,
+        transport: Transport,
+        weights: LocalWeights,
+        genesis: torch.Tensor,
+        peers: Callable[[], Sequence[GroupMember]],
+        suspect: Callable[[PeerId, str], None],
+        offload: Offload,
+        rng: random.Random,
+        event: Event = lambda kind, data: None,
+        positions: Positions = tuple,
+        first_stage_head: Callable[[], bytes] = bytes,
+        directory: Path | None = None,
+    ) -> None:
+        self._context = Context.of(
+            spec,
+            stage,
+            weights.size,
+            me=me,
+            incarnation=incarnation,
+            transport=transport,
+            offload=offload,
+            suspect=suspect,
+            event=event,
+            rng=rng,
+        )
+        self._weights = weights
+        self._peers = peers
+        self._first_stage_head = first_stage_head
+        self._change = Change()
+        start = genesis_snapshot(
+            self._context.run_id, stage, genesis.detach().to("cpu", torch.float32, copy=True)
+        )
+        self._replica = Replica(self._context, start)
+        self._member = Member(self._context, self._replica, weights, positions, self._change)
+        self._snapshots = Snapshots(self._context, self._replica, start, directory)
+        self._catching_up = CatchingUp(self._context, self._member, weights, self._snapshots)
+        self._figures = Figures()
+        self._wanted_since_s: float | None = None
+        self._behind_since_s: float | None = None
+        self._not_before_s = 0.0
+        self._failures = 0
+        self._urgent = False
+        self._ballot = 0  # the highest met at the height to come
+        self._replica.applied.append(self._on_entry)
+
+    # -- what others read
+
+    @property
+    def height(self) -> int:
+        """Of the log."""
+        return self._replica.log.height
+
+    @property
+    def head(self) -> bytes:
+        """Hash of the log's last entry."""
+        return self._replica.log.head
+
+    @property
+    def tokens(self) -> int:
+        """In the log, of all replicas, since genesis."""
+        return self._replica.log.tokens
+
+    @property
+    def state_root(self) -> bytes:
+        """Hash over the bytes of anchors and outer momentum at the head (P1)."""
+        return self._replica.state_root
+
+    @property
+    def anchor(self) -> torch.Tensor:
+        """The agreed weights [size] fp32 CPU; never changed in place."""
+        return self._replica.anchor
+
+    @property
+    def momentum(self) -> torch.Tensor:
+        """The outer momentum [size] fp32 CPU; never changed in place."""
+        return self._replica.momentum
+
+    @property
+    def steps_since_round(self) -> int:
+        """Inner steps of this process that the log does not hold yet."""
+        return self._weights.inner_steps - self._mine()[0]
+
+    @property
+    def tokens_since_round(self) -> int:
+        """Tokens of those steps."""
+        return self._weights.tokens - self._mine()[1]
+
+    def positions(self) -> dict[int, int]:
+        """Samples read of each data stream as far as the log holds them (first stage)."""
+        return self._replica.log.positions()
+
+    def status(self) -> dict[str, object]:
+        """Figures for `shoal status`, JSON-able, keys stable."""
+        self._figures.refused = {str(peer): count for peer, count in self._context.refused.items()}
+        self._figures.caught_up = self._catching_up.entries
+        snapshot = self._snapshots.newest_height
+        return {**dataclasses.asdict(self._figures), "height": self.height, "snapshot_height": snapshot}
+
+    # -- life
+
+    def serve(self) -> None:
+        """Register what this replica answers to its group."""
+        Services(self._context, self._member).serve()
+        Donor(self._context, self._snapshots).serve()
+
+    async def recover(self) -> None:
+        """Before `run`: take up what the own disk has, then what the group has committed.
+
+        Raises StageEmpty when live peers hold state but none hands it over within RECOVER_S.
+        """
+        await self._snapshots.restore(self._weights)
+        loop = asyncio.get_running_loop()
+        limit_s = loop.time() + RECOVER_S
+        while (ahead := self._ahead()) and not await self._catch_up(ahead):
+            if loop.time() >= limit_s:
+                raise StageEmpty(
+                    f"stage {self._context.stage}: {len(ahead)} replicas are ahead and none of them hands "
+                    f"over its state: {self._figures.last_reason}"
+                )
+            await asyncio.sleep(self._context.rng.uniform(*_BACKOFF_S) / 5)
+
+    async def run(self) -> None:
+        """Open rounds when it is this replica's turn, follow otherwise; until cancelled."""
+        try:
+            while True:
+                await self._act()
+        finally:
+            await self._member.close()
+            await self._snapshots.close()
+
+    def stepped(self) -> None:
+        """An inner step was made: a round may be due."""
+        self._change.notify()
+
+    async def wait_for_height(self, height: int) -> None:
+        """Returns when the log has reached a height."""
+        await self._change.until(lambda: self.height >= height, lambda: None)
+
+    async def final_round(self) -> None:
+        """Before a graceful leave: returns when the log holds all inner steps made until now.
+
+        `run` has to be running; the caller sets the limit.
+        """
+        steps = self._weights.inner_steps
+        self._urgent = True
+        self._change.notify()
+        try:
+            await self._change.until(lambda: self._mine()[0] >= steps, lambda: None)
+        finally:
+            self._urgent = False
+
+    # -- the loop
+
+    async def _act(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        group = self._group()
+        match next_action(self._position(now_s, group)):
+            case Wait(until_s):
+                await self._change.wait(
+                    min(now_s + POLL_S, until_s if until_s is not None else now_s + POLL_S)
+                )
+            case CatchUp():
+                await self._catch_up(self._ahead())
+            case Lead():
+                await self._lead(group)
+
+    def _position(self, now_s: float, group: Sequence[GroupMember]) -> Position:
+        me = self._context.me
+        mine = next(member for member in group if member.peer == me)
+        due = should_open(self._context.spec.outer.inner_steps, mine, group).yes
+        urgent = self._urgent and self.steps_since_round > 0
+        undecided_s = self._member.undecided_since_s
+        if undecided_s is None and not due and not urgent:
+            self._wanted_since_s = None
+        elif self._wanted_since_s is None:
+            self._wanted_since_s = now_s
+        if not self._ahead():
+            self._behind_since_s = None
+        elif self._behind_since_s is None:
+            self._behind_since_s = now_s
+        order = succession(
+            self._context.run_id, self._context.stage, self.height + 1, [member.peer for member in group]
+        )
+        return Position(
+            now_s=now_s,
+            me=me,
+            group=group,
+            order=order,
+            height=self.height,
+            engaged=self._member.engaged_with is not None,
+            behind_since_s=self._behind_since_s,
+            wanted_since_s=self._wanted_since_s if undecided_s is None else undecided_s,
+            not_before_s=self._not_before_s,
+            urgent=urgent,
+        )
+
+    async def _lead(self, group: Sequence[GroupMember]) -> None:
+        promise, height = self._member.promise, self.height + 1
+        promised = promise.ballot if promise.height == height else 0
+        leader = Leader(
+            self._context,
+            self._replica.log,
+            group,
+            max(promised, self._ballot) + 1,
+            self._first_stage_head(),
+            lambda line: follow(self._context, self._member, line),
+        )
+        self._context.event("round-open", {"height": height, "roster": len(group)})
+        try:
+            await leader.lead()
+            self._figures.led += 1
+            self._failures = 0
+        except ShoalError as error:
+            self._ballot = leader.highest_ballot
+            self._back_off(f"round {height} not committed: {error}")
+
+    async def _catch_up(self, ahead: Sequence[GroupMember]) -> bool:
+        try:
+            await self._catching_up.run(ahead)
+            self._failures = 0
+            return True
+        except ShoalError as error:
+            self._back_off(f"not caught up: {error}")
+            return False
+
+    def _back_off(self, reason: str) -> None:
+        """Wait a random while, longer after each failure in a row."""
+        self._failures += 1
+        self._figures.failed += 1
+        self._figures.last_reason = reason
+        self._context.event("outer-retry", {"why": reason})
+        low_s, high_s = _BACKOFF_S
+        longest_s = min(low_s * 2 ** min(self._failures, 8), high_s)
+        self._not_before_s = asyncio.get_running_loop().time() + self._context.rng.uniform(low_s, longest_s)
+
+    def _on_entry(self, entry: Entry, data: bytes, parts: Mapping[int, Published]) -> None:
+        figures, now_s = self._figures, asyncio.get_running_loop().time()
+        figures.rounds += 1
+        seat = entry.seat_of(self._context.me, self._context.incarnation)
+        figures.listed += int(seat is not None and entry.row_of(seat) is not None)
+        skipped = sum(entry.digest(part) == SKIP for part in range(entry.parts))
+        figures.skipped_parts += skipped
+        figures.contributors = len(entry.contributors)
+        if self._member.round is not None:
+            figures.last_round_s = now_s - self._member.round.opened_s
+            figures.bytes_out += self._member.round.bytes_out
+        self._wanted_since_s, self._ballot = None, 0
+        self._context.event(
+            "round",
+            {
+                "height": entry.height,
+                "seconds": figures.last_round_s,
+                "contributors": len(entry.contributors),
+                "skipped": skipped,
+                "tokens": entry.tokens,
+                "leader": entry.leader,
+            },
+        )
+
+    # -- views
+
+    def _mine(self) -> tuple[int, int]:
+        return self._replica.log.end_of(self._context.me, self._context.incarnation)
+
+    def _group(self) -> list[GroupMember]:
+        """The live replicas, this one as it is now rather than as its last beat told."""
+        me = self._context.me
+        mine = GroupMember(
+            peer=me,
+            incarnation=self._context.incarnation,
+            height=self.height,
+            head=self.head,
+            state_root=self.state_root,
+            steps_since_round=self.steps_since_round,
+            tokens_since_round=self.tokens_since_round,
+            log_tokens=self.tokens,
+        )
+        others = [member for member in self._peers() if member.peer != me]
+        uplink = next((member.uplink for member in self._peers() if member.peer == me), mine.uplink)
+        return [dataclasses.replace(mine, uplink=uplink), *others]
+
+    def _ahead(self) -> list[GroupMember]:
+        return [member for member in self._group() if member.height > self.height]

@@ -1,0 +1,42 @@
+"""The outer optimizer: Nesterov momentum on the mean delta of a round, part by part.
+
+    m ← μ·m + Δ̄;   a ← a − η·(Δ̄ + μ·m)      plain: a ← a − η·m        (DiLoCo, notes outer-sync B)
+
+Every peer runs this on the same decoded bytes. Each operation is a separate elementwise multiplication or
+addition that rounds once in fp32, so that no machine can fuse two of them and differ in the last bit (P1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from shoal.training.spec import OuterSection
+
+
+@dataclass(frozen=True, slots=True)
+class OuterStrategy:
+    """Outer rate η, momentum μ, and which form."""
+
+    learning_rate: float
+    momentum: float
+    nesterov: bool
+
+    @classmethod
+    def of(cls, outer: OuterSection) -> OuterStrategy:
+        """As the spec says."""
+        return cls(outer.learning_rate, outer.momentum, outer.nesterov)
+
+    def step(self, anchor: torch.Tensor, momentum: torch.Tensor, mean: torch.Tensor) -> None:
+        """One outer step in place: anchor and momentum [n] fp32 with the mean delta [n] fp32, unchanged."""
+        if self.momentum == 0.0:
+            anchor.sub_(torch.mul(mean, self.learning_rate))
+            return
+        momentum.mul_(self.momentum).add_(mean)
+        if self.nesterov:
+            change = torch.mul(momentum, self.momentum)
+            change.add_(mean).mul_(self.learning_rate)
+        else:
+            change = torch.mul(momentum, self.learning_rate)
+        anchor.sub_(change)

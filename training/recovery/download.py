@@ -1,0 +1,118 @@
+"""Download of a snapshot from several donors at once: each chunk hashed, a donor's death costs its batch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from blake3 import blake3
+
+from shoal.compression.codec import bytes_of
+from shoal.protocol import wire
+from shoal.protocol.errors import MessageInvalid, NotHere, ProtocolViolation, ShoalError
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Channel, call
+from shoal.training.outer.context import Context
+from shoal.training.outer.log import LOG_STATE_BYTES, LogState
+from shoal.training.outer.messages import Chunk, ChunkRequest, Manifest, ManifestRequest
+from shoal.training.outer.reduce import state_root
+from shoal.training.outer.snapshot import Snapshot
+from shoal.training.recovery.snapshot import CHUNK_VALUES, chunk_values, chunks_of
+
+MANIFEST_S = 30.0
+DONORS = 4  # at once
+BATCH = 8  # chunks asked for in one stream
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A manifest, taken apart and checked for size."""
+
+    manifest: Manifest
+    hashes: tuple[bytes, ...]
+    state: LogState
+
+
+async def ask_manifest(context: Context, donor: PeerId, height: int) -> Offer:
+    """What a donor offers for a height (0: its newest). Raises NotHere and what `call` raises."""
+    count = 2 * chunks_of(context.size)
+    reply = await call(
+        context.transport,
+        donor,
+        context.method("manifest"),
+        ManifestRequest(height),
+        Manifest,
+        timeout_s=MANIFEST_S,
+        max_payload_bytes=32 * count + LOG_STATE_BYTES,
+        channel=Channel.BULK,
+    )
+    manifest, payload = reply.header, bytes(reply.payload)
+    sizes = (manifest.chunk_bytes, manifest.size_bytes, 32 * count + manifest.state_bytes)
+    if sizes != (4 * CHUNK_VALUES, 8 * context.size, len(payload)):
+        raise MessageInvalid(f"manifest of {donor}: sizes {sizes} do not fit this stage")
+    state = wire.decode(LogState, payload[32 * count :], LOG_STATE_BYTES)
+    if (state.stage, state.height, state.head) != (context.stage, manifest.height, manifest.head):
+        raise MessageInvalid(f"manifest of {donor}: its log state is of another height or stage")
+    return Offer(manifest, tuple(payload[32 * i : 32 * i + 32] for i in range(count)), state)
+
+
+async def download(context: Context, offer: Offer, donors: Sequence[PeerId]) -> Snapshot:
+    """All chunks of a snapshot, verified. Raises NotHere when every donor failed before the end."""
+    tensors = torch.empty(2, context.size, dtype=torch.float32)
+    missing = list(range(len(offer.hashes)))[::-1]
+    reasons: list[str] = []
+
+    async def work(donor: PeerId) -> None:
+        while missing:
+            batch = [missing.pop() for _ in range(min(BATCH, len(missing)))]
+            try:
+                await _fetch(context, offer, donor, batch, tensors)
+            except ShoalError as error:
+                missing.extend(batch)  # those that arrived have left the batch
+                reasons.append(f"{donor}: {error}")
+                if isinstance(error, ProtocolViolation):
+                    context.refuse(donor, str(error))
+                return
+
+    # A donor that comes later in the list replaces one that failed.
+    waiting = list(donors)
+    while missing and waiting:
+        now, waiting = waiting[:DONORS], waiting[DONORS:]
+        async with asyncio.TaskGroup() as tasks:
+            for donor in now:
+                tasks.create_task(work(donor))
+    if missing:
+        raise NotHere(f"{len(missing)} of {len(offer.hashes)} chunks not found: {'; '.join(reasons[:4])}")
+    anchor, momentum = tensors[0].clone(), tensors[1].clone()
+    root = await context.offload(state_root, anchor, momentum)
+    if root != offer.manifest.state_root:
+        raise MessageInvalid("the snapshot's chunks fit their hashes, and not its state root")
+    return Snapshot(offer.state, anchor, momentum, root)
+
+
+async def _fetch(
+    context: Context, offer: Offer, donor: PeerId, batch: list[int], tensors: torch.Tensor
+) -> None:
+    """Fetch a batch; takes each index out of it as its chunk arrives."""
+    manifest = offer.manifest
+    async with context.transport.open(donor, context.method("chunks"), Channel.BULK) as stream:
+        await stream.send(ChunkRequest(manifest.height, manifest.state_root, tuple(batch)))
+        await stream.end()
+        while batch:
+            message = await stream.receive(Chunk, max_payload_bytes=manifest.chunk_bytes)
+            index = batch[0]
+            which, start, count = chunk_values(context.size, index)
+            if message.header.index != index or len(message.payload) != 4 * count:
+                raise MessageInvalid(
+                    f"chunk {message.header.index} of {len(message.payload)} bytes for {index}"
+                )
+            await context.offload(_place, offer.hashes[index], message.payload, tensors[which], start, count)
+            batch.pop(0)
+
+
+def _place(digest: bytes, data: memoryview, tensor: torch.Tensor, start: int, count: int) -> None:
+    if blake3(data).digest() != digest:
+        raise MessageInvalid("a chunk that does not fit its hash")
+    bytes_of(tensor[start : start + count])[:] = data

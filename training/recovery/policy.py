@@ -1,0 +1,45 @@
+"""Which head to catch up with, and whether by replay or by snapshot. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shoal.protocol.identity import PeerId
+from shoal.training.outer.policy import GroupMember
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A state that live members announce, and who of them can give it."""
+
+    height: int
+    head: bytes
+    state_root: bytes
+    donors: tuple[PeerId, ...]  # at that height or above it
+
+
+def choose_target(height: int, group: Sequence[GroupMember]) -> Target | None:
+    """The state that most of the members ahead of `height` announce; among equals the highest.
+
+    One member alone must not lead a joiner astray while several agree on another state.
+    """
+    votes = Counter((m.height, m.head, m.state_root) for m in group if m.height > height)
+    if not votes:
+        return None
+    (at, head, root), _ = max(votes.items(), key=lambda item: (item[1], item[0]))
+    agreeing = [m.peer for m in group if (m.height, m.head) == (at, head)]
+    beyond = [m.peer for m in group if m.height > at]
+    return Target(at, head, root, (*agreeing, *beyond))
+
+
+def prefers_snapshot(height: int, target: int, every: int, size_bytes: int, published_bytes: int) -> bool:
+    """Whether a snapshot and its tail are fewer bytes than all entries since `height`.
+
+    A snapshot holds anchors and momentum, 2 × size; an entry one published mean.
+    """
+    newest = target // every * every
+    if newest <= height:
+        return False
+    return 2 * size_bytes + (target - newest) * published_bytes < (target - height) * published_bytes

@@ -1,0 +1,145 @@
+"""Snapshots: takes one at every K-th height, keeps the last two, on disk where there is a directory.
+
+Genesis is the first of them, and never stored: it is a function of the spec. With a directory the journal of
+entries beside the snapshots lets a peer come back alone, even when the whole stage was emptied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shoal.protocol.errors import NotHere, ShoalError, StorageError
+from shoal.training.outer.context import Context
+from shoal.training.outer.entry import Entry
+from shoal.training.outer.local import LocalWeights
+from shoal.training.outer.reduce import Published
+from shoal.training.outer.replica import Replica
+from shoal.training.outer.snapshot import Snapshot
+from shoal.training.recovery import journal
+from shoal.training.recovery.snapshot import load, save
+
+KEPT = 2  # a joiner may be half through the one before the newest
+QUEUED = 64  # writes; a disk that is slower than the rounds skips entries, and the journal starts anew
+
+
+class Snapshots:
+    """Belongs to one replica; the donor reads from it."""
+
+    def __init__(self, context: Context, replica: Replica, genesis: Snapshot, directory: Path | None) -> None:
+        self._context = context
+        self._replica = replica
+        self._directory = directory / context.run_id.hex() / f"stage-{context.stage}" if directory else None
+        self._kept = {0: genesis}
+        self._writes: asyncio.Queue[tuple[Callable[..., None], tuple[Any, ...]]] = asyncio.Queue(QUEUED)
+        self._writer: asyncio.Task[None] | None = None
+        replica.applied.append(self._on_entry)
+
+    @property
+    def newest_height(self) -> int:
+        """0 while there is none but genesis."""
+        return max(self._kept)
+
+    def get(self, height: int) -> Snapshot:
+        """The snapshot of a height. Raises NotHere."""
+        found = self._kept.get(height)
+        if found is None:
+            raise NotHere(f"no snapshot of height {height}; kept: {sorted(self._kept)}")
+        return found
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Hold a snapshot (a joiner's, too, which so becomes a donor) and let older state go."""
+        self._kept[snapshot.height] = snapshot
+        for height in sorted(self._kept)[:-KEPT]:
+            del self._kept[height]
+        self._replica.prune(snapshot.height)
+        if self._directory is not None and snapshot.height:
+            self._write(_store, self._directory, snapshot, min(self._kept))
+
+    def switch(self, snapshot: Snapshot) -> None:
+        """The replica has left its chain for one that has this snapshot: forget those of the old one."""
+        self._kept.clear()
+        if self._directory is not None:
+            self._write(_clear, self._directory)
+        self.keep(snapshot)
+
+    async def restore(self, local: LocalWeights) -> None:
+        """Take up what the disk has: the newest whole snapshot, then the entries after it."""
+        if self._directory is None:
+            return
+        snapshot = await self._context.offload(_newest, self._directory, self._context.size)
+        if snapshot is not None and snapshot.height > self._replica.log.height:
+            await self._replica.adopt(Replica(self._context, snapshot), local)
+            self._kept[snapshot.height] = snapshot
+        entries = await self._context.offload(
+            lambda directory, height: list(journal.read_entries(directory, height)),
+            self._directory,
+            self._replica.log.height + 1,
+        )
+        for data, parts in entries:
+            try:
+                await self._replica.apply(data, parts, local, None)
+            except ShoalError as error:
+                self._context.event("journal-cut", {"height": self._replica.log.height, "why": str(error)})
+                return
+
+    async def close(self) -> None:
+        """Finish the writes that are queued, then stop."""
+        if self._writer is not None:
+            await self._writes.join()
+            self._writer.cancel()
+            await asyncio.gather(self._writer, return_exceptions=True)
+
+    def _on_entry(self, entry: Entry, data: bytes, parts: Mapping[int, Published]) -> None:
+        replica = self._replica
+        if self._directory is not None:
+            self._write(journal.write_entry, self._directory, entry.height, data, parts)
+        if entry.height % self._context.spec.outer.snapshot_every == 0:
+            self.keep(Snapshot(replica.log.state(), replica.anchor, replica.momentum, replica.state_root))
+
+    def _write(self, function: Callable[..., None], *arguments: Any) -> None:
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write_all())
+        try:
+            self._writes.put_nowait((function, arguments))
+        except asyncio.QueueFull:
+            self._context.event("disk-behind", {"queued": QUEUED})
+
+    async def _write_all(self) -> None:
+        while True:
+            function, arguments = await self._writes.get()
+            try:
+                await self._context.offload(function, *arguments)
+            except StorageError as error:  # training goes on; status and log say that the disk does not
+                self._context.event("disk-refused", {"why": str(error)})
+            finally:
+                self._writes.task_done()
+
+
+def _path(directory: Path, height: int) -> Path:
+    return directory / f"snapshot-{height:012d}.safetensors"
+
+
+def _store(directory: Path, snapshot: Snapshot, oldest: int) -> None:
+    save(snapshot, _path(directory, snapshot.height))
+    for path in directory.glob("snapshot-*.safetensors"):
+        if path < _path(directory, oldest):
+            path.unlink(missing_ok=True)
+    journal.prune(directory, oldest + 1)
+
+
+def _clear(directory: Path) -> None:
+    for pattern in ("snapshot-*.safetensors", "entry-*.safetensors"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def _newest(directory: Path, size: int) -> Snapshot | None:
+    for path in sorted(directory.glob("snapshot-*.safetensors"), reverse=True):
+        try:
+            return load(path, size)
+        except StorageError:
+            continue  # the one before it, or the group
+    return None
