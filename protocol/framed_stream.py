@@ -249,7 +249,7 @@ class FramedStream(Stream):
 
 
 class _Watchdog:
-    """Inside the context a frame should move: calls `suspect` and then `silent`, once each, when none does."""
+    """Inside the context a frame should move: calls `suspect`, then `silent`, once each, if none does."""
 
     def __init__(
         self, pulse: Pulse, suspect: Callable[[float], None], silent: Callable[[float], None]

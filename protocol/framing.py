@@ -1,7 +1,7 @@
 """Frames: how messages become byte strings and come back, checked. Pure: no I/O, no clock.
 
     frame   kind (1 byte), sequence (4), checksum (8: BLAKE3 of everything else), body
-    HEAD    a message begins: lengths of type name, header and whole payload; name; header; first payload bytes
+    HEAD    a message begins: lengths of type name, header and payload; name; header; first payload bytes
     DATA    further payload bytes of the message
     END     nothing more will come: number of messages, sum of payload bytes
     ABORT   the sender gave up: error code, text
@@ -71,7 +71,7 @@ class FrameEncoder:
         self._payload_bytes = 0
 
     def message(self, header: object, payload: Buffer = b"") -> Iterator[bytes]:
-        """The frames of one message, made as they are asked for. Raises what `encode` raises, at the first."""
+        """The frames of one message, made as they are asked for. Raises what `encode` raises."""
         name = type(header).__name__.encode()
         encoded = encode(header)
         view = memoryview(payload)
@@ -224,7 +224,7 @@ class FrameDecoder:
         self._filled = filled
 
     def _completed(self) -> Message[Any]:
-        message = Message[Any](self._header, memoryview(self._buffer))
+        message: Message[Any] = Message(self._header, memoryview(self._buffer))
         self._header, self._buffer = None, bytearray()
         self._messages += 1
         self._payload_bytes += self._total

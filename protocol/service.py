@@ -66,7 +66,6 @@ class Service:
         finally:
             task.cancel()
             await asyncio.wait({task})
-            self._leave(task)
         if task.cancelled():
             await stream.abort(StreamBroken("this peer closed the connection"))
 
@@ -120,13 +119,12 @@ class Service:
         self._running[task] = caller
         self._peers[caller.peer] += 1
         self._tokens[caller.token_id] += 1
+        task.add_done_callback(self._leave)
 
     def _leave(self, task: asyncio.Task[None]) -> None:
         caller = self._running.pop(task)
-        for counter, key in ((self._peers, caller.peer), (self._tokens, caller.token_id)):
-            counter[key] -= 1
-            if not counter[key]:
-                del counter[key]
+        self._peers -= Counter((caller.peer,))
+        self._tokens -= Counter((caller.token_id,))
 
 
 def _names(roles: Iterable[Role]) -> str:

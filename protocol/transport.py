@@ -95,7 +95,8 @@ class Transport(ABC):
 
     on_trouble: Trouble | None = None
     """Told at once when a peer cannot be dialled, keeps silent where bytes should move (first after
-    SUSPECT_AFTER_S, then when the stream is given up), breaks a stream, or breaks the protocol. Must not block."""
+    SUSPECT_AFTER_S, then when the stream is given up), breaks a stream this peer opened, or breaks the
+    protocol. Must not block."""
 
     @abstractmethod
     def serve(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:

@@ -1,0 +1,122 @@
+"""The frame pipe of the memory twin: two ends, each with a bounded inbox, joined by two routes.
+
+Made in pairs by `memory_transport`. A writer may have WINDOW_BYTES under way that the other side has not
+read; credits travel back like everything else, so a cut or a frozen reader stops it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from shoal.protocol.errors import StreamBroken
+from shoal.protocol.framed_stream import FramePipe
+from shoal.protocol.framing import kind_of
+from shoal.protocol.identity import PeerId
+from shoal.protocol.limits import FRAME_BYTES
+from shoal.protocol.memory_network import Network
+from shoal.protocol.transport import Channel
+
+WINDOW_BYTES = 4 * FRAME_BYTES  # sent and not yet read, one direction of one stream
+
+
+class MemoryPipe(FramePipe):
+    """One end. `other` is the far end; only the network may touch it, when something has arrived."""
+
+    other: MemoryPipe
+
+    def __init__(self, network: Network, here: PeerId, there: PeerId, channel: Channel, method: str) -> None:
+        self.here = here
+        self.there = there
+        self.broken: str | None = None
+        self.on_broken: Callable[[], None] | None = None
+        """Called when the other side gave up or was lost; not when this side breaks off."""
+        self._network = network
+        self._method = method
+        self._out = network.route(here, there, channel)
+        self._inbox: deque[bytes] = deque()
+        self._outstanding_bytes = 0
+        self._no_more = False  # the other side closed its direction
+        self._refused = False  # the other side is through and takes nothing more
+        self._stirred = asyncio.Event()
+
+    @classmethod
+    def pair(cls, network: Network, here: PeerId, there: PeerId, channel: Channel, method: str) -> MemoryPipe:
+        """The near end of a new pipe."""
+        near, far = cls(network, here, there, channel, method), cls(network, there, here, channel, method)
+        near.other, far.other = far, near
+        return near
+
+    async def write(self, frame: bytes) -> None:
+        while self._outstanding_bytes and self._outstanding_bytes + len(frame) > WINDOW_BYTES:
+            self._require_unbroken()
+            await self._stir()
+        self._require_unbroken()
+        if self._refused:
+            raise StreamBroken(f"{self.there} has finished and takes nothing more")
+        if self._network.tamper is not None:
+            tampered = self._network.tamper(self.here, self.there, self._method, frame)
+            if tampered is None:
+                return
+            frame = tampered
+        self._outstanding_bytes += len(frame)
+        self._out.push(len(frame), partial(self.other._arrive, frame))
+
+    async def read(self) -> bytes | None:
+        while not self._inbox and not self._no_more:
+            self._require_unbroken()
+            await self._stir()
+        self._require_unbroken()
+        if not self._inbox:
+            return None
+        frame = self._inbox.popleft()
+        self._out.push(0, partial(self.other._credit, len(frame)))
+        return frame
+
+    async def half_close(self) -> None:
+        self._out.push(0, partial(self.other._closed, False))
+
+    def finish(self) -> None:
+        """The serving side is through: nothing more is sent or taken."""
+        self._out.push(0, partial(self.other._closed, True))
+
+    def break_off(self) -> None:
+        if self.broken is None:
+            self.broken = "this side broke it off"
+            self._stirred.set()
+            self._out.push(0, partial(self.other.fail, f"{self.here} broke it off"))
+
+    def fail(self, reason: str) -> None:
+        """The other side is gone."""
+        if self.broken is None:
+            self.broken = reason
+            self._stirred.set()
+            if self.on_broken is not None:
+                self.on_broken()
+
+    def _arrive(self, frame: bytes) -> None:
+        if self.broken is None:
+            kind = kind_of(frame)
+            name = kind.name if kind else "?"
+            self._network.trace(f"{self.there} {self.here} {self._method} {name} {len(frame)}")
+            self._inbox.append(frame)
+            self._stirred.set()
+
+    def _credit(self, size: int) -> None:
+        self._outstanding_bytes -= size
+        self._stirred.set()
+
+    def _closed(self, refused: bool) -> None:
+        self._no_more = True
+        self._refused = self._refused or refused
+        self._stirred.set()
+
+    def _require_unbroken(self) -> None:
+        if self.broken is not None:
+            raise StreamBroken(f"the stream {self._method} with {self.there} broke: {self.broken}")
+
+    async def _stir(self) -> None:
+        self._stirred.clear()
+        await self._stirred.wait()
