@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self, TypeVar
@@ -65,7 +65,7 @@ class Trainee:
             feed=await self._feed() if self.stage == 0 else None,
             me=presence.transport.me,
             incarnation=presence.incarnation,
-            event=self._events,
+            event=self._tell,
             rng=random.Random(presence.rng.getrandbits(64)),
             device=self._device.torch_name,
             data_dir=self._folder,
@@ -110,6 +110,24 @@ class Trainee:
         """Height and head of the stage's log, for events."""
         progress = self.beat().stages
         return {"height": progress[0].height, "head": progress[0].head.hex()} if progress else {}
+
+    def _tell(self, kind: str, fields: Mapping[str, object]) -> None:
+        """Pass the trainer's events on; a round is told with the state it led to."""
+        trainer = self._trainer
+        if kind == "round" and trainer is not None:
+            progress = trainer.beat()[0]
+            status = trainer.status()
+            fields = {
+                **fields,
+                "stage": progress.stage,
+                "height": progress.height,
+                "head": progress.head.hex(),
+                "state_root": progress.state_root.hex(),
+                "inner_step": progress.inner_steps,
+                "tokens_per_s": status["tokens_per_s"],
+                "loss": status.get("loss"),
+            }
+        self._events(kind, fields)
 
     async def _offload(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)

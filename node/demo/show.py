@@ -89,7 +89,6 @@ class Demo:
         self._heads = Heads()
         self._losses = Losses()
         self._reroutes: list[tuple[float, int]] = []  # (Unix time, stage)
-        self._entries: list[tuple[float, int, frozenset[str]]] = []  # (Unix time, stage, contributors)
         self._tokens_marks: list[tuple[float, int]] = []
 
     async def run(self) -> None:
@@ -164,10 +163,9 @@ class Demo:
         self._screen.tell(
             "kill", f"killed {victim.name} of stage {victim.stage} with SIGKILL", peer=victim.name
         )
-        newcomer = await self._join(f"peer-{len(self._peers)}")
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._measure_reroute(victim.stage, killed_unix_s, survivors, before))
-            tasks.create_task(self._measure_rejoin(newcomer))
+        await asyncio.gather(
+            self._measure_reroute(victim.stage, killed_unix_s, survivors, before), self._measure_rejoin()
+        )
 
     def _victim(self) -> PeerProcess | None:
         """Of the last stage that can spare one: there, micro-batches are on their way to it."""
@@ -214,16 +212,16 @@ class Demo:
                 return True
         return False
 
-    async def _measure_rejoin(self, newcomer: PeerProcess) -> None:
-        """From the start of its process to an entry that lists it, with the group's head in its log."""
+    async def _measure_rejoin(self) -> None:
+        """From the start of a new peer's process to an entry that lists it, with the group's head in its log."""
+        newcomer = await self._join(f"peer-{len(self._peers)}")
         deadline_s = time.monotonic() + REJOIN_S
         await newcomer.event("online", REJOIN_S)
         stage = newcomer.stage
         assert stage is not None
         while time.monotonic() < deadline_s:
-            listed = [at for at, s, who in self._entries if s == stage and newcomer.peer_id in who]
-            height = self._heads.latest.get((stage, newcomer.peer_id), -1)
-            if listed and height >= self._heads.group_height(stage, newcomer.peer_id):
+            status = await newcomer.status()
+            if status is not None and self._is_level(newcomer, status):
                 self.figures.rejoin_s = time.time() - newcomer.started_unix_s
                 text = f"{newcomer.name} holds the head of stage {stage} and contributes"
                 self._screen.tell(
@@ -231,6 +229,15 @@ class Demo:
                 )
                 return
             await asyncio.sleep(_FAST_POLL_S)
+
+    def _is_level(self, newcomer: PeerProcess, status: JsonObject) -> bool:
+        """Whether an entry lists it and its log is as long as any other's of its stage."""
+        training = status["training"]
+        stage = newcomer.stage
+        if stage is None or not training or training["outer"]["listed"] < 1:
+            return False
+        self._take_status(newcomer, status)
+        return int(training["height"]) >= self._heads.group_height(stage, newcomer.peer_id)
 
     def _measure_progress(self) -> None:
         figures = self.figures
@@ -284,12 +291,9 @@ class Demo:
                 self._screen.tell("peer", f"{peer.name} takes stage {peer.stage}", stage=peer.stage)
 
     def _took_round(self, peer: PeerProcess, event: JsonObject) -> None:
-        stage = int(event["stage"])
-        who = frozenset(str(name) for name in event["contributors"])
-        self._entries.append((float(event["at"]), stage, who))
-        self._heads.add(
-            peer.peer_id, stage, int(event["height"]), str(event["head"]), str(event["state_root"])
-        )
+        if "head" in event:
+            state = str(event["head"]), str(event["state_root"])
+            self._heads.add(peer.peer_id, int(event["stage"]), int(event["height"]), *state)
 
     async def _watch(self) -> None:
         """Ask every peer for its status once a second and show the sum."""
