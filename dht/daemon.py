@@ -26,8 +26,8 @@ from shoal.protocol.errors import PeerSilent, ShoalError, StorageError, Transpor
 from shoal.protocol.private_files import private_directory, read_private, write_private
 
 if TYPE_CHECKING:
-    from shoal.dht.call_guard import CallGuard
-    from shoal.dht.guarded_p2p import GuardedP2P
+    from shoal.dht.kademlia.call_guard import CallGuard
+    from shoal.dht.kademlia.guarded_p2p import GuardedP2P
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -83,6 +83,7 @@ class Daemon:
         self._lost: asyncio.Future[str] | None = None  # done when the p2pd of the moment is
         self._watch: asyncio.Task[None] | None = None
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
+        self._socket_path = ""
 
     async def start(self) -> None:
         """Start p2pd and watch it.
@@ -156,14 +157,14 @@ class Daemon:
         if not self._settings.port:
             self._port = int(read_private(directory / "p2pd.port", 8) or b"0")
         self._sockets = _socket_directory(directory)
+        self._socket_path = self._sockets.name
 
     async def _launch(self) -> None:
         """One p2pd, attached. Raises TransportLost."""
         guarded_p2p = await load_hivemind()
         settings = self._settings
-        assert self._sockets is not None
         attributes = {
-            "_UNIX_SOCKET_PREFIX": f"/unix{self._sockets.name}/",
+            "_UNIX_SOCKET_PREFIX": f"/unix{self._socket_path}/",
             "guard": self._guard,
             "born": [],
         }
@@ -205,14 +206,13 @@ class Daemon:
                 logger.warning("the directory's port will change at the next start: %s", error)
 
     async def _supervise(self) -> None:
-        while True:
-            assert self._p2p is not None
-            self.last_fault = await self._until_lost(self._p2p)
+        while (p2p := self._p2p) is not None:
+            self.last_fault = await self._until_lost(p2p)
             logger.warning("lost p2pd (%s); restarting it", self.last_fault)
             self.state = DaemonState.RESTARTING
             self.restarts += 1
             self._fail_pending(self.last_fault)
-            p2p, self._p2p = self._p2p, None
+            self._p2p = None
             await _dispose(p2p, gently=False)
             await self._restart()
 

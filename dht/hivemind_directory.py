@@ -38,9 +38,9 @@ from shoal.protocol.errors import (
 from shoal.protocol.identity import PeerId, PeerKey
 
 if TYPE_CHECKING:
-    from shoal.dht.call_guard import CallGuard
-    from shoal.dht.guarded_p2p import GuardedP2P
-    from shoal.dht.joining import Joiner
+    from shoal.dht.kademlia.call_guard import CallGuard
+    from shoal.dht.kademlia.guarded_p2p import GuardedP2P
+    from shoal.dht.kademlia.joining import Joiner
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +116,8 @@ class HivemindDirectory(Directory):
         the latter case the directory works alone and goes on trying until `close`.
         """
         await load_hivemind()
-        from shoal.dht.call_guard import CallGuard
-        from shoal.dht.joining import Joiner
+        from shoal.dht.kademlia.call_guard import CallGuard
+        from shoal.dht.kademlia.joining import Joiner
 
         settings, membership, me = self._settings, self._membership, self._key.peer
         envelope = Envelope(membership.run_id, membership.sealing_key)

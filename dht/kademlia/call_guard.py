@@ -1,7 +1,7 @@
 """CallGuard: what a DHT call or answer may say, once its envelope is open. Used by `guarded_p2p`.
 
 Node ids derive from peer ids (hivemind takes any, so that eclipsing a key would be free), only records that
-pass the `RecordGate` are stored or found, and plain values cannot overwrite a bucket. Imports hivemind.
+pass the `RecordGate` are stored or found, and plain values cannot overwrite a bucket.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hivemind.proto import dht_pb2
 from shoal.dht.addresses import AddressBook
 from shoal.dht.envelope import BODY_BYTES, NEIGHBOURS, CallHeader, Envelope, Neighbour
 from shoal.dht.gate import RecordGate
-from shoal.dht.hivemind_values import WHOLE_DICTIONARY, Entry, pack, peer_of_subkey, sealed_in, unpack
+from shoal.dht.kademlia.values import WHOLE_DICTIONARY, Entry, pack, peer_of_subkey, sealed_in, unpack
 from shoal.protocol import limits
 from shoal.protocol.errors import AccessError, FrameInvalid, RecordInvalid
 from shoal.protocol.identity import PeerId

@@ -1,4 +1,4 @@
-"""hivemind's P2P with our guards: imports hivemind, so only `hivemind_loading` imports this module.
+"""hivemind's P2P with our guards. `daemon` runs one at a time.
 
 Every unary call and answer travels in an `Envelope`, and what is inside passes the `CallGuard` before
 hivemind sees it. No message comes near the 4 MiB at which p2pd hangs a caller and hivemind drops all it
@@ -26,8 +26,8 @@ from hivemind.proto import dht_pb2, p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from shoal.dht.addresses import best_first
-from shoal.dht.call_guard import CallGuard
 from shoal.dht.envelope import BODY_BYTES, Line, answering
+from shoal.dht.kademlia.call_guard import CallGuard
 from shoal.protocol.errors import AccessError, FrameInvalid, ProtocolViolation, ShoalError
 from shoal.protocol.identity import PeerId
 

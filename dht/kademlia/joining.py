@@ -21,7 +21,7 @@ from hivemind.proto import dht_pb2
 from shoal.dht.addresses import AddressBook, Multiaddress
 from shoal.dht.bootstrap import Bootstrap, check_port, libp2p_reason
 from shoal.dht.daemon import Daemon
-from shoal.dht.guarded_p2p import P2P_ERRORS, GuardedP2P
+from shoal.dht.kademlia.guarded_p2p import P2P_ERRORS, GuardedP2P
 from shoal.protocol.errors import AccessError, BootstrapFailed, NetworkError, StorageError, UsageError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.private_files import read_private, write_private

@@ -1,4 +1,4 @@
-"""hivemind's encoding of stored values, read without trust. Imports hivemind; used by `call_guard`.
+"""hivemind's encoding of stored values, read without trust. Used by `call_guard`.
 
 A bucket is a msgpack extension holding [size limit, latest expiry, [[peer id, value, expiry], ...]], a value
 the msgpack of a sealed record.
