@@ -73,7 +73,7 @@ class CorpusFeed:
         offload: Callable[..., Awaitable[Any]],
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> CorpusFeed:
-        """Open or build the corpus; raises SpecError for data that is not there, StorageError for the disk."""
+        """Open or build the corpus. Raises SpecError for missing data, StorageError for the disk."""
 
         def build() -> tuple[Stream, torch.Tensor]:
             corpus = open_corpus(spec, load_tokenizer(spec.data), cache_dir, progress)

@@ -44,6 +44,7 @@ class InnerOptimizer:
         else:
             self._optimizer = torch.optim.SGD(groups)
 
+    @torch.no_grad()
     def step(self, tokens: int, learning_rate: float) -> float:
         """Step on the mean gradient over `tokens`; returns its norm before clipping.
 

@@ -28,6 +28,7 @@ class Tape:
         self._notes.append((start, add, count))
         self.held_bytes += sum(t.numel() * t.element_size() for t in kept)
 
+    @torch.no_grad()
     def apply(self, gradient: torch.Tensor) -> None:
         """Add every noted gradient to the stage's flat fp32 gradient, and let go of the activations."""
         notes, self._notes = self._notes, []

@@ -90,7 +90,7 @@ class StageCompute:
         output_gradient = None
         loss = 0.0
         if gradient is None:
-            loss = float(passage.output)
+            loss = float(passage.output.detach())
         else:
             batch, length, _ = passage.output.shape
             output_gradient = self.format.unpack_hidden(gradient, batch, length, self.device).to(self._dtype)
