@@ -71,7 +71,10 @@ class Directory(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Begin to take part. Raises BootstrapFailed (one reason for each address) or TransportLost."""
+        """Begin to take part. Raises BootstrapFailed (one reason for each address) or TransportLost.
+
+        After BootstrapFailed it goes on trying by itself; `close` ends that.
+        """
 
     @abstractmethod
     async def publish(self, record: SignedRecord, expires_unix_s: float) -> None:

@@ -22,10 +22,12 @@ from directory_world import HivemindWorld, MemoryWorld, Person, Run, hivemind_di
 from shoal.dht.bootstrap import Bootstrap
 from shoal.dht.daemon import DaemonState
 from shoal.dht.directory import Directory, SignedRecord
+from shoal.dht.envelope import BODY_BYTES
 from shoal.dht.hivemind_directory import HivemindDirectory
 from shoal.dht.hivemind_loading import load_hivemind
 from shoal.dht.memory_directory import MemoryDirectoryHub
 from shoal.dht.records import seal
+from shoal.protocol import limits
 from shoal.protocol.errors import (
     AccessError,
     BootstrapFailed,
@@ -271,6 +273,45 @@ def test_of_a_whole_dictionary_only_the_good_entries_are_taken(run: Run) -> None
             assert await store_at(second, ann.key.peer, None, dictionary, time.time() + 1e9) == [True]
             assert set(await first.lookup()) == {new, said}
             assert first.status().records_refused == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_full_bucket_takes_no_further_peer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token is a signing key: its holder can make any number of peers."""
+    monkeypatch.setattr(limits, "RECORDS_HELD", 2)
+
+    async def scenario() -> None:
+        people = [run.person() for _ in range(3)]
+        async with HivemindWorld(run).directories(*people) as directories:
+            first, second, third = directories
+            said = {await published(first, people[0]), await published(second, people[1])}
+            with pytest.raises(PeerSilent, match="2 refused"):
+                await published(third, people[2])
+            assert set(await first.lookup()) == said
+
+    asyncio.run(scenario())
+
+
+def test_more_records_than_a_call_takes_are_shown_in_random_parts(run: Run) -> None:
+    async def scenario() -> None:
+        ann = run.person()
+        async with HivemindWorld(run).directories(ann) as (directory,):
+            assert isinstance(directory, HivemindDirectory) and directory._guard is not None
+            from hivemind.proto import dht_pb2
+
+            from shoal.dht.kademlia.values import pack, unpack
+
+            entries = [(f"peer {n}", bytes(1200), time.time() + 20.0) for n in range(4000)]
+            parts = []
+            for _ in range(2):
+                result = dht_pb2.FindResult(type=dht_pb2.FOUND_DICTIONARY, value=pack(entries))
+                response = dht_pb2.FindResponse(results=[result])
+                directory._guard.fit(response)
+                assert response.ByteSize() <= BODY_BYTES
+                parts.append({entry[0] for entry in unpack(response.results[0].value)})
+            assert all(len(part) > 1000 for part in parts)
+            assert parts[0] != parts[1]
 
     asyncio.run(scenario())
 
