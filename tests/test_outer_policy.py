@@ -1,0 +1,167 @@
+"""Round policies: who leads, who owns, when to open, when to close, whom to clip."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.protocol.identity import PeerId
+from shoal.training.outer.parts import cut
+from shoal.training.outer.policy import (
+    BEHIND_S,
+    GRACE_MIN_S,
+    TAKEOVER_S,
+    CatchUp,
+    GroupMember,
+    Lead,
+    Position,
+    Wait,
+    clip_factors,
+    closes_at,
+    holds_quorum,
+    next_action,
+    owners,
+    should_open,
+    succession,
+)
+from shoal.training.recovery.policy import choose_target, prefers_snapshot
+
+RUN = bytes(32)
+
+
+def peers(count: int) -> list[PeerId]:
+    return [PeerId(f"peer{n}") for n in range(count)]
+
+
+@given(st.integers(1, 3_000_000), st.integers(1024, 1 << 20), st.sampled_from([256, 512, 1024]))
+def test_parts_cover_the_vector_once_in_equal_blocks(size: int, part_bytes: int, block: int) -> None:
+    parts = cut(size, part_bytes, block)
+    assert parts[0].start == 0
+    assert sum(part.count for part in parts) == size
+    assert all(a.start + a.count == b.start for a, b in itertools.pairwise(parts))
+    assert all(part.count == parts[0].count and part.count % block == 0 for part in parts[:-1])
+    assert 0 < parts[-1].count <= parts[0].count
+    assert len(parts) <= 4096
+
+
+def test_every_peer_draws_the_same_succession_and_leaders_change() -> None:
+    group = peers(5)
+    assert succession(RUN, 1, 7, group) == succession(RUN, 1, 7, group[::-1])
+    leaders = [succession(RUN, 1, height, group)[0] for height in range(500)]
+    assert min(leaders.count(peer) for peer in group) > 60
+
+
+def test_a_lost_leader_leaves_the_rest_of_the_order_as_it_was() -> None:
+    first, *rest = succession(RUN, 0, 3, peers(6))
+    assert succession(RUN, 0, 3, rest) == tuple(rest)
+    assert first not in rest
+
+
+def test_parts_go_to_owners_by_uplink() -> None:
+    drawn = owners(RUN, 0, 4096, peers(3), [1.0, 2.0, 5.0])
+    shares = [drawn.count(i) / 4096 for i in range(3)]
+    assert shares == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.03)
+
+
+def test_a_departed_owner_moves_only_its_own_parts() -> None:
+    four = [peers(4)[i] for i in owners(RUN, 0, 1000, peers(4), [1.0] * 4)]
+    left = [*peers(4)[:2], peers(4)[3]]
+    three = [left[i] for i in owners(RUN, 0, 1000, left, [1.0] * 3)]
+    assert all(now == then for now, then in zip(three, four, strict=True) if then != "peer2")
+
+
+def test_quorum_is_half_of_the_last_round_with_one_winner_at_exactly_half() -> None:
+    last = peers(4)
+    assert holds_quorum(last, last[:3], RUN).yes
+    assert not holds_quorum(last, last[:1], RUN).yes
+    halves = [holds_quorum(last, half, RUN).yes for half in (last[:2], last[2:])]
+    assert sorted(halves) == [False, True]
+    assert holds_quorum([], last[:1], RUN).yes
+    assert not holds_quorum(last, peers(9)[4:], RUN).yes, "newcomers alone are no quorum"
+
+
+def member(n: int, steps: int, height: int = 3) -> GroupMember:
+    return GroupMember(peer=peers(9)[n], incarnation=1, height=height, steps_since_round=steps)
+
+
+@pytest.mark.parametrize(
+    ("group", "due"),
+    [
+        ([member(0, 10)], True),
+        ([member(0, 9)], False),
+        ([member(0, 19), member(1, 1)], True),
+        ([member(0, 10), member(1, 0)], False),
+        ([member(0, 10), member(1, 10, height=2)], False),  # counted before its last COMMIT
+    ],
+)
+def test_a_round_opens_on_the_groups_work(group: list[GroupMember], due: bool) -> None:
+    assert should_open(10, group[0], group).yes is due
+
+
+def test_only_outliers_are_clipped() -> None:
+    assert clip_factors([1.0, 1.1, 0.9, 30.0], [100] * 4) == pytest.approx([1, 1, 1, 3 * 1.05 / 30])
+    assert clip_factors([1.0, 1000.0], [100, 100]) == [1.0, 1.0]
+    assert clip_factors([1.0, 1.0, 5.0], [100, 100, 2500]) == [1.0, 1.0, 1.0], "more steps, not a louder peer"
+    assert clip_factors([0.0, 0.0], [1, 1]) == [1.0, 1.0]
+    assert clip_factors([], []) == []
+
+
+def test_waiting_ends_at_the_deadline_or_a_grace_after_quorum() -> None:
+    assert closes_at(100.0, None, 10.0) == 110.0
+    assert closes_at(100.0, 100.1, 10.0) == pytest.approx(100.1 + GRACE_MIN_S)
+    assert closes_at(100.0, 103.0, 10.0) == 106.0
+    assert closes_at(100.0, 109.0, 10.0) == 110.0
+
+
+IDLE = Position(
+    now_s=50.0,
+    me=PeerId("b"),
+    group=(),
+    order=(PeerId("a"), PeerId("b"), PeerId("c")),
+    height=3,
+    engaged=False,
+    behind_since_s=None,
+    wanted_since_s=None,
+    not_before_s=0.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "action"),
+    [
+        ({}, Wait(None)),
+        ({"wanted_since_s": 50.0}, Wait(50.0 + TAKEOVER_S)),
+        ({"wanted_since_s": 50.0 - TAKEOVER_S}, Lead()),
+        ({"wanted_since_s": 50.0, "me": PeerId("a")}, Lead()),
+        ({"wanted_since_s": 50.0, "me": PeerId("a"), "not_before_s": 51.0}, Wait(51.0)),
+        ({"wanted_since_s": 10.0, "engaged": True}, Wait(None)),
+        ({"wanted_since_s": 50.0, "urgent": True}, Lead()),
+        ({"behind_since_s": 50.0, "wanted_since_s": 10.0}, Wait(50.0 + BEHIND_S)),
+        ({"behind_since_s": 40.0, "engaged": True}, CatchUp()),
+    ],
+)
+def test_next_action(change: dict[str, object], action: object) -> None:
+    assert next_action(dataclasses.replace(IDLE, **change)) == action  # type: ignore[arg-type]
+
+
+def ahead(n: int, height: int, head: bytes) -> GroupMember:
+    return GroupMember(peer=peers(9)[n], incarnation=1, height=height, head=head * 32)
+
+
+def test_a_joiner_follows_the_state_that_most_announce() -> None:
+    group = [ahead(0, 5, b"a"), ahead(1, 5, b"a"), ahead(2, 9, b"x"), ahead(3, 0, b"g")]
+    target = choose_target(0, group)
+    assert target is not None
+    assert (target.height, target.head) == (5, b"a" * 32)
+    assert target.donors == ("peer0", "peer1", "peer2")
+    assert choose_target(9, group) is None
+
+
+def test_snapshot_or_replay_is_a_matter_of_bytes() -> None:
+    assert not prefers_snapshot(0, 7, 8, 400, 100), "no snapshot yet"
+    assert not prefers_snapshot(4, 9, 8, 400, 100), "five entries are less"
+    assert prefers_snapshot(0, 17, 8, 400, 100), "two tensors and one entry against 17"
