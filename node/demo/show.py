@@ -213,7 +213,7 @@ class Demo:
         return False
 
     async def _measure_rejoin(self) -> None:
-        """From the start of a new peer's process to an entry that lists it, with the group's head in its log."""
+        """From a new peer's start to an entry that lists it, with the group's head in its log."""
         newcomer = await self._join(f"peer-{len(self._peers)}")
         deadline_s = time.monotonic() + REJOIN_S
         await newcomer.event("online", REJOIN_S)
