@@ -53,7 +53,10 @@ class FramePipe(ABC):
 
     @abstractmethod
     def break_off(self) -> None:
-        """Give up: waiting and later operations raise StreamBroken, and the other side's too, once told."""
+        """Give up: waiting and later operations raise StreamBroken, and the other side's too, once told.
+
+        Without effect on a stream that both sides finished.
+        """
 
 
 @dataclass(slots=True)
@@ -152,17 +155,17 @@ class FramedStream(Stream):
                     raise
 
     async def linger(self) -> None:
-        """Let the other side finish after `leave`, discarding a little of what it sends; then break off."""
+        """Let the other side finish after `leave`, discarding a little of what it sends."""
         if self._over is None and self._failure is None:
             with contextlib.suppress(TimeoutError, StreamBroken):
                 async with asyncio.timeout(LINGER_S):
                     for _ in range(_LINGER_FRAMES):
                         if await self._read() is None:
                             return
-        self._pipe.break_off()
 
     async def release(self) -> None:
-        """Give back what is still held, at the very end."""
+        """Break off whatever is still open, at the very end."""
+        self._pipe.break_off()
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.wait({self._reading})

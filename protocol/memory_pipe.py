@@ -40,6 +40,7 @@ class MemoryPipe(FramePipe):
         self._outstanding_bytes = 0
         self._no_more = False  # the other side closed its direction
         self._refused = False  # the other side is through and takes nothing more
+        self._through = False  # so is this one, the serving side
         self._stirred = asyncio.Event()
 
     @classmethod
@@ -80,10 +81,11 @@ class MemoryPipe(FramePipe):
 
     def finish(self) -> None:
         """The serving side is through: nothing more is sent or taken."""
+        self._through = True
         self._out.push(0, partial(self.other._closed, True))
 
     def break_off(self) -> None:
-        if self.broken is None:
+        if self.broken is None and not self._through:
             self.broken = "this side broke it off"
             self._stirred.set()
             self._out.push(0, partial(self.other.fail, f"{self.here} broke it off"))
@@ -110,7 +112,7 @@ class MemoryPipe(FramePipe):
 
     def _closed(self, refused: bool) -> None:
         self._no_more = True
-        self._refused = self._refused or refused
+        self._refused = self._through = refused
         self._stirred.set()
 
     def _require_unbroken(self) -> None:

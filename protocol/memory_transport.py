@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Any
 
 from shoal.protocol.errors import PeerUnreachable, ShoalError, StreamBroken, UsageError
 from shoal.protocol.framed_stream import FramedStream, Pulse
@@ -24,6 +23,7 @@ from shoal.protocol.memory_network import Link as Link
 from shoal.protocol.memory_network import Network, Route
 from shoal.protocol.memory_pipe import MemoryPipe
 from shoal.protocol.service import Service
+from shoal.protocol.session import Sessions
 from shoal.protocol.transport import Channel, Handler, Stream, Transport, TransportCounters
 
 _OPEN_BYTES = 200  # about what the headers of a request take
@@ -81,9 +81,10 @@ class MemoryTransport(Transport):
         self.started = False
         self._network = network
         self._service = Service()
+        self._sessions = Sessions()
         self._connections: dict[tuple[PeerId, Channel], Pulse] = {}
         self._pipes: dict[MemoryPipe, None] = {}
-        self._tasks: dict[asyncio.Task[None], None] = {}  # serving, and lingering after END
+        self._serving: dict[asyncio.Task[None], None] = {}
 
     def serve(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
         self._service.register(method, handler, roles)
@@ -102,11 +103,9 @@ class MemoryTransport(Transport):
         for pipe in list(self._pipes):
             pipe.break_off()
         await self._service.cancel()
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._sessions.close()
+        if self._serving:
+            await asyncio.wait(list(self._serving))
 
     async def disconnect(self, peer: PeerId) -> None:
         self._forget(peer)
@@ -116,14 +115,14 @@ class MemoryTransport(Transport):
         await self._service.cancel(peer)
 
     def counters(self) -> TransportCounters:
-        return self._service.counters()
+        return self._service.counters(self._sessions.count)
 
     def vanish(self) -> None:
         """Die without a word; for `MemoryNetwork.kill`."""
         self.started = False
         for pipe in list(self._pipes):
             pipe.fail("this process was killed")
-        for task in list(self._tasks):
+        for task in list(self._serving):
             task.cancel()
 
     def drop(self, peer: PeerId, reason: str) -> None:
@@ -140,7 +139,9 @@ class MemoryTransport(Transport):
         traffic = self._service.traffic(method)
         stream = FramedStream(caller, pipe, traffic, pulse, partial(self._tell_of_caller, caller.peer))
         self._pipes[pipe] = None
-        task = self._spawn(self._serve(method, stream, pipe))
+        task = asyncio.create_task(self._serve(method, stream, pipe), name=f"stream {method}")
+        self._serving[task] = None
+        task.add_done_callback(self._serving.pop)
         pipe.on_broken = partial(_cancel, task)
 
     async def _serve(self, method: str, stream: FramedStream, pipe: MemoryPipe) -> None:
@@ -148,8 +149,8 @@ class MemoryTransport(Transport):
             await self._service.answer(method, stream)
             pipe.finish()
         finally:
-            await stream.release()
             self._pipes.pop(pipe, None)
+            await stream.release()
 
     @asynccontextmanager
     async def _open(self, peer: PeerId, method: str, channel: Channel) -> AsyncIterator[Stream]:
@@ -160,27 +161,8 @@ class MemoryTransport(Transport):
         traffic = self._service.traffic(method, opened_here=True)
         stream = FramedStream(remote, pipe, traffic, pulse, partial(self._tell, peer))
         self._pipes[pipe] = None
-        self._service.streams_out += 1
-        try:
+        async with self._sessions.run(stream, partial(self._pipes.pop, pipe)):
             yield stream
-            await stream.leave()
-        except BaseException:
-            await self._drop(stream, pipe)
-            raise
-        finally:
-            self._service.streams_out -= 1
-        self._spawn(self._linger(stream, pipe))
-
-    async def _linger(self, stream: FramedStream, pipe: MemoryPipe) -> None:
-        try:
-            await stream.linger()
-        finally:
-            await self._drop(stream, pipe)
-
-    async def _drop(self, stream: FramedStream, pipe: MemoryPipe) -> None:
-        pipe.break_off()
-        self._pipes.pop(pipe, None)
-        await stream.release()
 
     def _request(self, pipe: MemoryPipe, method: str, pulse: Pulse) -> None:
         """The request reaches the other side, or the place where that was."""
@@ -231,12 +213,6 @@ class MemoryTransport(Transport):
     def _forget(self, peer: PeerId) -> None:
         for channel in Channel:
             self._connections.pop((peer, channel), None)
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(coroutine)
-        self._tasks[task] = None
-        task.add_done_callback(self._tasks.pop)
-        return task
 
 
 async def _crossed(route: Route) -> None:

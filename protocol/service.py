@@ -31,7 +31,6 @@ class Service:
         self._tokens: Counter[str] = Counter()
         self._traffic: dict[str, Traffic] = {}
         self._refusals: Counter[str] = Counter()
-        self.streams_out = 0
 
     def register(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
         """Answer `method` by `handler`. Raises UsageError for a name that is taken."""
@@ -70,20 +69,27 @@ class Service:
             await stream.abort(StreamBroken("this peer closed the connection"))
 
     async def cancel(self, peer: PeerId | None = None) -> None:
-        """Cancel the handlers that serve `peer` (None: all) and wait for them."""
-        tasks = [task for task, caller in self._running.items() if peer in (None, caller.peer)]
+        """Cancel the handlers that serve `peer` (None: all) and wait for them.
+
+        A handler that calls this itself is spared; its stream is broken, so it ends soon.
+        """
+        tasks = [
+            task
+            for task, caller in self._running.items()
+            if peer in (None, caller.peer) and task is not asyncio.current_task()
+        ]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
-    def counters(self) -> TransportCounters:
+    def counters(self, streams_out: int) -> TransportCounters:
         """A copy of the figures."""
         return TransportCounters(
             bytes_in={method: traffic.bytes_in for method, traffic in self._traffic.items()},
             bytes_out={method: traffic.bytes_out for method, traffic in self._traffic.items()},
             streams_in=len(self._running),
-            streams_out=self.streams_out,
+            streams_out=streams_out,
             refusals=dict(self._refusals),
         )
 
