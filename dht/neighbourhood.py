@@ -12,6 +12,7 @@ import logging
 
 from shoal.dht.beats import METHOD
 from shoal.dht.link import Home, Link
+from shoal.dht.liveness import GONE_SILENCE_S
 from shoal.protocol.errors import Busy, PeerUnreachable, ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Stream, Transport
@@ -23,6 +24,7 @@ REDIAL_MOST_S = 15.0  # ... up to this; a peer that returns without a directory 
 SHORT_STREAM_S = 1.0  # a stream that ends sooner counts as a failure too
 SPACING_S = 0.1  # between two dials of one peer, however many reasons there are
 PROBES = 64  # at once
+PROBE_SLACK_S = 0.5  # for the verdict on a peer that did not answer to be spoken
 LINKS_PER_PEER = 4  # one serves; more exist only while both ends notice a break or a restart
 LINKS_MOST = 512
 
@@ -79,7 +81,7 @@ class Neighbourhood:
     def look_into(self, peer: PeerId) -> None:
         """Somebody doubts that this peer lives: ask it, unless its keeper or a stream will tell anyway."""
         told = peer in self._keepers or peer in self._probes or self.heard_streams(peer)
-        if not told and not self._closing and len(self._probes) < PROBES:
+        if not told and not self._closing and len(self._probes) < PROBES and self._present(peer):
             self._home.table.watch(peer, True, self._now())
             self._probes[peer] = asyncio.create_task(self._probe(peer), name=f"probe {peer}")
 
@@ -96,6 +98,7 @@ class Neighbourhood:
         for tasks in (self._keepers, self._probes):
             if (task := tasks.pop(peer, None)) is not None:
                 task.cancel()
+        self._tidy(peer)
 
     async def say_goodbye(self, reason: str, within_s: float) -> None:
         """Tell all neighbours, dial nobody any more, and wait until they ended their streams."""
@@ -146,7 +149,11 @@ class Neighbourhood:
 
     async def _probe(self, peer: PeerId) -> None:
         """One stream, for one beat. Whoever neither answers nor refuses falls silent in the table."""
-        await self._dial(peer, once=True)
+        began_s = self._now()
+        if not await self._dial(peer, once=True):
+            await asyncio.sleep(
+                began_s + GONE_SILENCE_S + PROBE_SLACK_S - self._now()
+            )  # beats stay due so long
         self._probes.pop(peer, None)
         self._tidy(peer)
 

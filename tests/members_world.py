@@ -1,6 +1,6 @@
 """A swarm of `Members` on memory links and a memory directory, under a virtual clock; used by test_members.
 
-Keys, tokens and leaves are made once a test process: leaves carry random signatures, and traces are compared.
+Keys, tokens and leaves are made once a test process; their signatures are the only randomness without a seed.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterable
@@ -30,6 +31,9 @@ from shoal.protocol.revocation import RevocationBook, RevocationList, sign_revoc
 
 RUN = bytes(range(32))
 EPOCH = 1_800_000_000.0
+# No bandwidth limit: certificates differ in length from process to process, and then nobody notices.
+NEAR = Link(latency_s=0.02, bytes_per_s=math.inf)
+FAR = Link(latency_s=0.5, bytes_per_s=math.inf, loss=0.05)
 
 
 def wall() -> float:
@@ -60,10 +64,10 @@ def membership(number: int) -> Membership:
 class Swarm:
     """Peers by number. Peer n holds stage n modulo `stages`. `trace` has every event as everybody saw it."""
 
-    def __init__(self, seed: int, *, limit: int = 32, stages: int = 2, latency_s: float = 0.02) -> None:
+    def __init__(self, seed: int, *, limit: int = 32, stages: int = 2, link: Link = NEAR) -> None:
         print("seed", seed)
         self.seed, self.limit, self.stages = seed, limit, stages
-        self.network = MemoryNetwork(seed, Link(latency_s=latency_s))
+        self.network = MemoryNetwork(seed, link)
         self.hub = MemoryDirectoryHub(membership(0), wall, random.Random(seed + 1))
         self.peers: dict[int, Members] = {}
         self.state: dict[int, str] = {}

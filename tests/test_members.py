@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from members_world import Swarm
+from members_world import FAR, Swarm
 
 from shoal.dht.liveness import Liveness
 from shoal.protocol.virtual_time import run
@@ -80,6 +80,19 @@ def test_a_freeze_of_one_second_costs_nobody_its_place() -> None:
         await asyncio.sleep(30.0)
         assert "gone" not in {kind for _, _, kind, _, _ in swarm.trace}
         assert all(swarm.sees(number, ALIVE) == set(FIVE) - {number} for number in FIVE)
+
+    play(swarm, story())
+
+
+def test_a_second_of_round_trip_and_lost_packets_evict_nobody() -> None:
+    swarm = Swarm(18, link=FAR)
+
+    async def story() -> None:
+        await swarm.add(*FIVE)
+        await swarm.meet(FIVE, 15.0)
+        await asyncio.sleep(300.0)
+        assert "gone" not in {kind for _, _, kind, _, _ in swarm.trace}
+        assert swarm.peers[0].view().members[1].rtt_s == pytest.approx(1.0, abs=0.6)
 
     play(swarm, story())
 
@@ -274,6 +287,40 @@ def test_in_a_large_swarm_neighbours_see_a_death_at_once_and_the_others_in_time(
         assert swarm.peers[stranger].view().is_gone(swarm.peer(7))  # it looked for itself
         await swarm.lose(7, 90.0)  # the rest learns when the record lapses
         await swarm.meet(rest)
+
+    play(swarm, story())
+
+
+def test_a_silent_peer_is_gone_for_a_distant_one_whose_call_failed() -> None:
+    swarm = Swarm(14, limit=3)
+    everybody = range(12)
+
+    async def story() -> None:
+        await swarm.add(*everybody)
+        await swarm.meet(everybody, 10.0)
+        await asyncio.sleep(5.0)
+        swarm.network.freeze(swarm.peer(5))
+        await asyncio.sleep(6.0)
+        stranger = next(n for n in everybody if n != 5 and not swarm.peers[n].view().is_gone(swarm.peer(5)))
+        asked_s = now()
+        swarm.peers[stranger].suspect(swarm.peer(5), "a call failed")
+        await asyncio.sleep(6.0)
+        assert swarm.events(stranger, 5, asked_s) == ["suspect", "gone"]
+
+    play(swarm, story())
+
+
+def test_a_machine_that_slept_blames_nobody() -> None:
+    swarm = Swarm(17)
+
+    async def story() -> None:
+        await swarm.add(*FIVE)
+        await swarm.meet(FIVE)
+        await asyncio.sleep(3.3)
+        asyncio.get_running_loop()._now_s += 60.0  # type: ignore[attr-defined]  # nothing ran for a minute
+        await asyncio.sleep(10.0)
+        assert "gone" not in {kind for _, _, kind, _, _ in swarm.trace}
+        assert all(swarm.sees(number, ALIVE) == set(FIVE) - {number} for number in FIVE)
 
     play(swarm, story())
 
