@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.protocol.transport import Transport
+from shoal.training.outer.entry import Entry, seats_in
 from shoal.training.outer.local import MemoryWeights
+from shoal.training.outer.parts import cut
 from shoal.training.outer.service import GroupMember, Outer
 from shoal.training.spec import RunSpec
 
@@ -38,18 +40,15 @@ async def inline(function: Callable[..., Any], *arguments: Any) -> Any:
 class Node:
     """One replica and its task."""
 
-    def __init__(
-        self, world: World, name: PeerId, incarnation: int, size: int, directory: Path | None
-    ) -> None:
+    def __init__(self, world: World, name: PeerId, incarnation: int, directory: Path | None) -> None:
         self.world = world
         self.name = name
         self.incarnation = incarnation
         self.events: list[tuple[str, dict[str, object]]] = []
         self.suspected: list[tuple[str, str]] = []
-        self.entries: list[bytes] = []
         self.transport = world.wrap(world.network.transport(name, frozenset({Role.TRAINER})))
         self.weights = MemoryWeights(world.genesis)
-        self.ledger = torch.zeros(size, dtype=torch.float64)  # everything this process ever stepped
+        self.changes: list[torch.Tensor] = []  # of every inner step this process made
         self.outer = Outer(
             world.spec,
             0,
@@ -78,7 +77,7 @@ class Node:
         """One random inner step."""
         change = torch.randn(self.weights.size, generator=self.world.generator) * 0.01
         self.weights.step(change, tokens)
-        self.ledger += change.double()
+        self.changes.append(change.double())
         self.outer.stepped()
 
     def member(self) -> GroupMember:
@@ -121,11 +120,15 @@ class World:
         self.generator = torch.Generator().manual_seed(seed)
         self.genesis = torch.randn(size, generator=self.generator)
         self.live: dict[PeerId, Node] = {}
+        self.frozen: dict[PeerId, GroupMember] = {}  # what their last beat said
+        self.processes: dict[tuple[str, int], Node] = {}
         self.nodes = [self.node(n) for n in range(replicas)]
 
     def node(self, number: int, incarnation: int = 1, directory: Path | None = None) -> Node:
         name = PeerId(f"12D3KooWr{number}".ljust(52, "1"))
-        return Node(self, name, incarnation, self.genesis.numel(), directory)
+        node = Node(self, name, incarnation, directory)
+        self.processes[name, incarnation] = node
+        return node
 
     async def __aenter__(self) -> World:
         for node in self.nodes:
@@ -137,7 +140,7 @@ class World:
             await node.stop()
 
     def group(self) -> Sequence[GroupMember]:
-        return [node.member() for node in self.live.values()]
+        return [self.frozen.get(node.name) or node.member() for node in self.live.values()]
 
     def kill(self, node: Node) -> None:
         """SIGKILL: streams break at once, and everybody knows."""
@@ -145,6 +148,18 @@ class World:
         self.network.kill(node.name)
         if node.task is not None:
             node.task.cancel()
+
+    def freeze(self, node: Node) -> None:
+        """SIGSTOP: connections stay open; membership notices the silence after two seconds."""
+        self.network.freeze(node.name)
+        self.frozen[node.name] = node.member()
+        asyncio.get_running_loop().call_later(2.0, self.live.pop, node.name, None)
+
+    def thaw(self, node: Node) -> None:
+        """SIGCONT."""
+        self.network.thaw(node.name)
+        del self.frozen[node.name]
+        self.live[node.name] = node
 
     async def rounds(self, count: int, nodes: Sequence[Node] | None = None, each: int = 2) -> None:
         """Let everybody make `each` steps and commit, `count` times."""
@@ -171,5 +186,51 @@ class World:
             for o in others
         )
 
+    def entries(self) -> list[Entry]:
+        """The whole log, from whoever has each entry; all who have one must agree."""
+        highest = max(node.outer.height for node in self.live.values())
+        found = []
+        for height in range(1, highest + 1):
+            kept = [node.outer.entry(height) for node in self.live.values()]
+            kept = [entry for entry in kept if entry is not None]
+            assert kept, f"nobody keeps entry {height}"
+            assert all(entry == kept[0] for entry in kept), f"entry {height} differs"
+            found.append(kept[0])
+        return found
 
-Scenario = Callable[[World], Awaitable[None]]
+    def assert_every_step_is_in_once(self) -> None:
+        """P4 against an oracle in fp64 that knows every inner step ever made and reads only the entries.
+
+        The agreed state follows from the listed steps; a live replica's weights are the anchor and
+        those of its steps that are not listed yet.
+        """
+        outer = self.spec.outer
+        anchor, momentum = self.genesis.double(), torch.zeros(self.genesis.numel(), dtype=torch.float64)
+        parts = cut(self.genesis.numel(), outer.part_bytes, self.spec.compression.block)
+        listed: dict[tuple[str, int, int], int] = {}  # process and part -> its last listed step
+        for entry in self.entries():
+            for part in parts:
+                seats = seats_in(entry.listed_in(part.index))
+                rows = [row for row in entry.contributors if row.seat in seats]
+                if not rows:
+                    continue
+                mean = torch.zeros(part.count, dtype=torch.float64)
+                for row in rows:
+                    seat = entry.roster[row.seat]
+                    key = (seat.peer, seat.incarnation, part.index)
+                    made = self.processes[seat.peer, seat.incarnation].changes
+                    steps = made[listed.get(key, 0) : row.to_step]
+                    share = row.clip * row.tokens / sum(r.tokens for r in rows)
+                    mean -= share * sum(step[part.span] for step in steps)
+                    listed[key] = row.to_step
+                velocity = momentum[part.span].mul_(outer.momentum).add_(mean)
+                change = mean + outer.momentum * velocity if outer.nesterov else velocity
+                anchor[part.span] -= outer.learning_rate * (change if outer.momentum else mean)
+        tolerance = {"rtol": 0.0, "atol": 2e-5}
+        for node in self.live.values():
+            torch.testing.assert_close(node.outer.anchor.double(), anchor, **tolerance)
+            for part in parts:
+                last = listed.get((node.name, node.incarnation, part.index), 0)
+                ahead = sum((step[part.span] for step in node.changes[last:]), torch.zeros(1).double())
+                expected = node.outer.anchor[part.span].double() + ahead
+                torch.testing.assert_close(node.weights.weights[part.span].double(), expected, **tolerance)

@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from shoal.protocol.errors import MessageInvalid, NetworkError, NotHere, ShoalError, Stale
+from shoal.protocol.errors import MessageInvalid, NetworkError, NotHere, ShoalError, Stale, StreamBroken
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Message
 from shoal.training.outer.change import Change
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import ENTRY_BYTES, SKIP, Contributor, Entry, Seat, draft_id, parse
-from shoal.training.outer.line import MEMBER_SILENCE_S, Line, lifeline, loopback
+from shoal.training.outer.line import LEADER_SILENCE_S, MEMBER_SILENCE_S, TICK_S, Line, lifeline, loopback
 from shoal.training.outer.log import Log
 from shoal.training.outer.messages import Answer, Commit, Done, Go, Gone, Prepare, Report
 from shoal.training.outer.policy import GroupMember, clip_factors, closes_at, holds_quorum
@@ -75,12 +75,15 @@ class Leader:
         self._report_of = b""  # the draft's id
         self._done: set[PeerId] = set()
         self._lost: dict[PeerId, str] = {}
+        self._departed: set[PeerId] = set()  # whose connection closed: not merely silent
+        self._ran_s = self._now()
         self._change = Change()
         self.highest_ballot = ballot  # met; the next attempt has to exceed it
 
     async def lead(self) -> Entry:
         """Returns the entry once this process has applied it. Raises Stale when the round cannot go on."""
         attending = [asyncio.create_task(self._attend(seat.peer)) for seat in self._offer.roster]
+        attending.append(asyncio.create_task(self._watch()))
         try:
             entry = await self._conduct()
             limit_s = self._now() + COMMIT_S
@@ -92,6 +95,16 @@ class Leader:
             for outcome in await asyncio.gather(*attending, return_exceptions=True):
                 if isinstance(outcome, Exception):
                     raise outcome
+
+    async def _watch(self) -> None:
+        """Notes that this process runs: one that was stopped must not go on as if nobody had taken over."""
+        while not self._stood_still():
+            self._ran_s = self._now()
+            await asyncio.sleep(TICK_S)
+        self._change.notify()
+
+    def _stood_still(self) -> bool:
+        return self._now() - self._ran_s > LEADER_SILENCE_S
 
     # -- one member each
 
@@ -174,6 +187,8 @@ class Leader:
         self._context.event("member-lost", {"peer": peer, "height": self._offer.height, "why": str(error)})
         if isinstance(error, NetworkError):
             self._context.suspect(peer, str(error))
+        if isinstance(error, StreamBroken):
+            self._departed.add(peer)
         self._announce_gone([peer])
         self._change.notify()
 
@@ -234,9 +249,7 @@ class Leader:
             raise Stale(f"height {self._offer.height} has been decided without this peer; catch up")
         if self._context.me not in self._answers:
             raise Stale(f"this peer cannot lead: {self._lost.get(self._context.me, 'its weights are busy')}")
-        verdict = holds_quorum(self._last, list(self._answers), self._log.head)
-        if not verdict.yes:
-            raise Stale(f"height {self._offer.height}: {verdict.reason}; {self._lost}")
+        self._require_quorum(list(self._answers))
 
     def _new_draft(self) -> Entry:
         """Everybody who answered is present; who has tokens contributes."""
@@ -271,7 +284,20 @@ class Leader:
             return open_ <= self._reports.keys()
 
         await self._change.until(complete, lambda: limit_s)
+        self._require_quorum([draft.roster[seat].peer for seat in self._reports])
         return self._results(draft)
+
+    def _require_quorum(self, here: Sequence[PeerId]) -> None:
+        """Raises Stale unless enough of the last round's members are here, not counting those that departed.
+
+        Silent ones count: they may be committing without this peer, on the other side of a cut.
+        """
+        if self._stood_still():
+            raise Stale("this process stood still for a while; another may have taken over")
+        last = [peer for peer in self._last if peer not in self._departed]
+        verdict = holds_quorum(last, here, self._log.head)
+        if not verdict.yes:
+            raise Stale(f"height {self._offer.height}: {verdict.reason}; {self._lost}")
 
     def _results(self, draft: Entry) -> list[tuple[bytes, bytes] | None]:
         """What to commit of each part: the digest that most reporters hold, if they are more than half.

@@ -16,7 +16,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
 from shoal.training.outer.change import Change
 from shoal.training.outer.context import Context, Event, Offload
-from shoal.training.outer.entry import SKIP, Entry
+from shoal.training.outer.entry import SKIP, Entry, parse
 from shoal.training.outer.follow import Services, follow
 from shoal.training.outer.leader import Leader
 from shoal.training.outer.local import LocalWeights
@@ -162,6 +162,11 @@ class Outer:
     def tokens_since_round(self) -> int:
         """Tokens of those steps."""
         return self._weights.tokens - self._mine()[1]
+
+    def entry(self, height: int) -> Entry | None:
+        """An entry of the log that is still kept."""
+        data = self._replica.log.entry(height)
+        return parse(data) if data is not None else None
 
     def positions(self) -> dict[int, int]:
         """Samples read of each data stream as far as the log holds them (first stage)."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shoal.protocol.errors import MessageInvalid, NotHere, ProtocolViolation, ShoalError, Stale
+from shoal.protocol.errors import MessageInvalid, NetworkError, NotHere, ProtocolViolation, ShoalError, Stale
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel
 from shoal.training.outer.context import Context
@@ -24,7 +24,7 @@ from shoal.training.outer.messages import EntriesRequest, EntryItem
 from shoal.training.outer.policy import GroupMember
 from shoal.training.outer.replica import Replica
 from shoal.training.outer.snapshot import Snapshot
-from shoal.training.recovery.download import ask_manifest, download
+from shoal.training.recovery.download import ask_manifest, download, receive_soon
 from shoal.training.recovery.policy import Target, choose_target, prefers_snapshot
 from shoal.training.recovery.snapshots import Snapshots
 
@@ -53,7 +53,7 @@ class CatchingUp:
                     await self._member.commit(data, target.donors)
                     self.entries += 1
                 return
-            except (NotHere, Stale) as error:
+            except (NotHere, Stale) as error:  # of those that answered; silent ones are the next attempt's
                 self._context.event("replay-impossible", {"height": log.height, "why": str(error)})
         await self._jump(target)
 
@@ -70,17 +70,17 @@ class CatchingUp:
 
     async def _chain(self, height: int, head: bytes, target: Target) -> list[bytes]:
         """The entries from `height` to the target, checked link by link. Raises Stale where they fork."""
-        reasons: list[ShoalError] = []
+        failed: ShoalError = NotHere(f"entries {height + 1}-{target.height}: nobody to ask")
         for donor in target.donors:
             try:
                 return await self._chain_from(donor, height, head, target)
             except ProtocolViolation as error:
                 self._context.refuse(donor, str(error))
-                reasons.append(error)
+                failed = error
             except ShoalError as error:
-                reasons.append(error)
-        fork = next((error for error in reasons if isinstance(error, Stale)), None)
-        raise fork or NotHere(f"entries {height + 1}-{target.height}: {'; '.join(map(str, reasons[:4]))}")
+                # An answer counts for more than silence: it says whether a snapshot is needed.
+                failed = failed if isinstance(failed, Stale) and isinstance(error, NetworkError) else error
+        raise failed
 
     async def _chain_from(self, donor: PeerId, height: int, head: bytes, target: Target) -> list[bytes]:
         chain: list[bytes] = []
@@ -90,8 +90,7 @@ class CatchingUp:
             await stream.send(EntriesRequest(height + 1, target.height))
             await stream.end()
             for expected in range(height + 1, target.height + 1):
-                message = await stream.receive(EntryItem, max_payload_bytes=ENTRY_BYTES)
-                data = bytes(message.payload)
+                data = bytes((await receive_soon(stream, EntryItem, ENTRY_BYTES)).payload)
                 entry = parse(data)
                 if entry.height != expected:
                     raise MessageInvalid(f"entry {entry.height} of {donor} where {expected} was due")
@@ -174,7 +173,7 @@ class CatchingUp:
         async with self._context.transport.open(donor, method, Channel.BULK) as stream:
             await stream.send(EntriesRequest(height, height))
             await stream.end()
-            return bytes((await stream.receive(EntryItem, max_payload_bytes=ENTRY_BYTES)).payload)
+            return bytes((await receive_soon(stream, EntryItem, ENTRY_BYTES)).payload)
 
 
 def _listed_parts(entry: Entry | None, context: Context, sent: Sent | None) -> set[int]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from blake3 import blake3
 
 from shoal.compression.codec import bytes_of
 from shoal.protocol import wire
-from shoal.protocol.errors import MessageInvalid, NotHere, ProtocolViolation, ShoalError
+from shoal.protocol.errors import MessageInvalid, NotHere, PeerSilent, ProtocolViolation, ShoalError
 from shoal.protocol.identity import PeerId
-from shoal.protocol.transport import Channel, call
+from shoal.protocol.transport import Channel, Message, Stream, call
 from shoal.training.outer.context import Context
 from shoal.training.outer.log import LOG_STATE_BYTES, LogState
 from shoal.training.outer.messages import Chunk, ChunkRequest, Manifest, ManifestRequest
@@ -23,6 +24,7 @@ from shoal.training.recovery.snapshot import CHUNK_VALUES, chunk_values, chunks_
 
 MANIFEST_S = 30.0
 DONORS = 4  # at once
+DONOR_S = 10.0  # for one message of at most 1 MiB: about 1 Mbit/s
 BATCH = 8  # chunks asked for in one stream
 
 
@@ -101,7 +103,7 @@ async def _fetch(
         await stream.send(ChunkRequest(manifest.height, manifest.state_root, tuple(batch)))
         await stream.end()
         while batch:
-            message = await stream.receive(Chunk, max_payload_bytes=manifest.chunk_bytes)
+            message = await receive_soon(stream, Chunk, manifest.chunk_bytes)
             index = batch[0]
             which, start, count = chunk_values(context.size, index)
             if message.header.index != index or len(message.payload) != 4 * count:
@@ -110,6 +112,15 @@ async def _fetch(
                 )
             await context.offload(_place, offer.hashes[index], message.payload, tensors[which], start, count)
             batch.pop(0)
+
+
+async def receive_soon(stream: Stream, kind: type[Any], max_payload_bytes: int) -> Message[Any]:
+    """The next message of a donor that has all it sends at hand. Raises PeerSilent when it does not begin."""
+    try:
+        async with asyncio.timeout(DONOR_S):
+            return await stream.receive(kind, max_payload_bytes=max_payload_bytes)
+    except TimeoutError:
+        raise PeerSilent(f"{stream.remote.peer} sent nothing for {DONOR_S:g} s") from None
 
 
 def _place(digest: bytes, data: memoryview, tensor: torch.Tensor, start: int, count: int) -> None:

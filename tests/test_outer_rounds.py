@@ -1,0 +1,159 @@
+"""Rounds without faults: equal bits (P1), every step in once (P4), parity, codecs, leaving, determinism."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from outer_faults import Faults
+from outer_world import World, round_spec
+
+from shoal.protocol.memory_transport import Link
+from shoal.protocol.virtual_time import run
+from shoal.training.outer.messages import PublishedPart
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_groups_hold_equal_bits_and_every_step_once_over_20_rounds(replicas: int) -> None:
+    async def main() -> None:
+        async with World(replicas) as world:
+            for _ in range(20):
+                await world.rounds(1)
+                assert world.equal()
+            world.assert_every_step_is_in_once()
+            tokens = sum(node.weights.tokens for node in world.nodes)
+            assert world.nodes[0].outer.tokens == tokens
+
+    run(main)
+
+
+def test_int8_stays_close_to_float32_and_equal_in_bits() -> None:
+    async def anchors(family: str) -> torch.Tensor:
+        spec = round_spec(compression={"contribution": family, "published": family})
+        async with World(4, spec) as world:
+            await world.rounds(10)
+            assert world.equal()
+            return world.nodes[0].outer.anchor - world.genesis
+
+    exact, coarse = run(anchors("float32")), run(anchors("int8"))
+    assert 0.0 < float((exact - coarse).norm() / exact.norm()) < 0.015
+
+
+def test_with_rate_one_and_no_momentum_a_round_is_the_mean_of_the_steps() -> None:
+    outer = {"inner_steps": 1, "learning_rate": 1.0, "momentum": 0.0}
+
+    async def main() -> None:
+        async with World(2, round_spec(outer=outer)) as world:
+            expected = world.genesis.double()
+            for _ in range(3):
+                one, other = world.nodes
+                one.step(100)
+                other.step(300)
+                await world.reach(one.outer.height + 1)
+                expected += 0.25 * one.changes[-1] + 0.75 * other.changes[-1]
+                for node in world.nodes:
+                    torch.testing.assert_close(node.weights.weights.double(), expected, rtol=1e-5, atol=1e-6)
+
+    run(main)
+
+
+def test_steps_made_during_a_round_are_kept() -> None:
+    faults = Faults()
+    faults.hangs = False
+
+    async def main() -> None:
+        async with World(3, wrap=faults.wrap) as world:
+            for node in world.nodes:  # a step of everybody's just when the first mean is published
+                node.step()
+                node.step()
+            faults.arm(PublishedPart, "before", lambda peer: [node.step() for node in world.nodes])  # type: ignore[arg-type,return-value]
+            await world.reach(1)
+            assert faults.hit is not None
+            assert [node.outer.steps_since_round for node in world.nodes] == [1, 1, 1]
+            world.assert_every_step_is_in_once()
+            await world.rounds(2)
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def test_a_late_contribution_stays_in_the_local_weights_and_comes_with_the_next_round() -> None:
+    async def main() -> None:
+        async with World(4) as world:
+            slow = world.nodes[3]
+            for other in world.nodes[:3]:  # 20 kB at 1 kB/s: far beyond the deadline of 4 s
+                world.network.set_link(slow.name, other.name, Link(bytes_per_s=1e3), one_way=True)
+            await world.rounds(1)
+            entry = world.nodes[0].outer.entry(1)
+            assert entry is not None
+            late = entry.seat_of(slow.name)
+            assert late is not None
+            assert entry.row_of(late) is None or slow.outer.steps_since_round == 0
+            world.assert_every_step_is_in_once()
+            for other in world.nodes[:3]:
+                world.network.set_link(slow.name, other.name, Link(), one_way=True)
+            await world.rounds(2)
+            assert world.equal()
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def test_a_slow_peer_contributes_what_it_has() -> None:
+    async def main() -> None:
+        async with World(3) as world:
+            fast, middle, _ = world.nodes
+            for _ in range(4):
+                fast.step()
+            for _ in range(2):
+                middle.step()
+            await world.reach(1)
+            entry = fast.outer.entry(1)
+            assert entry is not None
+            assert [row.to_step for row in entry.contributors] == [4, 2]
+            assert world.equal()
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def test_a_leaver_takes_its_last_steps_into_the_log_first() -> None:
+    async def main() -> None:
+        async with World(3) as world:
+            await world.rounds(2)
+            leaver = world.nodes[1]
+            leaver.step()
+            assert leaver.outer.steps_since_round == 1
+            async with asyncio.timeout(5):
+                await leaver.outer.final_round()
+            assert leaver.outer.steps_since_round == 0
+            await leaver.stop()
+            await world.rounds(2)
+            assert world.equal()
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def test_the_leader_changes_and_positions_of_data_are_recorded() -> None:
+    async def main() -> None:
+        async with World(4) as world:
+            await world.rounds(12)
+            assert len({entry.leader for entry in world.entries()}) > 1
+            assert all(entry.revision == 0 and entry.fragment == 0 for entry in world.entries())
+
+    run(main)
+
+
+def test_equal_seeds_give_equal_traces() -> None:
+    async def trace(seed: int) -> tuple[str, bytes]:
+        async with World(4, seed=seed) as world:
+            for link in world.nodes[1:]:
+                world.network.set_link(world.nodes[0].name, link.name, Link(latency_s=0.03, loss=0.1))
+            await world.rounds(4)
+            return world.network.trace_digest(), world.nodes[0].outer.head
+
+    first, again, other = run(trace(7)), run(trace(7)), run(trace(8))
+    assert first == again
+    assert first != other
