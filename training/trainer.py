@@ -75,7 +75,7 @@ class Trainer:
         self._device = device
         self._data_dir = data_dir
         self._replicas = MemberReplicas(members)
-        self._layout = stage_layout(spec, stage_ranges(spec)[stage])
+        self.layout = stage_layout(spec, stage_ranges(spec)[stage])
         self._ledger = Ledger()
         self._held_out_loss = math.nan
         self._marks: deque[tuple[float, int]] = deque()  # (loop time, tokens) for the rate
@@ -85,23 +85,23 @@ class Trainer:
     @property
     def layers(self) -> range:
         """The layers this stage holds."""
-        return self._layout.layers
+        return self.layout.layers
 
     async def recover(self) -> None:
         """Build the stage, bring it to the group's log head, and register everything this replica serves.
 
         Raises StageEmpty when the group has state but no donor answers.
         """
-        initial = await self._offload(genesis, self.spec, self._layout)
-        model = StageModel(self.spec, self._layout)
-        self._weights = Weights(self.spec, self._layout, initial, self._lane, self._device)
-        self._outer = Outer(
+        initial = await self._offload(genesis, self.spec, self.layout)
+        model = StageModel(self.spec, self.layout)
+        self.weights = Weights(self.spec, self.layout, initial, self._lane, self._device)
+        self.outer = Outer(
             self.spec,
             self.stage,
             me=self._me,
             incarnation=self._incarnation,
             transport=self._transport,
-            weights=self._weights,
+            weights=self.weights,
             genesis=initial,
             peers=self._group,
             suspect=self._replicas.suspect,
@@ -112,8 +112,8 @@ class Trainer:
             rng=random.Random(self._rng.getrandbits(64)),
             directory=self._data_dir,
         )
-        await self._outer.recover()
-        compute = StageCompute(self.spec, model, self._weights, self._device, self._learning_rate)
+        await self.outer.recover()
+        compute = StageCompute(self.spec, model, self.weights, self._device, self._learning_rate)
         self._build_pipeline(compute)
         self._inference = InferenceHop(
             self.spec,
@@ -122,15 +122,15 @@ class Trainer:
             replicas=self._replicas,
             model=model,
             lane=self._lane,
-            anchor=lambda: (self._outer.anchor, self._outer.height),
+            anchor=lambda: (self.outer.anchor, self.outer.height),
             rng=self._rng,
         )
         self._inference.serve()
-        self._outer.serve()
+        self.outer.serve()
 
     def _build_pipeline(self, compute: StageCompute) -> None:
         downstream = None
-        if not self._layout.last:
+        if not self.layout.last:
             downstream = Downstream(
                 self.stage + 1,
                 self._transport,
@@ -140,10 +140,10 @@ class Trainer:
                 self._pipeline_event,
             )
         self._downstream = downstream
-        self._driver: Driver | None = None
-        self._hop: Hop | None = None
-        if self._layout.first:
-            self._driver = Driver(
+        self.driver: Driver | None = None
+        self.hop: Hop | None = None
+        if self.layout.first:
+            self.driver = Driver(
                 self.spec,
                 me=self._me,
                 incarnation=self._incarnation,
@@ -157,9 +157,9 @@ class Trainer:
                 event=self._pipeline_event,
                 rng=random.Random(self._rng.getrandbits(64)),
             )
-            self._driver.serve()
+            self.driver.serve()
         else:
-            self._hop = Hop(
+            self.hop = Hop(
                 self.spec,
                 self.stage,
                 me=self._me,
@@ -172,34 +172,34 @@ class Trainer:
                 stepped=self._stepped,
                 event=self._pipeline_event,
             )
-            self._hop.serve()
+            self.hop.serve()
 
     async def run(self) -> None:
         """Train until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._outer.run())
-            if self._hop is not None:
-                tasks.create_task(self._hop.run())
-            if self._driver is not None and self._feed is not None:
-                tasks.create_task(self._driver.run(self._feed.next_batch))
+            tasks.create_task(self.outer.run())
+            if self.hop is not None:
+                tasks.create_task(self.hop.run())
+            if self.driver is not None and self._feed is not None:
+                tasks.create_task(self.driver.run(self._feed.next_batch))
                 tasks.create_task(self._evaluate())
 
     async def drain(self, deadline_s: float) -> None:
         """Leave in order: take nothing new, finish what is held, contribute the last delta."""
         try:
             async with asyncio.timeout(deadline_s):
-                if self._driver is not None:
-                    await self._driver.drained()
-                if self._hop is not None:
-                    self._hop.draining = True
-                    await self._hop.drained()
-                await self._outer.final_round()
+                if self.driver is not None:
+                    await self.driver.drained()
+                if self.hop is not None:
+                    self.hop.draining = True
+                    await self.hop.drained()
+                await self.outer.final_round()
         except TimeoutError:
             self._event("drain-cut", {"after_s": deadline_s})
 
     def beat(self) -> tuple[StageBeat, ...]:
         """What heartbeats say of this stage."""
-        outer, weights = self._outer, self._weights
+        outer, weights = self.outer, self.weights
         return (
             StageBeat(
                 stage=self.stage,
@@ -234,11 +234,11 @@ class Trainer:
 
     def status(self) -> dict[str, object]:
         """Figures for `shoal status`, JSON-able, keys stable."""
-        outer, weights, load = self._outer, self._weights, self._lane.load()
+        outer, weights, load = self.outer, self.weights, self._lane.load()
         figures: dict[str, object] = {
             "stage": self.stage,
-            "layers": [self._layout.layers.start, self._layout.layers.stop],
-            "parameters": self._layout.size,
+            "layers": [self.layout.layers.start, self.layout.layers.stop],
+            "parameters": self.layout.size,
             "height": outer.height,
             "head": outer.head.hex(),
             "state_root": outer.state_root.hex(),
@@ -251,7 +251,7 @@ class Trainer:
             "micro_batches": len(self._ledger),
             "duplicates_refused": self._ledger.duplicates_refused,
             "dropped": self._ledger.dropped,
-            "undecided": self._hop.undecided if self._hop is not None else 0,
+            "undecided": self.hop.undecided if self.hop is not None else 0,
             "retries": self._downstream.retries if self._downstream is not None else 0,
             "reroutes_s": list(self.reroutes),
             "lane_queued": load.queued,
@@ -261,30 +261,30 @@ class Trainer:
             "held_out_loss": _number(self._held_out_loss),
             "outer": outer.status(),
         }
-        if self._driver is not None:
-            driver = self._driver.figures
+        if self.driver is not None:
+            driver = self.driver.figures
             figures |= {
                 "loss": _number(driver.loss),
                 "chain_s": driver.chain_s,
                 "restarted": driver.restarted,
                 "unacknowledged": driver.unacknowledged,
-                "in_flight": self._driver.in_flight,
+                "in_flight": self.driver.in_flight,
             }
         return figures
 
     def _learning_rate(self) -> float:
-        return learning_rate(self.spec, self._outer.tokens)
+        return learning_rate(self.spec, self.outer.tokens)
 
     def _stepped(self) -> None:
-        self._outer.stepped()
+        self.outer.stepped()
 
     def _positions(self) -> tuple[tuple[int, int], ...]:
-        return (self._feed.position(),) if self._feed is not None and self._layout.first else ()
+        return (self._feed.position(),) if self._feed is not None and self.layout.first else ()
 
     def _first_stage_head(self) -> bytes:
         """Of the first stage's longest log that is heard of: entries of the other stages name it."""
         if self.stage == 0:
-            return self._outer.head
+            return self.outer.head
         beats = (member.progress(0) for member in self._members.view().group(0))
         known = [beat for beat in beats if beat is not None]
         return max(known, key=lambda beat: (beat.log_tokens, beat.head)).head if known else bytes(32)
@@ -310,7 +310,7 @@ class Trainer:
                 continue
             with contextlib.suppress(ShoalError):  # a stage is empty for now: the next time then
                 self._held_out_loss = await self._inference.score(tokens)
-                self._event("held-out", {"loss": self._held_out_loss, "log_tokens": self._outer.tokens})
+                self._event("held-out", {"loss": self._held_out_loss, "log_tokens": self.outer.tokens})
 
 
 def _number(value: float) -> float | None:

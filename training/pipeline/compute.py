@@ -101,7 +101,7 @@ class StageCompute:
         return (None if layout.first else self.format.pack_hidden(input_gradient)), loss
 
     def add(self, passage: Passage) -> bool:
-        """Commit: add the weight gradient; make the inner step if it is due (True when it was made)."""
+        """CommitChain: add the weight gradient; make the inner step if it is due (True when it was made)."""
         passage.tape.apply(self.weights.gradient)
         self.weights.pending_tokens += passage.token_count
         if not self.weights.due():

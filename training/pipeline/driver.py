@@ -27,10 +27,10 @@ from shoal.training.pipeline.messages import (
     APPLIED,
     TENTATIVE,
     UNKNOWN,
-    Commit,
+    CommitChain,
     Link,
     MicroBatch,
-    Query,
+    QueryChain,
     Verdict,
 )
 from shoal.training.pipeline.replicas import Replicas
@@ -170,7 +170,7 @@ class Driver:
         known = self.figures.chain_s
         self.figures.chain_s = chain_s if known == 0.0 else known + _SMOOTHING * (chain_s - known)
         await self._commit_slots.acquire()
-        tasks.create_task(self._commit_all(Commit(micro_batch, chain)))
+        tasks.create_task(self._commit_all(CommitChain(micro_batch, chain)))
 
     async def _through_chain(self, micro_batch: MicroBatch, tokens: torch.Tensor) -> tuple[Link, ...]:
         """Forward, chain, backward, and the decision: our own weight gradient. Returns the chain decided."""
@@ -205,7 +205,7 @@ class Driver:
             figures.loss = figures.last_loss
         figures.loss += _SMOOTHING * (figures.last_loss - figures.loss)
 
-    async def _commit_all(self, commit: Commit) -> None:
+    async def _commit_all(self, commit: CommitChain) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for link in commit.chain[1:]:
@@ -215,7 +215,7 @@ class Driver:
             self._progress.set()
             self._commit_slots.release()
 
-    async def _commit(self, commit: Commit, peer: PeerId) -> None:
+    async def _commit(self, commit: CommitChain, peer: PeerId) -> None:
         """Until acknowledged, for as long as the hop may hold the micro-batch."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self._spec.limits.undecided_ttl_s
@@ -238,7 +238,7 @@ class Driver:
 
     async def _query(self, stream: Stream) -> None:
         """A hop asks what became of a micro-batch of ours."""
-        message = await stream.receive(Query)
+        message = await stream.receive(QueryChain)
         micro_batch = message.header.micro_batch
         if self._ledger.has(micro_batch):
             await stream.send(Verdict(APPLIED, self._ledger.chain(micro_batch)))

@@ -25,12 +25,12 @@ from shoal.training.pipeline.messages import (
     APPLIED,
     TENTATIVE,
     UNKNOWN,
-    Commit,
+    CommitChain,
     Gradient,
     Link,
     MicroBatch,
     Propagate,
-    Query,
+    QueryChain,
     Verdict,
     Working,
 )
@@ -184,10 +184,10 @@ class Hop:
         return passage, (gradient, answer.loss, (own, *answer.chain)), own_s
 
     async def _commit(self, stream: Stream) -> None:
-        """Both Commit (decides) and Query (asks); answered with what holds here now."""
-        message = await stream.receive(Commit, Query)
-        request: Commit | Query = message.header
-        if isinstance(request, Commit):
+        """Both CommitChain (decides) and QueryChain (asks); answered with what holds here now."""
+        message = await stream.receive(CommitChain, QueryChain)
+        request: CommitChain | QueryChain = message.header
+        if isinstance(request, CommitChain):
             self._decide(request.micro_batch, request.chain)
         await stream.send(self.verdict(request.micro_batch))
 
@@ -241,7 +241,7 @@ class Hop:
                     self._transport,
                     PeerId(link.peer),
                     "commit",
-                    Query(micro_batch),
+                    QueryChain(micro_batch),
                     Verdict,
                     timeout_s=_QUERY_TIMEOUT_S,
                 )

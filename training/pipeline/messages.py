@@ -76,7 +76,7 @@ class Gradient:
 
 @wire_message
 @dataclass(frozen=True, slots=True)
-class Commit:
+class CommitChain:
     """The driver decided: this chain counts. Each hop on it applies its weight gradient, once."""
 
     micro_batch: MicroBatch
@@ -85,7 +85,7 @@ class Commit:
 
 @wire_message
 @dataclass(frozen=True, slots=True)
-class Query:
+class QueryChain:
     """An undecided hop asks another hop of its chain what was decided."""
 
     micro_batch: MicroBatch
@@ -94,7 +94,7 @@ class Query:
 @wire_message
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer to Commit and Query; `chain` is the decided one where it was APPLIED."""
+    """The answer to CommitChain and QueryChain; `chain` is the decided one where it was APPLIED."""
 
     decision: Decision
     chain: Chain

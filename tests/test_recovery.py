@@ -1,0 +1,241 @@
+"""Joiners, laggards, forks and restarts: whoever comes reaches byte-equal state and loses no local step."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from outer_faults import Faults
+from outer_world import Node, World, round_spec
+
+from shoal.protocol.errors import StageEmpty, StorageError
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Buffer
+from shoal.protocol.virtual_time import run
+from shoal.training.outer.messages import Chunk, Commit, EntryItem, Manifest, PublishedPart
+from shoal.training.recovery.snapshot import load
+
+BIG = 300_000  # values: two chunks a tensor
+
+
+async def join(world: World, number: int, incarnation: int = 1, directory: Path | None = None) -> Node:
+    node = world.node(number, incarnation, directory)
+    await node.start()
+    world.nodes.append(node)
+    return node
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3, 4, 9, 13])
+def test_a_joiner_reaches_equal_bits_and_contributes(rounds: int) -> None:
+    async def main() -> None:
+        async with World(2) as world:
+            await world.rounds(rounds)
+            joiner = await join(world, 5)
+            assert joiner.outer.height == rounds
+            assert world.equal()
+            assert torch.equal(joiner.weights.weights, joiner.outer.anchor), "it starts from the anchor"
+            await world.rounds(2)
+            assert world.equal()
+            entry = joiner.outer.entry(rounds + 2)
+            assert entry is not None
+            assert entry.seat_of(joiner.name) in {row.seat for row in entry.contributors}
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def big_spec() -> dict[str, dict[str, object]]:
+    return {
+        "outer": {"part_bytes": 1 << 18, "snapshot_every": 2, "payload_budget_bytes": 1, "inner_steps": 1}
+    }
+
+
+def test_snapshot_comes_from_several_donors_and_survives_the_death_of_one() -> None:
+    faults = Faults()
+
+    async def main() -> None:
+        async with World(3, round_spec(**big_spec()), size=BIG, wrap=faults.wrap) as world:
+            await world.rounds(3, each=1)
+            faults.arm(
+                Chunk, "after", lambda peer: world.kill(next(n for n in world.nodes if n.name == peer))
+            )
+            joiner = await join(world, 5)
+            assert faults.hit is not None
+            assert joiner.outer.height == 3
+            assert world.equal()
+            assert any(kind == "replay-impossible" for kind, _ in joiner.events)
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", [Manifest, EntryItem, Chunk, PublishedPart], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("point", ["before", "after"])
+def test_a_donor_that_dies_is_replaced(kind: type, point: str) -> None:
+    faults = Faults()
+
+    async def main() -> None:
+        async with World(3, round_spec(**big_spec()), size=BIG, wrap=faults.wrap) as world:
+            await world.rounds(3, each=1)
+            faults.arm(kind, point, lambda peer: world.kill(next(n for n in world.nodes if n.name == peer)))
+            await join(world, 5)
+            assert faults.hit is not None
+            assert world.equal()
+            await world.rounds(2)
+            assert world.equal()
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", [EntryItem, Chunk, PublishedPart, Manifest], ids=lambda kind: kind.__name__)
+def test_a_donor_that_lies_is_refused_and_another_helps(kind: type) -> None:
+    faults = Faults()
+
+    async def main() -> None:
+        async with World(3, round_spec(**big_spec()), size=BIG, wrap=faults.wrap) as world:
+            await world.rounds(3, each=1)
+            liar = world.nodes[0].name
+
+            def tamper(peer: PeerId, header: object, payload: Buffer) -> tuple[object, Buffer]:
+                if peer == liar and isinstance(header, kind):
+                    return header, bytes(payload)[:-1] + b"\x7f"
+                return header, payload
+
+            faults.tamper = tamper
+            for number in range(5, 9):  # the order of donors is drawn: one of them meets the liar first
+                await join(world, number)
+                assert world.equal()
+            assert any(node.outer.status()["refused"] for node in world.nodes[3:])
+
+    run(main)
+
+
+def test_nobody_to_learn_from_is_an_empty_stage() -> None:
+    faults = Faults()
+
+    async def main() -> None:
+        async with World(1, wrap=faults.wrap) as world:
+            await world.rounds(2)
+            faults.tamper = lambda peer, header, payload: (
+                header,
+                b"" if isinstance(header, EntryItem) else payload,
+            )
+            with pytest.raises(StageEmpty, match="stage 0"):
+                await join(world, 5)
+
+    run(main)
+
+
+def test_a_member_that_missed_rounds_replays_them_and_keeps_its_steps() -> None:
+    async def main() -> None:
+        async with World(3) as world:
+            await world.rounds(2)
+            away = world.nodes[2]
+            world.freeze(away)
+            away.step()
+            await asyncio.sleep(3)
+            await world.rounds(3, world.nodes[:2])
+            assert away.outer.height == 2
+            world.thaw(away)
+            await world.reach(5)
+            assert world.equal()
+            world.assert_every_step_is_in_once()
+            await world.rounds(1)
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def test_a_member_that_missed_its_own_listing_is_listed_by_the_entry() -> None:
+    faults = Faults()
+
+    async def main() -> None:
+        async with World(3, wrap=faults.wrap) as world:
+            await world.rounds(1)
+            faults.arm(
+                Commit,
+                "receiving",
+                lambda peer: world.freeze(next(n for n in world.nodes if n.name == peer)),
+            )
+            for node in world.nodes:
+                node.step()
+                node.step()
+            await asyncio.sleep(4)
+            others = [node for node in world.nodes if node.name != faults.hit]
+            await world.rounds(6, others)  # past a snapshot
+            missed = next(node for node in world.nodes if node.name == faults.hit)
+            assert missed.outer.height == 1
+            missed.step()
+            world.thaw(missed)
+            faults.wake()
+            await world.reach(others[0].outer.height)
+            assert world.equal()
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def test_a_lost_fork_gives_way_to_the_longer_chain() -> None:
+    async def main() -> None:
+        async with World(3) as world:
+            await world.rounds(5)
+            alone = world.nodes[0]
+            others = world.nodes[1:]
+            for node in others:
+                world.network.cut(alone.name, node.name)
+            group = world.group
+            sides = {alone.name: [alone], **{node.name: others for node in others}}
+            for node in world.nodes:
+                node.outer._peers = lambda side=sides[node.name]: [n.member() for n in side]
+            await world.rounds(1, [alone])
+            await world.rounds(3, others)
+            assert not world.equal()
+            for node in world.nodes:
+                node.outer._peers = group
+                if node is not alone:
+                    world.network.heal(alone.name, node.name)
+            await world.reach(8)
+            assert world.equal()
+            await world.rounds(2)
+            assert world.equal()
+
+    run(main)
+
+
+def test_a_stage_that_was_emptied_comes_back_from_disk(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with World(0) as world:
+            for number in range(2):
+                await join(world, number, 1, tmp_path / str(number))
+            await world.rounds(7)
+            head, root = world.nodes[0].outer.head, world.nodes[0].outer.state_root
+            for node in list(world.nodes):
+                await node.stop()
+            world.nodes.clear()
+            again = await join(world, 0, 2, tmp_path / "0")
+            assert (again.outer.height, again.outer.head, again.outer.state_root) == (7, head, root)
+            await join(world, 1, 2, tmp_path / "1")
+            await world.rounds(2)
+            assert world.equal()
+
+    run(main)
+
+
+def test_damaged_files_are_refused_by_name_and_what_is_whole_is_used(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with World(0) as world:
+            await join(world, 0, 1, tmp_path)
+            await world.rounds(9)
+            await world.nodes[0].stop()
+            newest = max(tmp_path.rglob("snapshot-*.safetensors"))
+            data = bytearray(newest.read_bytes())
+            data[-5] ^= 1
+            newest.write_bytes(data)
+            with pytest.raises(StorageError, match="state root"):
+                load(newest, world.genesis.numel())
+            world.nodes.clear()
+            again = await join(world, 0, 2, tmp_path)
+            assert again.outer.height == 9, "the snapshot before it, and the journal"
+
+    run(main)
