@@ -20,7 +20,7 @@ from shoal.dht.beats import Beat
 from shoal.dht.table import Event
 from shoal.node.control import serve_control
 from shoal.node.events import Events
-from shoal.node.hardware import Device, check_memory, choose_device
+from shoal.node.hardware import Device, check_memory, choose_device, warm_up
 from shoal.node.loop import LoopMeter, new_loop
 from shoal.node.owner.home import OwnerHome
 from shoal.node.paths import PeerFolder, run_folder
@@ -30,7 +30,7 @@ from shoal.node.status import Status, stage_replicas, swarm_table, verdict
 from shoal.node.trainee import Trainee
 from shoal.protocol.admission import JoinToken
 from shoal.protocol.errors import NetworkError, ShoalError, TokenRevoked
-from shoal.protocol.identity import PeerKey
+from shoal.protocol.identity import PeerId, PeerKey
 from shoal.training.placement import place
 from shoal.training.plan import make_plan
 from shoal.training.spec import RunSpec
@@ -101,7 +101,7 @@ class Daemon:
         self._presence: Presence | None = None
         self._device: Device | None = None
         self._trainee: Trainee | None = None
-        self._reach = Reach("not tested yet", None)
+        self._reach = Reach("nobody else is here yet to test whether others can dial it", None)
 
     async def run(self) -> int:
         """Until it is told to stop; returns the exit code."""
@@ -143,6 +143,7 @@ class Daemon:
                 tasks.create_task(presence.keep_leaf_fresh(), name="renew leaf"),
                 tasks.create_task(self._meter.watch_lag(), name="watch lag"),
                 tasks.create_task(self._leave_when_revoked(presence), name="watch revocations"),
+                tasks.create_task(self._test_reach(presence), name="test reach"),
             ]
             if self._owner is not None:
                 background.append(tasks.create_task(self._keep_addresses(presence, self._owner)))
@@ -165,12 +166,11 @@ class Daemon:
         self._device = device = await asyncio.to_thread(
             choose_device, self._options.device, self._options.memory_bytes, self._options.threads
         )
+        await asyncio.to_thread(warm_up)
         presence.device = device.title
         stage = await self._take_stage(presence, spec)
-        others = [
-            member.peer for member in presence.members.view().here() if member.peer != presence.transport.me
-        ]
-        self._reach = await find_reach(presence.transport, others, presence.rng)
+        if others := self._others(presence):
+            self._reach = await find_reach(presence.transport, others, presence.rng)
         planned = make_plan(spec).stages[stage]
         check_memory(device, planned)
         self._tell_plan(presence, spec, stage)
@@ -242,7 +242,19 @@ class Daemon:
             },
         )
 
+    async def _test_reach(self, presence: Presence) -> None:
+        """The first peer of a swarm has nobody to ask at its start; ask when somebody is here."""
+        while self._reach.reachable is None:
+            await presence.members.changed()
+            if presence.state == "online" and self._others(presence):
+                self._reach = await find_reach(presence.transport, self._others(presence), presence.rng)
+
     # --- telling
+
+    @staticmethod
+    def _others(presence: Presence) -> list[PeerId]:
+        view = presence.members.view()
+        return [member.peer for member in view.here() if member.peer != view.me]
 
     def _beat(self) -> Beat:
         return self._trainee.beat() if self._trainee is not None else Beat()

@@ -72,9 +72,7 @@ def serve_dial_back(transport: Transport) -> None:
 
 
 async def find_reach(transport: Transport, others: Sequence[PeerId], rng: random.Random) -> Reach:
-    """Ask up to three peers at once; one success is enough."""
-    if not others:
-        return Reach("nobody else is here yet to test whether this peer can be dialled", None)
+    """Ask up to three of `others` (one at least) at once; one success is enough."""
     judges = rng.sample(list(others), min(_JUDGES, len(others)))
     answers = await asyncio.gather(*(_ask(transport, judge) for judge in judges))
     if any(answer.reached for answer in answers):
