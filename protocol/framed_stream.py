@@ -67,7 +67,7 @@ class Traffic:
     bytes_out: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Pulse:
     """When a connection last moved a frame, in loop time."""
 

@@ -13,6 +13,7 @@ ABORT_TEXT_BYTES = 1 * KIB
 STREAMS_PER_PEER = 256  # concurrently open, inbound
 STREAMS_PER_TOKEN = 1024  # one holder may run many peers, but not fill everything
 STREAMS_IN_ALL = 4096
+CONNECTIONS = 1024  # outgoing; beyond this idle ones are closed, the least recently used first
 
 # Silence on a transfer that should be moving (design section 7)
 SUSPECT_AFTER_S = 2.0

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
-from shoal.protocol.errors import PeerUnreachable, ShoalError, StreamBroken, UsageError
+from shoal.protocol.errors import PeerUnreachable, UsageError
 from shoal.protocol.framed_stream import FramedStream, Pulse
 from shoal.protocol.identity import PeerId, Role, VerifiedPeer
 from shoal.protocol.limits import CONNECT_S
@@ -201,14 +201,6 @@ class MemoryTransport(Transport):
         error = PeerUnreachable(f"{peer} cannot be dialled: {reason}")
         self._tell(peer, error)
         return error
-
-    def _tell(self, peer: PeerId, error: ShoalError) -> None:
-        if self.on_trouble is not None:
-            self.on_trouble(peer, error)
-
-    def _tell_of_caller(self, peer: PeerId, error: ShoalError) -> None:
-        if not isinstance(error, StreamBroken):  # a caller may leave as it likes
-            self._tell(peer, error)
 
     def _forget(self, peer: PeerId) -> None:
         for channel in Channel:

@@ -23,7 +23,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from shoal.protocol.errors import PeerSilent, ShoalError
+from shoal.protocol.errors import PeerSilent, ShoalError, StreamBroken
 from shoal.protocol.identity import PeerId, Role, VerifiedPeer
 
 Buffer = bytes | bytearray | memoryview
@@ -132,6 +132,14 @@ class Transport(ABC):
     @abstractmethod
     def counters(self) -> TransportCounters:
         """A copy of the figures."""
+
+    def _tell(self, peer: PeerId, error: ShoalError) -> None:
+        if self.on_trouble is not None:
+            self.on_trouble(peer, error)
+
+    def _tell_of_caller(self, peer: PeerId, error: ShoalError) -> None:
+        if not isinstance(error, StreamBroken):  # a caller may leave as it likes
+            self._tell(peer, error)
 
 
 async def call(

@@ -1,0 +1,115 @@
+"""Frame pipes over gRPC calls: one gRPC message a frame. Used by the gRPC transport only.
+
+gRPC cancels a whole call when an awaiting task is cancelled, and a server cannot cancel its own call;
+both pipes therefore interrupt what waits on them by themselves when they are broken off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from shoal.protocol.errors import StreamBroken
+from shoal.protocol.framed_stream import FramePipe
+from shoal.protocol.grpc_settings import grpc
+
+T = TypeVar("T")
+
+
+class _GrpcPipe(FramePipe):
+    """What both ends share: operations of gRPC that `interrupt` can end."""
+
+    def __init__(self, name: str) -> None:
+        self.broken = False
+        self._name = name
+        self._waiting: dict[asyncio.Task[Any], bool] = {}  # task -> interrupted by us
+
+    def interrupt(self) -> None:
+        """From now on every operation raises StreamBroken, those that wait too."""
+        self.broken = True
+        for task, interrupted in self._waiting.items():
+            if not interrupted:
+                self._waiting[task] = True
+                task.cancel()
+
+    async def _do(self, operation: Callable[[], Awaitable[T]]) -> T:
+        if self.broken:
+            raise self._broke("this side broke it off")
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a pipe is used by tasks only")
+        cancelled_before = task.cancelling()
+        self._waiting[task] = False
+        try:
+            return await operation()
+        except asyncio.CancelledError:
+            if self._waiting[task]:
+                task.uncancel()
+            if task.cancelling() <= cancelled_before:  # not this task: its call was cancelled
+                raise self._broke("this side broke it off") from None
+            raise
+        except grpc.aio.AioRpcError as error:
+            raise self._lost(error) from error
+        except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+            raise self._broke(str(error) or type(error).__name__) from error
+        finally:
+            del self._waiting[task]
+
+    def _lost(self, error: grpc.aio.AioRpcError) -> StreamBroken:
+        return self._broke(f"{error.code().name}: {error.details()}")
+
+    def _broke(self, reason: str) -> StreamBroken:
+        return StreamBroken(f"the stream {self._name} broke: {reason}")
+
+
+class ClientPipe(_GrpcPipe):
+    """The end of the peer that opened the stream. `lost` is called when the connection is gone."""
+
+    def __init__(
+        self, name: str, call: grpc.aio.StreamStreamCall[bytes, bytes], lost: Callable[[], None]
+    ) -> None:
+        super().__init__(name)
+        self._call = call
+        self._connection_lost = lost
+
+    async def write(self, frame: bytes) -> None:
+        await self._do(lambda: self._call.write(frame))
+
+    async def read(self) -> bytes | None:
+        frame = await self._do(self._call.read)
+        return frame if isinstance(frame, bytes) else None
+
+    async def half_close(self) -> None:
+        await self._do(self._call.done_writing)
+
+    def break_off(self) -> None:
+        if not self.broken and not self._call.done():
+            self.interrupt()
+            self._call.cancel()
+
+    def _lost(self, error: grpc.aio.AioRpcError) -> StreamBroken:
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            self._connection_lost()
+        return super()._lost(error)
+
+
+class ServerPipe(_GrpcPipe):
+    """The end of the peer that serves the stream. When it was broken off, the servicer aborts the call."""
+
+    def __init__(self, name: str, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        super().__init__(name)
+        self._context = context
+
+    async def write(self, frame: bytes) -> None:
+        await self._do(lambda: self._context.write(frame))
+
+    async def read(self) -> bytes | None:
+        frame = await self._do(self._context.read)
+        return frame if isinstance(frame, bytes) else None
+
+    async def half_close(self) -> None:
+        """Nothing to do: the call ends when the servicer returns."""
+
+    def break_off(self) -> None:
+        self.interrupt()
