@@ -30,7 +30,7 @@ class FaultyTransport(Transport):
         self._inner.serve(method, wrapped, roles)
 
     @asynccontextmanager
-    async def open(  # type: ignore[override]
+    async def open(
         self, peer: PeerId, method: str, channel: Channel = Channel.CONTROL
     ) -> AsyncIterator[Stream]:
         async with self._inner.open(peer, method, channel) as stream:

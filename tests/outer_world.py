@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,17 @@ SIZE = 5000  # values; with parts of 4 KiB: five parts
 Wrap = Callable[[Transport], Transport]
 
 
-def round_spec(**sections: dict[str, object]) -> RunSpec:
+def round_spec(**sections: Mapping[str, object]) -> RunSpec:
     """Small parts, fp32 on the wire, rounds of two steps, unless told."""
-    outer = {"inner_steps": 2, "part_bytes": 4096, "round_deadline_s": 4.0, "snapshot_every": 4}
+    outer: dict[str, object] = {
+        "inner_steps": 2,
+        "part_bytes": 4096,
+        "round_deadline_s": 4.0,
+        "snapshot_every": 4,
+    }
     outer |= sections.pop("outer", {})
-    codecs = {"contribution": "float32", "published": "float32"} | sections.pop("compression", {})
+    codecs: dict[str, object] = {"contribution": "float32", "published": "float32"}
+    codecs |= sections.pop("compression", {})
     return RunSpec.model_validate({"outer": outer, "compression": codecs, **sections})
 
 
@@ -57,7 +63,7 @@ class Node:
             transport=self.transport,
             weights=self.weights,
             genesis=world.genesis,
-            peers=world.group,
+            peers=lambda: world.group(name),
             suspect=lambda peer, reason: self.suspected.append((peer, reason)),
             offload=inline,
             rng=random.Random(f"{world.seed}/{name}/{incarnation}"),
@@ -121,6 +127,7 @@ class World:
         self.genesis = torch.randn(size, generator=self.generator)
         self.live: dict[PeerId, Node] = {}
         self.frozen: dict[PeerId, GroupMember] = {}  # what their last beat said
+        self.sides: dict[PeerId, list[Node]] = {}  # whom a peer sees while the group is cut
         self.processes: dict[tuple[str, int], Node] = {}
         self.nodes = [self.node(n) for n in range(replicas)]
 
@@ -139,8 +146,9 @@ class World:
         for node in list(self.live.values()):
             await node.stop()
 
-    def group(self) -> Sequence[GroupMember]:
-        return [self.frozen.get(node.name) or node.member() for node in self.live.values()]
+    def group(self, seen_by: PeerId) -> Sequence[GroupMember]:
+        nodes = self.sides.get(seen_by, list(self.live.values()))
+        return [self.frozen.get(node.name) or node.member() for node in nodes]
 
     def kill(self, node: Node) -> None:
         """SIGKILL: streams break at once, and everybody knows."""
@@ -176,6 +184,11 @@ class World:
         async with asyncio.timeout(limit_s):
             await asyncio.gather(*(n.outer.wait_for_height(height) for n in nodes or self.live.values()))
 
+    def everybody_steps(self) -> None:
+        """One inner step each."""
+        for node in self.live.values():
+            node.step()
+
     def equal(self, nodes: Sequence[Node] | None = None) -> bool:
         """P1: byte-equal heads, roots, anchors and momentum."""
         first, *others = nodes or list(self.live.values())
@@ -191,8 +204,8 @@ class World:
         highest = max(node.outer.height for node in self.live.values())
         found = []
         for height in range(1, highest + 1):
-            kept = [node.outer.entry(height) for node in self.live.values()]
-            kept = [entry for entry in kept if entry is not None]
+            asked = [node.outer.entry(height) for node in self.live.values()]
+            kept = [entry for entry in asked if entry is not None]
             assert kept, f"nobody keeps entry {height}"
             assert all(entry == kept[0] for entry in kept), f"entry {height} differs"
             found.append(kept[0])
@@ -226,11 +239,12 @@ class World:
                 velocity = momentum[part.span].mul_(outer.momentum).add_(mean)
                 change = mean + outer.momentum * velocity if outer.nesterov else velocity
                 anchor[part.span] -= outer.learning_rate * (change if outer.momentum else mean)
-        tolerance = {"rtol": 0.0, "atol": 2e-5}
         for node in self.live.values():
-            torch.testing.assert_close(node.outer.anchor.double(), anchor, **tolerance)
+            torch.testing.assert_close(node.outer.anchor.double(), anchor, rtol=0.0, atol=2e-5)
             for part in parts:
                 last = listed.get((node.name, node.incarnation, part.index), 0)
                 ahead = sum((step[part.span] for step in node.changes[last:]), torch.zeros(1).double())
                 expected = node.outer.anchor[part.span].double() + ahead
-                torch.testing.assert_close(node.weights.weights[part.span].double(), expected, **tolerance)
+                torch.testing.assert_close(
+                    node.weights.weights[part.span].double(), expected, rtol=0.0, atol=2e-5
+                )

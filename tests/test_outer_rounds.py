@@ -67,7 +67,7 @@ def test_steps_made_during_a_round_are_kept() -> None:
             for node in world.nodes:  # a step of everybody's just when the first mean is published
                 node.step()
                 node.step()
-            faults.arm(PublishedPart, "before", lambda peer: [node.step() for node in world.nodes])  # type: ignore[arg-type,return-value]
+            faults.arm(PublishedPart, "before", lambda peer: world.everybody_steps())
             await world.reach(1)
             assert faults.hit is not None
             assert [node.outer.steps_since_round for node in world.nodes] == [1, 1, 1]

@@ -184,17 +184,13 @@ def test_a_lost_fork_gives_way_to_the_longer_chain() -> None:
             others = world.nodes[1:]
             for node in others:
                 world.network.cut(alone.name, node.name)
-            group = world.group
-            sides = {alone.name: [alone], **{node.name: others for node in others}}
-            for node in world.nodes:
-                node.outer._peers = lambda side=sides[node.name]: [n.member() for n in side]
+            world.sides = {alone.name: [alone], **{node.name: others for node in others}}
             await world.rounds(1, [alone])
             await world.rounds(3, others)
             assert not world.equal()
-            for node in world.nodes:
-                node.outer._peers = group
-                if node is not alone:
-                    world.network.heal(alone.name, node.name)
+            world.sides = {}
+            for node in others:
+                world.network.heal(alone.name, node.name)
             await world.reach(8)
             assert world.equal()
             await world.rounds(2)
@@ -222,16 +218,21 @@ def test_a_stage_that_was_emptied_comes_back_from_disk(tmp_path: Path) -> None:
     run(main)
 
 
+def flip_a_bit_of_the_newest_snapshot(directory: Path) -> Path:
+    newest = max(directory.rglob("snapshot-*.safetensors"))
+    data = bytearray(newest.read_bytes())
+    data[-5] ^= 1
+    newest.write_bytes(data)
+    return newest
+
+
 def test_damaged_files_are_refused_by_name_and_what_is_whole_is_used(tmp_path: Path) -> None:
     async def main() -> None:
         async with World(0) as world:
             await join(world, 0, 1, tmp_path)
             await world.rounds(9)
             await world.nodes[0].stop()
-            newest = max(tmp_path.rglob("snapshot-*.safetensors"))
-            data = bytearray(newest.read_bytes())
-            data[-5] ^= 1
-            newest.write_bytes(data)
+            newest = flip_a_bit_of_the_newest_snapshot(tmp_path)
             with pytest.raises(StorageError, match="state root"):
                 load(newest, world.genesis.numel())
             world.nodes.clear()

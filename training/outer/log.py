@@ -14,7 +14,7 @@ from typing import Annotated
 from blake3 import blake3
 
 from shoal.dht.directory import PeerIdText, StageIndex
-from shoal.protocol import limits
+from shoal.protocol import limits, wire
 from shoal.protocol.errors import MessageInvalid, Stale
 from shoal.protocol.identity import PeerId
 from shoal.protocol.wire import Count, Digest, Identifier, Items, wire_message
@@ -57,6 +57,11 @@ class LogState:
     quorum: Annotated[tuple[PeerIdText, ...], Items(limits.ROSTER)]  # who took part in the last round
     ends: Annotated[tuple[StepsEnd, ...], Items(ENDS_KEPT)]
     positions: Annotated[tuple[StreamPosition, ...], Items(STREAMS_KEPT)]
+
+
+def state_root(tensors: bytes, state: LogState) -> bytes:
+    """What beats announce: the digest of anchors and momentum, and all that a joiner takes over with them."""
+    return blake3(b"shoal state\0" + tensors + wire.encode(state, LOG_STATE_BYTES)).digest()
 
 
 def genesis_state(run_id: bytes, stage: int) -> LogState:

@@ -95,7 +95,7 @@ class Applied:
     anchor: torch.Tensor
     momentum: torch.Tensor
     changes: list[Rebase]
-    state_root: bytes
+    digest: bytes  # of both
 
 
 def apply_entry(
@@ -124,12 +124,12 @@ def apply_entry(
         listed = seat is not None and bool(entry.listed_in(part.index)[seat // 8] >> seat % 8 & 1)
         old = sent.weights if listed and sent is not None else anchor
         changes.append(Rebase(part.start, old[part.span], after[part.span]))
-    return Applied(after, velocity, changes, state_root(after, velocity))
+    return Applied(after, velocity, changes, tensors_digest(after, velocity))
 
 
-def state_root(anchor: torch.Tensor, momentum: torch.Tensor) -> bytes:
+def tensors_digest(anchor: torch.Tensor, momentum: torch.Tensor) -> bytes:
     """BLAKE3 over the bytes of anchors, then momentum: equal on replicas with equal heads (P1)."""
-    hasher = blake3(b"shoal state\0")
+    hasher = blake3(b"shoal tensors\0")
     for tensor in (anchor, momentum):
         hasher.update(bytes_of(tensor))
     return hasher.digest()

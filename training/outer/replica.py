@@ -13,7 +13,7 @@ from shoal.protocol.errors import NotHere
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import SKIP, Entry, parse
 from shoal.training.outer.local import LocalWeights, Rebase, Sent
-from shoal.training.outer.log import Log
+from shoal.training.outer.log import Log, state_root
 from shoal.training.outer.payloads import Payloads
 from shoal.training.outer.reduce import Applied, Published, apply_entry
 from shoal.training.outer.snapshot import Snapshot
@@ -67,8 +67,9 @@ class Replica:
             mine,
         )
         await local.rebase(result.changes)
-        self.anchor, self.momentum, self.state_root = result.anchor, result.momentum, result.state_root
         self.log.append(data)
+        self.anchor, self.momentum = result.anchor, result.momentum
+        self.state_root = state_root(result.digest, self.log.state())
         kept = {part: published[part] for part in encoded}
         self.payloads.keep(entry.height, kept)
         for callback in self.applied:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.training.outer.log import LogState, genesis_state
-from shoal.training.outer.reduce import state_root
+from shoal.training.outer.log import LogState, genesis_state, state_root
+from shoal.training.outer.reduce import tensors_digest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +24,12 @@ class Snapshot:
         return self.state.height
 
 
+def snapshot_of(state: LogState, anchor: torch.Tensor, momentum: torch.Tensor) -> Snapshot:
+    """With the state root that follows from the rest; hashes both tensors."""
+    return Snapshot(state, anchor, momentum, state_root(tensors_digest(anchor, momentum), state))
+
+
 def genesis_snapshot(run_id: bytes, stage: int, anchor: torch.Tensor) -> Snapshot:
     """The state before the first entry: the spec's initial weights, no momentum."""
     momentum = torch.zeros_like(anchor)
-    return Snapshot(genesis_state(run_id, stage), anchor, momentum, state_root(anchor, momentum))
+    return snapshot_of(genesis_state(run_id, stage), anchor, momentum)

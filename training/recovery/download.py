@@ -18,8 +18,7 @@ from shoal.protocol.transport import Channel, Message, Stream, call
 from shoal.training.outer.context import Context
 from shoal.training.outer.log import LOG_STATE_BYTES, LogState
 from shoal.training.outer.messages import Chunk, ChunkRequest, Manifest, ManifestRequest
-from shoal.training.outer.reduce import state_root
-from shoal.training.outer.snapshot import Snapshot
+from shoal.training.outer.snapshot import Snapshot, snapshot_of
 from shoal.training.recovery.snapshot import CHUNK_VALUES, chunk_values, chunks_of
 
 MANIFEST_S = 30.0
@@ -62,7 +61,7 @@ async def ask_manifest(context: Context, donor: PeerId, height: int) -> Offer:
 
 async def download(context: Context, offer: Offer, donors: Sequence[PeerId]) -> Snapshot:
     """All chunks of a snapshot, verified. Raises NotHere when every donor failed before the end."""
-    tensors = torch.empty(2, context.size, dtype=torch.float32)
+    tensors = [torch.empty(context.size, dtype=torch.float32) for _ in range(2)]
     missing = list(range(len(offer.hashes)))[::-1]
     reasons: list[str] = []
 
@@ -87,15 +86,14 @@ async def download(context: Context, offer: Offer, donors: Sequence[PeerId]) -> 
                 tasks.create_task(work(donor))
     if missing:
         raise NotHere(f"{len(missing)} of {len(offer.hashes)} chunks not found: {'; '.join(reasons[:4])}")
-    anchor, momentum = tensors[0].clone(), tensors[1].clone()
-    root = await context.offload(state_root, anchor, momentum)
-    if root != offer.manifest.state_root:
+    snapshot: Snapshot = await context.offload(snapshot_of, offer.state, tensors[0], tensors[1])
+    if snapshot.state_root != offer.manifest.state_root:
         raise MessageInvalid("the snapshot's chunks fit their hashes, and not its state root")
-    return Snapshot(offer.state, anchor, momentum, root)
+    return snapshot
 
 
 async def _fetch(
-    context: Context, offer: Offer, donor: PeerId, batch: list[int], tensors: torch.Tensor
+    context: Context, offer: Offer, donor: PeerId, batch: list[int], tensors: list[torch.Tensor]
 ) -> None:
     """Fetch a batch; takes each index out of it as its chunk arrives."""
     manifest = offer.manifest

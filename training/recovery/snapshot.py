@@ -17,8 +17,7 @@ from shoal.compression.codec import bytes_of
 from shoal.protocol import wire
 from shoal.protocol.errors import ProtocolViolation, StorageError
 from shoal.training.outer.log import LOG_STATE_BYTES, LogState
-from shoal.training.outer.reduce import state_root
-from shoal.training.outer.snapshot import Snapshot
+from shoal.training.outer.snapshot import Snapshot, snapshot_of
 
 CHUNK_VALUES = 1 << 18  # 1 MiB of fp32
 
@@ -82,6 +81,7 @@ def load(path: Path, size: int) -> Snapshot:
             raise StorageError(
                 f"snapshot {path}: {tensor.dtype} {tuple(tensor.shape)}, fp32 [{size}] expected"
             )
-    if state_root(anchor, momentum) != root:
-        raise StorageError(f"snapshot {path}: the state root does not match its tensors")
-    return Snapshot(state, anchor, momentum, root)
+    snapshot = snapshot_of(state, anchor, momentum)
+    if snapshot.state_root != root:
+        raise StorageError(f"snapshot {path}: the state root does not match its content")
+    return snapshot
