@@ -18,7 +18,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Stream, Transport
 
 INBOUND_WAIT_S = 1.0  # below SUSPECT_SILENCE_S: else every one-sided wish would raise a suspicion
-REFUSED_WITHIN_S = 1.0  # a dial that fails sooner was refused by a machine, not lost in the network
+REFUSED_WITHIN_S = 1.0  # a dial that took longer met silence too, at some other address of the peer
 REDIAL_S = 0.25  # doubled by each failure ...
 REDIAL_MOST_S = 15.0  # ... up to this; a peer that returns without a directory is met again this soon
 SHORT_STREAM_S = 1.0  # a stream that ends sooner counts as a failure too
@@ -170,8 +170,7 @@ class Neighbourhood:
             self.failed_dials += not heard
             self.last_failure = f"{peer}: {error}"
             log.debug("heartbeat stream failed", extra={"peer": peer, "error": str(error)})
-            refused = isinstance(error, PeerUnreachable) and self._now() - began_s < REFUSED_WITHIN_S
-            if refused and not self.heard_streams(peer):
+            if _refused(error) and self._now() - began_s < REFUSED_WITHIN_S and not self.heard_streams(peer):
                 self._home.table.refused(peer, self._now())
         return link is not None and link.heard
 
@@ -248,3 +247,11 @@ class Neighbourhood:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _refused(error: ShoalError) -> bool:
+    """Whether a machine answered that nobody listens there: both transports quote the system's words.
+
+    An unknown address or a network that is down also fails at once, but says nothing of the peer.
+    """
+    return isinstance(error, PeerUnreachable) and "connection refused" in str(error).lower()
