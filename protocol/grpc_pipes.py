@@ -7,6 +7,7 @@ both pipes therefore interrupt what waits on them by themselves when they are br
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -110,6 +111,17 @@ class ServerPipe(_GrpcPipe):
 
     async def half_close(self) -> None:
         """Nothing to do: the call ends when the servicer returns."""
+
+    async def drain(self, limit_s: float) -> None:
+        """Wait for the caller's half-close, for a while: it has our END, and its own is on the way.
+
+        Were the call over before the caller wrote its END, gRPC would fail that write, and with it the
+        caller's reading of what we sent.
+        """
+        with contextlib.suppress(TimeoutError, StreamBroken):
+            async with asyncio.timeout(limit_s):
+                while await self.read() is not None:
+                    pass
 
     def break_off(self) -> None:
         self.interrupt()

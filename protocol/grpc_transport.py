@@ -7,8 +7,6 @@ Messages are framed as everywhere; one gRPC message carries one frame.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -31,13 +29,11 @@ from shoal.protocol.grpc_settings import (
     server_credentials,
 )
 from shoal.protocol.identity import Contact, PeerId, Role, VerifiedPeer
-from shoal.protocol.limits import STREAMS_IN_ALL
+from shoal.protocol.limits import ABORT_AFTER_S, STREAMS_IN_ALL
 from shoal.protocol.service import Service
 from shoal.protocol.session import Sessions
 from shoal.protocol.transport import Channel, Handler, Stream, Transport, TransportCounters
 
-_log = logging.getLogger(__name__)
-_ABORT_S = 1.0  # how long a broken stream's status may take to leave
 _ANY_HOST = frozenset({"", "0.0.0.0", "::"})
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -142,13 +138,13 @@ class GrpcTransport(Transport):
         self._pipes[pipe] = caller.peer
         try:
             await self._service.answer(method, stream)
+            await pipe.drain(ABORT_AFTER_S)
             broken = pipe.broken
         finally:
             del self._pipes[pipe]
             await stream.release()
-        if broken:
-            async with asyncio.timeout(_ABORT_S):
-                await context.abort(grpc.StatusCode.CANCELLED, "broken off")
+        if broken:  # waits behind a frame that the caller does not take; gRPC owns this task
+            await context.abort(grpc.StatusCode.CANCELLED, "broken off")
 
     async def hello(self, _: bytes, context: Any) -> bytes:
         """The end of a handshake: empty, or an ABORT frame that says why this caller is refused."""

@@ -33,13 +33,14 @@ Heard = Callable[["PeerProcess", JsonObject], None]
 class PeerProcess:
     """One `shoal up` or `shoal join`. `heard` gets every event it prints, from the loop."""
 
-    def __init__(self, name: str, folder: Path, heard: Heard) -> None:
+    def __init__(self, name: str, folder: Path, heard: Heard, threads: int = 1) -> None:
         self.name = name
         self.folder = folder
         self.peer_id = ""
         self.stage: int | None = None
         self.started_unix_s = 0.0
         self._heard = heard
+        self._threads = threads
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._seen: dict[str, asyncio.Event] = {}
@@ -48,7 +49,14 @@ class PeerProcess:
         """Run `shoal ARGUMENTS --json` with this peer's data folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.started_unix_s = time.time()
-        command = (*arguments, "--json", "--data-dir", str(self.folder / "data"), "--threads", "1")
+        command = (
+            *arguments,
+            "--json",
+            "--data-dir",
+            str(self.folder / "data"),
+            "--threads",
+            str(self._threads),
+        )
         with (self.folder / "errors.log").open("wb") as errors:
             self._process = await start_shoal(*command, "--name", self.name, errors=errors)
         self._reader = asyncio.create_task(self._read(), name=f"events of {self.name}")
