@@ -7,6 +7,7 @@ stage (`training.placement`), who is alive (`dht.members`), what to compute (`tr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.dht.beats import Beat
+from shoal.dht.liveness import Liveness
 from shoal.dht.table import Event
 from shoal.node.control import serve_control
 from shoal.node.events import Events
@@ -25,11 +27,11 @@ from shoal.node.loop import LoopMeter, new_loop
 from shoal.node.owner.home import OwnerHome
 from shoal.node.paths import PeerFolder, run_folder
 from shoal.node.presence import Listening, Presence, present
-from shoal.node.reachability import Reach, find_reach
+from shoal.node.reachability import Reach, find_reach, say_hello
 from shoal.node.status import Status, stage_replicas, swarm_table, verdict
 from shoal.node.trainee import Trainee
 from shoal.protocol.admission import JoinToken
-from shoal.protocol.errors import NetworkError, ShoalError, TokenRevoked
+from shoal.protocol.errors import Busy, NetworkError, ProtocolViolation, ShoalError, TokenRevoked
 from shoal.protocol.identity import PeerId, PeerKey
 from shoal.training.placement import place
 from shoal.training.plan import make_plan
@@ -40,6 +42,7 @@ ALL_THREADS: int | None = None
 _MEET_S = 1.0  # a new peer looks around this long before it chooses a stage ...
 _SETTLE_S = 0.6  # ... and once more after each change, since others may be choosing at the same time
 _SETTLE_LOOKS = 6
+_ASKED_WHEN_ALONE = 4
 _ADDRESSES_EVERY_S = 30.0
 _INTERRUPTED = 130
 
@@ -100,8 +103,9 @@ class Daemon:
         self._started_s = time.monotonic()
         self._presence: Presence | None = None
         self._device: Device | None = None
+        self._names: dict[str, str] = {}  # for the last event of a peer that is not in the view any more
         self._trainee: Trainee | None = None
-        self._reach = Reach("nobody else is here yet to test whether others can dial it", None)
+        self._reach = Reach("nobody else is here yet to try it", None)
 
     async def run(self) -> int:
         """Until it is told to stop; returns the exit code."""
@@ -208,16 +212,33 @@ class Daemon:
             await self._trainee.drain(DRAIN_S)
 
     async def _leave_when_revoked(self, presence: Presence) -> None:
-        """Raises TokenRevoked once the owner's list names this peer."""
+        """Raises TokenRevoked once the owner's list names this peer.
+
+        Others cut a revoked peer off before the list reaches it. So when nobody talks to it any more, it
+        asks one who used to; a single liar among live peers cannot send it away.
+        """
         book, changed = presence.membership.revocations, asyncio.Event()
         book.changed.append(changed.set)
+        presence.members.on_event(lambda event: changed.set())
         while not book.is_revoked(presence.membership.me):
+            await self._ask_if_alone(presence)
             changed.clear()
             await changed.wait()
         raise TokenRevoked(
             f"the run's owner has shut this peer out (revocation list {book.version} names "
             f"token {self._token.token_id} or this peer)\nonly a new token from the owner helps"
         )
+
+    async def _ask_if_alone(self, presence: Presence) -> None:
+        """Raises TokenRevoked if that is what the others, all silent by now, say when dialled."""
+        others = [
+            member for member in presence.members.view().members if member.peer != presence.transport.me
+        ]
+        if any(member.liveness is Liveness.ALIVE for member in others):
+            return
+        for member in others[:_ASKED_WHEN_ALONE]:
+            with contextlib.suppress(NetworkError, ProtocolViolation, Busy):
+                await say_hello(presence.transport, member.peer)
 
     async def _keep_addresses(self, presence: Presence, owner: OwnerHome) -> None:
         """Keep what new tokens carry up to date, and hand the first invitation out."""
@@ -295,7 +316,11 @@ class Daemon:
         member = presence.members.view().get(event.peer) if presence else None
         fields: dict[str, object] = {"peer": event.peer, "reason": event.reason}
         if member is not None:
-            fields |= {"name": member.name, "stage": member.stages[0] if member.stages else None}
+            self._names[event.peer] = member.name
+            fields["stage"] = member.stages[0] if member.stages else None
+        fields["name"] = self._names.get(event.peer, "")
+        if event.kind == "left":
+            self._names.pop(event.peer, None)
         self._events(f"peer_{event.kind}", fields)
 
     def _farewell(self) -> dict[str, object]:

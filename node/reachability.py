@@ -61,7 +61,7 @@ def serve_dial_back(transport: Transport) -> None:
     async def dial_back(stream: Stream) -> None:
         await stream.receive(DialBack)
         try:
-            await call(transport, stream.remote.peer, "here", Here(), Here, timeout_s=_DIAL_S)
+            await say_hello(transport, stream.remote.peer)
         except ShoalError as error:
             await stream.send(DialedBack(False, str(error)[:256]))
         else:
@@ -69,6 +69,11 @@ def serve_dial_back(transport: Transport) -> None:
 
     transport.serve("here", here, ROLES)
     transport.serve("dial_back", dial_back, ROLES)
+
+
+async def say_hello(transport: Transport, peer: PeerId) -> None:
+    """Dial a peer, for the sake of it. Raises what keeps this peer from reaching that one."""
+    await call(transport, peer, "here", Here(), Here, timeout_s=_DIAL_S)
 
 
 async def find_reach(transport: Transport, others: Sequence[PeerId], rng: random.Random) -> Reach:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from shoal.node.cli.console import note, out, print_json
 from shoal.node.cli.units import duration_s
@@ -66,9 +66,9 @@ def list_tokens(run: Run = None, data_dir: DataDir = None, as_json: AsJson = Fal
     if as_json:
         print_json(rows)
         return
-    table = Table("id", "name", "roles", "state", "until")
+    table = Table(Column("id", no_wrap=True), "name", "roles", "state", "until")
     for row, token in zip(rows, home.key.tokens(), strict=True):
-        until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(token.not_after))
+        until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(token.not_after))
         table.add_row(token.token_id, token.name, ", ".join(sorted(token.roles)), str(row["state"]), until)
     out.print(table)
 
