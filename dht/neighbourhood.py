@@ -19,7 +19,7 @@ from shoal.protocol.transport import Channel, Stream, Transport
 
 INBOUND_WAIT_S = 1.0  # below SUSPECT_SILENCE_S: else every one-sided wish would raise a suspicion
 REFUSED_WITHIN_S = 1.0  # a dial that took longer met silence too, at some other address of the peer
-REDIAL_S = 0.25  # doubled by each failure ...
+REDIAL_S = 0.1  # doubled by each failure ...
 REDIAL_MOST_S = 15.0  # ... up to this; a peer that returns without a directory is met again this soon
 SHORT_STREAM_S = 1.0  # a stream that ends sooner counts as a failure too
 SPACING_S = 0.1  # between two dials of one peer, however many reasons there are
@@ -141,7 +141,7 @@ class Neighbourhood:
             elif not door.links:
                 failures += 1
                 self._home.table.streams(peer, 0, self._now())
-                wait_s = min(REDIAL_MOST_S, REDIAL_S * 2.0 ** min(failures, 16))
+                wait_s = min(REDIAL_MOST_S, REDIAL_S * 2.0 ** min(failures - 1, 16))
                 await self._change(door, wait_s * self._home.rng.uniform(0.5, 1.0))
             await asyncio.sleep(max(0.0, dialled_s + SPACING_S - self._now()))
         self._keepers.pop(peer, None)

@@ -253,6 +253,7 @@ def test_a_failed_call_makes_a_peer_suspect_at_once_and_a_beat_clears_it() -> No
     play(swarm, story())
 
 
+@pytest.mark.timeout(600)  # 20 s on an idle machine: everybody verifies everybody's record
 def test_two_hundred_peers_know_each_other_through_few_streams() -> None:
     swarm = Swarm(12, limit=12, stages=4)
     everybody = range(200)
@@ -268,8 +269,8 @@ def test_two_hundred_peers_know_each_other_through_few_streams() -> None:
 
 
 def test_in_a_large_swarm_neighbours_see_a_death_at_once_and_the_others_in_time() -> None:
-    swarm = Swarm(13, limit=8)
-    everybody = range(40)
+    swarm = Swarm(13, limit=5)
+    everybody = range(20)
 
     async def story() -> None:
         await swarm.add(*everybody)
