@@ -4,7 +4,8 @@ Whoever computes asks the lane. `ThreadLane` runs a worker thread; `InlineLane` 
 work runs on the loop and then takes its declared duration of virtual time.
 
 Weight gradients yield to forwards, since nobody waits for them; once WEIGHTS_WAITING of them queue up they
-go first, or a busy stage would never step and their activations would fill memory.
+go first, or a busy stage would never step and their activations would fill memory. Serving yields to all
+training, but a lane that trains without a pause still serves one piece in SERVE_EVERY.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 WEIGHTS_WAITING = 2
+SERVE_EVERY = 8  # at most an eighth of a busy lane goes to inference and scoring
 _SMOOTHING = 0.1  # of the moving average of durations
 
 
@@ -44,8 +46,13 @@ class LaneLoad:
     busy_s: float
 
 
-def next_kind(waiting: Sequence[int]) -> Work | None:
-    """Which queue to serve, given how many wait in each (by Work's order). Pure."""
+def next_kind(waiting: Sequence[int], since_serve: int = 0) -> Work | None:
+    """Which queue to serve, given how many wait in each (by Work's order). Pure.
+
+    `since_serve`: pieces of other work finished since the last one of SERVE.
+    """
+    if waiting[Work.SERVE] and since_serve >= SERVE_EVERY - 1:
+        return Work.SERVE
     if waiting[Work.WEIGHT] >= WEIGHTS_WAITING and not waiting[Work.UPDATE] and not waiting[Work.BACKWARD]:
         return Work.WEIGHT
     return next((kind for kind in Work if waiting[kind]), None)
@@ -58,11 +65,13 @@ class _Durations:
         self.mean_s = [0.0] * len(Work)
         self.finished = 0
         self.busy_s = 0.0
+        self.since_serve = 0
 
     def record(self, kind: Work, seconds: float) -> None:
         known = self.mean_s[kind]
         self.mean_s[kind] = seconds if known == 0.0 else known + _SMOOTHING * (seconds - known)
         self.finished += 1
+        self.since_serve = 0 if kind is Work.SERVE else self.since_serve + 1
         self.busy_s += seconds
 
     def load(self, waiting: Sequence[int]) -> LaneLoad:
@@ -141,7 +150,7 @@ class ThreadLane(Lane):
     def _next(self) -> tuple[Work, _Job] | None:
         with self._wake:
             while True:
-                kind = next_kind([len(queue) for queue in self._queues])
+                kind = next_kind([len(queue) for queue in self._queues], self._durations.since_serve)
                 if kind is not None:
                     return kind, self._queues[kind].popleft()
                 if self._closed:
@@ -215,7 +224,9 @@ class InlineLane(Lane):
                 queue.popleft().cancel()
 
     def _hand_over(self) -> None:
-        while (kind := next_kind([len(queue) for queue in self._waiting])) is not None:
+        while (
+            kind := next_kind([len(queue) for queue in self._waiting], self._durations.since_serve)
+        ) is not None:
             turn = self._waiting[kind].popleft()
             if not turn.done():
                 turn.set_result(None)
