@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shoal.dht.beats import StageBeat
-from shoal.dht.liveness import Liveness
 from shoal.dht.members import Members
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.policy import GroupMember
@@ -32,12 +31,7 @@ class MemberReplicas:
         self._members.suspect(peer, reason)
 
     def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
-        member = self._members.view().get(peer)
-        if member is None:
-            return True
-        if incarnation is not None and member.incarnation != incarnation:
-            return True
-        return member.liveness is Liveness.GONE
+        return self._members.view().is_gone(peer, incarnation)
 
     async def changed(self) -> None:
         await self._members.changed()

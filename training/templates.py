@@ -20,7 +20,9 @@ from shoal.training.spec import (
 # Below 2.2 nats a byte within two minutes on two CPU cores. A step on every micro-batch: two replicas reach
 # 2.2 after 0.33M tokens of both (1.77 after 0.9M), with 4096 tokens a step only after 1.2M.
 _TINY = RunSpec(
-    run=RunSection(name="tiny"), inner=InnerSection(inner_tokens=1024), outer=OuterSection(inner_steps=20)
+    run=RunSection(name="tiny"),
+    inner=InnerSection(inner_tokens=1024, in_flight=2),  # more in flight: staler gradients, slower learning
+    outer=OuterSection(inner_steps=20),
 )
 
 # Ten times tiny: a pipeline's compute outweighs its messages, still trainable on a few CPUs.
