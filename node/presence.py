@@ -31,8 +31,8 @@ from shoal.protocol.grpc_transport import GrpcTransport
 from shoal.protocol.identity import PeerKey
 from shoal.protocol.revocation import RevocationBook
 
-_FIRST_PEER_S = 15.0
-_SPEC_S = 10.0
+_SPEC_S = 30.0  # for somebody who knows the spec to be found
+_ASK_S = 5.0
 _RENEWAL_CHECK_S = 60.0
 
 
@@ -99,22 +99,33 @@ class Presence:
         if kept is not None:
             self.spec = kept
             return kept
-        view = await self.members.wait_for(lambda view: len(view.here()) > 1, _FIRST_PEER_S)
-        reasons: list[str] = []
-        for member in view.here():
+        reasons: dict[str, str] = {}
+        try:
+            async with asyncio.timeout(_SPEC_S):
+                while (found := await self._ask_for_spec(reasons)) is None:
+                    await self.members.changed()
+        except TimeoutError:
+            told = "\n".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise NetworkError(
+                f"nobody gave the run's spec within {_SPEC_S:g} s\n{told or 'no peer of the run was found'}"
+            ) from None
+        await asyncio.to_thread(found.save, folder)
+        self.spec = found
+        return found
+
+    async def _ask_for_spec(self, reasons: dict[str, str]) -> SignedSpec | None:
+        """Ask everybody here in turn; `reasons` takes why somebody did not tell. Raises AccessError."""
+        for member in self.members.view().here():
             if member.peer == self.transport.me:
                 continue
             try:
-                async with asyncio.timeout(_SPEC_S):
-                    self.spec = await fetch_spec(self.transport, member.peer, self.membership)
+                async with asyncio.timeout(_ASK_S):
+                    return await fetch_spec(self.transport, member.peer, self.membership)
             except AccessError:
                 raise  # this peer is not wanted: nobody else will say otherwise
             except (ShoalError, TimeoutError) as error:
-                reasons.append(f"{member.name or member.peer}: {error or f'no answer in {_SPEC_S:g} s'}")
-                continue
-            await asyncio.to_thread(self.spec.save, folder)
-            return self.spec
-        raise NetworkError("nobody gave the run's spec\n" + "\n".join(reasons))
+                reasons[member.name or member.peer] = str(error) or f"no answer within {_ASK_S:g} s"
+        return None
 
     async def keep_leaf_fresh(self) -> None:
         """Renew the leaf certificate at two thirds of its life, until cancelled. Raises TokenExpired."""
