@@ -132,7 +132,7 @@ class World:
         self.nodes = [self.node(n) for n in range(replicas)]
 
     def node(self, number: int, incarnation: int = 1, directory: Path | None = None) -> Node:
-        name = PeerId(f"12D3KooWr{number}".ljust(52, "1"))
+        name = PeerId(f"12D3KooWr{number:02d}".ljust(52, "z"))
         node = Node(self, name, incarnation, directory)
         self.processes[name, incarnation] = node
         return node
@@ -153,6 +153,7 @@ class World:
     def kill(self, node: Node) -> None:
         """SIGKILL: streams break at once, and everybody knows."""
         self.live.pop(node.name, None)
+        self.frozen.pop(node.name, None)
         self.network.kill(node.name)
         if node.task is not None:
             node.task.cancel()
@@ -176,7 +177,7 @@ class World:
             height = active[0].outer.height
             for _ in range(each):
                 for node in active:
-                    node.step(100 + 10 * int(node.name[9]))
+                    node.step(100 + 10 * int(node.name[9:11]))
             await self.reach(height + 1, active)
 
     async def reach(self, height: int, nodes: Sequence[Node] | None = None, limit_s: float = 60.0) -> None:

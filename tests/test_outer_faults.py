@@ -171,7 +171,7 @@ def test_a_malformed_part_is_refused_and_its_sender_counted(kind: type, family: 
     if kind is PublishedPart and change is BROKEN["far louder than declared"]:
         change = BROKEN["not finite"]  # an owner that lies about the mean is the business of audits
     faults = Faults()
-    spec = round_spec(compression={"contribution": family, "published": family})
+    spec = round_spec(outer={"part_bytes": 1024}, compression={"contribution": family, "published": family})
 
     async def main() -> None:
         async with World(4, spec, wrap=faults.wrap) as world:

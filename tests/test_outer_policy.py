@@ -74,14 +74,25 @@ def test_a_departed_owner_moves_only_its_own_parts() -> None:
     assert all(now == then for now, then in zip(three, four, strict=True) if then != "peer2")
 
 
+def quorum(last: list[PeerId], here: list[PeerId], departed: int = 0, contested: bool = False) -> bool:
+    return holds_quorum(last, set(last[:departed]), here, RUN, contested).yes
+
+
 def test_quorum_is_half_of_the_last_round_with_one_winner_at_exactly_half() -> None:
     last = peers(4)
-    assert holds_quorum(last, last[:3], RUN).yes
-    assert not holds_quorum(last, last[:1], RUN).yes
-    halves = [holds_quorum(last, half, RUN).yes for half in (last[:2], last[2:])]
-    assert sorted(halves) == [False, True]
-    assert holds_quorum([], last[:1], RUN).yes
-    assert not holds_quorum(last, peers(9)[4:], RUN).yes, "newcomers alone are no quorum"
+    assert quorum(last, last[:3])
+    assert not quorum(last, last[:1])
+    assert sorted([quorum(last, last[:2]), quorum(last, last[2:])]) == [False, True]
+    assert quorum([], last[:1])
+    assert not quorum(last, peers(9)[4:]), "newcomers alone are no quorum"
+
+
+def test_departed_members_do_not_count_unless_the_round_is_contested() -> None:
+    last = peers(4)
+    assert quorum(last, last[2:], departed=2)
+    assert quorum(last, last[3:], departed=3)
+    assert not quorum(last, last[2:], departed=2, contested=True)
+    assert quorum(last, last[1:], departed=1, contested=True)
 
 
 def member(n: int, steps: int, height: int = 3) -> GroupMember:

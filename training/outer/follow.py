@@ -50,7 +50,7 @@ _SLACK_S = 30.0  # beyond a round's deadlines, before a leader that only ticks c
 async def follow(context: Context, member: Member, line: Line) -> None:
     """One round behind one leader, from PREPARE to DONE."""
     opening = await line.receive(Prepare, max_payload_bytes=ENTRY_BYTES)
-    reporting: asyncio.Task[None] | None = None
+    reporting: list[asyncio.Task[None]] = []  # more than one where a leader begins anew after a vain draft
     try:
         async with asyncio.timeout(4 * context.spec.outer.round_deadline_s + _SLACK_S):
             line.post(*await member.prepare(opening.header, line.peer))
@@ -59,7 +59,7 @@ async def follow(context: Context, member: Member, line: Line) -> None:
                 match message.header:
                     case Go(deadline_s):
                         round_ = await member.go(bytes(message.payload), deadline_s)
-                        reporting = asyncio.create_task(_report(round_, line))
+                        reporting.append(asyncio.create_task(_report(round_, line)))
                     case Gone(seat):
                         member.gone(seat)
                     case Commit():
@@ -71,9 +71,9 @@ async def follow(context: Context, member: Member, line: Line) -> None:
     except StreamEnded:
         return  # the leader gave the round up
     finally:
-        if reporting is not None:
-            reporting.cancel()
-            await asyncio.gather(reporting, return_exceptions=True)
+        for task in reporting:
+            task.cancel()
+        await asyncio.gather(*reporting, return_exceptions=True)
         member.disengage(line.peer)
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from shoal.protocol.errors import MessageInvalid, NetworkError, NotHere, ShoalError, Stale, StreamBroken
+from shoal.protocol.errors import Busy, MessageInvalid, NetworkError, NotHere, ShoalError, Stale, StreamBroken
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Message
 from shoal.training.outer.change import Change
@@ -62,8 +62,9 @@ class Leader:
             contributors=(),
             first_stage_head=first_stage_head,
         )
-        here = {seat.peer for seat in roster}
-        self._last = [peer for peer in log.quorum if peer in here]
+        here = [seat.peer for seat in roster]
+        # Before the first entry all who are here count: else each of them could begin alone.
+        self._last = list(log.quorum) if log.height else here
         self._lines: dict[PeerId, Line] = {}
         self._answers: dict[PeerId, Answer] = {}
         self._undecided: list[
@@ -75,7 +76,8 @@ class Leader:
         self._report_of = b""  # the draft's id
         self._done: set[PeerId] = set()
         self._lost: dict[PeerId, str] = {}
-        self._departed: set[PeerId] = set()  # whose connection closed: not merely silent
+        self._departed = set(self._last) - set(here)  # and whose connection closed: not those merely silent
+        self._contested = False  # somebody is in another leader's round
         self._ran_s = self._now()
         self._change = Change()
         self.highest_ballot = ballot  # met; the next attempt has to exceed it
@@ -189,6 +191,8 @@ class Leader:
             self._context.suspect(peer, str(error))
         if isinstance(error, StreamBroken):
             self._departed.add(peer)
+        if isinstance(error, Busy):
+            self._contested = True
         self._announce_gone([peer])
         self._change.notify()
 
@@ -214,12 +218,13 @@ class Leader:
         if self._undecided:
             entry, data = max(self._undecided, key=lambda found: (found[0].ballot, found[0].leader))
             return await self._commit(entry, data)
+        results: list[tuple[bytes, bytes] | None] = []
         if self._drafts:
             draft, data = max(self._drafts, key=lambda found: (found[0].ballot, found[0].leader))
-        else:
+            results = await self._gather_reports(draft, data)
+        if not any(results):  # nothing undecided, or nothing left of it: what was sent is sent again
             draft = self._new_draft()
-            data = draft.encode()
-        results = await self._gather_reports(draft, data)
+            results = await self._gather_reports(draft, draft.encode())
         if not any(results):
             raise Stale(
                 f"height {draft.height}: no part arrived anywhere; nothing is lost, the next round has it"
@@ -273,7 +278,7 @@ class Leader:
 
     async def _gather_reports(self, draft: Entry, data: bytes) -> list[tuple[bytes, bytes] | None]:
         """GO, then wait for the report of everybody present who is not lost."""
-        self._draft, self._report_of = draft, draft_id(data)
+        self._draft, self._report_of, self._reports = draft, draft_id(data), {}
         present = {draft.roster[seat].peer for seat in draft.present()}
         self._post_to(present, Go(self._deadline_s), data)
         self._announce_gone(sorted(present - self._answers.keys() | present & self._lost.keys()))
@@ -294,8 +299,7 @@ class Leader:
         """
         if self._stood_still():
             raise Stale("this process stood still for a while; another may have taken over")
-        last = [peer for peer in self._last if peer not in self._departed]
-        verdict = holds_quorum(last, here, self._log.head)
+        verdict = holds_quorum(self._last, self._departed, here, self._log.head, self._contested)
         if not verdict.yes:
             raise Stale(f"height {self._offer.height}: {verdict.reason}; {self._lost}")
 

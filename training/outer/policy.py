@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,12 +81,19 @@ class Verdict:
     reason: str
 
 
-def holds_quorum(last: Sequence[PeerId], here: Sequence[PeerId], head: bytes) -> Verdict:
-    """Whether `here`, who answered, may go on: at least half of `last`, those of the last round not departed.
+def holds_quorum(
+    last: Sequence[PeerId], departed: Container[PeerId], here: Sequence[PeerId], head: bytes, contested: bool
+) -> Verdict:
+    """Whether `here`, who answered, may go on: at least half of `last`, the last round's, less the departed.
 
     At exactly half, the side that holds the lowest hash under the log head, so that two halves never both do.
-    Newcomers do not count: they must neither block a group nor outvote it.
+    Newcomers do not count: they must neither block a group nor outvote it. In a contested round somebody is
+    in another leader's, which may have been committed with those departed since: it takes more than half.
     """
+    if contested:
+        count = len(set(last) & set(here))
+        return Verdict(2 * count > len(last), f"contested, {count} of {len(last)} answered")
+    last = [peer for peer in last if peer not in departed]
     count = len(set(last) & set(here))
     if 2 * count > len(last) or not last:
         return Verdict(True, f"{count} of {len(last)} answered")
