@@ -57,6 +57,7 @@ class Figures:
     rejoin_s: float | None = None
     heads_equal: bool | None = None
     text: str | None = None
+    slow_callbacks: list[str] = field(default_factory=list)  # over 50 ms of CPU time on an event loop
 
     def summary(self) -> dict[str, object]:
         """The last line of `shoal demo --json`."""
@@ -89,6 +90,7 @@ class Figures:
             found.append("replicas of a stage disagree about their anchor")
         if self.rounds == 0:
             found.append("no round was committed")
+        found += [f"a callback blocked an event loop: {slow}" for slow in self.slow_callbacks]
         if not self.replicas or min(self.replicas) < 1:
             found.append(f"a stage has no replica left: {self.replicas}")
         return found

@@ -246,6 +246,18 @@ class Demo:
         figures.rounds = self._heads.group_height(0, "")
         figures.tokens = self._tokens()
         figures.replicas = self._replicas()
+        self._measure_loops()
+
+    def _measure_loops(self) -> None:
+        """The longest callback and the lag of every peer's event loop."""
+        for name, status in self._statuses.items():
+            loop = status["loop"]
+            text = (
+                f"{name}: longest callback {loop['callback_worst_ms']:.1f} ms CPU ({loop['callback_worst']})"
+            )
+            self._screen.tell("loop", f"{text}, lag p99 {loop['lag_p99_ms']:.1f} ms", peer=name, **loop)
+            if loop["callbacks_over_limit"]:
+                self.figures.slow_callbacks.append(text)
 
     async def _compare_heads(self) -> None:
         """All live replicas of each stage, at a height that each of them was seen at."""
