@@ -31,7 +31,7 @@ from shoal.node.reachability import Reach, find_reach, say_hello
 from shoal.node.status import Status, stage_replicas, swarm_table, verdict
 from shoal.node.trainee import Trainee
 from shoal.protocol.admission import JoinToken
-from shoal.protocol.errors import Busy, NetworkError, ProtocolViolation, ShoalError, TokenRevoked
+from shoal.protocol.errors import Busy, NetworkError, ProtocolViolation, ShoalError, TokenRevoked, UsageError
 from shoal.protocol.identity import PeerId, PeerKey
 from shoal.training.placement import place
 from shoal.training.plan import make_plan
@@ -161,18 +161,12 @@ class Daemon:
 
     async def _work(self, presence: Presence) -> None:
         """Learn the run, take a stage, train."""
-        signed = presence.spec or await presence.learn_spec(self._folder)
-        spec = signed.spec
         if not self._options.train:
-            presence.announce("observing", ())
-            self._events("observing", {"text": f"watching run {spec.run.name}; this peer does not train"})
-            await asyncio.Event().wait()
-        self._device = device = await asyncio.to_thread(
-            choose_device, self._options.device, self._options.memory_bytes, self._options.threads
-        )
-        await asyncio.to_thread(warm_up)
-        presence.device = device.title
-        stage = await self._take_stage(presence, spec)
+            await self._watch(presence)
+        async with asyncio.TaskGroup() as tasks:
+            preparing = tasks.create_task(self._prepare_device(presence), name="prepare the device")
+            choosing = tasks.create_task(self._find_place(presence), name="find a place")
+        device, (spec, stage) = preparing.result(), choosing.result()
         if others := self._others(presence):
             self._reach = await find_reach(presence.transport, others, presence.rng)
         planned = make_plan(spec).stages[stage]
@@ -186,11 +180,34 @@ class Daemon:
             self._events("online", {"stage": stage, "text": f"online at stage {stage}", **trainee.heads()})
             await trainee.run()
 
+    async def _watch(self, presence: Presence) -> None:
+        """Take part without a stage, until cancelled."""
+        spec = (presence.spec or await presence.learn_spec(self._folder)).spec
+        presence.announce("observing", ())
+        self._events("observing", {"text": f"watching run {spec.run.name}; this peer does not train"})
+        await asyncio.Event().wait()
+
+    async def _prepare_device(self, presence: Presence) -> Device:
+        options = self._options
+        device = await asyncio.to_thread(choose_device, options.device, options.memory_bytes, options.threads)
+        self._device, presence.device = device, device.title
+        await asyncio.to_thread(warm_up)
+        return device
+
+    async def _find_place(self, presence: Presence) -> tuple[RunSpec, int]:
+        spec = (presence.spec or await presence.learn_spec(self._folder)).spec
+        wanted = self._options.stage
+        if wanted is None:
+            return spec, await self._take_stage(presence, spec)
+        if wanted >= spec.stages.count:
+            raise UsageError(
+                f"the run has the stages 0 to {spec.stages.count - 1}, so --stage {wanted} is none"
+            )
+        presence.announce("joining", (wanted,))
+        return spec, wanted
+
     async def _take_stage(self, presence: Presence, spec: RunSpec) -> int:
         """Choose, announce, and look again until the choice holds (`placement` says why)."""
-        if self._options.stage is not None:
-            presence.announce("joining", (self._options.stage,))
-            return self._options.stage
         view = presence.members.view
         if self._token.bootstrap:
             await asyncio.sleep(_MEET_S)

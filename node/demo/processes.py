@@ -66,6 +66,10 @@ class PeerProcess:
         return self._process is not None and self._process.returncode is None
 
     @property
+    def process_id(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    @property
     def exit_code(self) -> int | None:
         return self._process.returncode if self._process is not None else None
 

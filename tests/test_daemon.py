@@ -1,0 +1,142 @@
+"""Daemons as processes on real sockets: join, look, leave, and being shut out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from shoal.node.demo.processes import PeerProcess, run_shoal
+from shoal.training.spec_file import write_template
+
+START_S = 90.0  # a machine that runs other tests beside these is slow to import torch
+
+Scenario = Callable[["Swarm"], Awaitable[None]]
+
+
+class Swarm:
+    """An owner's peer and others around it, none of which trains."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.owner = self.peer("owner")
+        self._processes = [self.owner]
+
+    def peer(self, name: str) -> PeerProcess:
+        return PeerProcess(name, self.folder / name, lambda peer, event: None)
+
+    async def begin(self) -> None:
+        path = self.folder / "run.toml"
+        write_template("tiny", path)
+        await self.owner.start("up", str(path), "--no-train")
+        await self.owner.event("invitation", START_S)
+
+    async def token(self, *options: str) -> dict[str, Any]:
+        return await self.owners("token", "create", *options)
+
+    async def owners(self, *command: str) -> dict[str, Any]:
+        data = str(self.owner.folder / "data")
+        return await run_shoal(*command, "--data-dir", data, "--json", timeout_s=START_S)
+
+    async def join(self, name: str, token: str) -> PeerProcess:
+        peer = self.peer(name)
+        self._processes.append(peer)
+        path = self.folder / f"{name}.token"
+        path.write_text(token)
+        path.chmod(0o600)
+        await peer.start("join", f"@{path}", "--no-train")
+        return peer
+
+    async def end(self) -> None:
+        await asyncio.gather(*(process.stop() for process in self._processes))
+
+
+def _play(tmp_path: Path, scenario: Scenario) -> None:
+    async def run() -> None:
+        swarm = Swarm(tmp_path)
+        try:
+            await swarm.begin()
+            await scenario(swarm)
+        finally:
+            await swarm.end()
+
+    asyncio.run(run())
+
+
+async def _seen_by(peer: PeerProcess, names: set[str]) -> None:
+    """Returns once `peer` sees exactly these peers."""
+    async with asyncio.timeout(START_S):
+        while True:
+            status = await peer.status()
+            if status is not None and {other["name"] for other in status["peers"]} == names:
+                return
+            await asyncio.sleep(0.1)
+
+
+def test_peers_join_see_each_other_and_leave(tmp_path: Path) -> None:
+    async def scenario(swarm: Swarm) -> None:
+        ada, ben = await asyncio.gather(
+            *[swarm.join(name, (await swarm.token("--name", name))["token"]) for name in ("ada", "ben")]
+        )
+        await asyncio.gather(*(peer.event("observing", START_S) for peer in (ada, ben)))
+        everybody = {"owner", "ada", "ben"}
+        await asyncio.gather(*(_seen_by(peer, everybody) for peer in (swarm.owner, ada, ben)))
+        status = await ada.status()
+        assert status is not None
+        assert status["run_name"] == "tiny"
+        assert status["roles"] == ["trainer"]
+        assert status["loop"]["callbacks"] > 0
+        left = await run_shoal("leave", "--data-dir", str(ada.folder / "data"), "--json", timeout_s=START_S)
+        assert left == {"leaving": ["ada"]}
+        await _exits(ada, 0)
+        assert ben.process_id is not None
+        os.kill(ben.process_id, signal.SIGINT)
+        await _exits(ben, 130)
+        await _seen_by(swarm.owner, {"owner"})
+
+    _play(tmp_path, scenario)
+
+
+def test_a_revoked_volunteer_is_put_out_and_cannot_come_back(tmp_path: Path) -> None:
+    async def scenario(swarm: Swarm) -> None:
+        token = await swarm.token()
+        mallory = await swarm.join("mallory", token["token"])
+        await mallory.event("observing", START_S)
+        await _seen_by(swarm.owner, {"owner", "mallory"})
+        revoked = await swarm.owners("token", "revoke", token["id"])
+        assert revoked["daemons_told"] == 1
+        await _exits(mallory, 10)
+        assert "revoked" in mallory.last_words()
+        again = await swarm.join("again", token["token"])
+        await _exits(again, 10)
+        assert "revoked" in again.last_words()
+        await _seen_by(swarm.owner, {"owner"})
+
+    _play(tmp_path, scenario)
+
+
+def test_tokens_of_another_owner_or_gone_swarm_find_nobody(tmp_path: Path) -> None:
+    async def scenario(swarm: Swarm) -> None:
+        other = Swarm(tmp_path / "other")
+        other.folder.mkdir()
+        try:
+            await other.begin()
+            token = (await other.token())["token"]
+        finally:
+            await other.end()
+        stranger = await swarm.join("stranger", token)
+        await _exits(stranger, 11)
+        assert "/ip4/127.0.0.1/" in stranger.last_words()
+        await _seen_by(swarm.owner, {"owner"})
+
+    _play(tmp_path, scenario)
+
+
+async def _exits(peer: PeerProcess, code: int) -> None:
+    async with asyncio.timeout(START_S):
+        while peer.alive:
+            await asyncio.sleep(0.1)
+    assert peer.exit_code == code, peer.last_words()
