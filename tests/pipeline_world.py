@@ -104,7 +104,9 @@ class World:
         downstream = None
         if stage + 1 < spec.stages.count:
             hidden_bytes = PayloadFormat.of(spec).hidden_bytes
-            downstream = Downstream(stage + 1, transport, self, hidden_bytes, rng, event)
+            downstream = Downstream(
+                range(stage + 1, spec.stages.count), transport, self, hidden_bytes, rng, event
+            )
         if stage == 0:
             peer.driver = Driver(
                 spec,

@@ -132,7 +132,7 @@ class Trainer:
         downstream = None
         if not self.layout.last:
             downstream = Downstream(
-                self.stage + 1,
+                range(self.stage + 1, self.spec.stages.count),
                 self._transport,
                 self._replicas,
                 compute.format.hidden_bytes,

@@ -5,6 +5,7 @@ No network here. `Hop` and `Driver` run these functions on the compute lane, whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -82,6 +83,7 @@ class StageCompute:
         """The gradient for upstream (None at the first stage) and, at the last stage, the loss sum.
 
         `gradient` is a Gradient payload, None at the last stage. The weight gradient stays on the tape.
+        A loss of NaN says that the micro-batch overflows here: nobody else can do better with it.
         Raises MessageInvalid for a gradient that does not fit; the passage may then be tried again.
         """
         if passage.inputs is None or passage.output is None:
@@ -95,6 +97,8 @@ class StageCompute:
             batch, length, _ = passage.output.shape
             output_gradient = self.format.unpack_hidden(gradient, batch, length, self.device).to(self._dtype)
         (input_gradient,) = torch.autograd.grad(passage.output, passage.inputs, output_gradient)
+        if not bool(torch.isfinite(input_gradient).all()):
+            loss = math.nan
         if layout.first:
             note_embedding(passage.tape, *self._embedding, passage.tokens[:, :-1], input_gradient)
         self.drop(passage)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from shoal.protocol.errors import Busy, PeerSilent, ShoalError, StageEmpty
+from shoal.protocol.errors import Busy, MessageInvalid, PeerSilent, ShoalError, StageEmpty
 from shoal.protocol.identity import PeerId
 from shoal.protocol.limits import SUSPECT_AFTER_S
 from shoal.protocol.transport import Channel, Transport
-from shoal.training.pipeline.messages import Gradient, Link, MicroBatch, Propagate, Working
+from shoal.training.pipeline.messages import Gradient, Link, MicroBatch, Propagate, Working, spans
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.pipeline.routing import Candidate, choose
 
@@ -24,6 +25,7 @@ _SMOOTHING = 0.2
 _BACKOFF_S, _BACKOFF_CAP_S = 0.5, 30.0
 _SLOWEST_BYTES_PER_S = 1e6  # a payload may take this long on top before its peer counts as silent
 Event = Callable[[str, dict[str, object]], None]
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -51,14 +53,16 @@ class Downstream:
 
     def __init__(
         self,
-        stage: int,
+        stages: range,
         transport: Transport,
         replicas: Replicas,
         gradient_bytes: Callable[[int], int],
         rng: random.Random,
         event: Event,
     ) -> None:
-        self.stage = stage
+        """`stages`: the next one and all behind it; an answer's chain has a link for each."""
+        self.stage = stages.start
+        self._stages = stages
         self._transport = transport
         self._replicas = replicas
         self._gradient_bytes = gradient_bytes
@@ -74,8 +78,13 @@ class Downstream:
         sequences: int,
         payload: memoryview,
         deadline: float,
-    ) -> Answer:
-        """Ask until a replica answers. `deadline` is loop time; raises StageEmpty or PeerSilent after it."""
+        use: Callable[[Answer], Awaitable[T]],
+    ) -> tuple[Answer, T]:
+        """Ask until a replica answers, and what `use` made of the answer: the caller's backward.
+
+        MessageInvalid from `use` counts against the replica, as no answer would, and another one is asked.
+        `deadline` is loop time; raises StageEmpty or PeerSilent after it.
+        """
         loop = asyncio.get_running_loop()
         failed_at: float | None = None
         while True:
@@ -90,9 +99,9 @@ class Downstream:
                 micro_batch, self.stage, self._rng.getrandbits(64), chain, sequences, deadline - now
             )
             record = self._records[peer]
-            record.in_flight += 1
             try:
-                answer = await self._ask(peer, request, payload)
+                answer = await self._ask(peer, request, payload, deadline)
+                used = await use(answer)
             except Busy as busy:
                 record.closed_until_s = loop.time() + busy.retry_after_s * self._rng.uniform(0.5, 1.5)
             except ShoalError as error:
@@ -103,9 +112,7 @@ class Downstream:
                 if failed_at is not None:
                     reroute_s = loop.time() - failed_at
                     self._event("reroute", {"stage": self.stage, "to": peer, "seconds": reroute_s})
-                return answer
-            finally:
-                record.in_flight -= 1
+                return answer, used
 
     def _choose(self, now: float) -> PeerId | None:
         candidates = []
@@ -134,7 +141,22 @@ class Downstream:
                     f"stage {self.stage} has no replica to ask ({len(known)} known); waiting for one to join"
                 ) from None
 
-    async def _ask(self, peer: PeerId, request: Propagate, payload: memoryview) -> Answer:
+    async def _ask(self, peer: PeerId, request: Propagate, payload: memoryview, deadline: float) -> Answer:
+        record = self._records[peer]
+        record.in_flight += 1
+        try:
+            async with asyncio.timeout_at(deadline):  # Working keeps a caller patient, but not for ever
+                answer, header = await self._answer(peer, request, payload)
+        except TimeoutError:
+            raise PeerSilent(f"{peer} was still at it when the micro-batch's time was over") from None
+        finally:
+            record.in_flight -= 1
+        known = record.service_s
+        record.service_s = header.service_s if not known else known + _SMOOTHING * (header.service_s - known)
+        record.backlog_s = header.backlog_s
+        return answer
+
+    async def _answer(self, peer: PeerId, request: Propagate, payload: memoryview) -> tuple[Answer, Gradient]:
         gradient_bytes = self._gradient_bytes(request.sequences)
         patience_s = SUSPECT_AFTER_S + gradient_bytes / _SLOWEST_BYTES_PER_S
         async with self._transport.open(peer, "propagate", Channel.BULK) as stream:
@@ -147,15 +169,14 @@ class Downstream:
                     raise PeerSilent(f"{peer} said nothing for {patience_s:.1f} s while computing") from None
                 if isinstance(message.header, Gradient):
                     break
-        header = message.header
+        header: Gradient = message.header
         own = Link(self.stage, peer, request.attempt)
-        if not header.chain or header.chain[0] != own:
-            raise PeerSilent(f"{peer} answered for another attempt")
-        record = self._records[peer]
-        known = record.service_s
-        record.service_s = header.service_s if not known else known + _SMOOTHING * (header.service_s - known)
-        record.backlog_s = header.backlog_s
-        return Answer(header.chain, header.loss, message.payload)
+        if not spans(header.chain, self._stages) or header.chain[0] != own:
+            raise MessageInvalid(
+                f"{peer} answered with a chain that does not lead from it over stages {self._stages.start} "
+                f"to {self._stages.stop - 1}"
+            )
+        return Answer(header.chain, header.loss, message.payload), header
 
     def _failed(self, peer: PeerId, record: _Record, error: ShoalError) -> None:
         """Open the breaker (exponential, jittered) and let the membership look into it."""

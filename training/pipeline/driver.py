@@ -20,7 +20,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream, Transport, call
 from shoal.training.lane import Lane, Work
 from shoal.training.pipeline.compute import Passage, StageCompute
-from shoal.training.pipeline.downstream import Downstream, Event
+from shoal.training.pipeline.downstream import Answer, Downstream, Event
 from shoal.training.pipeline.hop import TRAINERS
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.messages import (
@@ -176,25 +176,29 @@ class Driver:
         """Forward, chain, backward, and the decision: our own weight gradient. Returns the chain decided."""
         own = Link(0, self.me, 0)
         passage = Passage(tokens, None)
+
+        async def backward(answer: Answer | None) -> float:
+            gradient = None if answer is None else answer.gradient
+            return (await self._lane.run(Work.BACKWARD, self._compute.backward, passage, gradient))[1]
+
         try:
             payload = await self._lane.run(Work.FORWARD, self._compute.forward, passage)
             chain: tuple[Link, ...] = (own,)
-            gradient = None
-            loss = 0.0
             if self._downstream is not None and payload is not None:
                 deadline = asyncio.get_running_loop().time() + self._spec.limits.hop_timeout_s
-                answer = await self._downstream.propagate(
-                    micro_batch, chain, tokens.shape[0], payload, deadline
+                answer, _ = await self._downstream.propagate(
+                    micro_batch, chain, tokens.shape[0], payload, deadline, backward
                 )
-                chain, gradient, loss = (own, *answer.chain), answer.gradient, answer.loss
-            _, last_loss = await self._lane.run(Work.BACKWARD, self._compute.backward, passage, gradient)
+                chain, loss = (own, *answer.chain), answer.loss
+            else:
+                loss = await backward(None)
         except BaseException:
             self._lane.post(self._compute.drop, passage)
             raise
         self._ledger.apply(micro_batch, chain, passage.token_count)
         if await self._lane.run(Work.WEIGHT, self._compute.add, passage):
             self._stepped()
-        self._record(passage.token_count, loss if gradient is not None else last_loss)
+        self._record(passage.token_count, loss)
         return chain
 
     def _record(self, tokens: int, loss: float) -> None:

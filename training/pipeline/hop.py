@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from shoal.protocol.errors import Busy, NetworkError, ShoalError, Stale
+from shoal.protocol.errors import Busy, MessageInvalid, NetworkError, ShoalError, Stale
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Message, Stream, Transport, call
 from shoal.training.lane import Lane, Work
@@ -33,6 +34,7 @@ from shoal.training.pipeline.messages import (
     QueryChain,
     Verdict,
     Working,
+    spans,
 )
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.spec import RunSpec
@@ -118,7 +120,7 @@ class Hop:
         )
         message = await stream.receive(Propagate, max_payload_bytes=cap)
         request: Propagate = message.header
-        self._admit(request)
+        self._admit(request, stream.remote.peer)
         self._working += 1
         try:
             passage, answer, own_s = await _while_working(stream, self.stage, self._work(request, message))
@@ -133,13 +135,20 @@ class Hop:
         self.tokens_answered += passage.token_count
         await stream.send(Gradient(chain, loss, self._lane.load().backlog_s, own_s), gradient)
 
-    def _admit(self, request: Propagate) -> None:
-        """Refuse what is for another stage, already applied, or over the memory that admission grants."""
+    def _admit(self, request: Propagate, caller: PeerId) -> None:
+        """Refuse what is malformed, for another stage, applied already, or more than memory is granted for."""
         if request.stage != self.stage:
             raise Stale(f"asked for stage {request.stage}, this peer holds stage {self.stage}")
         if request.sequences > self._largest_micro_batch:
-            raise Stale(
+            raise MessageInvalid(
                 f"{request.sequences} sequences, the run's micro-batches have {self._largest_micro_batch}"
+            )
+        chain = request.chain
+        ends = (request.micro_batch.driver, caller)
+        if not spans(chain, range(self.stage)) or (chain[0].peer, chain[-1].peer) != ends:
+            raise MessageInvalid(
+                f"the chain so far must lead from driver {ends[0]} over stages 0 to {self.stage - 1} to its "
+                f"caller {caller}; {len(chain)} links came that do not"
             )
         if self._ledger.has(request.micro_batch):
             self._ledger.duplicates_refused += 1
@@ -155,39 +164,51 @@ class Hop:
         """Forward, the next stage, input gradient. Gives back everything if it fails or is cancelled."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        passage = await self._lane.run(
-            Work.FORWARD, self._compute.receive, message.payload, request.sequences
-        )
-        own = Link(self.stage, self.me, request.attempt)
+        micro_batch, sequences = request.micro_batch, request.sequences
+        passage = await self._lane.run(Work.FORWARD, self._compute.receive, message.payload, sequences)
+        chain: tuple[Link, ...] = (Link(self.stage, self.me, request.attempt),)
+
+        async def backward(answer: Answer | None) -> tuple[memoryview, float, float]:
+            resumed = loop.time()
+            received = None if answer is None else answer.gradient
+            gradient, loss = await self._lane.run(Work.BACKWARD, self._compute.backward, passage, received)
+            if gradient is None:
+                raise RuntimeError("a hop never is the first stage")
+            return gradient, loss, loop.time() - resumed
+
         try:
             payload = await self._lane.run(Work.FORWARD, self._compute.forward, passage)
-            answer: Answer | None = None
-            forward_s = loop.time() - begun
-            if self._downstream is not None and payload is not None:
+            own_s = loop.time() - begun
+            if self._downstream is None or payload is None:
+                gradient, loss, backward_s = await backward(None)
+                total_loss = loss
+            else:
                 deadline = begun + min(request.deadline_s, self._limits.hop_timeout_s)
-                answer = await self._downstream.propagate(
-                    request.micro_batch, (*request.chain, own), request.sequences, payload, deadline
+                answer, (gradient, loss, backward_s) = await self._downstream.propagate(
+                    micro_batch, (*request.chain, *chain), sequences, payload, deadline, backward
                 )
-            resumed = loop.time()
-            gradient, loss = await self._lane.run(
-                Work.BACKWARD, self._compute.backward, passage, None if answer is None else answer.gradient
-            )
+                chain, total_loss = (*chain, *answer.chain), answer.loss
+            if not math.isfinite(loss):
+                raise MessageInvalid(
+                    f"micro-batch {micro_batch.number} overflows at stage {self.stage}: its activations are "
+                    "too large; the weights of a stage before may have diverged"
+                )
         except BaseException:
             self._lane.post(self._compute.drop, passage)
             self._ledger.dropped += 1
             raise
-        if gradient is None:
-            raise RuntimeError("a hop never is the first stage")
-        own_s = forward_s + loop.time() - resumed
-        if answer is None:
-            return passage, (gradient, loss, (own,)), own_s
-        return passage, (gradient, answer.loss, (own, *answer.chain)), own_s
+        return passage, (gradient, total_loss, chain), own_s + backward_s
 
     async def _commit(self, stream: Stream) -> None:
         """Both CommitChain (decides) and QueryChain (asks); answered with what holds here now."""
         message = await stream.receive(CommitChain, QueryChain)
         request: CommitChain | QueryChain = message.header
         if isinstance(request, CommitChain):
+            if stream.remote.peer != request.micro_batch.driver:
+                raise MessageInvalid(
+                    f"a commit of {request.micro_batch.driver}'s micro-batch came from {stream.remote.peer}; "
+                    "only its driver decides it"
+                )
             self._decide(request.micro_batch, request.chain)
         await stream.send(self.verdict(request.micro_batch))
 

@@ -139,6 +139,9 @@ async def ask(
                 max_payload_bytes=request.sequences * spec.data.vocabulary * 4,
                 channel=Channel.BULK,
             )
+            expected = 0 if request.score else request.sequences * spec.data.vocabulary * 4
+            if len(reply.payload) != expected:
+                raise MessageInvalid(f"an answer of {len(reply.payload)} bytes where {expected} were due")
         except ShoalError as error:
             replicas.suspect(peer, f"infer: {error}")
             reasons.append(f"{peer}: {error}")
@@ -154,6 +157,4 @@ async def infer_logits(
     payload = PayloadFormat.of(spec).pack(tokens, None)
     request = Infer(0, tokens.shape[0], tokens.shape[1], False)
     _, logits = await ask(transport, replicas, request, payload, spec, rng)
-    if len(logits) != tokens.shape[0] * spec.data.vocabulary * 4:
-        raise MessageInvalid(f"logits of {len(logits)} bytes for a vocabulary of {spec.data.vocabulary}")
     return torch.frombuffer(bytearray(logits), dtype=torch.float32).view(tokens.shape[0], -1)

@@ -29,6 +29,11 @@ class Link:
 Chain = Annotated[tuple[Link, ...], Items(limits.STAGES)]
 
 
+def spans(chain: tuple[Link, ...], stages: range) -> bool:
+    """Whether a chain has one link for each of these stages, in order."""
+    return [link.stage for link in chain] == list(stages)
+
+
 @wire_message
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
