@@ -97,6 +97,10 @@ class Faults:
     ) -> None:
         self._armed, self._strike, self._who = (kind, point, count), strike, who
 
+    def disarm(self) -> None:
+        """Nothing strikes any more."""
+        self._armed = None
+
     async def hook(self, peer: PeerId, point: str, header: object) -> None:
         if self._armed is None or not isinstance(header, self._armed[0]) or point != self._armed[1]:
             return
