@@ -136,7 +136,7 @@ class Hop:
         await stream.send(Gradient(chain, loss, self._lane.load().backlog_s, own_s), gradient)
 
     def _admit(self, request: Propagate, caller: PeerId) -> None:
-        """Refuse what is malformed, for another stage, applied already, or more than memory is granted for."""
+        """Refuse what is malformed, for another stage, applied already, or beyond the memory granted."""
         if request.stage != self.stage:
             raise Stale(f"asked for stage {request.stage}, this peer holds stage {self.stage}")
         if request.sequences > self._largest_micro_batch:
