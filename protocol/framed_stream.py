@@ -28,11 +28,23 @@ from shoal.protocol.errors import (
 )
 from shoal.protocol.framing import FrameDecoder, FrameEncoder, FrameKind, kind_of, last_words
 from shoal.protocol.identity import VerifiedPeer
-from shoal.protocol.limits import ABORT_AFTER_S, FRAME_S, LINGER_S, SUSPECT_AFTER_S
+from shoal.protocol.limits import (
+    ABORT_AFTER_S,
+    FIRST_FRAME_BYTES,
+    FRAME_BYTES,
+    FRAME_S,
+    LEAST_FRAME_BYTES,
+    LINGER_S,
+    SUSPECT_AFTER_S,
+)
 from shoal.protocol.transport import Buffer, Message, Stream
 
 _LAST_WORDS_S = 1.0  # how long a failed sender waits for the other side's reason
 _LAST_WORDS_FRAMES = 4  # and how many frames it keeps on the way to it
+_QUICK_FRAME_S, _SLOW_FRAME_S = (
+    0.05,
+    0.5,
+)  # far below SUSPECT_AFTER_S, even where several streams share a link
 _LINGER_FRAMES = 16  # after END nobody reads: a handler that still streams is cut off
 
 
@@ -69,9 +81,22 @@ class Traffic:
 
 @dataclass(slots=True, weakref_slot=True)
 class Pulse:
-    """When a connection last moved a frame, in loop time."""
+    """How a connection moves: when it last did (loop time), and the frame size that suits it."""
 
     moved_s: float = 0.0
+    frame_bytes: int = FIRST_FRAME_BYTES
+
+    def moved(self) -> None:
+        """A frame came in."""
+        self.moved_s = asyncio.get_running_loop().time()
+
+    def wrote(self, frame_bytes: int, since_s: float) -> None:
+        """A frame went out that was handed over at `since_s`. Double the size where that was quick."""
+        self.moved()
+        if self.moved_s - since_s > _SLOW_FRAME_S:
+            self.frame_bytes = max(LEAST_FRAME_BYTES, self.frame_bytes // 2)
+        elif self.moved_s - since_s < _QUICK_FRAME_S and frame_bytes >= self.frame_bytes:
+            self.frame_bytes = min(FRAME_BYTES, self.frame_bytes * 2)
 
 
 class FramedStream(Stream):
@@ -84,8 +109,11 @@ class FramedStream(Stream):
         traffic: Traffic,
         pulse: Pulse,
         trouble: Callable[[ShoalError], None],
+        *,
+        opened_here: bool = False,
     ) -> None:
         self.remote = remote
+        self._opened_here = opened_here
         self._pipe = pipe
         self._traffic = traffic
         self._pulse = pulse
@@ -104,7 +132,7 @@ class FramedStream(Stream):
         if self._said_end:
             raise UsageError("this side has already said END; open another stream to send more")
         try:
-            for frame in self._encoder.message(header, payload):
+            for frame in self._encoder.message(header, payload, lambda: self._pulse.frame_bytes):
                 await self._write(frame)
         except asyncio.CancelledError:
             self._give_up(StreamBroken(f"a send to {self.remote.peer} was cancelled midway"))
@@ -169,9 +197,6 @@ class FramedStream(Stream):
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.wait({self._reading})
-            if not self._reading.cancelled():
-                self._reading.exception()  # seen; nobody waits for it any more
-            self._reading = None
 
     def _require_usable(self) -> None:
         if self._failure is not None:
@@ -183,12 +208,14 @@ class FramedStream(Stream):
             self._pipe.break_off()
 
     async def _write(self, frame: bytes) -> None:
+        since_s = asyncio.get_running_loop().time()
+        self._require_listener()
         try:
             with _Watchdog(self._pulse, self._suspect, self._silent):
                 await self._pipe.write(frame)
         except StreamBroken as broken:
             raise await self._reason(broken) from broken
-        self._pulse.moved_s = asyncio.get_running_loop().time()
+        self._pulse.wrote(len(frame), since_s)
         self._traffic.bytes_out += len(frame)
 
     async def _next_frame(self) -> bytes:
@@ -207,15 +234,37 @@ class FramedStream(Stream):
         return frame
 
     async def _read(self) -> bytes | None:
-        if self._reading is None:
-            self._reading = asyncio.create_task(self._pipe.read(), name=f"read from {self.remote.peer}")
-        await asyncio.wait({self._reading})
-        reading, self._reading = self._reading, None
+        await asyncio.wait({self._start_reading()})
+        reading, self._reading = self._start_reading(), None
         frame = reading.result()
         if frame is not None:
-            self._pulse.moved_s = asyncio.get_running_loop().time()
+            self._pulse.moved()
             self._traffic.bytes_in += len(frame)
         return frame
+
+    def _start_reading(self) -> asyncio.Task[bytes | None]:
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._pipe.read(), name=f"read from {self.remote.peer}")
+            self._reading.add_done_callback(_seen)
+        return self._reading
+
+    def _require_listener(self) -> None:
+        """Before sending, see whether the handler is through: gRPC swallows what is sent to it then."""
+        if not self._opened_here or not self._start_reading().done():
+            return
+        frame = self._next_unread()
+        error = last_words(frame) if frame else None
+        if error is not None:
+            self._over = error
+            raise error
+        if self._other_ended():
+            raise StreamBroken(f"{self.remote.peer} finished without taking all that was sent")
+
+    def _next_unread(self) -> bytes | None:
+        """The frame that came in and waits for `receive`, if there is one."""
+        task = self._reading
+        readable = task is not None and task.done() and not task.cancelled() and task.exception() is None
+        return task.result() if task is not None and readable else None
 
     async def _reason(self, broken: StreamBroken) -> ShoalError:
         """Why a write failed. The other side may have said so before it closed: look for its ABORT."""
@@ -229,6 +278,7 @@ class FramedStream(Stream):
             return StreamBroken(f"{self.remote.peer} finished without taking all that was sent")
         if self._over is not None:
             return self._over
+        self._failure = broken
         self._trouble(broken)
         return broken
 
@@ -240,7 +290,8 @@ class FramedStream(Stream):
                 return
 
     def _other_ended(self) -> bool:
-        return isinstance(self._over, StreamEnded) or any(kind_of(f) is FrameKind.END for f in self._ahead)
+        unread = (*self._ahead, self._next_unread() or b"")
+        return isinstance(self._over, StreamEnded) or any(kind_of(f) is FrameKind.END for f in unread)
 
     def _suspect(self, silent_s: float) -> None:
         self._trouble(PeerSilent(f"{self.remote.peer} has moved no byte for {silent_s:.1f} s"))
@@ -249,6 +300,12 @@ class FramedStream(Stream):
         silence = PeerSilent(f"{self.remote.peer} moved no byte for {silent_s:.1f} s; the stream is given up")
         self._trouble(silence)
         self._give_up(silence)
+
+
+def _seen(task: asyncio.Task[bytes | None]) -> None:
+    """Nobody may ever ask for this frame or error; then it is no news."""
+    if not task.cancelled():
+        task.exception()
 
 
 class _Watchdog:

@@ -6,9 +6,10 @@
     END     nothing more will come: number of messages, sum of payload bytes
     ABORT   the sender gave up: error code, text
 
-One transport message carries one frame. The cut is fixed (HEAD takes the first FRAME_BYTES of payload, DATA
-frames the next ones), so a peer cannot drip bytes. The decoder knows what the receiver admits before it
-keeps anything, and memory grows with the bytes that came, never with the size that was claimed.
+One transport message carries one frame. The sender chooses where to cut (a frame should cross a slow link in
+a fraction of a second), but only a message's last frame may have less than LEAST_FRAME_BYTES of payload, so
+nobody drips bytes. The decoder knows what the receiver admits before it keeps anything, and memory
+grows with the bytes that came, never with the size that was claimed.
 Called by `framed_stream`; both transports and their fault injection go through here.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from blake3 import blake3
@@ -30,7 +31,14 @@ from shoal.protocol.errors import (
     from_wire,
     to_wire,
 )
-from shoal.protocol.limits import ABORT_TEXT_BYTES, FRAME_BYTES, HEADER_BYTES, MESSAGE_NAME_BYTES, MIB
+from shoal.protocol.limits import (
+    ABORT_TEXT_BYTES,
+    FRAME_BYTES,
+    HEADER_BYTES,
+    LEAST_FRAME_BYTES,
+    MESSAGE_NAME_BYTES,
+    MIB,
+)
 from shoal.protocol.transport import Buffer, Message
 from shoal.protocol.wire import decode, encode
 
@@ -70,16 +78,23 @@ class FrameEncoder:
         self._messages = 0
         self._payload_bytes = 0
 
-    def message(self, header: object, payload: Buffer = b"") -> Iterator[bytes]:
-        """The frames of one message, made as they are asked for. Raises what `encode` raises."""
+    def message(
+        self, header: object, payload: Buffer = b"", frame_bytes: Callable[[], int] = lambda: FRAME_BYTES
+    ) -> Iterator[bytes]:
+        """The frames of one message, made as they are asked for. Raises what `encode` raises.
+
+        `frame_bytes` says before every frame how much payload it takes (LEAST_FRAME_BYTES to FRAME_BYTES).
+        """
         name = type(header).__name__.encode()
         encoded = encode(header)
         view = memoryview(payload)
         view = view.cast("B") if view.nbytes else memoryview(b"")
         lengths = _HEAD.pack(len(name), len(encoded), view.nbytes)
-        yield self._frame(FrameKind.HEAD, lengths + name + encoded, view[:FRAME_BYTES])
-        for start in range(FRAME_BYTES, view.nbytes, FRAME_BYTES):
-            yield self._frame(FrameKind.DATA, b"", view[start : start + FRAME_BYTES])
+        sent = frame_bytes()
+        yield self._frame(FrameKind.HEAD, lengths + name + encoded, view[:sent])
+        while sent < view.nbytes:
+            start, sent = sent, sent + frame_bytes()
+            yield self._frame(FrameKind.DATA, b"", view[start:sent])
         self._messages += 1
         self._payload_bytes += view.nbytes
 
@@ -193,7 +208,7 @@ class FrameDecoder:
             raise MessageTooLarge(f"a header of {header_bytes} bytes, named with {name_bytes}")
         header_at = _HEAD.size + name_bytes
         payload_at = header_at + header_bytes
-        if len(body) != payload_at + min(total, FRAME_BYTES):
+        if len(body) < payload_at:
             raise FrameInvalid(f"a HEAD frame with {len(body)} bytes whose lengths say otherwise")
         name = bytes(body[_HEAD.size : header_at]).decode("ascii", errors="replace")
         cls = self._require_admitted(name, total)
@@ -211,16 +226,15 @@ class FrameDecoder:
         return cls
 
     def _keep(self, payload: memoryview) -> None:
-        if len(payload) != min(FRAME_BYTES, self._total - self._filled):
-            raise FrameInvalid(
-                f"{len(payload)} payload bytes in a frame, {self._total - self._filled} were missing"
-            )
+        missing = self._total - self._filled
+        if not min(LEAST_FRAME_BYTES, missing) <= len(payload) <= min(FRAME_BYTES, missing):
+            raise FrameInvalid(f"{len(payload)} payload bytes in a frame, {missing} were missing")
         filled = self._filled + len(payload)
         if filled > len(self._buffer):
             grown = bytearray(min(self._total, 2 * len(self._buffer)))
             grown[: self._filled] = memoryview(self._buffer)[: self._filled]
             self._buffer = grown
-        self._buffer[self._filled : filled] = payload
+        memoryview(self._buffer)[self._filled : filled] = payload  # a bytearray's own slice would copy twice
         self._filled = filled
 
     def _completed(self) -> Message[Any]:

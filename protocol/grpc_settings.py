@@ -27,13 +27,11 @@ from shoal.protocol.limits import (
 
 PREFIX = "/shoal/"
 _STREAM_WINDOW_BYTES = 1 * MIB  # 50 ms of 160 Mbit/s at once; gRPC's bandwidth probes raise it where needed
-_WRITE_BUFFER_BYTES = 1 * MIB
 _SHARED: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.http2.lookahead_bytes", _STREAM_WINDOW_BYTES),
     ("grpc.http2.bdp_probe", 1),
-    ("grpc.http2.write_buffer_size", _WRITE_BUFFER_BYTES),
     ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(KEEPALIVE_ANSWER_S * 1000)),
     ("grpc.http2.max_pings_without_data", 0),

@@ -75,6 +75,7 @@ class GrpcTransport(Transport):
                 address, server_credentials(self._membership, self._take_renewed)
             )
         except RuntimeError as error:
+            await server.stop(None)
             raise TransportLost(f"cannot listen on {address}: {error}; is the port in use?") from error
         await server.start()
         self._server = server
@@ -113,7 +114,9 @@ class GrpcTransport(Transport):
         call = connection.channel.stream_stream(PREFIX + method)()
         pipe = ClientPipe(f"{method} to {peer}", call, connection.lost)
         traffic = self._service.traffic(method, opened_here=True)
-        stream = FramedStream(connection.verified, pipe, traffic, connection.pulse, partial(self._tell, peer))
+        stream = FramedStream(
+            connection.verified, pipe, traffic, connection.pulse, partial(self._tell, peer), opened_here=True
+        )
         self._pipes[pipe] = peer
 
         def closed() -> None:

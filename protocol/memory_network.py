@@ -139,14 +139,15 @@ class Route:
         self._timer: asyncio.TimerHandle | None = None
         self._keepalive: asyncio.TimerHandle | None = None
 
-    def push(self, size: int, deliver: Callable[[], None]) -> None:
-        """Call `deliver` when `size` bytes have crossed."""
+    def push(self, size: int, deliver: Callable[[], None]) -> float:
+        """Call `deliver` when `size` bytes have crossed. Returns the loop time at which the last one leaves."""
         now = asyncio.get_running_loop().time()
         sending_s, travelling_s = self._delay(size)
         self._free_s = max(now, self._free_s) + sending_s
         self._last_s = max(self._free_s + travelling_s, self._last_s)
         self._queue.append((self._last_s, deliver))
         self._arm()
+        return self._free_s
 
     def block(self, blocked: bool) -> None:
         """Hold everything back, or let it go again (then it needs the link's latency once more)."""

@@ -159,7 +159,7 @@ class MemoryTransport(Transport):
         request = partial(self._request, pipe, method, pulse)
         self._network.route(self.me, peer, channel).push(_OPEN_BYTES, request)
         traffic = self._service.traffic(method, opened_here=True)
-        stream = FramedStream(remote, pipe, traffic, pulse, partial(self._tell, peer))
+        stream = FramedStream(remote, pipe, traffic, pulse, partial(self._tell, peer), opened_here=True)
         self._pipes[pipe] = None
         async with self._sessions.run(stream, partial(self._pipes.pop, pipe)):
             yield stream

@@ -25,6 +25,7 @@ from pathlib import Path
 import uvloop
 
 from shoal.protocol.admission import JoinToken, Membership, OwnerKey
+from shoal.protocol.allocator import keep_freed_memory
 from shoal.protocol.contacts import ContactBook
 from shoal.protocol.errors import StreamEnded
 from shoal.protocol.grpc_transport import GrpcTransport
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--uvloop", action="store_true")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    keep_freed_memory()
     loops = uvloop.new_event_loop if options.uvloop else asyncio.new_event_loop
     with asyncio.Runner(loop_factory=loops) as runner:
         if options.serve:
