@@ -92,7 +92,7 @@ class InferenceHop:
         weights, _ = self._anchor()
         columns = request.length + (1 if request.score else 0)
         tokens = self._format.unpack_tokens(payload, request.sequences, columns)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what is cached there could not be trained with
             device = weights.device
             if self._model.layout.first:
                 hidden = self._model.embed(weights, tokens[:, : request.length].to(device))
