@@ -57,6 +57,7 @@ class Figures:
     rejoin_s: float | None = None
     heads_equal: bool | None = None
     text: str | None = None
+    stopped: list[str] = field(default_factory=list)  # peers that went without being asked
     slow_callbacks: list[str] = field(default_factory=list)  # over 50 ms of CPU time on an event loop
 
     def summary(self) -> dict[str, object]:
@@ -90,6 +91,7 @@ class Figures:
             found.append("replicas of a stage disagree about their anchor")
         if self.rounds == 0:
             found.append("no round was committed")
+        found += self.stopped
         found += [f"a callback blocked an event loop: {slow}" for slow in self.slow_callbacks]
         if not self.replicas or min(self.replicas) < 1:
             found.append(f"a stage has no replica left: {self.replicas}")

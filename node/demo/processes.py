@@ -58,7 +58,10 @@ class PeerProcess:
             str(self._threads),
         )
         with (self.folder / "errors.log").open("wb") as errors:
-            self._process = await start_shoal(*command, "--name", self.name, errors=errors)
+            # What a killed peer leaves in the folder for temporary files goes with the demo's own folder.
+            self._process = await start_shoal(
+                *command, "--name", self.name, errors=errors, TMPDIR=str(self.folder.parent)
+            )
         self._reader = asyncio.create_task(self._read(), name=f"events of {self.name}")
 
     @property
@@ -142,9 +145,14 @@ class PeerProcess:
         self._flag(kind).set()
 
 
-async def start_shoal(*arguments: str, errors: Any = None) -> asyncio.subprocess.Process:
+async def start_shoal(*arguments: str, errors: Any = None, **variables: str) -> asyncio.subprocess.Process:
     """This installation's `shoal` in a process group of its own that dies with us."""
-    environment = {**os.environ, parent.ENVIRONMENT_KEY: str(os.getpid()), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        parent.ENVIRONMENT_KEY: str(os.getpid()),
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

@@ -18,11 +18,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from shoal.node.demo.measure import Figures, Heads, Losses, micro_batches
+from shoal.node.demo.measure import Figures, micro_batches
 from shoal.node.demo.processes import JsonObject, PeerProcess, run_shoal
-from shoal.node.demo.screen import Progress, Screen
+from shoal.node.demo.screen import Screen
+from shoal.node.demo.watch import Watch
 from shoal.protocol.errors import NetworkError, ShoalError
 
 PROMPT = "def "
@@ -32,7 +32,6 @@ REROUTE_S = 30.0
 REJOIN_S = 60.0
 HEADS_S = 30.0
 GENERATE_S = 90.0
-_POLL_S = 1.0
 _FAST_POLL_S = 0.1
 _HOST = "127.0.0.1"
 _REROUTE_GRACE_S = 2.0  # a micro-batch on its way to the dead peer needs this long to tell of its detour
@@ -83,13 +82,9 @@ class Demo:
         self._options = options
         self._folder = folder
         self._screen = screen
-        self._owner = PeerProcess("owner", folder / "owner", self._heard)
-        self._peers: list[PeerProcess] = [self._owner]
-        self._statuses: dict[str, JsonObject] = {}
-        self._heads = Heads()
-        self._losses = Losses()
-        self._reroutes: list[tuple[float, int]] = []  # (Unix time, stage)
-        self._tokens_marks: list[tuple[float, int]] = []
+        self._watch = Watch(options.stages, options.seconds, screen)
+        self._owner = self._peer("owner")
+        self._victim: PeerProcess | None = None
 
     async def run(self) -> None:
         """From start to the last figure. Raises ShoalError where it cannot go on."""
@@ -98,14 +93,20 @@ class Demo:
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
         try:
             await self._start()
-            watching = asyncio.create_task(self._watch(), name="watch")
+            watching = asyncio.create_task(self._watch.run(), name="watch")
             try:
                 await self._act()
             finally:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
         finally:
-            await asyncio.gather(*(peer.stop() for peer in self._peers))
+            await self._stop()
+
+    async def _stop(self) -> None:
+        """Drivers first: what they still have under way needs the later stages."""
+        stages = {peer.stage if peer.stage is not None else 0 for peer in self._watch.peers}
+        for stage in sorted(stages):
+            await asyncio.gather(*(peer.stop() for peer in self._watch.peers if peer.stage in (stage, None)))
 
     # --- acts
 
@@ -118,14 +119,18 @@ class Demo:
         await self._owner.start("up", str(path), "--listen", _HOST)
         await self._owner.event("invitation", START_S)
         await asyncio.gather(*(self._join(f"peer-{number}") for number in range(1, count)))
-        await asyncio.gather(*(peer.event("online", START_S) for peer in self._peers))
-        self._started_s = time.monotonic()
+        await asyncio.gather(*(peer.event("online", START_S) for peer in self._watch.peers))
+        self._watch.begin()
+
+    def _peer(self, name: str) -> PeerProcess:
+        peer = PeerProcess(name, self._folder / name, self._watch.heard)
+        self._watch.peers.append(peer)
+        return peer
 
     async def _join(self, name: str) -> PeerProcess:
         """Start a peer the way a volunteer would, with a token of its own."""
         token = await self._token("trainer", name)
-        peer = PeerProcess(name, self._folder / name, self._heard)
-        self._peers.append(peer)
+        peer = self._peer(name)
         await peer.start("join", f"@{token}", "--listen", _HOST)
         return peer
 
@@ -150,14 +155,14 @@ class Demo:
         await self._generate()
 
     async def _until(self, elapsed_s: float) -> None:
-        await asyncio.sleep(max(0.0, self._started_s + elapsed_s - time.monotonic()))
+        await asyncio.sleep(max(0.0, self._watch.started_s + elapsed_s - time.monotonic()))
 
     async def _kill_and_replace(self) -> None:
-        victim = self._victim()
+        victim = self._victim = self._choose_victim()
         if victim is None or victim.stage is None:
             raise NetworkError("no stage has a replica to spare\nuse --replicas 2 or more, or --no-kill")
-        survivors = [peer for peer in self._peers if peer.stage == victim.stage and peer is not victim]
-        before = {peer.name: micro_batches(self._statuses[peer.name]) for peer in survivors}
+        survivors = [peer for peer in self._watch.peers if peer.stage == victim.stage and peer is not victim]
+        before = {peer.name: micro_batches(self._watch.statuses[peer.name]) for peer in survivors}
         killed_unix_s = victim.kill()
         self.figures.killed = victim.name
         self._screen.tell(
@@ -167,10 +172,10 @@ class Demo:
             self._measure_reroute(victim.stage, killed_unix_s, survivors, before), self._measure_rejoin()
         )
 
-    def _victim(self) -> PeerProcess | None:
+    def _choose_victim(self) -> PeerProcess | None:
         """Of the last stage that can spare one: there, micro-batches are on their way to it."""
         by_stage: dict[int, list[PeerProcess]] = {}
-        for peer in self._peers:
+        for peer in self._watch.peers:
             if peer.stage is not None and peer.alive:
                 by_stage.setdefault(peer.stage, []).append(peer)
         for stage in sorted(by_stage, reverse=True):
@@ -191,7 +196,7 @@ class Demo:
         deadline_s = time.monotonic() + REROUTE_S
         fallback_s: float | None = None
         while time.monotonic() < deadline_s:
-            rerouted = [at for at, where in self._reroutes if where == stage and at > killed_unix_s]
+            rerouted = [at for at, where in self._watch.reroutes if where == stage and at > killed_unix_s]
             if rerouted:
                 self.figures.reroute_s = min(rerouted) - killed_unix_s
                 break
@@ -214,7 +219,7 @@ class Demo:
 
     async def _measure_rejoin(self) -> None:
         """From a new peer's start to an entry that lists it, with the group's head in its log."""
-        newcomer = await self._join(f"peer-{len(self._peers)}")
+        newcomer = await self._join(f"peer-{len(self._watch.peers)}")
         deadline_s = time.monotonic() + REJOIN_S
         await newcomer.event("online", REJOIN_S)
         stage = newcomer.stage
@@ -236,21 +241,24 @@ class Demo:
         stage = newcomer.stage
         if stage is None or not training or training["outer"]["listed"] < 1:
             return False
-        self._take_status(newcomer, status)
-        return int(training["height"]) >= self._heads.group_height(stage, newcomer.peer_id)
+        self._watch.take_status(newcomer, status)
+        return int(training["height"]) >= self._watch.heads.group_height(stage, newcomer.peer_id)
 
     def _measure_progress(self) -> None:
         figures = self.figures
-        figures.seconds = time.monotonic() - self._started_s
-        figures.loss_first, figures.loss_last = self._losses.first, self._losses.last
-        figures.rounds = self._heads.group_height(0, "")
-        figures.tokens = self._tokens()
-        figures.replicas = self._replicas()
+        figures.seconds = time.monotonic() - self._watch.started_s
+        figures.loss_first, figures.loss_last = self._watch.losses.first, self._watch.losses.last
+        figures.rounds = self._watch.heads.group_height(0, "")
+        figures.tokens = self._watch.tokens()
+        figures.replicas = self._watch.replicas()
         self._measure_loops()
+        for peer in self._watch.peers:
+            if not peer.alive and peer is not self._victim:
+                figures.stopped.append(f"{peer.name} stopped by itself ({peer.exit_code})")
 
     def _measure_loops(self) -> None:
         """The longest callback and the lag of every peer's event loop."""
-        for name, status in self._statuses.items():
+        for name, status in self._watch.statuses.items():
             loop = status["loop"]
             text = (
                 f"{name}: longest callback {loop['callback_worst_ms']:.1f} ms CPU ({loop['callback_worst']})"
@@ -263,17 +271,17 @@ class Demo:
         """All live replicas of each stage, at a height that each of them was seen at."""
         deadline_s = time.monotonic() + HEADS_S
         groups: dict[int, list[str]] = {}
-        for peer in self._peers:
+        for peer in self._watch.peers:
             if peer.alive and peer.stage is not None:
                 groups.setdefault(peer.stage, []).append(peer.peer_id)
         while time.monotonic() < deadline_s:
-            common = {stage: self._heads.common_height(stage, peers) for stage, peers in groups.items()}
+            common = {stage: self._watch.heads.common_height(stage, peers) for stage, peers in groups.items()}
             if all(height is not None and height > 0 for height in common.values()):
                 break
             await asyncio.sleep(_FAST_POLL_S)
         else:
             return
-        differences = self._heads.differences()
+        differences = self._watch.heads.differences()
         for difference in differences:
             self._screen.tell("difference", difference)
         self.figures.heads_equal = not differences
@@ -287,70 +295,6 @@ class Demo:
             "--data-dir", str(self._folder / "writer"), timeout_s=GENERATE_S,
         )  # fmt: skip
         self.figures.text = str(written["text"])
-
-    # --- listening
-
-    def _heard(self, peer: PeerProcess, event: JsonObject) -> None:
-        """An event that a peer printed."""
-        match event.get("event"):
-            case "held-out":
-                self._losses.add(float(event["loss"]), int(event["log_tokens"]))
-            case "reroute":
-                self._reroutes.append((float(event["at"]), int(event["stage"])))
-            case "round":
-                self._took_round(peer, event)
-            case "plan":
-                self._screen.tell("peer", f"{peer.name} takes stage {peer.stage}", stage=peer.stage)
-
-    def _took_round(self, peer: PeerProcess, event: JsonObject) -> None:
-        if "head" in event:
-            state = str(event["head"]), str(event["state_root"])
-            self._heads.add(peer.peer_id, int(event["stage"]), int(event["height"]), *state)
-
-    async def _watch(self) -> None:
-        """Ask every peer for its status once a second and show the sum."""
-        while True:
-            alive = [peer for peer in self._peers if peer.alive]
-            found = await asyncio.gather(*(peer.status() for peer in alive))
-            for peer, status in zip(alive, found, strict=True):
-                if status is not None:
-                    self._statuses[peer.name] = status
-                    self._take_status(peer, status)
-            self._screen.progress(self._progress())
-            await asyncio.sleep(_POLL_S)
-
-    def _take_status(self, peer: PeerProcess, status: JsonObject) -> None:
-        training: dict[str, Any] = status["training"]
-        if peer.stage is not None and training:
-            self._heads.add(
-                peer.peer_id, peer.stage, training["height"], training["head"], training["state_root"]
-            )
-
-    def _progress(self) -> Progress:
-        now, tokens = time.monotonic(), self._tokens()
-        marks = self._tokens_marks = [*self._tokens_marks, (now, tokens)][-20:]
-        elapsed_s = now - marks[0][0]
-        return Progress(
-            elapsed_s=round(now - self._started_s, 1),
-            seconds=self._options.seconds,
-            loss=self._losses.last,
-            tokens=tokens,
-            tokens_per_s=round((tokens - marks[0][1]) / elapsed_s, 1) if elapsed_s > 0 else 0.0,
-            rounds=[self._heads.group_height(stage, "") for stage in range(self._options.stages)],
-            replicas=self._replicas(),
-            peers=sum(peer.alive for peer in self._peers),
-        )
-
-    def _tokens(self) -> int:
-        """Tokens that drivers committed, the dead ones' included."""
-        drivers = {peer.name for peer in self._peers if peer.stage == 0}
-        return sum(int(s["training"].get("tokens", 0)) for n, s in self._statuses.items() if n in drivers)
-
-    def _replicas(self) -> list[int]:
-        return [
-            sum(peer.alive and peer.stage == stage for peer in self._peers)
-            for stage in range(self._options.stages)
-        ]
 
 
 def _write_spec(path: Path, stages: int) -> None:
