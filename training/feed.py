@@ -18,7 +18,7 @@ from shoal.training.data.stream import Stream, held_out
 from shoal.training.data.tokenizer import load_tokenizer
 from shoal.training.spec import RunSpec
 
-_HELD_OUT_BATCHES = 4
+_HELD_OUT_BATCHES = 2
 
 
 class Feed(Protocol):

@@ -36,7 +36,8 @@ from shoal.training.pipeline.ledger import Ledger
 from shoal.training.spec import RunSpec
 from shoal.training.weights import Weights, learning_rate
 
-_EVALUATE_EVERY_S = 5.0
+_EVALUATE_EVERY_S = 5.0  # at most so often, and for at most so much of the time
+_EVALUATE_SHARE = 0.04
 _RATE_WINDOW_S = 20.0
 Offload = Callable[..., Awaitable[Any]]
 
@@ -94,7 +95,9 @@ class Trainer:
         """
         initial = await self._offload(genesis, self.spec, self.layout)
         model = StageModel(self.spec, self.layout)
-        self.weights = Weights(self.spec, self.layout, initial, self._lane, self._device)
+        self.weights = await self._offload(
+            Weights, self.spec, self.layout, initial, self._lane, self._device
+        )
         self.outer = Outer(
             self.spec,
             self.stage,
@@ -302,15 +305,19 @@ class Trainer:
         if self._feed is None:
             return
         tokens = self._feed.held_out()
+        loop = asyncio.get_running_loop()
+        pause_s = _EVALUATE_EVERY_S
         while True:
-            await asyncio.sleep(_EVALUATE_EVERY_S * self._rng.uniform(0.9, 1.1))
+            await asyncio.sleep(pause_s * self._rng.uniform(0.9, 1.1))
             view = self._members.view()
             drivers = [member.peer for member in view.online(0)]
             if drivers and min(drivers) != self._me:
                 continue
+            begun_s = loop.time()
             with contextlib.suppress(ShoalError):  # a stage is empty for now: the next time then
                 self._held_out_loss = await self._inference.score(tokens)
                 self._event("held-out", {"loss": self._held_out_loss, "log_tokens": self.outer.tokens})
+            pause_s = max(_EVALUATE_EVERY_S, (loop.time() - begun_s) / _EVALUATE_SHARE)
 
 
 def _number(value: float) -> float | None:

@@ -106,7 +106,7 @@ class Outer:
         self._first_stage_head = first_stage_head
         self._change = Change()
         start = genesis_snapshot(
-            self._context.run_id, stage, genesis.detach().to("cpu", torch.float32, copy=True)
+            self._context.run_id, stage, genesis.detach().to("cpu", torch.float32)
         )
         self._replica = Replica(self._context, start)
         self._member = Member(self._context, self._replica, weights, positions, self._change)
