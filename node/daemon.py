@@ -302,8 +302,6 @@ class Daemon:
         planned = make_plan(spec).stages[stage]
         view = presence.members.view()
         others = sum(member.peer != presence.transport.me for member in view.group(stage))
-        device = self._device
-        assert device is not None
         layers = planned.layers
         text = "\n".join(
             (

@@ -74,8 +74,9 @@ class Trainee:
         self._trainer = trainer
 
     async def run(self) -> None:
-        """Train until cancelled."""
-        assert self._trainer is not None
+        """Train until cancelled; after `recover`."""
+        if self._trainer is None:
+            raise RuntimeError("run comes after recover")
         await self._trainer.run()
 
     async def drain(self, deadline_s: float) -> None:

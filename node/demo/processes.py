@@ -41,8 +41,7 @@ class PeerProcess:
         self.started_unix_s = 0.0
         self._heard = heard
         self._threads = threads
-        self._process: asyncio.subprocess.Process | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._running: tuple[asyncio.subprocess.Process, asyncio.Task[None]] | None = None
         self._seen: dict[str, asyncio.Event] = {}
 
     async def start(self, *arguments: str) -> None:
@@ -59,29 +58,33 @@ class PeerProcess:
         )
         with (self.folder / "errors.log").open("wb") as errors:
             # What a killed peer leaves in the folder for temporary files goes with the demo's own folder.
-            self._process = await start_shoal(
+            process = await start_shoal(
                 *command, "--name", self.name, errors=errors, TMPDIR=str(self.folder.parent)
             )
-        self._reader = asyncio.create_task(self._read(), name=f"events of {self.name}")
+        if process.stdout is not None:
+            reading = asyncio.create_task(self._read(process.stdout), name=f"events of {self.name}")
+            self._running = process, reading
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.returncode is None
+        return self._running is not None and self._running[0].returncode is None
 
     @property
     def process_id(self) -> int | None:
-        return self._process.pid if self._process is not None else None
+        return self._running[0].pid if self._running is not None else None
 
     @property
     def exit_code(self) -> int | None:
-        return self._process.returncode if self._process is not None else None
+        return self._running[0].returncode if self._running is not None else None
 
     async def event(self, kind: str, timeout_s: float) -> None:
         """Returns once it printed an event of this kind. Raises NetworkError with its last words."""
-        assert self._reader is not None
+        if self._running is None:
+            raise NetworkError(f"{self.name} was not started")
         seen = asyncio.create_task(self._flag(kind).wait())
+        either = {seen, self._running[1]}
         try:
-            await asyncio.wait({seen, self._reader}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             seen.cancel()
         if not self._flag(kind).is_set():
@@ -98,27 +101,28 @@ class PeerProcess:
 
     def kill(self) -> float:
         """SIGKILL to its whole group, without warning; the Unix time of it."""
-        assert self._process is not None
         now = time.time()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._running is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._running[0].pid, signal.SIGKILL)
         return now
 
     async def stop(self) -> None:
         """Ask it to leave; kill what does not."""
-        if self._process is None or self._reader is None:
+        if self._running is None:
             return
+        process, reading = self._running
         with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+            process.terminate()
         try:
             async with asyncio.timeout(STOP_S):
-                await self._process.wait()
+                await process.wait()
         except TimeoutError:
             pass
         finally:
             self.kill()
-        await self._process.wait()
-        await self._reader
+        await process.wait()
+        await reading
 
     def last_words(self) -> str:
         text = (self.folder / "errors.log").read_text(errors="replace").strip()
@@ -127,11 +131,9 @@ class PeerProcess:
     def _flag(self, kind: str) -> asyncio.Event:
         return self._seen.setdefault(kind, asyncio.Event())
 
-    async def _read(self) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
+    async def _read(self, lines: asyncio.StreamReader) -> None:
         with (self.folder / "events.jsonl").open("wb") as log:
-            async for line in self._process.stdout:
+            async for line in lines:
                 log.write(line)
                 log.flush()
                 with contextlib.suppress(ValueError):

@@ -88,9 +88,8 @@ class Demo:
 
     async def run(self) -> None:
         """From start to the last figure. Raises ShoalError where it cannot go on."""
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task is not None
-        loop.add_signal_handler(signal.SIGTERM, task.cancel)
+        if (task := asyncio.current_task()) is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         try:
             await self._start()
             watching = asyncio.create_task(self._watch.run(), name="watch")
@@ -222,13 +221,11 @@ class Demo:
         newcomer = await self._join(f"peer-{len(self._watch.peers)}")
         deadline_s = time.monotonic() + REJOIN_S
         await newcomer.event("online", REJOIN_S)
-        stage = newcomer.stage
-        assert stage is not None
         while time.monotonic() < deadline_s:
             status = await newcomer.status()
             if status is not None and self._is_level(newcomer, status):
                 self.figures.rejoin_s = time.time() - newcomer.started_unix_s
-                text = f"{newcomer.name} holds the head of stage {stage} and contributes"
+                text = f"{newcomer.name} holds the head of stage {newcomer.stage} and contributes"
                 self._screen.tell(
                     "rejoin", f"{text} after {self.figures.rejoin_s:.1f} s", rejoin_s=self.figures.rejoin_s
                 )
