@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +29,7 @@ torch.set_num_threads(1)
 __all__ = ["RandomFeed", "Replica", "TrainerWorld", "round_spec"]
 
 
-def round_spec(stages: int, *, outer: dict[str, object] | None = None, **inner: object) -> RunSpec:
+def round_spec(stages: int, *, outer: Mapping[str, object] | None = None, **inner: object) -> RunSpec:
     """`small_spec` with frequent rounds and fp32 on the wire unless told otherwise."""
     spec = small_spec(
         stages, **{"mode": "stream", "inner_tokens": 64, "warmup_tokens": 0, "learning_rate": 0.2, **inner}

@@ -111,7 +111,7 @@ class Trainer:
             offload=self._offload,
             positions=self._positions,
             first_stage_head=self._first_stage_head,
-            event=self._event,
+            event=self._outer_event,
             rng=random.Random(self._rng.getrandbits(64)),
             directory=self._data_dir,
         )
@@ -295,6 +295,11 @@ class Trainer:
     def _pipeline_event(self, kind: str, data: dict[str, object]) -> None:
         if kind == "reroute":
             self.reroutes.append(float(str(data["seconds"])))
+        self._event(kind, data)
+
+    def _outer_event(self, kind: str, data: dict[str, object]) -> None:
+        if kind == "round":  # the group waits for beats at the new height before it opens another
+            self._members.changed_now()
         self._event(kind, data)
 
     def _group(self) -> Sequence[GroupMember]:
