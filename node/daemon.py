@@ -171,7 +171,7 @@ class Daemon:
             self._reach = await find_reach(presence.transport, others, presence.rng)
         planned = make_plan(spec).stages[stage]
         check_memory(device, planned)
-        self._tell_plan(presence, spec, stage)
+        self._tell_plan(presence, spec, stage, device)
         trainee = Trainee(presence, spec, stage, device, self._folder, self._events)
         async with trainee:
             self._trainee = trainee
@@ -297,7 +297,7 @@ class Daemon:
     def _beat(self) -> Beat:
         return self._trainee.beat() if self._trainee is not None else Beat()
 
-    def _tell_plan(self, presence: Presence, spec: RunSpec, stage: int) -> None:
+    def _tell_plan(self, presence: Presence, spec: RunSpec, stage: int, device: Device) -> None:
         """One screen before work."""
         planned = make_plan(spec).stages[stage]
         view = presence.members.view()
