@@ -11,7 +11,7 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from shoal.protocol.errors import Busy, NotHere, Stale
+from shoal.protocol.errors import Busy, MessageInvalid, NotHere, Stale
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.change import Change
 from shoal.training.outer.context import Context
@@ -116,6 +116,10 @@ class Member:
         draft = parse(data)
         if draft.parts or draft.height != self.next_height or draft.previous != self.replica.log.head:
             raise Stale(f"GO for height {draft.height} at height {self.replica.log.height}")
+        if draft.stage != self._context.stage or not draft.present():
+            raise MessageInvalid(
+                f"a draft of stage {draft.stage}, with {len(draft.present()) or 'nobody'} present"
+            )
         if self.round is not None:
             if self.round.data == data:
                 return self.round
