@@ -1,0 +1,400 @@
+"""A swarm of real processes to break: `shoal up`, `shoal join`, sockets, TLS, DHT, all on loopback.
+
+A watcher asks every peer for its status and its ledger a few times a second and keeps the last answers, so
+that those of a peer killed later are known. Ledgers and logs only grow: what two peers said at different
+times can be compared. An `Auditor`, a member of the swarm inside the test, asks drivers what they decided.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from shoal.node.control import ask
+from shoal.node.demo.measure import Heads
+from shoal.node.demo.processes import JsonObject, PeerProcess, run_shoal
+from shoal.node.paths import control_sockets
+from shoal.node.presence import Listening, Presence, present
+from shoal.protocol.admission import JoinToken
+from shoal.protocol.errors import NetworkError, ShoalError
+from shoal.protocol.identity import PeerId, PeerKey
+from shoal.protocol.transport import call
+from shoal.training import spec_text
+from shoal.training.pipeline.messages import APPLIED, Link, MicroBatch, QueryChain, Verdict
+from shoal.training.spec import RunSpec
+
+START_S = 90.0  # two cores, four imports of torch, and whatever else the machine does
+POLL_S = 0.3
+HOST = "127.0.0.1"
+_EVENTS_TOLD = 8
+_ASKED_AT_ONCE = 8
+Id = tuple[str, int]  # "driver/incarnation" and number of a micro-batch
+T = TypeVar("T")
+
+
+def swarm_spec(corpus: Path, stages: int, **outer: object) -> RunSpec:
+    """Small enough for a round every second or two with four peers on two cores; data that needs no cache."""
+    return RunSpec.model_validate(
+        {
+            "run": {"name": f"swarm-{stages}"},
+            "model": {"layers": 2, "width": 64, "heads": 4, "feedforward": 128, "sequence": 64},
+            "data": {"source": "text", "paths": [str(corpus)]},
+            "stages": {"count": stages},
+            "inner": {"inner_tokens": 512, "in_flight": 2},
+            "outer": {"inner_steps": 30, "part_bytes": 65536, "snapshot_every": 4, **outer},
+        }
+    )
+
+
+def write_corpus(path: Path) -> Path:
+    """A megabyte of the standard library's own source."""
+    folder = Path(asyncio.__file__).parent
+    path.write_text("\n".join(source.read_text() for source in sorted(folder.glob("*.py"))))
+    return path
+
+
+class Settled(NamedTuple):
+    """All micro-batches of the drivers at one moment, and where the next stage has them."""
+
+    decided: frozenset[Id]
+    taken_along: dict[Id, str]  # those no ledger shows -> the lost peer that their chain names
+
+
+class Peer(PeerProcess):
+    """One process, and the last it said."""
+
+    def __init__(self, name: str, folder: Path, swarm: Swarm) -> None:
+        super().__init__(name, folder, swarm.heard)
+        self.events: list[JsonObject] = []
+        self.last_status: JsonObject = {}
+        self.last_ledger: frozenset[Id] = frozenset()
+        self.frozen = False
+        self.killed = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs; false at once when it was killed."""
+        return super().alive and not self.killed
+
+    @property
+    def training(self) -> bool:
+        """Whether it runs, is not frozen, and went online."""
+        return self.alive and not self.frozen and any(event["event"] == "online" for event in self.events)
+
+    async def poll(self) -> bool:
+        """Ask for status and ledger; False if it does not answer."""
+        if self.frozen:
+            return False
+        for path in control_sockets(self.folder / "data"):
+            with contextlib.suppress(ShoalError):
+                self.last_status = await ask(path, "status")
+                self.last_ledger |= _ids(await ask(path, "ledger"))
+                return True
+        return False
+
+    def kill(self) -> float:
+        self.killed = True
+        return super().kill()
+
+    def signal(self, number: signal.Signals) -> None:
+        """To its whole process group, as a terminal does with Ctrl-C."""
+        self.frozen = number == signal.SIGSTOP or (self.frozen and number != signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    @property
+    def pid(self) -> int:
+        return int(next(event["pid"] for event in self.events if event["event"] == "starting"))
+
+    async def ended(self, timeout_s: float) -> int:
+        """Its exit code, once it has ended by itself."""
+        await until(lambda: not self.alive, f"the end of {self.name}", timeout_s)
+        assert self.exit_code is not None
+        return self.exit_code
+
+    def timeline(self) -> str:
+        """When it came to what, in seconds since its start."""
+        wanted = ("starting", "peer_joined", "plan", "online", "round")
+        first = {event["event"]: event["at"] for event in reversed(self.events)}
+        times = (f"{kind} {first[kind] - self.started_unix_s:.1f}" for kind in wanted if kind in first)
+        return f"{self.name}: {', '.join(times)}"
+
+    def farewell(self) -> JsonObject:
+        """Its `left` event."""
+        return next(event for event in reversed(self.events) if event["event"] == "left")
+
+    def story(self) -> str:
+        """For a failed test: what became of it."""
+        state = "alive" if self.alive else f"ended with {self.exit_code}"
+        rare = [event for event in self.events if event["event"] not in ("held-out", "round", "round-open")]
+        told = "".join(f"\n    {json.dumps(event)[:300]}" for event in rare[-_EVENTS_TOLD:])
+        return (
+            f"{self.name} (stage {self.stage}, {self.peer_id}) {state}{told}\n  stderr: {self.last_words()}"
+        )
+
+
+class Swarm:
+    """One run on this machine. Use as `async with`; its peers end with it."""
+
+    def __init__(self, folder: Path, spec: RunSpec) -> None:
+        self.folder = folder
+        self.spec = spec
+        self.heads = Heads()
+        self.peers: list[Peer] = []
+        self._watching: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Swarm:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._watching = asyncio.create_task(self._watch(), name="watch the swarm")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        for peer in self.peers:
+            peer.kill()
+        await asyncio.gather(*(peer.stop() for peer in self.peers))
+
+    # --- making
+
+    async def start(self, replicas: int) -> None:
+        """The owner and as many volunteers as fill every stage; returns when all are online and train."""
+        owner = self._new_peer("owner")
+        path = self.folder / "run.toml"
+        path.write_text(spec_text.render(self.spec))
+        await owner.start("up", str(path), "--listen", HOST, "--stage", "0")
+        await owner.event("invitation", START_S)
+        wanted = [stage for stage in range(self.spec.stages.count) for _ in range(replicas)][1:]
+        await asyncio.gather(*(self.join(stage=stage) for stage in wanted))
+        await owner.event("online", START_S)
+        await self.until_training(self.peers)
+
+    async def join(self, stage: int | None = None, token: Path | None = None) -> Peer:
+        """One more volunteer, online; where it is needed most unless told."""
+        peer = self._new_peer(f"peer-{len(self.peers)}")
+        token = token or await self.issue_token(peer.name)
+        where = () if stage is None else ("--stage", str(stage))
+        await peer.start("join", f"@{token}", "--listen", HOST, *where)
+        await peer.event("online", START_S)
+        return peer
+
+    async def issue_token(self, name: str, role: str = "trainer") -> Path:
+        """A token file; the owner's daemon need not run."""
+        owner = self.peers[0].folder / "data"
+        made = await run_shoal(
+            "token", "create", "--role", role, "--name", name, "--json", "--data-dir", str(owner),
+            timeout_s=START_S,
+        )  # fmt: skip
+        path = self.folder / f"{name}.token"
+        path.touch(0o600)
+        path.write_text(str(made["token"]))
+        return path
+
+    @contextlib.asynccontextmanager
+    async def auditor(self) -> AsyncIterator[Auditor]:
+        """A member of the swarm that only asks."""
+        token = JoinToken.parse((await self.issue_token("auditor")).read_text())
+        folder = self.folder / "auditor"
+        key = await asyncio.to_thread(PeerKey.load_or_create, folder / "identity.key")
+        async with present(token, key, folder, Listening(), name="auditor") as presence:
+            presence.announce("observing", ())
+            yield Auditor(presence)
+            await presence.members.leave("done")
+
+    def _new_peer(self, name: str) -> Peer:
+        peer = Peer(name, self.folder / name, self)
+        self.peers.append(peer)
+        return peer
+
+    # --- looking
+
+    def replicas(self, stage: int) -> list[Peer]:
+        """Those that train now."""
+        return [peer for peer in self.peers if peer.stage == stage and peer.training]
+
+    def everybody(self, stage: int) -> list[Peer]:
+        """All that ever held a stage, the dead included."""
+        return [peer for peer in self.peers if peer.stage == stage]
+
+    def ledger(self, stage: int) -> frozenset[Id]:
+        """All that replicas of a stage, dead or alive, are known to have applied."""
+        return frozenset[Id]().union(*(peer.last_ledger for peer in self.everybody(stage)))
+
+    def applied_twice(self) -> list[str]:
+        """Micro-batches in the ledgers of two replicas of one stage."""
+        found = []
+        for stage in range(self.spec.stages.count):
+            counts = Counter(id_ for peer in self.everybody(stage) for id_ in peer.last_ledger)
+            found += [f"stage {stage}: {id_}" for id_, count in counts.items() if count > 1]
+        return found
+
+    async def poll(self, peers: Iterable[Peer] | None = None) -> None:
+        """Ask now."""
+        wanted = list(self.peers if peers is None else peers)
+        await asyncio.gather(*(peer.poll() for peer in wanted if peer.alive))
+        for peer in wanted:
+            training = peer.last_status.get("training")
+            if training and peer.stage is not None:
+                state = (str(training["head"]), str(training["state_root"]))
+                self.heads.add(peer.peer_id, peer.stage, int(training["height"]), *state)
+
+    async def until_training(self, peers: Iterable[Peer], timeout_s: float = START_S) -> float:
+        """Returns when each has applied micro-batches begun since now; in how many seconds."""
+        peers = list(peers)
+        await self.poll(peers)
+        begun_before = self.spec.inner.in_flight * max(1, len(self.replicas(0)))
+        enough = {peer.name: len(peer.last_ledger) + begun_before for peer in peers}
+        now_s = time.monotonic()
+
+        def grown() -> bool:
+            return all(len(peer.last_ledger) > enough[peer.name] for peer in peers)
+
+        await until(grown, f"progress of {', '.join(enough)}", timeout_s, lambda: self.poll(peers))
+        return time.monotonic() - now_s
+
+    async def until_compared(self, peers: list[Peer], timeout_s: float = 60.0) -> int:
+        """Returns a height, later than now, at which all of `peers`, of one stage, told their state."""
+        (stage,) = {peer.stage for peer in peers}
+        assert stage is not None
+        ids = [peer.peer_id for peer in peers]
+        before = max(self.heads.latest.get((stage, id_), 0) for id_ in ids)
+
+        def common() -> int:
+            return self.heads.common_height(stage, ids) or 0
+
+        what = f"a height after {before} at which {', '.join(peer.name for peer in peers)} all were"
+        await until(lambda: common() > before, what, timeout_s)
+        return common()
+
+    def heard(self, process: PeerProcess, event: JsonObject) -> None:
+        """An event that a peer printed."""
+        peer = next(peer for peer in self.peers if peer is process)
+        peer.events.append(event)
+        if event.get("event") == "round" and "head" in event:
+            state = (str(event["head"]), str(event["state_root"]))
+            self.heads.add(peer.peer_id, int(event["stage"]), int(event["height"]), *state)
+
+    def story(self) -> str:
+        """For a failed test: the last words of all."""
+        return "\n".join(peer.story() for peer in self.peers)
+
+    async def settled(self, auditor: Auditor, timeout_s: float = 60.0) -> Settled:
+        """Wait until everything decided by now is in a ledger of stage 1, but for what lost peers took along.
+
+        Exact: for each micro-batch that no ledger shows, its driver is asked for the chain it decided, and
+        only a replica that is no more excuses it. Raises NetworkError with what is missing otherwise.
+        """
+        drivers = self.replicas(0)
+        await self.poll(drivers)
+        decided = frozenset[Id]().union(*(driver.last_ledger for driver in drivers))
+        lost = {peer.peer_id: peer.name for peer in self.everybody(1) if not peer.alive}
+        taken: dict[Id, str] = {}
+
+        async def look() -> None:
+            await self.poll(self.replicas(1))
+            unseen = decided - self.ledger(1) - taken.keys()
+            for id_, chain in (await auditor.chains(unseen)).items():
+                holder = next((link.peer for link in chain if link.stage == 1), None)
+                if holder in lost:
+                    taken[id_] = lost[holder]
+
+        def complete() -> bool:
+            return decided <= self.ledger(1) | taken.keys()
+
+        await until(complete, "every decided micro-batch at stage 1", timeout_s, look)
+        return Settled(decided, {id_: name for id_, name in taken.items() if id_ not in self.ledger(1)})
+
+    async def _watch(self) -> None:
+        while True:
+            await self.poll()
+            await asyncio.sleep(POLL_S)
+
+
+class Auditor:
+    """Asks drivers, as a hop would, which chain they decided for a micro-batch."""
+
+    def __init__(self, presence: Presence) -> None:
+        self._presence = presence
+
+    async def chains(self, ids: Iterable[Id]) -> dict[Id, tuple[Link, ...]]:
+        """The decided chain of each; those whose driver does not answer are left out."""
+        slots = asyncio.Semaphore(_ASKED_AT_ONCE)
+
+        async def one(id_: Id) -> tuple[Id, tuple[Link, ...]]:
+            driver, _, incarnation = id_[0].rpartition("/")
+            query = QueryChain(MicroBatch(PeerId(driver), int(incarnation), id_[1]))
+            async with slots:
+                try:
+                    answer = await call(
+                        self._presence.transport, PeerId(driver), "commit", query, Verdict, timeout_s=5.0
+                    )
+                except ShoalError:
+                    return id_, ()
+            verdict: Verdict = answer.header
+            return id_, verdict.chain if verdict.decision == APPLIED else ()
+
+        found = await asyncio.gather(*(one(id_) for id_ in ids))
+        return {id_: chain for id_, chain in found if chain}
+
+
+class Shared:
+    """A swarm that several tests share: it lives on one loop, and each test runs on that for a while."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self.swarm = swarm
+        self._runner = asyncio.Runner()
+
+    def run(self, story: Coroutine[Any, Any, T]) -> T:
+        """Run a test's story; if it fails, its error carries the last words of every peer."""
+        try:
+            return self._runner.run(story)
+        except BaseException as error:
+            error.add_note(self.swarm.story())
+            raise
+
+    def __enter__(self) -> Shared:
+        self.run(self.swarm.__aenter__())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._runner.run(self.swarm.__aexit__())
+        finally:
+            self._runner.close()
+
+
+async def until(
+    holds: Callable[[], bool],
+    what: str,
+    timeout_s: float,
+    look: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> None:
+    """Returns when `holds()`; `look` refreshes what it sees. Raises NetworkError."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                if look is not None:
+                    await look()
+                if holds():
+                    return
+                await asyncio.sleep(POLL_S / 3)
+    except TimeoutError:
+        raise NetworkError(f"waited {timeout_s:g} s in vain for {what}") from None
+
+
+def _ids(ledger: dict[str, list[tuple[int, int]]]) -> frozenset[Id]:
+    return frozenset(
+        (driver, number)
+        for driver, spans in ledger.items()
+        for start, stop in spans
+        for number in range(start, stop)
+    )
