@@ -52,7 +52,7 @@ class DriverFigures:
     last_loss: float = math.nan
     chain_s: float = 0.0  # moving average of one micro-batch, forward to decision
     restarted: int = 0  # micro-batches begun again after their chain failed
-    unacknowledged: int = 0  # commits given up: their hop is gone
+    unacknowledged: int = 0  # commits given up, or too late: that hop's gradient is missing
 
 
 class Driver:
@@ -226,7 +226,10 @@ class Driver:
         pause_s = 0.05
         while True:
             try:
-                await call(self._transport, peer, "commit", commit, Verdict, timeout_s=_COMMIT_TIMEOUT_S)
+                reply = await call(
+                    self._transport, peer, "commit", commit, Verdict, timeout_s=_COMMIT_TIMEOUT_S
+                )
+                self.figures.unacknowledged += reply.header.decision != APPLIED
                 return
             except NetworkError as error:
                 self._replicas.suspect(peer, f"commit: {error}")

@@ -254,6 +254,7 @@ class Hop:
         micro_batch, attempt = key
         own = Link(self.stage, self.me, attempt)
         driver_gone = self._replicas.is_gone(PeerId(micro_batch.driver), micro_batch.incarnation)
+        driver_waits = False  # it is still on the way to its decision: however long that takes, hold on
         for link in item.chain:
             if link.peer == self.me or self._replicas.is_gone(PeerId(link.peer)):
                 continue
@@ -270,13 +271,14 @@ class Hop:
                 if verdict.decision == APPLIED and own in verdict.chain:
                     self._decide(micro_batch, verdict.chain)
                     return
+                driver_waits |= link.peer == micro_batch.driver and verdict.decision == TENTATIVE
                 decided_elsewhere = verdict.decision == APPLIED and verdict.chain
                 forgotten = link.peer == micro_batch.driver and verdict.decision == UNKNOWN
                 if decided_elsewhere or forgotten:
                     driver_gone = True  # for our purposes: no commit of this attempt will ever come
                     break
         age_s = asyncio.get_running_loop().time() - item.since
-        hopeless = driver_gone or age_s >= self._limits.undecided_ttl_s
+        hopeless = driver_gone or (age_s >= self._limits.undecided_ttl_s and not driver_waits)
         if hopeless and self._undecided.pop(key, None) is not None:
             self._ledger.dropped += 1
             self._progress.set()
