@@ -2,10 +2,6 @@
 
 A transport supplies a `FramePipe` that moves frames and knows when the other side is gone; this file adds
 messages, END and ABORT, and the deadlines on silence. Used by `grpc_transport` and `memory_transport`.
-
-Silence is judged by bytes that move. A frame that does not get through alarms after SUSPECT_AFTER_S and
-ends the stream after ABORT_AFTER_S, unless its connection moves other streams' frames (a slow uplink
-shared by many is not silent); then FRAME_S is the limit.
 """
 
 from __future__ import annotations
@@ -28,23 +24,12 @@ from shoal.protocol.errors import (
 )
 from shoal.protocol.framing import FrameDecoder, FrameEncoder, FrameKind, kind_of, last_words
 from shoal.protocol.identity import VerifiedPeer
-from shoal.protocol.limits import (
-    ABORT_AFTER_S,
-    FIRST_FRAME_BYTES,
-    FRAME_BYTES,
-    FRAME_S,
-    LEAST_FRAME_BYTES,
-    LINGER_S,
-    SUSPECT_AFTER_S,
-)
+from shoal.protocol.limits import LINGER_S
+from shoal.protocol.progress import Pulse, Watchdog
 from shoal.protocol.transport import Buffer, Message, Stream
 
 _LAST_WORDS_S = 1.0  # how long a failed sender waits for the other side's reason
 _LAST_WORDS_FRAMES = 4  # and how many frames it keeps on the way to it
-_QUICK_FRAME_S, _SLOW_FRAME_S = (
-    0.05,
-    0.5,
-)  # far below SUSPECT_AFTER_S, even where several streams share a link
 _LINGER_FRAMES = 16  # after END nobody reads: a handler that still streams is cut off
 
 
@@ -77,26 +62,6 @@ class Traffic:
 
     bytes_in: int = 0
     bytes_out: int = 0
-
-
-@dataclass(slots=True, weakref_slot=True)
-class Pulse:
-    """How a connection moves: when it last did (loop time), and the frame size that suits it."""
-
-    moved_s: float = 0.0
-    frame_bytes: int = FIRST_FRAME_BYTES
-
-    def moved(self) -> None:
-        """A frame came in."""
-        self.moved_s = asyncio.get_running_loop().time()
-
-    def wrote(self, frame_bytes: int, since_s: float) -> None:
-        """A frame went out that was handed over at `since_s`. Double the size where that was quick."""
-        self.moved()
-        if self.moved_s - since_s > _SLOW_FRAME_S:
-            self.frame_bytes = max(LEAST_FRAME_BYTES, self.frame_bytes // 2)
-        elif self.moved_s - since_s < _QUICK_FRAME_S and frame_bytes >= self.frame_bytes:
-            self.frame_bytes = min(FRAME_BYTES, self.frame_bytes * 2)
 
 
 class FramedStream(Stream):
@@ -174,8 +139,8 @@ class FramedStream(Stream):
         self._pipe.break_off()
 
     async def leave(self) -> None:
-        """The opener's clean exit: say END, unless the other side was through first. Raises as `end` does."""
-        if self._over is None and self._failure is None:
+        """The opener's clean exit: say END; that the other side was through first is no error."""
+        if self._is_whole():
             try:
                 await self.end()
             except StreamBroken:
@@ -184,7 +149,7 @@ class FramedStream(Stream):
 
     async def linger(self) -> None:
         """Let the other side finish after `leave`, discarding a little of what it sends."""
-        if self._over is None and self._failure is None:
+        if self._is_whole():
             with contextlib.suppress(TimeoutError, StreamBroken):
                 async with asyncio.timeout(LINGER_S):
                     for _ in range(_LINGER_FRAMES):
@@ -211,7 +176,7 @@ class FramedStream(Stream):
         since_s = asyncio.get_running_loop().time()
         self._require_listener()
         try:
-            with _Watchdog(self._pulse, self._suspect, self._silent):
+            with Watchdog(self._pulse, self._suspect, self._silent):
                 await self._pipe.write(frame)
         except StreamBroken as broken:
             raise await self._reason(broken) from broken
@@ -223,7 +188,7 @@ class FramedStream(Stream):
             return self._ahead.popleft()
         try:
             if self._decoder.inside_message:
-                with _Watchdog(self._pulse, self._suspect, self._silent):
+                with Watchdog(self._pulse, self._suspect, self._silent):
                     frame = await self._read()
             else:
                 frame = await self._read()
@@ -249,22 +214,30 @@ class FramedStream(Stream):
         return self._reading
 
     def _require_listener(self) -> None:
-        """Before sending, see whether the handler is through: gRPC swallows what is sent to it then."""
-        if not self._opened_here or not self._start_reading().done():
-            return
-        frame = self._next_unread()
-        error = last_words(frame) if frame else None
-        if error is not None:
-            self._over = error
-            raise error
-        if self._other_ended():
-            raise StreamBroken(f"{self.remote.peer} finished without taking all that was sent")
+        """Before sending, see whether the handler has given up: a transport may take frames long after that.
 
-    def _next_unread(self) -> bytes | None:
-        """The frame that came in and waits for `receive`, if there is one."""
-        task = self._reading
-        readable = task is not None and task.done() and not task.cancelled() and task.exception() is None
-        return task.result() if task is not None and readable else None
+        An END alone says nothing, since a handler may say END and go on receiving. What is read here stays
+        for `receive`; with gRPC, what was not read when a write fails cannot be read any more.
+        """
+        if not self._opened_here or self._receiving:
+            return
+        while (task := self._start_reading()).done() and not task.cancelled() and task.exception() is None:
+            frame = task.result()
+            if frame is None:
+                raise self._stopped()
+            if (error := last_words(frame)) is not None:
+                self._over = error
+                raise error
+            if kind_of(frame) is not FrameKind.END:
+                return
+            self._ahead.append(frame)
+            self._reading = None
+
+    def _stopped(self) -> StreamBroken:
+        """The error of a sender whose listener has gone."""
+        if self._other_ended():
+            return StreamBroken(f"{self.remote.peer} finished without taking all that was sent")
+        return StreamBroken(f"{self.remote.peer} stopped without END")
 
     async def _reason(self, broken: StreamBroken) -> ShoalError:
         """Why a write failed. The other side may have said so before it closed: look for its ABORT."""
@@ -275,7 +248,7 @@ class FramedStream(Stream):
                 async with asyncio.timeout(_LAST_WORDS_S):
                     await self._look_ahead()
         if self._other_ended():
-            return StreamBroken(f"{self.remote.peer} finished without taking all that was sent")
+            return self._stopped()
         if self._over is not None:
             return self._over
         self._failure = broken
@@ -290,8 +263,12 @@ class FramedStream(Stream):
                 return
 
     def _other_ended(self) -> bool:
-        unread = (*self._ahead, self._next_unread() or b"")
-        return isinstance(self._over, StreamEnded) or any(kind_of(f) is FrameKind.END for f in unread)
+        """Whether the other side said END, be it received or not."""
+        return isinstance(self._over, StreamEnded) or any(kind_of(f) is FrameKind.END for f in self._ahead)
+
+    def _is_whole(self) -> bool:
+        """Whether nothing has gone wrong so far."""
+        return self._failure is None and (self._over is None or isinstance(self._over, StreamEnded))
 
     def _suspect(self, silent_s: float) -> None:
         self._trouble(PeerSilent(f"{self.remote.peer} has moved no byte for {silent_s:.1f} s"))
@@ -306,36 +283,3 @@ def _seen(task: asyncio.Task[bytes | None]) -> None:
     """Nobody may ever ask for this frame or error; then it is no news."""
     if not task.cancelled():
         task.exception()
-
-
-class _Watchdog:
-    """Inside the context a frame should move: calls `suspect`, then `silent`, once each, if none does."""
-
-    def __init__(
-        self, pulse: Pulse, suspect: Callable[[float], None], silent: Callable[[float], None]
-    ) -> None:
-        self._pulse = pulse
-        self._suspect: Callable[[float], None] | None = suspect
-        self._silent = silent
-        self._loop = asyncio.get_running_loop()
-
-    def __enter__(self) -> None:
-        self._since_s = self._loop.time()
-        self._timer = self._loop.call_at(self._since_s + SUSPECT_AFTER_S, self._check)
-
-    def __exit__(self, *exc: object) -> None:
-        self._timer.cancel()
-
-    def _check(self) -> None:
-        now = self._loop.time()
-        quiet_since_s = max(self._since_s, self._pulse.moved_s)
-        abort_at_s = min(quiet_since_s + ABORT_AFTER_S, self._since_s + FRAME_S)
-        suspect_at_s = min(quiet_since_s + SUSPECT_AFTER_S, abort_at_s)
-        if now >= abort_at_s:
-            self._silent(now - quiet_since_s)
-            return
-        if now >= suspect_at_s and self._suspect is not None:
-            self._suspect(now - quiet_since_s)
-            self._suspect = None
-        next_s = suspect_at_s if now < suspect_at_s and self._suspect is not None else abort_at_s
-        self._timer = self._loop.call_at(next_s, self._check)

@@ -15,11 +15,11 @@ from functools import partial
 from shoal.protocol.admission import Membership
 from shoal.protocol.dialling import first_answer, is_address
 from shoal.protocol.errors import NetworkError, PeerUnreachable
-from shoal.protocol.framed_stream import Pulse
 from shoal.protocol.framing import last_words
 from shoal.protocol.grpc_settings import CHANNEL_OPTIONS, PREFIX, channel_credentials, grpc
 from shoal.protocol.identity import Contact, PeerId, VerifiedPeer
 from shoal.protocol.limits import CONNECT_S, CONNECTIONS
+from shoal.protocol.progress import Pulse
 from shoal.protocol.transport import Channel
 
 HELLO = "hello"

@@ -16,6 +16,7 @@ from shoal.protocol.framed_stream import FramePipe
 from shoal.protocol.grpc_settings import grpc
 
 T = TypeVar("T")
+_DRAINED_FRAMES = 16
 
 
 class _GrpcPipe(FramePipe):
@@ -116,12 +117,13 @@ class ServerPipe(_GrpcPipe):
         """Wait for the caller's half-close, for a while: it has our END, and its own is on the way.
 
         Were the call over before the caller wrote its END, gRPC would fail that write, and with it the
-        caller's reading of what we sent.
+        caller's reading of what we sent. A caller that goes on and on is left to that.
         """
         with contextlib.suppress(TimeoutError, StreamBroken):
             async with asyncio.timeout(limit_s):
-                while await self.read() is not None:
-                    pass
+                for _ in range(_DRAINED_FRAMES):
+                    if await self.read() is None:
+                        return
 
     def break_off(self) -> None:
         self.interrupt()

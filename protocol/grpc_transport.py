@@ -17,7 +17,7 @@ from shoal.protocol.admission import Membership
 from shoal.protocol.certificates import chain_of_pem
 from shoal.protocol.contacts import ContactBook
 from shoal.protocol.errors import PeerUnreachable, ShoalError, TransportLost
-from shoal.protocol.framed_stream import FramedStream, Pulse
+from shoal.protocol.framed_stream import FramedStream
 from shoal.protocol.framing import FrameEncoder
 from shoal.protocol.grpc_connections import HELLO, Connections
 from shoal.protocol.grpc_pipes import ClientPipe, ServerPipe
@@ -30,6 +30,7 @@ from shoal.protocol.grpc_settings import (
 )
 from shoal.protocol.identity import Contact, PeerId, Role, VerifiedPeer
 from shoal.protocol.limits import ABORT_AFTER_S, STREAMS_IN_ALL
+from shoal.protocol.progress import Pulse
 from shoal.protocol.service import Service
 from shoal.protocol.session import Sessions
 from shoal.protocol.transport import Channel, Handler, Stream, Transport, TransportCounters

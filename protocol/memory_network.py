@@ -140,7 +140,7 @@ class Route:
         self._keepalive: asyncio.TimerHandle | None = None
 
     def push(self, size: int, deliver: Callable[[], None]) -> float:
-        """Call `deliver` when `size` bytes have crossed. Returns the loop time at which the last one leaves."""
+        """Call `deliver` when `size` bytes have crossed. Returns when the last one leaves (loop time)."""
         now = asyncio.get_running_loop().time()
         sending_s, travelling_s = self._delay(size)
         self._free_s = max(now, self._free_s) + sending_s

@@ -38,6 +38,7 @@ class MemoryPipe(FramePipe):
         self._out = network.route(here, there, channel)
         self._inbox: deque[bytes] = deque()
         self._outstanding_bytes = 0
+        self._serving = False
         self._no_more = False  # the other side closed its direction
         self._refused = False  # the other side is through and takes nothing more
         self._through = False  # so is this one, the serving side
@@ -47,7 +48,7 @@ class MemoryPipe(FramePipe):
     def pair(cls, network: Network, here: PeerId, there: PeerId, channel: Channel, method: str) -> MemoryPipe:
         """The near end of a new pipe."""
         near, far = cls(network, here, there, channel, method), cls(network, there, here, channel, method)
-        near.other, far.other = far, near
+        near.other, far.other, far._serving = far, near, True
         return near
 
     async def write(self, frame: bytes) -> None:
@@ -83,7 +84,9 @@ class MemoryPipe(FramePipe):
         return frame
 
     async def half_close(self) -> None:
-        self._out.push(0, partial(self.other._closed, False))
+        """As in gRPC, the serving side closes by finishing: its handler may receive after its own END."""
+        if not self._serving:
+            self._out.push(0, partial(self.other._closed, False))
 
     def finish(self) -> None:
         """The serving side is through: nothing more is sent or taken."""

@@ -16,12 +16,13 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
 from shoal.protocol.errors import PeerUnreachable, UsageError
-from shoal.protocol.framed_stream import FramedStream, Pulse
+from shoal.protocol.framed_stream import FramedStream
 from shoal.protocol.identity import PeerId, Role, VerifiedPeer
 from shoal.protocol.limits import CONNECT_S
 from shoal.protocol.memory_network import Link as Link
 from shoal.protocol.memory_network import Network, Route
 from shoal.protocol.memory_pipe import MemoryPipe
+from shoal.protocol.progress import Pulse
 from shoal.protocol.service import Service
 from shoal.protocol.session import Sessions
 from shoal.protocol.transport import Channel, Handler, Stream, Transport, TransportCounters

@@ -129,8 +129,12 @@ class Service:
 
     def _leave(self, task: asyncio.Task[None]) -> None:
         caller = self._running.pop(task)
-        self._peers -= Counter((caller.peer,))
-        self._tokens -= Counter((caller.token_id,))
+        self._peers[caller.peer] -= 1
+        self._tokens[caller.token_id] -= 1
+        if not self._peers[caller.peer]:
+            del self._peers[caller.peer]
+        if not self._tokens[caller.token_id]:
+            del self._tokens[caller.token_id]
 
 
 def _names(roles: Iterable[Role]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,45 @@ def test_a_handler_sees_the_callers_end_and_finishes_after_the_caller_left(twin:
             await stream.send(Note(1))
         left.set()
         await finished.wait()
+
+    play(twin, scene, tmp_path)
+
+
+def test_a_handler_may_say_end_and_go_on_receiving(twin: str, tmp_path: Path) -> None:
+    async def scene(peers: Peers) -> None:
+        numbers: list[int] = []
+        done = asyncio.Event()
+
+        async def handler(stream: Stream) -> None:
+            await stream.end()
+            with contextlib.suppress(StreamEnded):
+                while True:
+                    numbers.append((await stream.receive(Note)).header.number)
+            done.set()
+
+        peers.serve("listen", handler)
+        await peers.start()
+        async with peers.alice.open(peers.bob.me, "listen") as stream:
+            with pytest.raises(StreamEnded):
+                await stream.receive(Note)
+            for number in range(20):
+                await stream.send(Note(number))
+        await done.wait()
+        assert numbers == list(range(20))
+
+    play(twin, scene, tmp_path)
+
+
+def test_a_caller_notices_that_the_handler_has_left(twin: str, tmp_path: Path) -> None:
+    async def scene(peers: Peers) -> None:
+        async def handler(stream: Stream) -> None:
+            await stream.receive(Note, max_payload_bytes=ROOM)
+
+        peers.serve("one", handler)
+        await peers.start()
+        with pytest.raises(StreamBroken, match="without taking all"):
+            await flood(peers, "one")
+        assert not peers.troubles
 
     play(twin, scene, tmp_path)
 
