@@ -89,7 +89,8 @@ class Demo:
     async def run(self) -> None:
         """From start to the last figure. Raises ShoalError where it cannot go on."""
         if (task := asyncio.current_task()) is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         try:
             await self._start()
             watching = asyncio.create_task(self._watch.run(), name="watch")
