@@ -8,7 +8,7 @@ import pytest
 import torch
 from pipeline_world import batches
 from reference_llama import Reference, summed_loss
-from trainer_world import Replica, TrainerWorld, round_spec
+from trainer_world import RandomFeed, Replica, TrainerWorld, round_spec
 
 from shoal.protocol import virtual_time
 
@@ -107,6 +107,22 @@ def test_after_a_kill_training_goes_on_within_seconds_and_a_joiner_contributes(s
             assert int(str(joiner.trainer.outer.status()["listed"])) > 0
             for stage in (0, 1):
                 same_bits(world.group(stage))
+
+    virtual_time.run(main)
+
+
+def test_a_driver_that_comes_back_goes_on_in_its_stream() -> None:
+    async def main() -> None:
+        async with TrainerWorld(round_spec(1)) as world:
+            await world.add(0, 0)
+            await world.add(1, 0)
+            await world.heights(4)
+            await world.kill(1)
+            logged = world.replicas[0].trainer.outer.positions()[1]
+            assert logged > 0
+            feed = RandomFeed(world.spec, 1)
+            await world.add(1, 0, feed, run=False)
+            assert feed.position() == (1, logged)
 
     virtual_time.run(main)
 

@@ -58,6 +58,9 @@ class RandomFeed:
     def position(self) -> tuple[int, int]:
         return self._stream, self._drawn
 
+    def resume(self, position: int) -> None:
+        self._drawn = position
+
     def held_out(self) -> torch.Tensor:
         return torch.arange(self._spec.model.sequence + 1).remainder(8).repeat(2, 1)
 

@@ -30,6 +30,9 @@ class Feed(Protocol):
     def position(self) -> tuple[int, int]:
         """(stream id, samples drawn so far): what the first stage's log records."""
 
+    def resume(self, position: int) -> None:
+        """Go on where the log says that this stream stood."""
+
     def held_out(self) -> torch.Tensor:
         """Held-out tokens int64 [N, T+1], the same on every machine with the same corpus."""
 
@@ -50,6 +53,9 @@ class ListFeed:
 
     def position(self) -> tuple[int, int]:
         return self._stream, self._drawn
+
+    def resume(self, position: int) -> None:
+        self._drawn = position
 
     def held_out(self) -> torch.Tensor:
         return self._batches[0]
@@ -97,5 +103,4 @@ class CorpusFeed:
         return self._scored
 
     def resume(self, position: int) -> None:
-        """Go on where the log says that this stream stood."""
         self._stream.resume(position)

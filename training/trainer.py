@@ -95,9 +95,7 @@ class Trainer:
         """
         initial = await self._offload(genesis, self.spec, self.layout)
         model = StageModel(self.spec, self.layout)
-        self.weights = await self._offload(
-            Weights, self.spec, self.layout, initial, self._lane, self._device
-        )
+        self.weights = await self._offload(Weights, self.spec, self.layout, initial, self._lane, self._device)
         self.outer = Outer(
             self.spec,
             self.stage,
@@ -116,6 +114,9 @@ class Trainer:
             directory=self._data_dir,
         )
         await self.outer.recover()
+        if self._feed is not None:  # a driver that was here before does not read its samples again
+            stream, drawn = self._feed.position()
+            self._feed.resume(max(drawn, self.outer.positions().get(stream, 0)))
         compute = StageCompute(self.spec, model, self.weights, self._device, self._learning_rate)
         self._build_pipeline(compute)
         self._inference = InferenceHop(
