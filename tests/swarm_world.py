@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from shoal.node.control import ask
 from shoal.node.demo.measure import Heads
@@ -30,28 +30,26 @@ from shoal.protocol.transport import call
 from shoal.training import spec_text
 from shoal.training.pipeline.messages import APPLIED, Link, MicroBatch, QueryChain, Verdict
 from shoal.training.spec import RunSpec
+from shoal.training.templates import TEMPLATES
 
 START_S = 90.0  # two cores, four imports of torch, and whatever else the machine does
 POLL_S = 0.3
 HOST = "127.0.0.1"
 _EVENTS_TOLD = 8
 _ASKED_AT_ONCE = 8
+_MISSING_TOLD = 5
 Id = tuple[str, int]  # "driver/incarnation" and number of a micro-batch
 T = TypeVar("T")
 
 
-def swarm_spec(corpus: Path, stages: int, **outer: object) -> RunSpec:
-    """Small enough for a round every second or two with four peers on two cores; data that needs no cache."""
-    return RunSpec.model_validate(
-        {
-            "run": {"name": f"swarm-{stages}"},
-            "model": {"layers": 2, "width": 64, "heads": 4, "feedforward": 128, "sequence": 64},
-            "data": {"source": "text", "paths": [str(corpus)]},
-            "stages": {"count": stages},
-            "inner": {"inner_tokens": 512, "in_flight": 2},
-            "outer": {"inner_steps": 30, "part_bytes": 65536, "snapshot_every": 4, **outer},
-        }
-    )
+def swarm_spec(corpus: Path, stages: int) -> RunSpec:
+    """The tiny template on data that needs no cache of the user's; a round every second or two."""
+    values = TEMPLATES["tiny"].model_dump()
+    values["run"]["name"] = f"swarm-{stages}"
+    values["data"] |= {"source": "text", "paths": (str(corpus),)}
+    values["stages"]["count"] = stages
+    values["outer"] |= {"inner_steps": 15, "part_bytes": 1 << 18, "snapshot_every": 4}
+    return RunSpec.model_validate(values)
 
 
 def write_corpus(path: Path) -> Path:
@@ -59,13 +57,6 @@ def write_corpus(path: Path) -> Path:
     folder = Path(asyncio.__file__).parent
     path.write_text("\n".join(source.read_text() for source in sorted(folder.glob("*.py"))))
     return path
-
-
-class Settled(NamedTuple):
-    """All micro-batches of the drivers at one moment, and where the next stage has them."""
-
-    decided: frozenset[Id]
-    taken_along: dict[Id, str]  # those no ledger shows -> the lost peer that their chain names
 
 
 class Peer(PeerProcess):
@@ -77,6 +68,7 @@ class Peer(PeerProcess):
         self.last_status: JsonObject = {}
         self.last_ledger: frozenset[Id] = frozenset()
         self.frozen = False
+        self.was_frozen = False
         self.killed = False
 
     @property
@@ -96,7 +88,7 @@ class Peer(PeerProcess):
         for path in control_sockets(self.folder / "data"):
             with contextlib.suppress(ShoalError):
                 self.last_status = await ask(path, "status")
-                self.last_ledger |= _ids(await ask(path, "ledger"))
+                self.last_ledger = _ids(await ask(path, "ledger"))
                 return True
         return False
 
@@ -107,6 +99,7 @@ class Peer(PeerProcess):
     def signal(self, number: signal.Signals) -> None:
         """To its whole process group, as a terminal does with Ctrl-C."""
         self.frozen = number == signal.SIGSTOP or (self.frozen and number != signal.SIGCONT)
+        self.was_frozen |= self.frozen
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
@@ -149,6 +142,7 @@ class Swarm:
         self.spec = spec
         self.heads = Heads()
         self.peers: list[Peer] = []
+        self.taken_along: dict[Id, str] = {}  # micro-batches gone with a lost replica -> its name
         self._watching: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Swarm:
@@ -287,31 +281,43 @@ class Swarm:
         """For a failed test: the last words of all."""
         return "\n".join(peer.story() for peer in self.peers)
 
-    async def settled(self, auditor: Auditor, timeout_s: float = 60.0) -> Settled:
-        """Wait until everything decided by now is in a ledger of stage 1, but for what lost peers took along.
+    async def settled(self, auditor: Auditor, timeout_s: float = 60.0) -> frozenset[Id]:
+        """What living drivers have decided by now, once each of it is applied at stage 1 or accounted for.
 
-        Exact: for each micro-batch that no ledger shows, its driver is asked for the chain it decided, and
-        only a replica that is no more excuses it. Raises NetworkError with what is missing otherwise.
+        Raises NetworkError with what is missing.
         """
         drivers = self.replicas(0)
         await self.poll(drivers)
         decided = frozenset[Id]().union(*(driver.last_ledger for driver in drivers))
-        lost = {peer.peer_id: peer.name for peer in self.everybody(1) if not peer.alive}
-        taken: dict[Id, str] = {}
+        missing = decided
 
         async def look() -> None:
+            nonlocal missing
             await self.poll(self.replicas(1))
-            unseen = decided - self.ledger(1) - taken.keys()
-            for id_, chain in (await auditor.chains(unseen)).items():
-                holder = next((link.peer for link in chain if link.stage == 1), None)
-                if holder in lost:
-                    taken[id_] = lost[holder]
+            missing = await self.account(auditor, missing)
 
-        def complete() -> bool:
-            return decided <= self.ledger(1) | taken.keys()
+        try:
+            await until(lambda: not missing, "every decided micro-batch at stage 1", timeout_s, look)
+        except NetworkError as error:
+            chains = await auditor.chains(sorted(missing)[:_MISSING_TOLD])
+            raise NetworkError(f"{error}\n{len(missing)} are missing, among them {chains}") from None
+        return decided
 
-        await until(complete, "every decided micro-batch at stage 1", timeout_s, look)
-        return Settled(decided, {id_: name for id_, name in taken.items() if id_ not in self.ledger(1)})
+    async def account(self, auditor: Auditor, decided: frozenset[Id]) -> frozenset[Id]:
+        """Those of `decided` that no ledger of stage 1 shows and no lost replica excuses.
+
+        Exact: the driver is asked for the chain it decided, and what names a replica that is no more goes
+        into `taken_along`. Drivers remember their last 4096 chains: long runs ask now and then.
+        """
+        unseen = decided - self.ledger(1) - self.taken_along.keys()
+        lost = {peer.peer_id: peer.name for peer in self.everybody(1) if not peer.alive}
+        for id_, chain in (await auditor.chains(unseen)).items():
+            holder = next((str(link.peer) for link in chain if link.stage == 1), "")
+            if holder in lost:
+                self.taken_along[id_] = lost[holder]
+        for id_ in self.taken_along.keys() & self.ledger(1):
+            del self.taken_along[id_]
+        return unseen - self.taken_along.keys() - self.ledger(1)
 
     async def _watch(self) -> None:
         while True:

@@ -22,13 +22,14 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from swarm_world import Peer, Settled, Swarm, swarm_spec, write_corpus
+from swarm_world import Auditor, Id, Peer, Swarm, swarm_spec, write_corpus
 
 from shoal.node.paths import CACHE_KEY
 from shoal.protocol.errors import ShoalError
@@ -38,6 +39,7 @@ FROZEN_S = (0.5, 12.0)  # shorter and longer than suspicion (2 s) and abort (5 s
 STALL_S = 30.0  # a run that commits nothing for so long does not hold P5
 SETTLE_S = 60.0
 LOOK_S = 0.2
+ACCOUNTS_S = 3.0
 
 
 @dataclass
@@ -79,27 +81,36 @@ class Churn:
         self._begun_s = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
         self._leaving: set[str] = set()
+        self._moving = True
 
     async def run(self) -> None:
         """The whole time; fills the summary."""
         swarm, summary = self._swarm, self.summary
         await swarm.start(replicas=max(1, summary.peers // summary.stages))
+        async with swarm.auditor() as auditor:
+            await self._churn(auditor)
+            await self._conclude(auditor)
+
+    async def _churn(self, auditor: Auditor) -> None:
+        """Disturb until the time is over, or nothing moves any more."""
         self._begun_s = time.monotonic()
-        watching = asyncio.create_task(self._watch_progress())
+        watching = [
+            asyncio.create_task(self._watch_progress()),
+            asyncio.create_task(self._keep_accounts(auditor)),
+        ]
         try:
-            while time.monotonic() - self._begun_s < summary.minutes * 60:
+            while self._moving and time.monotonic() - self._begun_s < self.summary.minutes * 60:
                 await asyncio.sleep(self._rng.uniform(*CALM_S))
-                await self._disturb()
+                self._disturb()
             await asyncio.gather(*self._tasks)
         finally:
-            for task in (watching, *self._tasks):
+            for task in (*watching, *self._tasks):
                 task.cancel()
-            await asyncio.gather(watching, *self._tasks, return_exceptions=True)
-        await self._conclude()
+            await asyncio.gather(*watching, *self._tasks, return_exceptions=True)
 
     # --- disturbing
 
-    async def _disturb(self) -> None:
+    def _disturb(self) -> None:
         """One thing at random that leaves every stage a replica which is neither frozen nor leaving."""
         sound = [peer for peer in self._swarm.peers if peer.training and peer.name not in self._leaving]
         spare = [p for p in sound if sum(q.stage == p.stage for q in sound) > 1]
@@ -173,8 +184,9 @@ class Churn:
                 known, since_s = decided, now_s
             stalled_s = now_s - since_s
             summary.longest_stall_s = max(summary.longest_stall_s, round(stalled_s, 2))
-            if stalled_s > STALL_S:
-                raise SystemExit(f"no progress for {STALL_S:g} s\n{swarm.story()}")
+            if stalled_s > STALL_S and self._moving:
+                self._moving = False
+                self._problem(f"no progress for {STALL_S:g} s\n{swarm.story()}")
             for peer in swarm.peers:
                 unasked = peer.exit_code is not None and not peer.killed and peer.name not in self._leaving
                 if unasked and peer.name not in told:
@@ -182,17 +194,22 @@ class Churn:
                     self._problem(f"{peer.name} ended by itself: {peer.story()}")
             await asyncio.sleep(LOOK_S)
 
-    async def _conclude(self) -> None:
+    async def _keep_accounts(self, auditor: Auditor) -> None:
+        """Asks drivers about what is not applied at stage 1, before they forget its chain."""
+        swarm = self._swarm
+        while self.summary.stages > 1:
+            await asyncio.sleep(ACCOUNTS_S)
+            decided = (peer.last_ledger for peer in swarm.replicas(0))
+            await swarm.account(auditor, frozenset[Id]().union(*decided))
+
+    async def _conclude(self, auditor: Auditor) -> None:
         """Calm again: everybody trains, groups agree, nothing is missing."""
         swarm, summary = self._swarm, self.summary
         stages = range(summary.stages)
         await swarm.until_training([peer for stage in stages for peer in swarm.replicas(stage)], SETTLE_S)
         await asyncio.gather(*(swarm.until_compared(swarm.replicas(stage), SETTLE_S) for stage in stages))
         if summary.stages > 1:
-            async with swarm.auditor() as auditor:
-                settled: Settled = await swarm.settled(auditor, SETTLE_S)
-            for name in settled.taken_along.values():
-                summary.taken_along[name] = summary.taken_along.get(name, 0) + 1
+            await swarm.settled(auditor, SETTLE_S)
 
     def fill(self) -> None:
         """Everything that is known at the end, however it came."""
@@ -203,6 +220,7 @@ class Churn:
         summary.states_compared = sum(len(states) > 1 for states in heads.seen.values())
         summary.state_differences = heads.differences()
         summary.applied_twice = swarm.applied_twice()
+        summary.taken_along = dict(Counter(swarm.taken_along.values()))
         for peer in swarm.peers:
             loop = peer.last_status.get("loop", {})
             if loop.get("callbacks_over_limit"):
