@@ -105,9 +105,7 @@ class Outer:
         self._peers = peers
         self._first_stage_head = first_stage_head
         self._change = Change()
-        start = genesis_snapshot(
-            self._context.run_id, stage, genesis.detach().to("cpu", torch.float32)
-        )
+        start = genesis_snapshot(self._context.run_id, stage, genesis.detach().to("cpu", torch.float32))
         self._replica = Replica(self._context, start)
         self._member = Member(self._context, self._replica, weights, positions, self._change)
         self._snapshots = Snapshots(self._context, self._replica, start, directory)
