@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from shoal.dht.directory import Directory, PeerRecord, SignedRecord
 from shoal.dht.hivemind_directory import DirectorySettings, HivemindDirectory
@@ -23,7 +24,7 @@ class Person:
     key: PeerKey
     membership: Membership
 
-    def record(self, sequence: int = 1, **changes: object) -> PeerRecord:
+    def record(self, sequence: int = 1, **changes: Any) -> PeerRecord:
         plain = PeerRecord(
             peer=self.key.peer,
             incarnation=1,
@@ -41,7 +42,7 @@ class Person:
         )
         return replace(plain, **changes)
 
-    def signed(self, sequence: int = 1, **changes: object) -> SignedRecord:
+    def signed(self, sequence: int = 1, **changes: Any) -> SignedRecord:
         return sign_record(self.record(sequence, **changes), self.key, self.membership.run_id)
 
 
@@ -87,7 +88,7 @@ class MemoryWorld:
 class HivemindWorld:
     """Directories with a p2pd each on loopback; the first is everybody's bootstrap peer."""
 
-    def __init__(self, run: Run, **settings_changed: float) -> None:
+    def __init__(self, run: Run, **settings_changed: Any) -> None:
         self._run = run
         self._settings_changed = settings_changed
         self._bootstrap: tuple[str, ...] = ()
@@ -106,7 +107,7 @@ class HivemindWorld:
 
 
 def hivemind_directory(
-    run: Run, person: Person, bootstrap: tuple[str, ...], **settings_changed: float
+    run: Run, person: Person, bootstrap: tuple[str, ...], **settings_changed: Any
 ) -> HivemindDirectory:
     settings = DirectorySettings(run.directory / person.key.peer[-8:], bootstrap=bootstrap)
     settings = replace(settings, **settings_changed)

@@ -52,7 +52,8 @@ class Block(nn.Module):
 
     def heads(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
         batch, length, _ = inputs.shape
-        return self.attention[name](inputs).view(batch, length, -1, self.head_size).transpose(1, 2)
+        projected: torch.Tensor = self.attention[name](inputs)
+        return projected.view(batch, length, -1, self.head_size).transpose(1, 2)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         batch, length, width = hidden.shape
@@ -68,7 +69,8 @@ class Block(nn.Module):
         inputs = self.feedforward_norm(hidden)
         feedforward = self.feedforward
         activated = functional.silu(feedforward["gate"](inputs)) * feedforward["up"](inputs)
-        return hidden + feedforward["down"](activated)
+        hidden = hidden + feedforward["down"](activated)
+        return hidden
 
 
 class Reference(nn.Module):

@@ -218,7 +218,9 @@ class GroupPeer:
 
     def refused(self) -> dict[str, int]:
         """How often each peer broke the protocol, as `shoal status` shows it."""
-        return dict(self.outer.status()["refused"])  # type: ignore[call-overload]
+        refused = self.outer.status()["refused"]
+        assert isinstance(refused, dict)
+        return dict(refused)
 
     def _member(self) -> GroupMember:
         outer = self.outer

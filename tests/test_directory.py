@@ -587,9 +587,10 @@ def test_files_of_the_directory_are_private_and_sockets_leave_with_it(run: Run) 
 def test_loading_hivemind_leaves_this_process_as_it_was() -> None:
     import torch.multiprocessing
 
-    before = torch.multiprocessing.get_sharing_strategy()
+    sharing_strategy: Callable[[], str] = torch.multiprocessing.get_sharing_strategy
+    before = sharing_strategy()
     asyncio.run(load_hivemind())
-    assert torch.multiprocessing.get_sharing_strategy() == before
+    assert sharing_strategy() == before
     assert logging.getLevelName(logging.WARNING) == "WARNING"
     assert logging.getLogger("hivemind").getEffectiveLevel() == logging.WARNING
     assert all(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("hivemind").handlers)

@@ -68,7 +68,8 @@ def test_errors_reach_the_caller_and_the_lane_goes_on() -> None:
 def test_work_whose_caller_gave_up_is_not_done() -> None:
     async def main() -> None:
         lane = ThreadLane()
-        hold, done = threading.Event(), []
+        hold = threading.Event()
+        done: list[int] = []
         first = asyncio.create_task(lane.run(Work.FORWARD, hold.wait))
         await asyncio.sleep(0)
         second = asyncio.create_task(lane.run(Work.FORWARD, done.append, 1))

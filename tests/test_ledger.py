@@ -5,14 +5,16 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.protocol.identity import PeerId
 from shoal.training.pipeline.ledger import CHAINS_KEPT, Intervals, Ledger
 from shoal.training.pipeline.messages import Link, MicroBatch
 
-CHAIN = (Link(0, "d".ljust(52, "1"), 0), Link(1, "h".ljust(52, "1"), 7))
+DRIVER, HOP = PeerId("d".ljust(52, "1")), PeerId("h".ljust(52, "1"))
+CHAIN = (Link(0, DRIVER, 0), Link(1, HOP, 7))
 
 
 def name(number: int, incarnation: int = 1) -> MicroBatch:
-    return MicroBatch("d".ljust(52, "1"), incarnation, number)
+    return MicroBatch(DRIVER, incarnation, number)
 
 
 @given(st.lists(st.integers(0, 60)))

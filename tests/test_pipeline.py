@@ -18,7 +18,7 @@ def reference(spec: RunSpec, world: World, everything: list[torch.Tensor]) -> Re
     model = Reference(spec)
     model.load((peer.layout, peer.weights.current.flat) for peer in world.peers)
     for tokens in everything:
-        summed_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+        torch.autograd.backward(summed_loss(model(tokens[:, :-1]), tokens[:, 1:]))
     return model
 
 

@@ -243,8 +243,12 @@ def test_a_revoked_member_is_refused(run: Run, ann: Person, bob: Person) -> None
 
 
 def test_a_record_is_bound_to_each_of_its_fields(ann: Person, bob: Person) -> None:
-    signed = ann.signed()
-    for name, value in (("state", "draining"), ("sequence", 9), ("tokens_per_s", 1e9)):
-        lied = SignedRecord(encode(replace(ann.record(), **{name: value})), signed.signature)
+    record = ann.record()
+    signed = sign_record(record, ann.key, ann.membership.run_id)
+    for lie in (
+        replace(record, state="draining"),
+        replace(record, sequence=9),
+        replace(record, tokens_per_s=1e9),
+    ):
         with pytest.raises(RecordInvalid):
-            RecordBook(bob.membership).admit(lied, time.time())
+            RecordBook(bob.membership).admit(SignedRecord(encode(lie), signed.signature), time.time())

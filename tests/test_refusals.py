@@ -61,6 +61,7 @@ from shoal.dht.beats import METHOD as BEAT
 from shoal.dht.beats import Beat, RosterRecords
 from shoal.dht.directory import PeerRecord, SignedRecord
 from shoal.dht.records import sign_record
+from shoal.dht.view import SwarmView
 from shoal.node import paths
 from shoal.node.owner.home import OwnerHome
 from shoal.node.presence import Listening, present
@@ -200,12 +201,16 @@ def test_roles_are_checked_before_any_handler_of_a_replica_runs(tmp_path: Path) 
         group = await GroupPeer(run).start(run)
         before = hop.state(), group.state()
         names = ("round", "contribute", "publish", "part", "entries", "manifest", "chunks")
-        doors = [(hop, "propagate"), (hop, "commit"), *((group, f"outer.0.{name}") for name in names)]
+        doors = [
+            (hop.me, "propagate"),
+            (hop.me, "commit"),
+            *((group.me, f"outer.0.{name}") for name in names),
+        ]
         observer, client = run.transport(Role.OBSERVER), run.transport(Role.INFERENCE)
         for caller in (observer, client):
             for target, method in doors:
                 with pytest.raises(WrongRole, match=r"is for owner, trainer; the token of .* grants"):
-                    await call(caller, target.me, method, Note(1), Note, timeout_s=10)
+                    await call(caller, target, method, Note(1), Note, timeout_s=10)
         with pytest.raises(WrongRole, match="infer is for inference, owner, trainer"):
             await call(observer, hop.me, "infer", Note(1), Note, timeout_s=10)
         assert (hop.state(), group.state()) == before
@@ -276,6 +281,11 @@ def test_frames_that_are_cut_oversized_or_out_of_turn_reach_no_handler(tmp_path:
 # --- members: revocation and records on live heartbeat streams
 
 
+def hears(peer: PeerId) -> Callable[[SwarmView], bool]:
+    """Whether a view has this peer and a beat of its own."""
+    return lambda view: (member := view.get(peer)) is not None and member.beat is not None
+
+
 def test_a_revoked_peers_streams_are_closed_and_new_ones_refused(tmp_path: Path) -> None:
     async def scene(run: Run) -> None:
         owner, now = run.trust.owner, run.trust.now
@@ -283,8 +293,7 @@ def test_a_revoked_peers_streams_are_closed_and_new_ones_refused(tmp_path: Path)
         async with members_peer(tokens[0]) as ann, members_peer(tokens[1]) as bob:
             await ann.learn((bob.own_record()[0],), "the test")
             for one, other in ((ann, bob), (bob, ann)):
-                await one.wait_for(lambda view, other=other: bool(view.get(other.me)), 20.0)
-                await one.wait_for(lambda view, other=other: view.get(other.me).beat is not None, 20.0)
+                await one.wait_for(hears(other.me), 40.0)
             listed = RevocationList().extended([tokens[1].token_id], [])
             ann.revocations.adopt(sign_revocations(listed, owner.run_id, owner.sign))
             await ann.wait_for(lambda view: view.get(bob.me) is None, 20.0)
@@ -510,7 +519,7 @@ GARBAGE: dict[str, Callable[[Link, int], tuple[object, bytes]]] = {
     "a gradient of NaN": lambda own, size: gradient((own,), bytes(size - 2) + NAN),
     "no chain": lambda own, size: gradient((), bytes(size)),
     "another attempt": lambda own, size: gradient((replace(own, attempt=1),), bytes(size)),
-    "another peer's chain": lambda own, size: gradient((replace(own, peer="z" * 52),), bytes(size)),
+    "another peer's chain": lambda own, size: gradient((replace(own, peer=PeerId("z" * 52)),), bytes(size)),
     "a chain too long": lambda own, size: gradient((own, replace(own, stage=2)), bytes(size)),
     "another message": lambda own, size: (Note(1), bytes(size)),
     "work without result": lambda own, size: (Working(1), b""),
@@ -751,7 +760,7 @@ def test_drafts_and_entries_that_do_not_hold_change_no_log(tmp_path: Path) -> No
             return drafted.finish([(digest, mine)] * parts, 0).encode()
 
         absent = tuple(replace(seat, present=False) for seat in good.roster)
-        drafts = (
+        drafts: tuple[tuple[bytes, type[ShoalError], str], ...] = (
             (b"garbage", MessageInvalid, "Entry"),
             (b"", MessageInvalid, "Entry"),
             (good.encode() + b"\x08\x00", MessageInvalid, "canonical"),
@@ -764,7 +773,7 @@ def test_drafts_and_entries_that_do_not_hold_change_no_log(tmp_path: Path) -> No
         for data, kind, words in drafts:
             with pytest.raises(kind, match=words):
                 await tyrant.end_of_round(data)
-        commits = (
+        commits: tuple[tuple[bytes, type[ShoalError], str], ...] = (
             (b"garbage", MessageInvalid, "Entry"),
             (entry(SKIP, height=2), Stale, "does not continue"),
             (entry(SKIP, stage=1), MessageInvalid, "stage 1"),
@@ -848,8 +857,14 @@ def shoal(data_dir: Path, *arguments: object) -> subprocess.Popen[str]:
     """The real program with a data folder of its own."""
     environment = {**os.environ, paths.ENVIRONMENT_KEY: str(data_dir), "COLUMNS": "200"}
     command = [sys.executable, "-m", "shoal.node.cli", *map(str, arguments)]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def refusal(process: subprocess.Popen[str], code: int) -> str:

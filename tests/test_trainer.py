@@ -41,11 +41,11 @@ def test_two_replicas_after_a_round_equal_one_process(stages: int) -> None:
             model = Reference(spec)
             model.load((r.trainer.layout, r.trainer.outer.anchor) for r in world.replicas.values())
             for batch in everything:
-                summed_loss(model(batch[:, :-1]), batch[:, 1:]).backward()
+                torch.autograd.backward(summed_loss(model(batch[:, :-1]), batch[:, 1:]))
             with torch.no_grad():
                 for parameter in model.parameters():
                     assert parameter.grad is not None
-                    parameter -= rate * parameter.grad / (len(everything) * spec.micro_batch_tokens)
+                    parameter.sub_(rate * parameter.grad / (len(everything) * spec.micro_batch_tokens))
             drivers = [r.trainer.driver for r in world.group(0)]
             await asyncio.gather(*(d.train(everything[n::2]) for n, d in enumerate(drivers) if d))
             for replica in world.replicas.values():

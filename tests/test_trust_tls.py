@@ -31,8 +31,9 @@ class Served:
     async def __aenter__(self) -> int:
         """The port."""
         self._server = grpc.aio.server()
-        handlers = {"shown": grpc.unary_unary_rpc_method_handler(_shown)}
-        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("shoal", handlers)])
+        shown: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(_shown)
+        handler = grpc.method_handlers_generic_handler("shoal", {"shown": shown})
+        self._server.add_generic_rpc_handlers([handler])
         pair = (self._member.leaf_key_pem, self._member.chain_pem)
         credentials = grpc.ssl_server_credentials([pair], self._member.root_pem, require_client_auth=True)
         port: int = self._server.add_secure_port("127.0.0.1:0", credentials)
@@ -52,7 +53,8 @@ async def dial(port: int, expected: Membership, caller: Membership | None) -> tu
         ("grpc.enable_retries", 0),
     ]
     async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options) as channel:
-        return chain_of_pem(await channel.unary_unary("/shoal/shown")(b"", timeout=10))
+        shown: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/shoal/shown")
+        return chain_of_pem(await shown(b"", timeout=10))
 
 
 async def refused(port: int, expected: Membership, caller: Membership | None) -> bool:

@@ -52,7 +52,7 @@ def one_process(spec: RunSpec, seconds: float) -> None:
 
     def step() -> None:
         for _ in range(per_step):
-            summed_loss(model(batch[:, :-1]), batch[:, 1:]).backward()
+            torch.autograd.backward(summed_loss(model(batch[:, :-1]), batch[:, 1:]))
         for parameter in model.parameters():
             assert parameter.grad is not None
             parameter.grad.div_(per_step * spec.micro_batch_tokens)
