@@ -120,6 +120,11 @@ class Peer(PeerProcess):
         times = (f"{kind} {first[kind] - self.started_unix_s:.1f}" for kind in wanted if kind in first)
         return f"{self.name}: {', '.join(times)}"
 
+    def dropped(self, id_: Id) -> bool:
+        """Whether it said that it gave a micro-batch up undecided."""
+        wanted = ("dropped", id_[0].partition("/")[0], id_[1])
+        return any(wanted == (e["event"], e.get("driver"), e.get("micro_batch")) for e in self.events)
+
     def farewell(self) -> JsonObject:
         """Its `left` event."""
         return next(event for event in reversed(self.events) if event["event"] == "left")
@@ -143,6 +148,7 @@ class Swarm:
         self.heads = Heads()
         self.peers: list[Peer] = []
         self.taken_along: dict[Id, str] = {}  # micro-batches gone with a lost replica -> its name
+        self.hidden: dict[Id, str] = {}  # dropped as their driver stood still, or their replica -> its name
         self._watching: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Swarm:
@@ -304,25 +310,42 @@ class Swarm:
         return decided
 
     async def account(self, auditor: Auditor, decided: frozenset[Id]) -> frozenset[Id]:
-        """Those of `decided` that no ledger of stage 1 shows and no lost replica excuses.
+        """Those of `decided` that no ledger of stage 1 shows and nothing excuses.
 
-        Exact: the driver is asked for the chain it decided, and what names a replica that is no more goes
-        into `taken_along`. Drivers remember their last 4096 chains: long runs ask now and then.
+        Exact: the driver is asked for the chain it decided. What names a replica that is no more goes into
+        `taken_along`. What names one that said it dropped it goes into `hidden`, if that one or the driver
+        was frozen at some time. Drivers remember their last 4096 chains: long runs ask now and then.
         """
-        unseen = decided - self.ledger(1) - self.taken_along.keys()
-        lost = {peer.peer_id: peer.name for peer in self.everybody(1) if not peer.alive}
+        unseen = decided - self.ledger(1) - self.taken_along.keys() - self.hidden.keys()
         for id_, chain in (await auditor.chains(unseen)).items():
-            holder = next((str(link.peer) for link in chain if link.stage == 1), "")
-            if holder in lost:
-                self.taken_along[id_] = lost[holder]
-        for id_ in self.taken_along.keys() & self.ledger(1):
-            del self.taken_along[id_]
-        return unseen - self.taken_along.keys() - self.ledger(1)
+            holder = self._peer(next((link.peer for link in chain if link.stage == 1), ""))
+            driver = self._peer(id_[0].partition("/")[0])
+            if not holder.alive:
+                self.taken_along[id_] = holder.name
+            elif holder.dropped(id_) and (holder.was_frozen or driver.was_frozen):
+                self.hidden[id_] = holder.name
+        applied = self.ledger(1)  # the last ledgers of who left may have come meanwhile
+        for excused in (self.taken_along, self.hidden):
+            for id_ in excused.keys() & applied:
+                del excused[id_]
+        return unseen - applied - self.taken_along.keys() - self.hidden.keys()
+
+    def _peer(self, peer_id: str) -> Peer:
+        return next(peer for peer in self.peers if peer.peer_id == peer_id)
 
     async def _watch(self) -> None:
-        while True:
-            await self.poll()
-            await asyncio.sleep(POLL_S)
+        """Each peer is polled by itself: one that stands still must not hide the others."""
+        polls: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                for peer in self.peers:
+                    if peer.name not in polls or polls[peer.name].done():
+                        polls[peer.name] = asyncio.create_task(self.poll([peer]))
+                await asyncio.sleep(POLL_S)
+        finally:
+            for task in polls.values():
+                task.cancel()
+            await asyncio.gather(*polls.values(), return_exceptions=True)
 
 
 class Auditor:

@@ -98,6 +98,7 @@ def test_a_killed_replica_delays_the_others_by_seconds_and_takes_only_its_own_al
         assert swarm.applied_twice() == []
         assert len(after) > len(before)
         assert set(swarm.taken_along.values()) <= {victim.name}
+        assert not swarm.hidden
         lost = swarm.taken_along.keys()
         assert not lost & before  # those the dead one had shown are not missing
         in_flight = swarm.spec.inner.in_flight

@@ -5,7 +5,8 @@
 Real processes on loopback. All along: replicas with the same log head show the same state (P1), no
 micro-batch is applied twice at a stage (P2), some driver commits (P5). At the end nothing may be missing but
 what peers that are no more took along. What happens goes to standard error, the summary, one JSON object, to
-standard output; exit code 0 if everything held. The seed fixes the plan of disturbances, not their timing.
+standard output; exit code 0 if everything held. Where a silence hid the decision, the hop must have said that
+it dropped the micro-batch, and the driver counted it. The seed fixes the disturbances, not their timing.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Summary:
     state_differences: list[str] = field(default_factory=list)
     applied_twice: list[str] = field(default_factory=list)
     taken_along: dict[str, int] = field(default_factory=dict)  # lost peer -> micro-batches gone with it
+    hidden: dict[str, int] = field(default_factory=dict)  # replica -> dropped, as it or a driver was frozen
     longest_stall_s: float = 0.0
     longest_join_s: float = 0.0
     callbacks_over_50_ms: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
@@ -210,6 +212,21 @@ class Churn:
         await asyncio.gather(*(swarm.until_compared(swarm.replicas(stage), SETTLE_S) for stage in stages))
         if summary.stages > 1:
             await swarm.settled(auditor, SETTLE_S)
+        for peer in swarm.everybody(1):
+            if peer.name in self._leaving:
+                self._judge_leaver(peer)
+
+        for driver in swarm.replicas(0):
+            hidden = sum(id_[0].startswith(driver.peer_id) for id_ in swarm.hidden)
+            if hidden > int(driver.last_status["training"]["unacknowledged"]):
+                self._problem(f"{hidden} micro-batches of {driver.name} were dropped, and it has not noticed")
+
+    def _judge_leaver(self, peer: Peer) -> None:
+        """Who left in order has applied everything that the chains of living drivers name."""
+        named = sum(name == peer.name for name in self._swarm.taken_along.values())
+        applied = int(peer.farewell()["training"]["micro_batches"])
+        if applied < len(peer.last_ledger) + named:
+            self._problem(f"{peer.name} left with {len(peer.last_ledger) + named - applied} not applied")
 
     def fill(self) -> None:
         """Everything that is known at the end, however it came."""
@@ -221,6 +238,7 @@ class Churn:
         summary.state_differences = heads.differences()
         summary.applied_twice = swarm.applied_twice()
         summary.taken_along = dict(Counter(swarm.taken_along.values()))
+        summary.hidden = dict(Counter(swarm.hidden.values()))
         for peer in swarm.peers:
             loop = peer.last_status.get("loop", {})
             if loop.get("callbacks_over_limit"):
