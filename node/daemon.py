@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -69,6 +70,7 @@ def run_daemon(
     owner: OwnerHome | None = None,
 ) -> int:
     """Run a peer to its end; the exit code. Raises the ShoalError that ended it."""
+    gc.disable()  # `warm_up` turns it on again
     meter = LoopMeter()
     daemon = Daemon(token, folder, options, events, meter, owner)
     with asyncio.Runner(loop_factory=lambda: new_loop(meter)) as runner:

@@ -49,10 +49,12 @@ def warm_up() -> None:
 
     torch imports its compiler with the first optimizer (0.9 s). A full garbage collection walks
     everything that torch and hivemind brought (0.2 s); frozen, those objects are not walked again.
+    Until here `run_daemon` keeps collection off, since it strikes whichever thread allocates: the loop's too.
     """
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def check_memory(device: Device, stage: StagePlan) -> None:
