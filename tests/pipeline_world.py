@@ -77,6 +77,7 @@ class World:
         self.rng = random.Random(seed)
         self.network = MemoryNetwork(random.Random(seed + 1))
         self.dead: set[str] = set()
+        self.gone: set[str] = set()  # silent for long, as the membership sees it
         self.suspected: list[tuple[str, str]] = []
         self._change = asyncio.Event()
         names = [
@@ -164,6 +165,9 @@ class World:
         self.suspected.append((peer, reason))
 
     def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
+        return peer in self.dead | self.gone
+
+    def has_departed(self, peer: PeerId, incarnation: int) -> bool:
         return peer in self.dead
 
     async def changed(self) -> None:

@@ -72,6 +72,9 @@ class Known:
     def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
         return False
 
+    def has_departed(self, peer: PeerId, incarnation: int) -> bool:
+        return self.is_gone(peer, incarnation)
+
     async def changed(self) -> None:
         await self._change.wait()
 

@@ -151,6 +151,30 @@ def test_an_undecided_hop_learns_the_decision_from_its_chain() -> None:
     virtual_time.run(main)
 
 
+def test_a_driver_that_is_frozen_while_it_decides_finds_its_hops_waiting() -> None:
+    """Silence is not departure: hops hold on until the TTL, and a thawed driver's commit still counts."""
+
+    async def main() -> None:
+        spec = small_spec(2)
+        (tokens,) = batches(spec, 1)
+        async with World(spec, 1) as world:
+            driver, last = world.peers
+            assert driver.driver and last.hop
+            world.gone.add(driver.name)  # as the membership sees it after five seconds
+            training = asyncio.create_task(driver.driver.train([tokens]))
+            while not last.hop.undecided:
+                await asyncio.sleep(0.001)
+            world.network.freeze(driver.name)
+            await asyncio.sleep(10.0)
+            assert last.hop.undecided == 1
+            world.network.thaw(driver.name)
+            await training
+            await last.hop.drained()
+            assert len(driver.ledger) == len(last.ledger) == 1
+
+    virtual_time.run(main)
+
+
 def test_with_the_driver_gone_before_it_decided_nothing_is_applied() -> None:
     async def main() -> None:
         spec = small_spec(3)

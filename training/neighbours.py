@@ -33,6 +33,10 @@ class MemberReplicas:
     def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
         return self._members.view().is_gone(peer, incarnation)
 
+    def has_departed(self, peer: PeerId, incarnation: int) -> bool:
+        member = self._members.view().get(peer)
+        return member is None or member.departed or member.incarnation != incarnation
+
     async def changed(self) -> None:
         await self._members.changed()
 

@@ -253,7 +253,7 @@ class Hop:
     async def _settle(self, key: tuple[MicroBatch, int], item: Undecided) -> None:
         micro_batch, attempt = key
         own = Link(self.stage, self.me, attempt)
-        driver_gone = self._replicas.is_gone(PeerId(micro_batch.driver), micro_batch.incarnation)
+        driver_gone = self._replicas.has_departed(PeerId(micro_batch.driver), micro_batch.incarnation)
         driver_waits = False  # it is still on the way to its decision: however long that takes, hold on
         for link in item.chain:
             if link.peer == self.me or self._replicas.is_gone(PeerId(link.peer)):

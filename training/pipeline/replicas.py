@@ -30,5 +30,11 @@ class Replicas(Protocol):
     def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
         """Whether the peer departed, or runs under another incarnation by now."""
 
+    def has_departed(self, peer: PeerId, incarnation: int) -> bool:
+        """Whether that process is certainly over: it said goodbye, refuses connections, or was replaced.
+
+        A silent peer may only be frozen, and decide after all when it wakes.
+        """
+
     async def changed(self) -> None:
         """Returns after the next change of any stage's replicas."""
