@@ -127,6 +127,31 @@ def test_a_driver_that_comes_back_goes_on_in_its_stream() -> None:
     virtual_time.run(main)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_freeze_does_not_fork_the_log(seed: int) -> None:
+    """Found by the churn soak: whom a freeze left behind committed alone, and so did the thawed one."""
+
+    async def main() -> None:
+        async with TrainerWorld(round_spec(1), seed=seed) as world:
+            for number in range(2):
+                await world.add(number, 0)
+            await world.heights(3)
+            one, other = world.replicas.values()
+            committed: dict[int, bytes] = {}
+            for _ in range(4):
+                world.network.freeze(one.peer)
+                await asyncio.sleep(3.8)
+                world.network.thaw(one.peer)
+                await world.heights(max(r.trainer.outer.height for r in (one, other)) + 1)
+                for replica in (one, other):
+                    outer = replica.trainer.outer
+                    assert committed.setdefault(outer.height, outer.head) == outer.head
+                same_bits([one, other])
+            assert not [kind for r in (one, other) for _, kind, _ in r.events if kind == "replay-impossible"]
+
+    virtual_time.run(main)
+
+
 def test_training_goes_on_with_the_directory_gone_for_ten_minutes() -> None:
     async def main() -> None:
         async with TrainerWorld(round_spec(2), slower=50.0) as world:

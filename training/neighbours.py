@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from shoal.dht.beats import StageBeat
@@ -11,6 +12,7 @@ from shoal.training.outer.policy import GroupMember
 from shoal.training.pipeline.replicas import Replica
 
 _UNMEASURED_RTT_S = 0.05
+_SILENT_S = 120.0  # until a peer that stopped talking counts as departed (design section 9, partitions)
 
 
 class MemberReplicas:
@@ -42,13 +44,24 @@ class MemberReplicas:
 
 
 def group_members(members: Members, incarnation: int, own: StageBeat) -> list[GroupMember]:
-    """The live replicas of a stage, this peer among them: the others by their last beat, itself as it is."""
+    """The replicas of a stage, this peer among them: the others by their last beat, itself as it is.
+
+    Whoever fell silent without a goodbye or a closed connection stays, marked, for _SILENT_S: it may be
+    frozen, or on the other side of a cut, and half a group must not go on as if it were the whole.
+    """
     view = members.view()
     found = {view.me: _group_member(view.me, incarnation, own)}
     for member in view.online(own.stage):
         progress = member.progress(own.stage)
         if member.peer != view.me and progress is not None:
             found[member.peer] = _group_member(member.peer, member.incarnation, progress)
+    for member in view.members:
+        progress = member.progress(own.stage)
+        if member.peer in found or progress is None or own.stage not in member.stages or member.departed:
+            continue
+        if member.state == "online" and view.now_s - (member.heard_s or 0.0) < _SILENT_S:
+            silent = _group_member(member.peer, member.incarnation, progress)
+            found[member.peer] = dataclasses.replace(silent, silent=True)
     return sorted(found.values(), key=lambda member: member.peer)
 
 

@@ -37,6 +37,7 @@ class Leader:
         context: Context,
         log: Log,
         group: Sequence[GroupMember],
+        silent: Sequence[PeerId],
         ballot: int,
         first_stage_head: bytes,
         follow: Follow,
@@ -76,7 +77,8 @@ class Leader:
         self._report_of = b""  # the draft's id
         self._done: set[PeerId] = set()
         self._lost: dict[PeerId, str] = {}
-        self._departed = set(self._last) - set(here)  # and whose connection closed: not those merely silent
+        # ... and later whose connection closes; never those merely silent: they may be going on without us.
+        self._departed = set(self._last) - set(here) - set(silent)
         self._contested = False  # somebody is in another leader's round
         self._ran_s = self._now()
         self._change = Change()

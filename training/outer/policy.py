@@ -35,6 +35,7 @@ class GroupMember:
     tokens_since_round: int = 0
     log_tokens: int = 0  # of its whole log
     uplink: float = 1.0  # relative; part owners are drawn in proportion
+    silent: bool = False  # nothing is heard of it, yet it did not depart: counts for the quorum only
 
 
 def _score(*key: bytes) -> int:

@@ -66,8 +66,8 @@ class Figures:
 class Outer:
     """One replica's rounds, log, anchors, and what it gives to joiners.
 
-    `peers()` are the live replicas of the stage, this one among them. `offload(fn, *args)` runs CPU work off
-    the loop. Everything is safe to read at any time from the loop.
+    `peers()` are the replicas of the stage, this one among them, and those that fell silent marked so.
+    `offload(fn, *args)` runs CPU work off the loop. Everything is safe to read at any time from the loop.
     """
 
     def __init__(
@@ -282,6 +282,7 @@ class Outer:
             self._context,
             self._replica.log,
             group,
+            [member.peer for member in self._peers() if member.silent],
             max(promised, self._ballot) + 1,
             self._first_stage_head(),
             lambda line: follow(self._context, self._member, line),
@@ -356,7 +357,7 @@ class Outer:
             tokens_since_round=self.tokens_since_round,
             log_tokens=self.tokens,
         )
-        others = [member for member in self._peers() if member.peer != me]
+        others = [member for member in self._peers() if member.peer != me and not member.silent]
         uplink = next((member.uplink for member in self._peers() if member.peer == me), mine.uplink)
         return [dataclasses.replace(mine, uplink=uplink), *others]
 
