@@ -89,5 +89,9 @@ class Directory(ABC):
         """Addresses that a token may carry so that others can start from this peer."""
 
     @abstractmethod
+    def met_addresses(self, most: int) -> tuple[str, ...]:
+        """The like of other peers met lately: with them in it, a token outlives the peer that made it."""
+
+    @abstractmethod
     async def close(self) -> None:
         """Leave."""

@@ -186,6 +186,13 @@ class HivemindDirectory(Directory):
         routes = self._guard.my_routes if self._guard is not None else ()
         return tuple(f"{route}/p2p/{self._key.peer}" for route in routes[: limits.BOOTSTRAP_ADDRESSES])
 
+    def met_addresses(self, most: int) -> tuple[str, ...]:
+        if self._guard is None:
+            return ()
+        book = self._guard.book
+        routes = ((peer, book.routes(peer)) for peer in book.recent(most))
+        return tuple(f"{known[0]}/p2p/{peer}" for peer, known in routes if known)
+
     def status(self) -> DirectoryStatus:
         """The picture of the moment; cheap."""
         daemon, joiner = self._daemon, self._joiner

@@ -136,5 +136,8 @@ class MemoryDirectory(Directory):
     def bootstrap_addresses(self) -> tuple[str, ...]:
         return (f"/memory/{self._peer}",)
 
+    def met_addresses(self, most: int) -> tuple[str, ...]:
+        return ()
+
     async def close(self) -> None:
         self._closed = True

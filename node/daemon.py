@@ -44,7 +44,8 @@ _MEET_S = 1.0  # a new peer looks around this long before it chooses a stage ...
 _SETTLE_S = 0.6  # ... and once more after each change, since others may be choosing at the same time
 _SETTLE_LOOKS = 6
 _ASKED_WHEN_ALONE = 4
-_ADDRESSES_EVERY_S = 30.0
+_ADDRESSES_EVERY_S = 10.0
+_OWN_IN_TOKEN, _OTHERS_IN_TOKEN = 5, 3
 _INTERRUPTED = 130
 
 
@@ -263,7 +264,9 @@ class Daemon:
         """Keep what new tokens carry up to date, and hand the first invitation out."""
         known: tuple[str, ...] = ()
         while True:
-            found = presence.directory.bootstrap_addresses()
+            found = presence.directory.bootstrap_addresses()[:_OWN_IN_TOKEN]
+            if found:  # P6: whoever has a token can join while any of these is there
+                found = (*found, *presence.directory.met_addresses(_OTHERS_IN_TOKEN))
             if found and found != known:
                 await asyncio.to_thread(owner.keep_addresses, found)
                 if not known:
