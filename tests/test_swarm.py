@@ -167,6 +167,8 @@ def test_the_owner_is_not_special(pipeline: Shared) -> None:
         went_on_s = await swarm.until_training(others, GOES_ON_S)
         print(f"training went on {went_on_s:.2f} s after the owner's process was killed")
         assert swarm.applied_twice() == []
+        newcomer = await swarm.join()  # with a token that names other peers besides the owner's
+        assert await swarm.until_training([newcomer]) > 0
 
     pipeline.run(story())
 
