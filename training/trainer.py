@@ -80,7 +80,6 @@ class Trainer:
         self._ledger = Ledger()
         self._held_out_loss = math.nan
         self._marks: deque[tuple[float, int]] = deque()  # (loop time, tokens) for the rate
-        self._started_s = asyncio.get_running_loop().time()
         self.reroutes: deque[float] = deque(maxlen=100)
 
     @property

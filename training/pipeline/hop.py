@@ -92,7 +92,6 @@ class Hop:
         self._applying: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()  # pulsed when something held here is settled
         self.draining = False
-        self.tokens_answered = 0
 
     def serve(self) -> None:
         """Register with the transport; before it starts."""
@@ -132,7 +131,6 @@ class Hop:
         self._undecided[(request.micro_batch, request.attempt)] = Undecided(
             passage, (*request.chain, *chain), now, now
         )
-        self.tokens_answered += passage.token_count
         await stream.send(Gradient(chain, loss, self._lane.load().backlog_s, own_s), gradient)
 
     def _admit(self, request: Propagate, caller: PeerId) -> None:
