@@ -187,6 +187,7 @@ class Daemon:
         """Take part without a stage, until cancelled."""
         spec = (presence.spec or await presence.learn_spec(self._folder)).spec
         presence.announce("observing", ())
+        await asyncio.to_thread(warm_up)
         self._events("observing", {"text": f"watching run {spec.run.name}; this peer does not train"})
         await asyncio.Event().wait()
 
@@ -266,7 +267,7 @@ class Daemon:
         while True:
             found = presence.directory.bootstrap_addresses()[:_OWN_IN_TOKEN]
             if found:  # P6: whoever has a token can join while any of these is there
-                found = (*found, *presence.directory.met_addresses(_OTHERS_IN_TOKEN))
+                found = (*found, *sorted(presence.directory.met_addresses(_OTHERS_IN_TOKEN)))
             if found and found != known:
                 await asyncio.to_thread(owner.keep_addresses, found)
                 if not known:

@@ -317,10 +317,9 @@ def test_control_and_bulk_have_connections_of_their_own_and_share_them_among_str
 
 
 def open_connections(port: int) -> int:
-    """Established TCP connections to a port of this machine, from /proc."""
+    """Established TCP connections to a port of this machine, as Linux lists them."""
     tables = [path for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.exists()]
-    if not tables:
-        pytest.skip("needs /proc")
+    assert tables
     rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
     return sum(row[3] == "01" and int(row[2].rpartition(":")[2], 16) == port for row in rows)
 

@@ -45,6 +45,7 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from members_process import peer as members_peer
+from pipeline_world import batches
 from refusals_world import (
     GroupPeer,
     Known,
@@ -546,7 +547,7 @@ def test_a_replica_that_answers_garbage_is_counted_and_another_one_asked(
         honest = await Peer(run, spec, 1, Known()).start(run)
         known = Known(liar.me, after=[honest.me])
         driver = await Peer(run, spec, 0, known).start(run)
-        tokens = torch.randint(0, 8, (2, spec.model.sequence + 1))
+        (tokens,) = batches(spec, 1)
         async with asyncio.timeout(20):
             await driver.driver.train([tokens])
             await honest.hop.drained()
@@ -580,7 +581,7 @@ def test_a_replica_that_works_for_ever_does_not_hold_a_micro_batch_for_ever(tmp_
         known = Known(busybody.me, after=[honest.me])
         driver = await Peer(run, spec, 0, known).start(run)
         async with asyncio.timeout(30):
-            await driver.driver.train([torch.randint(0, 8, (2, spec.model.sequence + 1))])
+            await driver.driver.train(batches(spec, 1))
             await honest.hop.drained()
         assert known.suspected[0][0] == busybody.me
         assert "time was over" in known.suspected[0][1]

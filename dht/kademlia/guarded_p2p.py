@@ -28,7 +28,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from shoal.dht.addresses import best_first
 from shoal.dht.envelope import BODY_BYTES, Line, answering
 from shoal.dht.kademlia.call_guard import CallGuard
-from shoal.protocol.errors import AccessError, FrameInvalid, ProtocolViolation, ShoalError
+from shoal.protocol.errors import AccessError, FrameInvalid, ProtocolViolation, ShoalError, UsageError
 from shoal.protocol.identity import PeerId
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class GuardedP2P(P2P):  # type: ignore[misc]  # hivemind is untyped
         self, name: str, handler: Callable[..., Any], input_protobuf_type: type[Any], **options: Any
     ) -> None:
         if options.get("stream_input") or options.get("stream_output"):
-            raise NotImplementedError(f"{name}: DHT calls are unary")
+            raise UsageError(f"{name} asks for streams, and DHT calls are unary; hivemind has changed")
 
         async def answer(call: _Raw, context: P2PContext) -> _Raw:
             return await self._answer(
