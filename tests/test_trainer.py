@@ -202,3 +202,25 @@ def test_a_leaver_drains_and_loses_nothing() -> None:
             await world.heights(height + 2)
 
     virtual_time.run(main)
+
+
+def test_a_driver_whose_next_stage_is_gone_leaves_at_once() -> None:
+    """It used to wait out its whole drain for a replica that would never come."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with TrainerWorld(round_spec(2)) as world:
+            await world.add(0, 0)
+            await world.add(1, 1)
+            await world.heights(2)
+            await world.kill(1)
+            await asyncio.sleep(3.0)
+            driver = world.replicas[0]
+            begun = loop.time()
+            await driver.trainer.drain(20.0)
+            assert loop.time() - begun < 5.0
+            assert driver.heard("given-up")
+            assert not driver.heard("drain-cut")
+            assert driver.trainer.outer.steps_since_round == 0
+
+    virtual_time.run(main)

@@ -189,6 +189,8 @@ class Trainer:
 
     async def drain(self, deadline_s: float) -> None:
         """Leave in order: take nothing new, finish what is held, contribute the last delta."""
+        if self._downstream is not None:
+            self._downstream.leave()
         try:
             async with asyncio.timeout(deadline_s):
                 if self.driver is not None:

@@ -11,7 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from shoal.protocol.errors import Busy, MessageInvalid, PeerSilent, ShoalError, StageEmpty
 from shoal.protocol.identity import PeerId
@@ -69,7 +69,12 @@ class Downstream:
         self._rng = rng
         self._event = event
         self._records: defaultdict[PeerId, _Record] = defaultdict(_Record)
+        self._leaving = asyncio.Event()
         self.retries = 0
+
+    def leave(self) -> None:
+        """This peer is going: from now on nothing waits for a replica where there is none."""
+        self._leaving.set()
 
     async def propagate(
         self,
@@ -130,16 +135,24 @@ class Downstream:
     async def _wait_for_replica(self, now: float, deadline: float) -> None:
         """Until a replica appears, a breaker half-opens, or the deadline."""
         known = {replica.peer for replica in self._replicas.of_stage(self.stage)}
+        if self._leaving.is_set() and not known:
+            raise StageEmpty(f"stage {self.stage} has no replica, and this peer is leaving")
         openings = [self._records[peer].closed_until_s for peer in known]
         until = min([deadline, *openings])
+        reasons: list[asyncio.Task[Any]] = [asyncio.create_task(self._replicas.changed())]
+        if not self._leaving.is_set():
+            reasons.append(asyncio.create_task(self._leaving.wait()))
         try:
-            async with asyncio.timeout_at(max(until, now + 0.001)):
-                await self._replicas.changed()
-        except TimeoutError:
-            if until >= deadline:
-                raise StageEmpty(
-                    f"stage {self.stage} has no replica to ask ({len(known)} known); waiting for one to join"
-                ) from None
+            wait_s = max(until - now, 0.001)
+            woken, _ = await asyncio.wait(reasons, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for reason in reasons:
+                reason.cancel()
+            await asyncio.gather(*reasons, return_exceptions=True)
+        if not woken and until >= deadline:
+            raise StageEmpty(
+                f"stage {self.stage} has no replica to ask ({len(known)} known); waiting for one to join"
+            )
 
     async def _ask(self, peer: PeerId, request: Propagate, payload: memoryview, deadline: float) -> Answer:
         record = self._records[peer]

@@ -93,6 +93,7 @@ class Driver:
         self._running.set()
         self._progress = asyncio.Event()  # pulsed when a micro-batch or its commits are done
         self._committing = 0
+        self._leaving = False
         self.figures = DriverFigures()
 
     def serve(self) -> None:
@@ -107,8 +108,14 @@ class Driver:
         self._running.set()
 
     async def drained(self) -> None:
-        """Begin nothing more; returns when all is decided and its commits are acknowledged or given up."""
+        """Begin nothing more; returns when all is decided or given up, and commits are acknowledged.
+
+        Given up is what would need another chain: undecided, it counts at no stage.
+        """
         self.pause()
+        self._leaving = True
+        if self._downstream is not None:
+            self._downstream.leave()
         while self._undecided or self._committing:
             self._progress.clear()
             await self._progress.wait()
@@ -160,6 +167,9 @@ class Driver:
                     self._committing += 1
                     break
                 except ShoalError as error:
+                    if self._leaving:
+                        self._event("given-up", {"micro_batch": micro_batch.number, "reason": str(error)})
+                        return
                     self.figures.restarted += 1
                     self._event("restart", {"micro_batch": micro_batch.number, "reason": str(error)})
                     await asyncio.sleep(self._rng.uniform(0.1, 0.5))
