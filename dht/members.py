@@ -108,6 +108,7 @@ class Members:
         self._announcement: asyncio.TimerHandle | None = None
         self._announced_s = -ANNOUNCE_S
         transport.serve(METHOD, self._answer, frozenset(Role))
+        transport.on_trouble = lambda peer, error: self.suspect(peer, str(error))
 
     # --- life
 

@@ -32,6 +32,7 @@ from shoal.node.reachability import Reach, find_reach, say_hello
 from shoal.node.status import Status, stage_replicas, swarm_table, verdict
 from shoal.node.trainee import Trainee
 from shoal.protocol.admission import JoinToken
+from shoal.protocol.allocator import keep_freed_memory
 from shoal.protocol.errors import Busy, NetworkError, ProtocolViolation, ShoalError, TokenRevoked, UsageError
 from shoal.protocol.identity import PeerId, PeerKey
 from shoal.training.placement import place
@@ -71,6 +72,7 @@ def run_daemon(
     owner: OwnerHome | None = None,
 ) -> int:
     """Run a peer to its end; the exit code. Raises the ShoalError that ended it."""
+    keep_freed_memory()
     gc.disable()  # `warm_up` turns it on again
     meter = LoopMeter()
     daemon = Daemon(token, folder, options, events, meter, owner)
