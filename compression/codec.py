@@ -1,7 +1,7 @@
 """Codec: how a vector of fp32 values becomes bytes and back. The interface; `registry` finds one by name.
 
 Rounds use one for contributions and one for the published mean. A codec is a value: no state, no randomness,
-equal input gives equal bytes on every machine, because each step rounds once.
+equal input gives equal bytes on every machine, because each step rounds once. Formats are little-endian.
 """
 
 from __future__ import annotations
@@ -18,25 +18,43 @@ class CodecError(ValueError):
 
 
 class Codec(ABC):
-    """Encodes flat fp32 CPU tensors. Stateless and thread-safe; the work takes milliseconds a megabyte."""
+    """Encodes flat fp32 tensors. Stateless and thread-safe; the work takes milliseconds a megabyte."""
 
     tag: str  # names the format, block size included
+    needs_feedback: bool = False  # what it loses has to be kept and sent with the next (below 8 bits)
+    exact: bool = True  # encoded_bytes is the size itself; false: the most it can be
 
     @abstractmethod
     def encoded_bytes(self, count: int) -> int:
-        """Exactly how many bytes `count` values take."""
+        """How many bytes `count` values take; the most they take unless `exact`."""
 
     @abstractmethod
     def encode(self, values: torch.Tensor) -> Buffer:
-        """The bytes of `values` [count] fp32. Raises CodecError for input that is not finite."""
+        """The bytes of `values` [count] fp32, on any device: only the bytes come down.
+
+        Raises CodecError for values that are not finite, or so large that they would not decode finite.
+        """
 
     @abstractmethod
     def check(self, data: Buffer, count: int) -> None:
-        """Raises CodecError unless `decode` would give `count` finite values. Cheaper than decoding."""
+        """Raises CodecError unless an encoder can have made `data` from `count` values. Cheaper than decoding."""
 
     @abstractmethod
     def decode(self, data: Buffer, count: int) -> torch.Tensor:
-        """`count` finite fp32 values, in memory of their own. Raises what `check` raises."""
+        """`count` finite fp32 values, in CPU memory of their own. Raises what `check` raises."""
+
+    def add_decoded(self, data: Buffer, count: int, weight: float, total: torch.Tensor) -> float:
+        """total [count] fp32 += fp32(weight) · decoded, each operation rounding once; ‖decoded‖² comes back.
+
+        Equal bit for bit to `total.add_(decode(data, count).mul_(weight))`, for a total that holds no −0.0 (a
+        sum begun at zeros never does). The squared norm is right to 1e-6 of itself. Raises what `check` raises,
+        and has not touched `total` then.
+        """
+        require_total(total, count)
+        values = self.decode(data, count)
+        norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+        total.add_(values.mul_(weight))
+        return norm * norm
 
     def _check_size(self, data: Buffer, count: int) -> None:
         expected = self.encoded_bytes(count)
@@ -51,6 +69,15 @@ def bytes_of(values: torch.Tensor) -> memoryview:
 
 
 def require_vector(values: torch.Tensor) -> None:
-    """Raises CodecError unless `values` is a flat fp32 CPU tensor."""
-    if values.dtype is not torch.float32 or values.dim() != 1 or values.device.type != "cpu":
-        raise CodecError(f"a flat fp32 CPU tensor is needed, not {values.dtype} {tuple(values.shape)}")
+    """Raises CodecError unless `values` is a flat fp32 tensor."""
+    if values.dtype is not torch.float32 or values.dim() != 1:
+        raise CodecError(f"a flat fp32 tensor is needed, not {values.dtype} {tuple(values.shape)}")
+
+
+def require_total(total: torch.Tensor, count: int) -> None:
+    """Raises CodecError unless `total` is a flat fp32 CPU tensor of `count` values."""
+    require_vector(total)
+    if total.device.type != "cpu" or total.numel() != count:
+        raise CodecError(
+            f"a total of {count} values on the CPU is needed, not {total.numel()} on {total.device}"
+        )

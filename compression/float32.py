@@ -18,7 +18,7 @@ class Float32(Codec):
 
     def encode(self, values: torch.Tensor) -> Buffer:
         require_vector(values)
-        array = values.numpy()
+        array = values.cpu().numpy()
         if not np.isfinite(array).all():
             raise CodecError("float32: values that are not finite")
         return array.astype("<f4", copy=True).data.cast("B")

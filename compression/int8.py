@@ -34,7 +34,7 @@ class Int8(Codec):
     def encode(self, values: torch.Tensor) -> Buffer:
         require_vector(values)
         count = values.numel()
-        blocks = self._in_blocks(values)
+        blocks = self._in_blocks(values.cpu())
         low, high = torch.aminmax(blocks, dim=1)
         scales = torch.maximum(high, low.neg_()).div_(127.0)
         if not bool((scales <= _LARGEST_SCALE).all()):  # false for NaN too

@@ -39,6 +39,25 @@ def test_equal_values_give_equal_bytes_and_input_stays(codec: Codec) -> None:
     assert torch.equal(x, before)
 
 
+@every_codec
+@pytest.mark.parametrize("count", [0, 1, 257, 5000])
+def test_adding_what_was_encoded_is_decoding_multiplying_and_adding(codec: Codec, count: int) -> None:
+    encoded, total = codec.encode(values(count)), values(count, seed=1)
+    decoded = codec.decode(encoded, count)
+    expected = total + decoded * 0.3
+    squared = codec.add_decoded(encoded, count, 0.3, total)
+    assert torch.equal(total, expected)
+    assert squared == pytest.approx(float(decoded.double().square().sum()), rel=1e-6)
+
+
+@every_codec
+def test_refused_bytes_leave_the_total_alone(codec: Codec) -> None:
+    total = torch.ones(300)
+    with pytest.raises(CodecError):
+        codec.add_decoded(bytes(codec.encode(values(300)))[:-1], 300, 1.0, total)
+    assert torch.equal(total, torch.ones(300))
+
+
 def test_float32_is_exact() -> None:
     x = values(1000)
     assert torch.equal(Float32().decode(Float32().encode(x), 1000), x)
