@@ -116,6 +116,11 @@ def decode(cls: type[T], data: bytes, max_bytes: int = HEADER_BYTES) -> T:
     return _from_protobuf(cls, parsed)
 
 
+def is_message(name: str) -> bool:
+    """Whether an imported module has a wire message of that name."""
+    return name in _registry
+
+
 def decode_named(name: str, data: bytes) -> object:
     """The message of the type that the sender named. Raises MessageInvalid for unknown names."""
     cls = _registry.get(name)

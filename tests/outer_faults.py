@@ -1,123 +1,81 @@
-"""Faults at named messages: a transport that lets a test kill, freeze or tamper when a message passes."""
+"""Faults in a simulated group: a test's own strike at a point of a message, by means of protocol/faults."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Callable
 
-from shoal.protocol.identity import PeerId, Role
-from shoal.protocol.transport import Buffer, Channel, Handler, Message, Stream, Transport
+from shoal.protocol import faults
+from shoal.protocol.faults import Action, Arming
+from shoal.protocol.faulty_transport import FaultyTransport
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Buffer, Transport
 
-# (peer, "before" | "after" sending or "receiving", header) -> what to do at this point
-Hook = Callable[[PeerId, str, object], Awaitable[None]]
-Tamper = Callable[[PeerId, object, Buffer], tuple[object, Buffer]]
-
-
-class FaultyTransport(Transport):
-    """Passes everything on, and tells the hook first."""
-
-    def __init__(self, inner: Transport, faults: Faults) -> None:
-        self.me = inner.me
-        self._inner = inner
-        self._faults = faults
-
-    def serve(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
-        async def wrapped(stream: Stream) -> None:
-            await handler(_FaultyStream(stream, self.me, self._faults))
-
-        self._inner.serve(method, wrapped, roles)
-
-    @asynccontextmanager
-    async def open(
-        self, peer: PeerId, method: str, channel: Channel = Channel.CONTROL
-    ) -> AsyncIterator[Stream]:
-        async with self._inner.open(peer, method, channel) as stream:
-            yield _FaultyStream(stream, self.me, self._faults)
-
-    async def start(self) -> None:
-        await self._inner.start()
-
-    async def close(self) -> None:
-        await self._inner.close()
-
-    async def disconnect(self, peer: PeerId) -> None:
-        await self._inner.disconnect(peer)
-
-    def counters(self) -> Any:
-        return self._inner.counters()
+_PLACES = {"before": "sending", "after": "sent", "receiving": "received"}
+Strike = Callable[[PeerId], None]
 
 
-class _FaultyStream(Stream):
-    def __init__(self, inner: Stream, me: PeerId, faults: Faults) -> None:
-        self.remote = inner.remote
-        self._inner = inner
-        self._me = me
-        self._faults = faults
-
-    async def send(self, header: object, payload: Buffer = b"") -> None:
-        await self._faults.hook(self._me, "before", header)
-        header, payload = self._faults.tamper(self._me, header, payload)
-        await self._inner.send(header, payload)
-        await self._faults.hook(self._me, "after", header)
-
-    async def receive(self, *kinds: type[Any], max_payload_bytes: int = 0) -> Message[Any]:
-        message = await self._inner.receive(*kinds, max_payload_bytes=max_payload_bytes)
-        await self._faults.hook(self._me, "receiving", message.header)
-        return message
-
-    async def end(self) -> None:
-        await self._inner.end()
+def _unchanged(peer: PeerId, header: object, payload: Buffer) -> tuple[object, Buffer]:
+    return header, payload
 
 
 class Faults:
-    """What is armed. `strike` is called once, when `kind` passes for the `count`-th time at `point`."""
+    """What is armed. `strike` is called once, when `kind` passes for the `count`-th time at `point`.
 
-    def __init__(self) -> None:
-        self.hit: PeerId | None = None
-        self.tamper: Tamper = lambda peer, header, payload: (header, payload)
-        self._armed: tuple[type, str, int] | None = None
-        self._strike: Callable[[PeerId], None] = lambda peer: None
-        self._who: PeerId | None = None
+    The one who passes runs no further from there (unless `hangs` is off): it is cancelled, or woken.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
         self.hangs = True
-        self._awake: asyncio.Future[None] | None = None
+        self._strike: Strike = lambda peer: None
+        self._awake: list[asyncio.Future[None]] = []
+        self._faults = faults.Faults(kill=self._blow, freeze=self._blow, seed=seed)
+        self._faults.tamper = _unchanged
+
+    @property
+    def hit(self) -> PeerId | None:
+        """Who was struck last."""
+        return self._faults.struck[-1][1] if self._faults.struck else None
+
+    @property
+    def tamper(self) -> faults.Tamper:
+        """Changes what is sent."""
+        return self._faults.tamper or _unchanged
+
+    @tamper.setter
+    def tamper(self, tamper: faults.Tamper) -> None:
+        self._faults.tamper = tamper
 
     def wrap(self, transport: Transport) -> Transport:
-        return FaultyTransport(transport, self)
+        """For `World(wrap=...)`."""
+        return FaultyTransport(transport, self._faults)
 
     def arm(
-        self,
-        kind: type,
-        point: str,
-        strike: Callable[[PeerId], None],
-        *,
-        count: int = 1,
-        who: PeerId | None = None,
+        self, kind: type, point: str, strike: Strike, *, count: int = 1, who: PeerId | None = None
     ) -> None:
-        self._armed, self._strike, self._who = (kind, point, count), strike, who
+        """Strike "before" or "after" sending, or "receiving", a message; the arming before is off."""
+        arming = Arming(f"{kind.__name__}.{_PLACES[point]}", Action.KILL, nth=count, who=who)
+        self.arm_as(arming, strike)
+
+    def arm_as(self, arming: Arming, strike: Strike = lambda peer: None) -> None:
+        """Arm any action at any point; `strike` is how this world kills or freezes."""
+        self.disarm()
+        self._strike = strike
+        self._faults.arm(arming)
 
     def disarm(self) -> None:
         """Nothing strikes any more."""
-        self._armed = None
-
-    async def hook(self, peer: PeerId, point: str, header: object) -> None:
-        if self._armed is None or not isinstance(header, self._armed[0]) or point != self._armed[1]:
-            return
-        if self._who not in (None, peer):
-            return
-        kind, _, count = self._armed
-        if count > 1:
-            self._armed = (kind, point, count - 1)
-            return
-        self._armed, self.hit = None, peer
-        self._strike(peer)
-        if self.hangs:
-            # The process runs no further: it is cancelled, or woken.
-            self._awake = asyncio.get_running_loop().create_future()
-            await self._awake
+        self._faults.disarm()
 
     def wake(self) -> None:
-        """A frozen process goes on."""
-        if self._awake is not None and not self._awake.done():
-            self._awake.set_result(None)
+        """Frozen processes go on."""
+        for future in self._awake:
+            if not future.done():
+                future.set_result(None)
+        self._awake.clear()
+
+    async def _blow(self, peer: PeerId) -> None:
+        self._strike(peer)
+        if self.hangs:
+            self._awake.append(asyncio.get_running_loop().create_future())
+            await self._awake[-1]
