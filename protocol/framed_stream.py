@@ -27,6 +27,7 @@ from shoal.protocol.identity import VerifiedPeer
 from shoal.protocol.limits import LINGER_S
 from shoal.protocol.progress import Pulse, Watchdog
 from shoal.protocol.transport import Buffer, Message, Stream
+from shoal.protocol.uplink import Outlet, Place
 
 _LAST_WORDS_S = 1.0  # how long a failed sender waits for the other side's reason
 _LAST_WORDS_FRAMES = 4  # and how many frames it keeps on the way to it
@@ -73,6 +74,7 @@ class FramedStream(Stream):
         pipe: FramePipe,
         traffic: Traffic,
         pulse: Pulse,
+        outlet: Outlet,
         trouble: Callable[[ShoalError], None],
         *,
         opened_here: bool = False,
@@ -82,6 +84,7 @@ class FramedStream(Stream):
         self._pipe = pipe
         self._traffic = traffic
         self._pulse = pulse
+        self._outlet = outlet
         self._trouble = trouble
         self._encoder = FrameEncoder()
         self._decoder = FrameDecoder()
@@ -97,8 +100,9 @@ class FramedStream(Stream):
         if self._said_end:
             raise UsageError("this side has already said END; open another stream to send more")
         try:
-            for frame in self._encoder.message(header, payload, lambda: self._pulse.frame_bytes):
-                await self._write(frame)
+            for frame in self._encoder.message(header, payload, self._frame_bytes):
+                async with self._outlet.passing(len(frame), self._place_of(frame, payload)):
+                    await self._write(frame)
         except asyncio.CancelledError:
             self._give_up(StreamBroken(f"a send to {self.remote.peer} was cancelled midway"))
             raise
@@ -171,6 +175,15 @@ class FramedStream(Stream):
         if self._failure is None:
             self._failure = failure
             self._pipe.break_off()
+
+    def _frame_bytes(self) -> int:
+        return min(self._pulse.frame_bytes, self._outlet.frame_bytes)
+
+    def _place_of(self, frame: bytes, payload: Buffer) -> Place:
+        """Of a frame that was just made."""
+        if kind_of(frame) is not FrameKind.HEAD:
+            return Place.INSIDE
+        return Place.WHOLE if memoryview(payload).nbytes <= self._frame_bytes() else Place.OPENING
 
     async def _write(self, frame: bytes) -> None:
         since_s = asyncio.get_running_loop().time()

@@ -24,6 +24,8 @@ from shoal.protocol.grpc_pipes import ClientPipe, ServerPipe
 from shoal.protocol.grpc_settings import (
     PREFIX,
     SERVER_OPTIONS,
+    channel_metadata,
+    channel_of,
     grpc,
     server_configuration,
     server_credentials,
@@ -34,6 +36,7 @@ from shoal.protocol.progress import Pulse
 from shoal.protocol.service import Service
 from shoal.protocol.session import Sessions
 from shoal.protocol.transport import Channel, Handler, Stream, Transport, TransportCounters
+from shoal.protocol.uplink import Uplink
 
 _ANY_HOST = frozenset({"", "0.0.0.0", "::"})
 _Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -43,13 +46,19 @@ class GrpcTransport(Transport):
     """One peer's transport. `port` is what it listens on once started (0: not yet)."""
 
     def __init__(
-        self, membership: Membership, contacts: ContactBook, host: str = "0.0.0.0", port: int = 0
+        self,
+        membership: Membership,
+        contacts: ContactBook,
+        host: str = "0.0.0.0",
+        port: int = 0,
+        upload_bytes_per_s: float | None = None,
     ) -> None:
         self.me = membership.me.peer
         self.port = port
         self._membership = membership
         self._contacts = contacts
         self._host = host
+        self._uplink = Uplink(upload_bytes_per_s)
         self._service = Service()
         self._sessions = Sessions()
         self._connections = Connections(membership, self._contact_of)
@@ -104,6 +113,9 @@ class GrpcTransport(Transport):
     def counters(self) -> TransportCounters:
         return self._service.counters(self._sessions.count)
 
+    def uplink_bytes_per_s(self) -> float | None:
+        return self._uplink.bytes_per_s()
+
     @asynccontextmanager
     async def _open(self, peer: PeerId, method: str, channel: Channel) -> AsyncIterator[Stream]:
         try:
@@ -112,11 +124,13 @@ class GrpcTransport(Transport):
             self._tell(peer, error)
             raise
         call: grpc.aio.StreamStreamCall[bytes, bytes]
-        call = connection.channel.stream_stream(PREFIX + method)()
+        call = connection.channel.stream_stream(PREFIX + method)(metadata=channel_metadata(channel))
         pipe = ClientPipe(f"{method} to {peer}", call, connection.lost)
         traffic = self._service.traffic(method, opened_here=True)
+        outlet = self._uplink.outlet(channel, to_itself=peer == self.me)
+        trouble = partial(self._tell, peer)
         stream = FramedStream(
-            connection.verified, pipe, traffic, connection.pulse, partial(self._tell, peer), opened_here=True
+            connection.verified, pipe, traffic, connection.pulse, outlet, trouble, opened_here=True
         )
         self._pipes[pipe] = peer
 
@@ -138,7 +152,8 @@ class GrpcTransport(Transport):
         pulse = self._pulses.setdefault(context.peer(), Pulse())
         pipe = ServerPipe(f"{method} from {caller.peer}", context)
         trouble = partial(self._tell_of_caller, caller.peer)
-        stream = FramedStream(caller, pipe, self._service.traffic(method), pulse, trouble)
+        outlet = self._uplink.outlet(channel_of(context), to_itself=caller.peer == self.me)
+        stream = FramedStream(caller, pipe, self._service.traffic(method), pulse, outlet, trouble)
         self._pipes[pipe] = caller.peer
         try:
             await self._service.answer(method, stream)

@@ -19,6 +19,10 @@ STREAMS_PER_TOKEN = 1024  # one holder may run many peers, but not fill everythi
 STREAMS_IN_ALL = 4096
 CONNECTIONS = 1024  # outgoing; beyond this idle ones are closed, the least recently used first
 
+# A volunteer's limit on what is sent: below 600 kbit/s the least frame takes so long that neither the
+# limit holds within 5 % over ten seconds, nor a receiver hears from each of several streams in time
+LEAST_UPLOAD_BYTES_PER_S = 75_000
+
 # Silence on a transfer that should be moving (design section 7)
 SUSPECT_AFTER_S = 2.0
 ABORT_AFTER_S = 5.0

@@ -26,6 +26,7 @@ from shoal.protocol.progress import Pulse
 from shoal.protocol.service import Service
 from shoal.protocol.session import Sessions
 from shoal.protocol.transport import Channel, Handler, Stream, Transport, TransportCounters
+from shoal.protocol.uplink import Uplink
 
 _OPEN_BYTES = 200  # about what the headers of a request take
 _HELLO_BYTES = 1500  # one leg of a handshake with certificates
@@ -39,13 +40,17 @@ class MemoryNetwork(Network):
         self._transports: dict[PeerId, MemoryTransport] = {}
 
     def transport(
-        self, peer: PeerId, roles: frozenset[Role] = frozenset(Role), token_id: str = ""
+        self,
+        peer: PeerId,
+        roles: frozenset[Role] = frozenset(Role),
+        token_id: str = "",
+        upload_bytes_per_s: float | None = None,
     ) -> MemoryTransport:
         """A transport for `peer`; one that was killed or closed may come back under its name."""
         if peer in self._transports:
             raise UsageError(f"{peer} is on this network already")
         verified = VerifiedPeer(peer, roles, token_id or peer, float("inf"))
-        self._transports[peer] = MemoryTransport(self, verified)
+        self._transports[peer] = MemoryTransport(self, verified, upload_bytes_per_s)
         return self._transports[peer]
 
     def kill(self, peer: PeerId) -> None:
@@ -76,11 +81,14 @@ class MemoryNetwork(Network):
 class MemoryTransport(Transport):
     """One peer's transport. Made by `MemoryNetwork.transport`."""
 
-    def __init__(self, network: MemoryNetwork, verified: VerifiedPeer) -> None:
+    def __init__(
+        self, network: MemoryNetwork, verified: VerifiedPeer, upload_bytes_per_s: float | None = None
+    ) -> None:
         self.me = verified.peer
         self.verified = verified
         self.started = False
         self._network = network
+        self._uplink = Uplink(upload_bytes_per_s)
         self._service = Service()
         self._sessions = Sessions()
         self._connections: dict[tuple[PeerId, Channel], Pulse] = {}
@@ -118,6 +126,9 @@ class MemoryTransport(Transport):
     def counters(self) -> TransportCounters:
         return self._service.counters(self._sessions.count)
 
+    def uplink_bytes_per_s(self) -> float | None:
+        return self._uplink.bytes_per_s()
+
     def vanish(self) -> None:
         """Die without a word; for `MemoryNetwork.kill`."""
         self.started = False
@@ -133,12 +144,17 @@ class MemoryTransport(Transport):
             if pipe.there == peer:
                 pipe.fail(f"the connection was lost: {reason}")
 
-    def accept(self, pipe: MemoryPipe, method: str, caller: VerifiedPeer, pulse: Pulse) -> None:
+    def accept(
+        self, pipe: MemoryPipe, method: str, caller: VerifiedPeer, pulse: Pulse, channel: Channel
+    ) -> None:
         """A stream that another peer opened has arrived."""
         if pipe.other.broken is not None:
             return
         traffic = self._service.traffic(method)
-        stream = FramedStream(caller, pipe, traffic, pulse, partial(self._tell_of_caller, caller.peer))
+        outlet = self._uplink.outlet(channel, to_itself=caller.peer == self.me)
+        stream = FramedStream(
+            caller, pipe, traffic, pulse, outlet, partial(self._tell_of_caller, caller.peer)
+        )
         self._pipes[pipe] = None
         task = asyncio.create_task(self._serve(method, stream, pipe), name=f"stream {method}")
         self._serving[task] = None
@@ -157,21 +173,24 @@ class MemoryTransport(Transport):
     async def _open(self, peer: PeerId, method: str, channel: Channel) -> AsyncIterator[Stream]:
         remote, pulse = await self._connect(peer, channel)
         pipe = MemoryPipe.pair(self._network, self.me, peer, channel, method)
-        request = partial(self._request, pipe, method, pulse)
+        request = partial(self._request, pipe, method, pulse, channel)
         self._network.route(self.me, peer, channel).push(_OPEN_BYTES, request)
         traffic = self._service.traffic(method, opened_here=True)
-        stream = FramedStream(remote, pipe, traffic, pulse, partial(self._tell, peer), opened_here=True)
+        outlet = self._uplink.outlet(channel, to_itself=peer == self.me)
+        stream = FramedStream(
+            remote, pipe, traffic, pulse, outlet, partial(self._tell, peer), opened_here=True
+        )
         self._pipes[pipe] = None
         async with self._sessions.run(stream, partial(self._pipes.pop, pipe)):
             yield stream
 
-    def _request(self, pipe: MemoryPipe, method: str, pulse: Pulse) -> None:
+    def _request(self, pipe: MemoryPipe, method: str, pulse: Pulse, channel: Channel) -> None:
         """The request reaches the other side, or the place where that was."""
         transport = self._network.listening(pipe.there)
         if transport is None:
             pipe.fail("it listens no more")
         else:
-            transport.accept(pipe.other, method, self.verified, pulse)
+            transport.accept(pipe.other, method, self.verified, pulse, channel)
 
     async def _connect(self, peer: PeerId, channel: Channel) -> tuple[VerifiedPeer, Pulse]:
         """Two round trips (TCP, TLS 1.3), unless there is a connection."""

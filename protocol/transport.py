@@ -133,6 +133,13 @@ class Transport(ABC):
     def counters(self) -> TransportCounters:
         """A copy of the figures."""
 
+    def uplink_bytes_per_s(self) -> float | None:
+        """What this peer's uplink carries in bulk: measured, at most its upload limit; `uplink` has the rule.
+
+        None: nothing was measured yet, or this transport does not measure.
+        """
+        return None
+
     def _tell(self, peer: PeerId, error: ShoalError) -> None:
         if self.on_trouble is not None:
             self.on_trouble(peer, error)

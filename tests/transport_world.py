@@ -144,8 +144,15 @@ class Run:
         self.memberships[member.me.peer] = member
         return member
 
-    def transport(self, *roles: Role, member: Membership | None = None, port: int = 0) -> GrpcTransport:
-        made = GrpcTransport(member or self.member(*roles), self.contacts, "127.0.0.1", port)
+    def transport(
+        self,
+        *roles: Role,
+        member: Membership | None = None,
+        port: int = 0,
+        upload_bytes_per_s: float | None = None,
+    ) -> GrpcTransport:
+        member = member or self.member(*roles)
+        made = GrpcTransport(member, self.contacts, "127.0.0.1", port, upload_bytes_per_s)
         self._transports.append(made)
         return made
 
