@@ -220,11 +220,12 @@ class World:
         """
         outer = self.spec.outer
         anchor, momentum = self.genesis.double(), torch.zeros(self.genesis.numel(), dtype=torch.float64)
-        parts = cut(self.genesis.numel(), outer.part_bytes, self.spec.compression.block)
+        block = self.spec.compression.block
+        fragments = cut(self.genesis.numel(), outer.part_bytes, block, outer.fragments)
         listed: dict[tuple[str, int, int], int] = {}  # process and part -> its last listed step
         for entry in self.entries():
-            for part in parts:
-                seats = seats_in(entry.listed_in(part.index))
+            for number, part in enumerate(fragments[entry.fragment].parts):
+                seats = seats_in(entry.listed_in(number))
                 rows = [row for row in entry.contributors if row.seat in seats]
                 if not rows:
                     continue
@@ -242,7 +243,7 @@ class World:
                 anchor[part.span] -= outer.learning_rate * (change if outer.momentum else mean)
         for node in self.live.values():
             torch.testing.assert_close(node.outer.anchor.double(), anchor, rtol=0.0, atol=2e-5)
-            for part in parts:
+            for part in (part for fragment in fragments for part in fragment.parts):
                 last = listed.get((node.name, node.incarnation, part.index), 0)
                 ahead = sum((step[part.span] for step in node.changes[last:]), torch.zeros(1).double())
                 expected = node.outer.anchor[part.span].double() + ahead

@@ -20,13 +20,15 @@ from shoal.training.outer.entry import (
     seats_in,
 )
 from shoal.training.outer.log import Log, genesis_state
+from shoal.training.outer.parts import cut
 
 A, B = (PeerId(name.ljust(52, "1")) for name in ("12D3KooWa", "12D3KooWb"))
 PARTS = 3
+FRAGMENTS = cut(PARTS * 256, 1024, 256)
 
 
 def log() -> Log:
-    return Log(genesis_state(bytes(32), 2), PARTS)
+    return Log(genesis_state(bytes(32), 2), FRAGMENTS)
 
 
 def row(seat: int, first: int, last: int, tokens: int = 10) -> Contributor:
@@ -45,6 +47,8 @@ def entry(chain: Log, *rows: Contributor, skip: int | None = None) -> Entry:
         roster=(Seat(A, 7, 1.0, True), Seat(B, 8, 1.0, True)),
         contributors=rows,
         first_stage_head=b"",
+        contribution="int8/256",
+        published="int8/256",
     )
     listed = bitmap({r.seat for r in rows}, 2)
     results = [None if part == skip else (bytes([part + 1]) * 32, listed) for part in range(PARTS)]
@@ -73,7 +77,7 @@ def test_entries_chain_and_add_up() -> None:
 def test_a_state_carries_on_where_the_log_was() -> None:
     chain = log()
     chain.append(entry(chain, row(0, 0, 2)).encode())
-    again = Log(chain.state(), PARTS)
+    again = Log(chain.state(), FRAGMENTS)
     following = entry(chain, row(0, 2, 5), row(1, 0, 1)).encode()
     chain.append(following)
     again.append(following)

@@ -37,15 +37,28 @@ def peers(count: int) -> list[PeerId]:
     return [PeerId(f"peer{n}") for n in range(count)]
 
 
-@given(st.integers(1, 3_000_000), st.integers(1024, 1 << 20), st.sampled_from([256, 512, 1024]))
-def test_parts_cover_the_vector_once_in_equal_blocks(size: int, part_bytes: int, block: int) -> None:
-    parts = cut(size, part_bytes, block)
+@given(
+    st.integers(1, 3_000_000),
+    st.integers(1024, 1 << 20),
+    st.sampled_from([256, 512, 1024]),
+    st.integers(1, 32),
+)
+def test_parts_cover_the_vector_once_in_equal_blocks(
+    size: int, part_bytes: int, block: int, number: int
+) -> None:
+    fragments = cut(size, part_bytes, block, number)
+    parts = [part for fragment in fragments for part in fragment.parts]
+    assert [part.index for part in parts] == list(range(len(parts)))
     assert parts[0].start == 0
-    assert sum(part.count for part in parts) == size
+    assert sum(part.count for part in parts) == sum(fragment.count for fragment in fragments) == size
     assert all(a.start + a.count == b.start for a, b in itertools.pairwise(parts))
-    assert all(part.count == parts[0].count and part.count % block == 0 for part in parts[:-1])
-    assert 0 < parts[-1].count <= parts[0].count
-    assert len(parts) <= 4096
+    assert all(part.count > 0 and part.start % block == 0 for part in parts)
+    for fragment in fragments:
+        first = fragment.parts[0].count
+        assert all(part.count == first for part in fragment.parts[:-1])
+        assert len(fragment.parts) <= 4096
+    sizes = [fragment.count for fragment in fragments]
+    assert max(sizes) - min(sizes) < 2 * block, "balanced by bytes"
 
 
 def test_every_peer_draws_the_same_succession_and_leaders_change() -> None:
@@ -62,15 +75,15 @@ def test_a_lost_leader_leaves_the_rest_of_the_order_as_it_was() -> None:
 
 
 def test_parts_go_to_owners_by_uplink() -> None:
-    drawn = owners(RUN, 0, 4096, peers(3), [1.0, 2.0, 5.0])
+    drawn = owners(RUN, 0, range(4096), peers(3), [1.0, 2.0, 5.0])
     shares = [drawn.count(i) / 4096 for i in range(3)]
     assert shares == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.03)
 
 
 def test_a_departed_owner_moves_only_its_own_parts() -> None:
-    four = [peers(4)[i] for i in owners(RUN, 0, 1000, peers(4), [1.0] * 4)]
+    four = [peers(4)[i] for i in owners(RUN, 0, range(1000), peers(4), [1.0] * 4)]
     left = [*peers(4)[:2], peers(4)[3]]
-    three = [left[i] for i in owners(RUN, 0, 1000, left, [1.0] * 3)]
+    three = [left[i] for i in owners(RUN, 0, range(1000), left, [1.0] * 3)]
     assert all(now == then for now, then in zip(three, four, strict=True) if then != "peer2")
 
 

@@ -15,6 +15,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Buffer
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.messages import Chunk, Commit, EntryItem, Manifest, PublishedPart
+from shoal.training.outer.parts import cut
 from shoal.training.recovery.snapshot import load
 
 BIG = 300_000  # values: two chunks a tensor
@@ -234,7 +235,7 @@ def test_damaged_files_are_refused_by_name_and_what_is_whole_is_used(tmp_path: P
             await world.nodes[0].stop()
             newest = flip_a_bit_of_the_newest_snapshot(tmp_path)
             with pytest.raises(StorageError, match="state root"):
-                load(newest, world.genesis.numel())
+                load(newest, world.genesis.numel(), cut(world.genesis.numel(), 4096, 256))
             world.nodes.clear()
             again = await join(world, 0, 2, tmp_path)
             assert again.outer.height == 9, "the snapshot before it, and the journal"

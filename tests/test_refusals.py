@@ -672,6 +672,8 @@ class Tyrant:
             "roster": seats,
             "contributors": (Contributor(mine, 0, 1, 100, 1.0, 1.0),),
             "first_stage_head": b"",
+            "contribution": "float32",
+            "published": "float32",
             **changes,
         }
         return Entry(**fields)  # type: ignore[arg-type]
@@ -684,7 +686,7 @@ class Tyrant:
             self.transport.open(self.victim.me, method) as stream,
             lifeline(stream, 10.0) as line,
         ):
-            line.post(Prepare(1, self.victim.outer.head, self.ballot))
+            line.post(Prepare(1, self.victim.outer.head, self.ballot), self.draft().encode())
             await line.receive(Answer, max_payload_bytes=1 << 20)
             line.post(Go(4.0), data)
             yield line
@@ -706,15 +708,15 @@ def test_malformed_contributions_and_parts_are_refused_and_counted(tmp_path: Pat
         victim = await GroupPeer(run).start(run)
         tyrant = Tyrant(run, victim)
         before = victim.state()
-        parts = victim.outer._context.parts
-        owner_of = owners(victim.outer._context.run_id, 0, len(parts), tyrant.roster(), (1.0, 1.0))
+        (fragment,) = victim.outer._context.fragments
+        parts = fragment.parts
+        owner_of = owners(victim.outer._context.run_id, 0, range(len(parts)), tyrant.roster(), (1.0, 1.0))
         drawn = [tyrant.roster()[owner] for owner in owner_of]
         theirs, mine = drawn.index(victim.me), drawn.index(tyrant.me)
         whole = 4 * parts[0].count
         assert all(parts[part].count == parts[0].count for part in (theirs, mine))
         not_finite = bytes(whole - 4) + struct.pack("<f", float("nan"))
         contributed: tuple[Malformed, ...] = (
-            (ContributedPart(theirs), not_finite, MessageInvalid, f"part {theirs}"),
             (ContributedPart(theirs), bytes(whole - 4), MessageInvalid, f"part {theirs}"),
             (ContributedPart(theirs), bytes(whole + 4), MessageTooLarge, "are allowed"),
             (ContributedPart(99), bytes(whole), MessageInvalid, "part 99 of 5"),
@@ -733,13 +735,23 @@ def test_malformed_contributions_and_parts_are_refused_and_counted(tmp_path: Pat
                 async with tyrant.round(draft):
                     with pytest.raises(kind, match=words):
                         await tyrant.send(method, (opening(draft_id(draft)), b""), (header, payload))
+        draft = tyrant.next_draft()
+        async with tyrant.round(draft):  # what does not decode is found out when it is summed
+            await tyrant.send(
+                "contribute",
+                (Contributing(draft_id(draft)), b""),
+                (ContributedPart(theirs), not_finite),
+            )
+            async with asyncio.timeout(10):
+                while victim.refused()[tyrant.me] <= len(contributed) + len(published):
+                    await asyncio.sleep(0.01)
         stranger = Tyrant(run, victim)
         for method, opening, _ in both:
             draft = tyrant.next_draft()
             async with tyrant.round(draft):
                 with pytest.raises(Stale, match=f"{stranger.me} (does not contribute|has no seat)"):
                     await stranger.send(method, (opening(draft_id(draft)), b""))
-        assert victim.refused() == {tyrant.me: len(contributed) + len(published)}
+        assert victim.refused() == {tyrant.me: len(contributed) + len(published) + 1}
         assert {peer for peer, _ in victim.suspected} == {tyrant.me}
         assert victim.state() == before
 
@@ -753,7 +765,7 @@ def test_drafts_and_entries_that_do_not_hold_change_no_log(tmp_path: Path) -> No
         tyrant = Tyrant(run, victim)
         before = victim.state()
         good = tyrant.draft()
-        parts = len(victim.outer._context.parts)
+        parts = len(victim.outer._context.fragments[0].parts)
 
         def entry(digest: bytes, **changes: object) -> bytes:
             drafted = tyrant.draft(**changes)
@@ -770,6 +782,8 @@ def test_drafts_and_entries_that_do_not_hold_change_no_log(tmp_path: Path) -> No
             (entry(SKIP), Stale, "GO for height 1"),  # decided already: no draft
             (tyrant.draft(stage=1).encode(), MessageInvalid, "stage 1"),
             (tyrant.draft(roster=absent).encode(), MessageInvalid, "nobody present"),
+            (tyrant.draft(fragment=1).encode(), MessageInvalid, "fragment 0"),
+            (tyrant.draft(published="int7").encode(), MessageInvalid, "no codec"),
         )
         for data, kind, words in drafts:
             with pytest.raises(kind, match=words):

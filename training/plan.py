@@ -11,14 +11,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from shoal.protocol import limits
-from shoal.protocol.errors import SpecError
+from shoal.training.outer.codecs import codec_of, round_codecs
+from shoal.training.outer.parts import cut
 from shoal.training.partition import layer_costs, stage_costs, stage_ranges
-from shoal.training.spec import CompressionSection, RunSpec
+from shoal.training.spec import RunSpec
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _TOKEN_BYTES = 4  # int32 on the wire
-_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +30,8 @@ class StageMemory:
     optimizer: int  # AdamW's two moments
     anchor: int  # float32, of the last round
     outer_momentum: int
+    round: int  # a copy of a fragment's weights and its contribution, encoded
+    residuals: int  # float32, of contributions and at most as much of means; below 8 bits only
     activations: int  # of `inner.in_flight` micro-batches
 
     @property
@@ -50,7 +51,8 @@ class StagePlan:
     hop_forward_bytes: int  # to the next stage for a micro-batch: tokens and activations; 0 at the last
     hop_backward_bytes: int  # back from it: the gradient of the activations
     parts: int
-    contribution_bytes: int  # all parts, encoded for their owners
+    fragments: int  # a round moves one of them
+    contribution_bytes: int  # all parts, encoded for their owners, after the warm-up
     published_bytes: int  # all parts, encoded means
 
     def round_bytes(self, replicas: int) -> int:
@@ -59,7 +61,8 @@ class StagePlan:
         It sends its contribution to the owners of the parts that are not its own, and the mean of its own
         parts to each of the others; parts are shared out evenly here, by uplink in a real round.
         """
-        return (self.contribution_bytes + self.published_bytes) * (replicas - 1) // max(replicas, 1)
+        sent = (self.contribution_bytes + self.published_bytes) // self.fragments
+        return sent * (replicas - 1) // max(replicas, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,7 @@ class Plan:
 
 
 def make_plan(spec: RunSpec) -> Plan:
-    """The plan of a run. Raises SpecError when a stage would have more parts than a round can name."""
+    """The plan of a run."""
     ranges = stage_ranges(spec)
     costs = stage_costs(layer_costs(spec), ranges)
     stages = tuple(
@@ -120,45 +123,39 @@ def stage_parameters(spec: RunSpec, layers: range) -> int:
     return count
 
 
-def encoded_bytes(parameters: int, part_bytes: int, codec: str, block: int) -> int:
-    """Payload bytes of a stage's parts: one byte a weight and a scale per block in int8, four in float32."""
-    if codec == "float32":
-        return 4 * parameters
-    whole, rest = divmod(parameters, part_bytes // 4)
-    scales = whole * math.ceil(part_bytes // 4 / block) + math.ceil(rest / block)
-    return parameters + _SCALE_BYTES * scales
-
-
 def _stage(spec: RunSpec, stage: int, layers: range, compute_share: float) -> StagePlan:
     parameters = stage_parameters(spec, layers)
-    part_bytes = spec.outer.part_bytes
-    parts = math.ceil(parameters / (part_bytes // 4))
-    if parts > limits.PARTS:
-        needed = 4 * math.ceil(parameters / limits.PARTS)
-        raise SpecError(
-            f"stage {stage} has {parameters} parameters, {parts} parts of outer.part_bytes = {part_bytes};"
-            f" {limits.PARTS} are allowed: set it to {needed} or more, or raise stages.count"
-        )
+    outer, codecs = spec.outer, spec.compression
+    fragments = cut(parameters, outer.part_bytes, codecs.block, outer.fragments)
+    parts = [part for fragment in fragments for part in fragment.parts]
     last = layers.stop == spec.model.layers
-    hidden = spec.micro_batch_tokens * spec.model.width * _BYTES[spec.compression.activations]
+    hidden = spec.micro_batch_tokens * spec.model.width * _BYTES[codecs.activations]
     tokens = spec.inner.micro_batch_sequences * (spec.model.sequence + 1) * _TOKEN_BYTES
-    codecs: CompressionSection = spec.compression
+    after_warmup = round_codecs(codecs, codecs.warmup_rounds + 1, 0.0)
+    contribution, published = (
+        sum(codec_of(tag).encoded_bytes(part.count) for part in parts) for tag in after_warmup
+    )
     return StagePlan(
         stage=stage,
         layers=layers,
         parameters=parameters,
         compute_share=compute_share,
-        memory=_memory(spec, layers, parameters),
+        memory=_memory(spec, layers, parameters, -(-contribution // len(fragments))),
         hop_forward_bytes=0 if last else tokens + hidden,
         hop_backward_bytes=0 if last else hidden,
-        parts=parts,
-        contribution_bytes=encoded_bytes(parameters, part_bytes, codecs.contribution, codecs.block),
-        published_bytes=encoded_bytes(parameters, part_bytes, codecs.published, codecs.block),
+        parts=len(parts),
+        fragments=len(fragments),
+        contribution_bytes=contribution,
+        published_bytes=published,
     )
 
 
-def _memory(spec: RunSpec, layers: range, parameters: int) -> StageMemory:
+def _memory(spec: RunSpec, layers: range, parameters: int, contribution_bytes: int) -> StageMemory:
     full = 4 * parameters
+    feedback = spec.compression.feedback and any(
+        codec_of(tag).needs_feedback
+        for tag in round_codecs(spec.compression, spec.compression.warmup_rounds + 1, 0.0)
+    )
     return StageMemory(
         master=full,
         versions=2 * parameters * _BYTES[spec.model.dtype],
@@ -166,6 +163,8 @@ def _memory(spec: RunSpec, layers: range, parameters: int) -> StageMemory:
         optimizer=2 * full if spec.inner.optimizer == "adamw" else 0,
         anchor=full,
         outer_momentum=full,
+        round=full // spec.outer.fragments + contribution_bytes,
+        residuals=2 * full if feedback else 0,
         activations=spec.inner.in_flight * _activation_bytes(spec, layers),
     )
 

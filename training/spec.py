@@ -166,6 +166,14 @@ class OuterSection(_Section):
     """Of the outer step. 0.5 for 16 to 64 inner steps a round, 0.9 for 100 and more."""
     nesterov: bool = True
     """Nesterov's look-ahead."""
+    fragments: Annotated[int, Field(ge=1, le=32)] = 1
+    """Slices of a stage that are synchronised in turns, one a round, inner_steps / fragments steps apart.
+    More: a smaller burst on the link, more messages. 4 to 8 for slow links."""
+    merge: Literal["rebase", "alpha"] = "rebase"
+    """What becomes of inner steps made while a round was under way. rebase: all are kept. alpha: Streaming
+    DiLoCo's mixture, which gives up a part of them."""
+    merge_alpha: Fraction = 0.5
+    """With merge = "alpha": the weight of the local weights in the mixture."""
     part_bytes: Annotated[int, Field(ge=1024, le=64 << 20)] = 1 << 20
     """Size of the pieces a stage's float32 weights are cut into for a round. Larger for larger models:
     a stage has at most 4096 parts."""
@@ -178,15 +186,25 @@ class OuterSection(_Section):
     """Memory for the payloads of past rounds, from which peers that missed some catch up."""
 
 
+CodecFamily = Literal["auto", "float32", "bfloat16", "int8", "int4", "onebit", "topk2", "topk8"]
+
+
 class CompressionSection(_Section):
     """Codecs on the wire."""
 
-    contribution: Literal["int8", "float32"] = "int8"
-    """What a replica sends in a round. int8: a quarter of the bytes."""
-    published: Literal["int8", "float32"] = "int8"
-    """What a part's owner sends back."""
+    contribution: CodecFamily = "int8"
+    """What a replica sends in a round. int8: a quarter of the bytes; int4, onebit (sign and block mean) and
+    topk2, topk8 (the largest 1/64) less, with error feedback. auto: by the slowest uplink of the round."""
+    published: CodecFamily = "int8"
+    """What a part's owner sends back. Not topk: a mean of sparse contributions is not sparse."""
     block: Literal[256, 512, 1024] = 256
-    """Values that share one 4-byte scale in int8. Larger: fewer bytes, coarser."""
+    """Values that share one scale and offset in int8. Larger: fewer bytes, coarser."""
+    warmup_rounds: Annotated[int, Field(ge=0, le=_LARGEST)] = 20
+    """First rounds that go in int8 where a codec below 8 bits is chosen; about a tenth of all rounds."""
+    feedback: bool = True
+    """Below 8 bits: what rounding left out goes with the next contribution. false is there for tests."""
+    feedback_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of that remainder which is kept from round to round."""
     activations: Literal["float32", "bfloat16"] = "float32"
     """Activations and their gradients between stages. bfloat16 halves the bytes of every hop."""
 

@@ -86,9 +86,9 @@ class Weights:
         self._behind = True
         self._publish()
 
-    async def sent(self) -> Sent:
-        """A copy of the master between two inner steps."""
-        return await self._lane.run(Work.UPDATE, self._copy)
+    async def sent(self, span: slice) -> Sent:
+        """A copy of some of the master between two inner steps."""
+        return await self._lane.run(Work.UPDATE, self._copy, span)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
         """w ← new + (w - old) for each changed span (design section 9)."""
@@ -98,14 +98,12 @@ class Weights:
         """Start anew from an anchor [size] fp32: a joiner, or a switch of chain."""
         await self._lane.run(Work.UPDATE, self._replace, weights)
 
-    def _copy(self) -> Sent:
-        return Sent(self._master.to("cpu", copy=True), self.inner_steps, self.tokens)
+    def _copy(self, span: slice) -> Sent:
+        return Sent(self._master[span].to("cpu", copy=True), self.inner_steps, self.tokens)
 
     def _rebase(self, changes: Sequence[Rebase]) -> None:
         for change in changes:
-            span = self._master[change.start : change.start + change.old.numel()]
-            old, new = change.old.to(span.device), change.new.to(span.device)
-            span.sub_(old).add_(new)
+            change.apply(self._master)
         self._behind = True
         self._publish()
 

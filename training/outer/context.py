@@ -8,12 +8,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from shoal.compression.codec import Codec
-from shoal.compression.registry import codec_for
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Transport
 from shoal.training.outer.messages import method
-from shoal.training.outer.parts import Part, cut
+from shoal.training.outer.parts import Fragment, cut
 from shoal.training.outer.strategy import OuterStrategy
 from shoal.training.spec import RunSpec
 
@@ -30,9 +28,7 @@ class Context:
     stage: int
     run_id: bytes
     size: int  # fp32 values of the stage
-    parts: tuple[Part, ...]
-    contribution: Codec
-    published: Codec
+    fragments: tuple[Fragment, ...]
     strategy: OuterStrategy
     me: PeerId
     incarnation: int
@@ -59,16 +55,14 @@ class Context:
         rng: random.Random,
     ) -> Context:
         """What follows from the spec is computed here, once."""
-        codecs = spec.compression
+        outer = spec.outer
         return cls(
             spec,
             stage,
             spec.run_id(),
             size,
-            cut(size, spec.outer.part_bytes, codecs.block),
-            codec_for(codecs.contribution, codecs.block),
-            codec_for(codecs.published, codecs.block),
-            OuterStrategy.of(spec.outer),
+            cut(size, outer.part_bytes, spec.compression.block, outer.fragments),
+            OuterStrategy.of(outer),
             me,
             incarnation,
             transport,

@@ -21,6 +21,7 @@ from shoal.protocol.wire import Bounds, Count, Digest, Identifier, Items, Length
 ENTRY_BYTES = 1 * limits.MIB
 SKIP = bytes(32)  # the digest of a part that stays as it is
 SeatIndex = Annotated[int, Bounds(0, limits.ROSTER - 1)]
+CodecTag = Annotated[str, Length(0, 32)]
 Norm = Annotated[float, Bounds(0.0, 1e18)]  # sums of a roster's deltas stay far inside fp32
 
 
@@ -47,7 +48,7 @@ class StreamPosition:
 @wire_message
 @dataclass(frozen=True, slots=True)
 class Contributor:
-    """One peer's steps from_step < step ≤ to_step, counted since its process started."""
+    """One peer's steps from_step < step ≤ to_step in one fragment, counted since its process started."""
 
     seat: SeatIndex
     from_step: Count
@@ -69,13 +70,15 @@ class Entry:
     ballot: Count
     leader: PeerIdText
     revision: Count  # of the spec
-    fragment: Annotated[int, Bounds(0, 255)]
+    fragment: Annotated[int, Bounds(0, 255)]  # of the stage, in turns by height
     roster: Annotated[tuple[Seat, ...], Items(limits.ROSTER)]  # by peer id
     contributors: Annotated[tuple[Contributor, ...], Items(limits.ROSTER)]  # by seat
     first_stage_head: Annotated[bytes, Length(0, 32)]  # the head it ran under; empty: not known
+    contribution: CodecTag = ""  # how contributions are encoded
+    published: CodecTag = ""  # how the means are
     digests: Annotated[bytes, Length(0, 32 * limits.PARTS)] = b""  # 32 bytes a part, SKIP or of the part
     listed: Annotated[bytes, Length(0, limits.PARTS * limits.ROSTER // 8)] = b""  # a bitmap of seats a part
-    tokens: Count = 0  # in the log since genesis, this entry's included
+    tokens: Count = 0  # of all contributions since genesis; n fragments count each token n times
 
     def __post_init__(self) -> None:
         peers = [seat.peer for seat in self.roster]

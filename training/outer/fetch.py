@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from shoal.compression.codec import CodecError
 from shoal.protocol.errors import NotHere, ProtocolViolation, ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, call
+from shoal.training.outer.codecs import codec_of
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import SKIP, Entry
 from shoal.training.outer.messages import PartRequest, PublishedPart
-from shoal.training.outer.reduce import Published, publish
+from shoal.training.outer.reduce import Published, checked
 
 PART_S = 30.0  # one part from one holder; a stalled transfer ends sooner
 AT_A_TIME = 4  # parts of an entry
@@ -40,7 +40,7 @@ async def fetch_parts(
         while missing and not failures:
             part = missing.pop()
             try:
-                found[part] = await fetch_part(context, part, entry.digest(part), holders)
+                found[part] = await fetch_part(context, entry, part, holders)
             except ShoalError as error:
                 failures.append(error)
 
@@ -52,9 +52,10 @@ async def fetch_parts(
     return found
 
 
-async def fetch_part(context: Context, part: int, digest: bytes, holders: Sequence[PeerId]) -> Published:
-    """The part with that digest from the first holder that has it, tried in random order. Raises NotHere."""
-    count = context.parts[part].count
+async def fetch_part(context: Context, entry: Entry, part: int, holders: Sequence[PeerId]) -> Published:
+    """A part of an entry from the first holder that has it, tried in random order. Raises NotHere."""
+    digest, codec = entry.digest(part), codec_of(entry.published)
+    count = context.fragments[entry.fragment].parts[part].count
     reasons = []
     for peer in context.rng.sample(holders, len(holders)):
         try:
@@ -65,16 +66,16 @@ async def fetch_part(context: Context, part: int, digest: bytes, holders: Sequen
                 PartRequest(part, digest),
                 PublishedPart,
                 timeout_s=PART_S,
-                max_payload_bytes=context.published.encoded_bytes(count),
+                max_payload_bytes=codec.encoded_bytes(count),
                 channel=Channel.BULK,
             )
-            published = await context.offload(publish, message.header.listed, message.payload)
+            published: Published = await context.offload(
+                checked, codec, part, message.header.listed, message.payload, count
+            )
             if published.digest != digest:
                 raise ProtocolViolation(f"part {part}: other bytes than digest {digest.hex()[:8]} names")
-            await context.offload(context.published.check, published.encoded, count)
-            result: Published = published
-            return result
-        except (ProtocolViolation, CodecError) as error:
+            return published
+        except ProtocolViolation as error:
             context.refuse(peer, str(error))
             reasons.append(f"{peer}: {error}")
         except ShoalError as error:

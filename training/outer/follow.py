@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
-from shoal.compression.codec import CodecError
 from shoal.protocol.errors import (
-    MessageInvalid,
     NotHere,
     PeerSilent,
     ProtocolViolation,
@@ -20,7 +18,6 @@ from shoal.protocol.errors import (
     Stale,
     StreamEnded,
 )
-from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Message, Stream
 from shoal.training.outer.context import GROUP_ROLES, Context
 from shoal.training.outer.entry import ENTRY_BYTES
@@ -41,7 +38,6 @@ from shoal.training.outer.messages import (
     Publishing,
     Report,
 )
-from shoal.training.outer.reduce import publish
 from shoal.training.outer.round import Round
 
 _SLACK_S = 30.0  # beyond a round's deadlines, before a leader that only ticks counts as lost
@@ -53,7 +49,7 @@ async def follow(context: Context, member: Member, line: Line) -> None:
     reporting: list[asyncio.Task[None]] = []  # more than one where a leader begins anew after a vain draft
     try:
         async with asyncio.timeout(4 * context.spec.outer.round_deadline_s + _SLACK_S):
-            line.post(*await member.prepare(opening.header, line.peer))
+            line.post(*await member.prepare(opening.header, bytes(opening.payload), line.peer))
             while True:
                 message = await line.receive(Go, Gone, Commit, max_payload_bytes=ENTRY_BYTES)
                 match message.header:
@@ -110,12 +106,9 @@ class Services:
         seat = round_.expects_from(peer)
         if seat is None:
             raise Stale(f"{peer} does not contribute to draft {round_.id.hex()[:8]}")
-        codec, parts = self._context.contribution, self._context.parts
-        most = codec.encoded_bytes(parts[0].count)
         try:
-            async for message in _messages(stream, ContributedPart, most):
-                with self._checked(peer, message.header.part):
-                    await round_.take_contribution(seat, message.header.part, message.payload)
+            async for message in _messages(stream, ContributedPart, round_.most_bytes(published=False)):
+                round_.take_contribution(seat, message.header.part, message.payload)
         except ProtocolViolation as error:
             self._context.refuse(peer, f"contribution: {error}")
             raise
@@ -129,15 +122,10 @@ class Services:
         seat = round_.draft.seat_of(peer)
         if seat is None:
             raise Stale(f"{peer} has no seat in draft {round_.id.hex()[:8]}")
-        most = self._context.published.encoded_bytes(self._context.parts[0].count)
         try:
-            async for message in _messages(stream, PublishedPart, most):
-                with self._checked(peer, message.header.part):
-                    listed = message.header.listed
-                    if len(listed) != round_.draft.bitmap_bytes:
-                        raise MessageInvalid(f"{len(listed)} bytes of bitmap")
-                    published = await self._context.offload(publish, listed, message.payload)
-                    await round_.take_published(seat, message.header.part, published)
+            async for message in _messages(stream, PublishedPart, round_.most_bytes(published=True)):
+                header = message.header
+                await round_.take_published(seat, header.part, header.listed, message.payload)
         except ProtocolViolation as error:
             self._context.refuse(peer, f"published part: {error}")
             raise
@@ -157,15 +145,6 @@ class Services:
             if data is None:
                 raise NotHere(f"entry {height} is not kept here any more; take a snapshot")
             await stream.send(EntryItem(height), data)
-
-    @contextlib.contextmanager
-    def _checked(self, peer: PeerId, part: int) -> Iterator[None]:
-        if part >= len(self._context.parts):
-            raise MessageInvalid(f"part {part} of {len(self._context.parts)}")
-        try:
-            yield
-        except CodecError as error:
-            raise MessageInvalid(f"part {part} from {peer}: {error}") from error
 
 
 async def _messages(stream: Stream, kind: type[Any], max_payload_bytes: int) -> AsyncIterator[Message[Any]]:

@@ -17,12 +17,13 @@ from shoal.protocol.errors import Busy, MessageInvalid, NetworkError, NotHere, S
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Message
 from shoal.training.outer.change import Change
+from shoal.training.outer.codecs import round_codecs
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import ENTRY_BYTES, SKIP, Contributor, Entry, Seat, draft_id, parse
 from shoal.training.outer.line import LEADER_SILENCE_S, MEMBER_SILENCE_S, TICK_S, Line, lifeline, loopback
 from shoal.training.outer.log import Log
 from shoal.training.outer.messages import Answer, Commit, Done, Go, Gone, Prepare, Report
-from shoal.training.outer.policy import GroupMember, clip_factors, closes_at, holds_quorum
+from shoal.training.outer.policy import GroupMember, clip_factors, closes_at, holds_quorum, slowest_uplink
 
 COMMIT_S = 5.0  # for members to apply the entry; after that they are on their own, and catch up
 _REPORT_SLACK_S = 2.0
@@ -51,6 +52,10 @@ class Leader:
             Seat(member.peer, member.incarnation, member.uplink)
             for member in sorted(group, key=lambda member: member.peer)
         )
+        self._fragment = log.next_fragment
+        contribution, published = round_codecs(
+            context.spec.compression, log.height + 1, slowest_uplink([seat.uplink for seat in roster])
+        )
         self._offer = Entry(
             stage=context.stage,
             height=log.height + 1,
@@ -58,10 +63,12 @@ class Leader:
             ballot=ballot,
             leader=context.me,
             revision=0,
-            fragment=0,
+            fragment=self._fragment.index,
             roster=roster,
             contributors=(),
             first_stage_head=first_stage_head,
+            contribution=contribution,
+            published=published,
         )
         here = [seat.peer for seat in roster]
         # Before the first entry all who are here count: else each of them could begin alone.
@@ -182,7 +189,7 @@ class Leader:
         seat = self._draft.seat_of(peer) if self._draft is not None else None
         if self._draft is None or seat is None or message.header.draft != self._report_of:
             return
-        if len(message.payload) != len(self._context.parts) * (32 + self._draft.bitmap_bytes):
+        if len(message.payload) != len(self._fragment.parts) * (32 + self._draft.bitmap_bytes):
             raise MessageInvalid(f"Report of {peer}: {len(message.payload)} bytes")
         self._reports[seat] = bytes(message.payload)
 
@@ -233,7 +240,7 @@ class Leader:
             )
         if draft.seat_of(self._context.me) is not None:
             draft = dataclasses.replace(draft, ballot=self._ballot, leader=self._context.me)
-        entry = draft.finish(results, self._log.tokens)
+        entry = draft.finish(results, self._log.counted_tokens)
         return await self._commit(entry, entry.encode())
 
     async def _gather_answers(self) -> None:
@@ -310,7 +317,7 @@ class Leader:
 
         A part in the hands of a few could be lost with them after COMMIT, and the chain with it.
         """
-        parts, width = len(self._context.parts), draft.bitmap_bytes
+        parts, width = len(self._fragment.parts), draft.bitmap_bytes
         reports = [self._reports[seat] for seat in sorted(self._reports)]
         results: list[tuple[bytes, bytes] | None] = []
         for part in range(parts):

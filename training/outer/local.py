@@ -14,20 +14,34 @@ import torch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sent:
-    """A copy of the local weights, taken between two inner steps: the `s` of design section 9."""
+    """A copy of some local weights, taken between two inner steps: the `s` of design section 9."""
 
-    weights: torch.Tensor  # [size] fp32 CPU
+    weights: torch.Tensor  # [n] fp32 CPU
     inner_step: int  # steps since the process started
     tokens: int  # taken into those steps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rebase:
-    """One change of base: w[start : start+n] ← new + (w[start : start+n] − old)."""
+    """One change of base: w[start : start+n] ← new + (w[start : start+n] − old).
+
+    With `alpha` the merge of Streaming DiLoCo (arXiv 2501.18512, algorithm 2) instead, which gives up the
+    share (1 − alpha) of the steps since: w ← alpha·w + (1 − alpha)·new.
+    """
 
     start: int
     old: torch.Tensor  # [n] fp32 CPU
     new: torch.Tensor  # [n] fp32 CPU
+    alpha: float | None = None
+
+    def apply(self, weights: torch.Tensor) -> None:
+        """In place, to the whole stage's `weights` [size] on any device."""
+        span = weights[self.start : self.start + self.old.numel()]
+        new = self.new.to(span.device)
+        if self.alpha is None:
+            span.sub_(self.old.to(span.device)).add_(new)
+        else:
+            span.mul_(self.alpha).add_(torch.mul(new, 1.0 - self.alpha))
 
 
 class LocalWeights(Protocol):
@@ -37,8 +51,8 @@ class LocalWeights(Protocol):
     inner_steps: int  # since the process started
     tokens: int  # taken into those steps
 
-    async def sent(self) -> Sent:
-        """A copy, taken atomically between inner steps."""
+    async def sent(self, span: slice) -> Sent:
+        """A copy of some of them, taken atomically between inner steps."""
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
         """All changes at once, between inner steps."""
@@ -59,10 +73,9 @@ class MemoryWeights:
         self.inner_steps += 1
         self.tokens += tokens
 
-    async def sent(self) -> Sent:
-        return Sent(self.weights.clone(), self.inner_steps, self.tokens)
+    async def sent(self, span: slice) -> Sent:
+        return Sent(self.weights[span].clone(), self.inner_steps, self.tokens)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
         for change in changes:
-            span = self.weights[change.start : change.start + change.old.numel()]
-            span.sub_(change.old).add_(change.new)
+            change.apply(self.weights)

@@ -8,6 +8,7 @@ tile its steps without gap or overlap, or the entry is refused.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from shoal.protocol import limits, wire
 from shoal.protocol.errors import MessageInvalid, Stale
 from shoal.protocol.identity import PeerId
 from shoal.protocol.wire import Count, Digest, Identifier, Items, wire_message
+from shoal.training.outer.codecs import codec_of
 from shoal.training.outer.entry import (
     SKIP,
     Entry,
@@ -27,8 +29,10 @@ from shoal.training.outer.entry import (
     seats_in,
     union,
 )
+from shoal.training.outer.parts import Fragment
 
 ENDS_KEPT = 4 * limits.ROSTER  # processes whose last step is remembered, least recent contributors go first
+FRAGMENTS = 32  # the spec's most
 STREAMS_KEPT = 4 * limits.ROSTER
 ENTRIES_BYTES = 64 * limits.MIB  # of entries kept beyond the last snapshot, payloads not counted
 LOG_STATE_BYTES = 2 * limits.MIB
@@ -37,12 +41,12 @@ LOG_STATE_BYTES = 2 * limits.MIB
 @wire_message
 @dataclass(frozen=True, slots=True)
 class StepsEnd:
-    """The last step of a process that the log holds."""
+    """The last steps of a process that the log holds, one a fragment."""
 
     peer: PeerIdText
     incarnation: Identifier
-    step: Count
-    tokens: Count  # of all its steps in the log
+    steps: Annotated[tuple[Count, ...], Items(FRAGMENTS)]
+    tokens: Annotated[tuple[Count, ...], Items(FRAGMENTS)]  # of all its steps up to there
 
 
 @wire_message
@@ -53,7 +57,7 @@ class LogState:
     stage: StageIndex
     height: Count
     head: Digest
-    tokens: Count
+    tokens: Count  # as the last entry counts them
     quorum: Annotated[tuple[PeerIdText, ...], Items(limits.ROSTER)]  # who took part in the last round
     ends: Annotated[tuple[StepsEnd, ...], Items(ENDS_KEPT)]
     positions: Annotated[tuple[StreamPosition, ...], Items(STREAMS_KEPT)]
@@ -73,17 +77,31 @@ def genesis_state(run_id: bytes, stage: int) -> LogState:
 class Log:
     """The chain from some snapshot on. Mutable; owned by one replica."""
 
-    def __init__(self, state: LogState, parts: int) -> None:
+    def __init__(self, state: LogState, fragments: Sequence[Fragment]) -> None:
         self.stage = state.stage
         self.height = state.height
         self.head = state.head
-        self.tokens = state.tokens
+        self.counted_tokens = state.tokens
         self.quorum = state.quorum
-        self._parts = parts
+        self._fragments = fragments
         self._ends = OrderedDict(((end.peer, end.incarnation), end) for end in state.ends)
         self._positions = OrderedDict((p.stream, p.samples) for p in state.positions)
         self._entries: OrderedDict[int, bytes] = OrderedDict()
         self._entries_bytes = 0
+
+    @property
+    def tokens(self) -> int:
+        """In the log since genesis, of all replicas."""
+        return self.counted_tokens // len(self._fragments)
+
+    @property
+    def next_fragment(self) -> Fragment:
+        """What the next entry synchronises."""
+        return self.fragment_at(self.height + 1)
+
+    def fragment_at(self, height: int) -> Fragment:
+        """What the entry of a height synchronises: each in turn."""
+        return self._fragments[(height - 1) % len(self._fragments)]
 
     def state(self) -> LogState:
         """What a snapshot at this height carries."""
@@ -91,16 +109,20 @@ class Log:
             self.stage,
             self.height,
             self.head,
-            self.tokens,
+            self.counted_tokens,
             self.quorum,
             tuple(self._ends.values()),
             tuple(StreamPosition(stream, samples) for stream, samples in self._positions.items()),
         )
 
-    def end_of(self, peer: PeerId, incarnation: int) -> tuple[int, int]:
-        """(step, tokens) up to which the log holds the work of a process."""
+    def end_of(self, peer: PeerId, incarnation: int, fragment: int = 0) -> tuple[int, int]:
+        """(step, tokens) up to which the log holds the work of a process in a fragment."""
         end = self._ends.get((peer, incarnation))
-        return (end.step, end.tokens) if end else (0, 0)
+        return (end.steps[fragment], end.tokens[fragment]) if end else (0, 0)
+
+    def ends_of(self, peer: PeerId, incarnation: int) -> list[tuple[int, int]]:
+        """(step, tokens) of each fragment."""
+        return [self.end_of(peer, incarnation, fragment.index) for fragment in self._fragments]
 
     def positions(self) -> dict[int, int]:
         """Samples read of each data stream, as far as the log holds their deltas."""
@@ -117,11 +139,13 @@ class Log:
                 f"entry {entry.height} after {entry.previous.hex()[:8]} does not continue "
                 f"height {self.height}, head {self.head.hex()[:8]}; catch up first"
             )
-        if entry.stage != self.stage or entry.parts != self._parts:
-            raise MessageInvalid(
-                f"entry {entry.height}: stage {entry.stage}, {entry.parts} parts; "
-                f"stage {self.stage}, {self._parts} parts expected"
-            )
+        fragment = self.next_fragment
+        found = _place(entry.stage, entry.fragment, entry.parts)
+        expected = _place(self.stage, fragment.index, len(fragment.parts))
+        if found != expected:
+            raise MessageInvalid(f"entry {entry.height}: {found}; {expected} expected")
+        for tag in (entry.contribution, entry.published):
+            codec_of(tag)
         self._check_parts(entry)
         self._check_contributors(entry)
 
@@ -129,13 +153,14 @@ class Log:
         """Take an entry in after `check`. Returns it."""
         entry = parse(data)
         self.check(entry)
-        self.height, self.head, self.tokens = entry.height, entry_hash(data), entry.tokens
+        self.height, self.head, self.counted_tokens = entry.height, entry_hash(data), entry.tokens
         self.quorum = tuple(entry.roster[seat].peer for seat in entry.present())
         for row in entry.contributors:
             seat = entry.roster[row.seat]
             key = (seat.peer, seat.incarnation)
-            tokens = self.end_of(*key)[1] + row.tokens
-            self._ends[key] = StepsEnd(seat.peer, seat.incarnation, row.to_step, tokens)
+            ends = self.ends_of(*key)
+            ends[entry.fragment] = (row.to_step, ends[entry.fragment][1] + row.tokens)
+            self._ends[key] = StepsEnd(*key, *(tuple(column) for column in zip(*ends, strict=True)))
             self._ends.move_to_end(key)
             for position in row.positions:
                 self._positions[position.stream] = position.samples
@@ -162,10 +187,10 @@ class Log:
             raise MessageInvalid(f"entry {entry.height}: a contributor that no part lists")
 
     def _check_contributors(self, entry: Entry) -> None:
-        tokens = self.tokens
+        tokens = self.counted_tokens
         for row in entry.contributors:
             seat = entry.roster[row.seat]
-            step, _ = self.end_of(seat.peer, seat.incarnation)
+            step, _ = self.end_of(seat.peer, seat.incarnation, entry.fragment)
             if row.from_step != step:
                 fault = "overlap" if row.from_step < step else "leave a gap"
                 raise MessageInvalid(
@@ -177,3 +202,7 @@ class Log:
             tokens += row.tokens
         if entry.tokens != tokens:
             raise MessageInvalid(f"entry {entry.height}: {entry.tokens} tokens, {tokens} expected")
+
+
+def _place(stage: int, fragment: int, parts: int) -> str:
+    return f"stage {stage}, fragment {fragment}, {parts} parts"

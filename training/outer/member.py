@@ -7,6 +7,7 @@ first is alive, and it tells a new leader what is still undecided. `follow` brin
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from dataclasses import dataclass
 from shoal.protocol.errors import Busy, MessageInvalid, NotHere, Stale
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.change import Change
+from shoal.training.outer.codecs import codec_of
 from shoal.training.outer.context import Context
-from shoal.training.outer.entry import StreamPosition, parse
+from shoal.training.outer.contribution import Contribution, contribute
+from shoal.training.outer.entry import Entry, StreamPosition, parse
 from shoal.training.outer.fetch import fetch_parts
-from shoal.training.outer.local import LocalWeights, Sent
+from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.messages import Answer, Prepare
-from shoal.training.outer.reduce import Published, delta_norm
+from shoal.training.outer.reduce import Published
 from shoal.training.outer.replica import Replica
 from shoal.training.outer.round import Round
 
@@ -57,7 +60,7 @@ class Member:
         self._context = context
         self._local = local
         self._positions = positions
-        self._sent: Sent | None = None  # of the height to come, kept once it may have been contributed
+        self._contribution: Contribution | None = None  # to the height to come
         self._unapplied: bytes | None = None  # an entry of the height to come whose parts are not all here
         self._deciding = asyncio.Lock()  # one entry at a time; no copy of weights in the middle of one
         self._tasks: set[asyncio.Task[object]] = set()
@@ -68,8 +71,8 @@ class Member:
 
     # -- the leader's messages, in their order
 
-    async def prepare(self, prepare: Prepare, leader: PeerId) -> tuple[Answer, bytes]:
-        """Promise a ballot and say what there is to contribute. Raises Stale or Busy."""
+    async def prepare(self, prepare: Prepare, offer: bytes, leader: PeerId) -> tuple[Answer, bytes]:
+        """Promise a ballot and say what there is to contribute. Raises Stale, Busy or MessageInvalid."""
         async with self._deciding:
             log = self.replica.log
             if prepare.height <= log.height:
@@ -81,34 +84,44 @@ class Member:
             asked = Promise(prepare.height, prepare.ballot, leader)
             if asked.order < self.promise.order:
                 return Answer(log.height, 0, 0, 0, 0.0, (), promised=self.promise.ballot), b""
+            entry = parse(offer)
+            if entry.fragment != log.next_fragment.index:
+                raise MessageInvalid(f"height {entry.height} synchronises fragment {log.next_fragment.index}")
             self.promise, self.engaged_with = asked, leader
             if self.round is None:
-                self._sent = await self._local.sent()
-            return await self._answer()
+                self._contribution = await self._contribute(entry)
+            return self._answer()
 
-    async def _answer(self) -> tuple[Answer, bytes]:
-        log, context = self.replica.log, self._context
+    async def _contribute(self, offer: Entry) -> Contribution:
+        fragment = self.replica.log.next_fragment
+        return await contribute(
+            fragment,
+            codec_of(offer.contribution),
+            self.replica.anchor_of(fragment.index),
+            await self._local.sent(fragment.span),
+            self.replica.residuals,
+            self._context.offload,
+        )
+
+    def _answer(self) -> tuple[Answer, bytes]:
+        log, context, mine = self.replica.log, self._context, self._contribution
         draft = self.round.data if self.round is not None else b""
         entry = self._unapplied or b""
-        from_step, from_tokens = log.end_of(context.me, context.incarnation)
+        from_step, from_tokens = log.end_of(context.me, context.incarnation, log.next_fragment.index)
         answer = Answer(
             log.height, from_step, from_step, 0, 0.0, (), draft_bytes=len(draft), entry_bytes=len(entry)
         )
-        if self._sent is not None:
-            norm = await context.offload(delta_norm, self.replica.anchor, self._sent.weights)
-            if math.isfinite(norm) and norm <= NORM_MOST:
-                answer = Answer(
-                    log.height,
-                    from_step,
-                    self._sent.inner_step,
-                    max(self._sent.tokens - from_tokens, 0),
-                    norm,
-                    tuple(StreamPosition(stream, samples) for stream, samples in self._positions()),
-                    draft_bytes=len(draft),
-                    entry_bytes=len(entry),
+        if mine is not None:
+            if math.isfinite(mine.norm) and mine.norm <= NORM_MOST:
+                answer = dataclasses.replace(
+                    answer,
+                    to_step=mine.sent.inner_step,
+                    tokens=max(mine.sent.tokens - from_tokens, 0),
+                    norm=mine.norm,
+                    positions=tuple(StreamPosition(stream, samples) for stream, samples in self._positions()),
                 )
             else:
-                context.event("weights-not-finite", {"norm": str(norm)})
+                context.event("weights-not-finite", {"norm": str(mine.norm)})
         return answer, draft + entry
 
     async def go(self, data: bytes, deadline_s: float) -> Round:
@@ -124,12 +137,18 @@ class Member:
             if self.round.data == data:
                 return self.round
             await self.round.close()
-        sent = self._sent
+        mine = self._contribution
         seat = draft.seat_of(self._context.me, self._context.incarnation)
         row = draft.row_of(seat) if seat is not None else None
-        if row is not None and (sent is None or sent.inner_step != row.to_step):
-            sent = None  # a draft of another attempt: this peer is not listed, and loses nothing
-        self.round = Round(self._context, data, draft, self.replica.anchor, sent, deadline_s)
+        if row is None or mine is None or mine.sent.inner_step != row.to_step:
+            mine = None  # a draft of another attempt: this peer is not listed, and loses nothing
+        fragment = self.replica.log.next_fragment
+        if draft.fragment != fragment.index:
+            raise MessageInvalid(f"height {draft.height} synchronises fragment {fragment.index}")
+        codecs = codec_of(draft.contribution), codec_of(draft.published)
+        self.round = Round(
+            self._context, data, draft, fragment, codecs, mine, self.replica.residuals, deadline_s
+        )
         self.round.start()
         self.change.notify()
         return self.round
@@ -167,19 +186,21 @@ class Member:
                 # Nobody alive can apply this entry: a new leader may decide the height anew (section 9).
                 self._unapplied = None
                 raise
-            await self.replica.apply(data, published, self._local, self._sent)
+            await self.replica.apply(data, published, self._local, self._contribution)
+            if self.round is not None:
+                self.replica.residuals.retire_published(self.round.remainders(entry))
             await self._leave_round()
         self.change.notify()
 
     async def _leave_round(self) -> None:
         if self.round is not None:
             await self.round.close()
-        self.round, self._sent, self._unapplied, self.undecided_since_s = None, None, None, None
+        self.round, self._contribution, self._unapplied, self.undecided_since_s = None, None, None, None
 
-    async def install(self, jump: Callable[[Sent | None], Awaitable[None]]) -> None:
-        """Run a jump to a snapshot between two entries; it gets the copy contributed at the next height."""
+    async def install(self, jump: Callable[[Contribution | None], Awaitable[None]]) -> None:
+        """Run a jump to a snapshot between two entries; it gets what was contributed to the next height."""
         async with self._deciding:
-            await jump(self._sent if self.round is not None else None)
+            await jump(self._contribution if self.round is not None else None)
             await self._leave_round()
         self.change.notify()
 
@@ -194,7 +215,7 @@ class Member:
             return
         self.engaged_with = None
         if self.round is None and self._unapplied is None:
-            self._sent = None
+            self._contribution = None
         elif self.undecided_since_s is None:
             self.undecided_since_s = asyncio.get_running_loop().time()
         self.change.notify()

@@ -1,17 +1,20 @@
-"""Parts: how a stage's flat vector is cut for a round. Pure; every peer computes the same from the spec."""
+"""Parts and fragments: how a stage's flat vector is cut for rounds. Pure; every peer computes the same from
+the spec.
+
+A round synchronises one fragment, in turns by height; a fragment is reduced in parts, each by its owner.
+"""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from shoal.protocol import limits
 
-FRAGMENTS = 1  # one schedule for the whole stage; entries carry the index so that more may come
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Values [start, start + count) of the flat vector."""
+    """Values [start, start + count) of the flat vector. The index counts over all fragments."""
 
     index: int
     start: int
@@ -22,16 +25,49 @@ class Part:
         return slice(self.start, self.start + self.count)
 
 
-def cut(size: int, part_bytes: int, block: int) -> tuple[Part, ...]:
-    """Equal parts of at most about `part_bytes` of fp32, each but the last a multiple of `block` values.
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Consecutive parts that are synchronised together. Entries and messages count parts from its first."""
 
-    Larger parts where there would be more than limits.PARTS of them.
+    index: int
+    parts: tuple[Part, ...]
+
+    @property
+    def start(self) -> int:
+        return self.parts[0].start
+
+    @property
+    def count(self) -> int:
+        return self.parts[-1].start + self.parts[-1].count - self.start
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.count)
+
+    def within(self, part: Part) -> slice:
+        """Where a part lies in a vector that holds just this fragment."""
+        return slice(part.start - self.start, part.start - self.start + part.count)
+
+
+def cut(size: int, part_bytes: int, block: int, fragments: int = 1) -> tuple[Fragment, ...]:
+    """Fragments of equal bytes, each in equal parts of at most about `part_bytes` of fp32.
+
+    All but the last begin and end at a multiple of `block` values.
+
+    Larger parts where a fragment would have more than limits.PARTS of them; fewer fragments where there are
+    not enough blocks.
     """
-    most = max(part_bytes // 4, -(-size // limits.PARTS), block)
-    number = -(-size // most)
-    count = _up(-(-size // number), block)
-    starts = range(0, size, count)
-    return tuple(Part(i, start, min(count, size - start)) for i, start in enumerate(starts))
+    number = max(1, min(fragments, size // block))
+    starts = [_up(size * f // number, block) for f in range(number)] + [size]
+    found: list[Fragment] = []
+    first = 0
+    for index, (start, stop) in enumerate(itertools.pairwise(starts)):
+        most = max(part_bytes // 4, -(-(stop - start) // limits.PARTS), block)
+        count = _up(-(-(stop - start) // -(-(stop - start) // most)), block)
+        spans = [(at, min(count, stop - at)) for at in range(start, stop, count)]
+        found.append(Fragment(index, tuple(Part(first + i, *span) for i, span in enumerate(spans))))
+        first += len(spans)
+    return tuple(found)
 
 
 def _up(count: int, block: int) -> int:

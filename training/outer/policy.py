@@ -52,18 +52,26 @@ def succession(run_id: bytes, stage: int, height: int, members: Sequence[PeerId]
 
 
 def owners(
-    run_id: bytes, stage: int, parts: int, peers: Sequence[PeerId], uplinks: Sequence[float]
+    run_id: bytes, stage: int, parts: Sequence[int], peers: Sequence[PeerId], uplinks: Sequence[float]
 ) -> list[int]:
-    """The index of each part's owner: weighted rendezvous (highest of uplink / −ln u), u from a hash.
+    """The index of the owner of each part, which is given by its index in the stage.
+
+    By weighted rendezvous (highest of uplink / −ln u), u from a hash.
 
     Depends on run, stage, part and peer only, so a part keeps its owner from round to round, and a change of
     roster moves no part but those of who came or left.
     """
     seeds = np.array([_score(run_id, f"owner/{stage}".encode(), p.encode()) for p in peers], np.uint64)
-    mixed = _mix(seeds[None, :] ^ _mix(np.arange(1, parts + 1, dtype=np.uint64))[:, None])
+    mixed = _mix(seeds[None, :] ^ _mix(np.asarray(parts, np.uint64) + np.uint64(1))[:, None])
     uniform = (mixed >> np.uint64(11)).astype(np.float64) / 2**53 + 2**-54
     weights = np.maximum(np.asarray(uplinks, np.float64), 1e-9)
     return [int(index) for index in np.argmax(weights / -np.log(uniform), axis=1)]
+
+
+def slowest_uplink(uplinks: Sequence[float]) -> float:
+    """Bytes a second of the slowest in a roster; 0 while nobody's is known (then all are 1)."""
+    slowest = min(uplinks)
+    return slowest if slowest > 1.0 else 0.0
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -104,7 +112,7 @@ def holds_quorum(
     return Verdict(False, f"only {count} of the last round's {len(last)} answered")
 
 
-def should_open(inner_steps: int, mine: GroupMember, group: Sequence[GroupMember]) -> Verdict:
+def should_open(inner_steps: float, mine: GroupMember, group: Sequence[GroupMember]) -> Verdict:
     """A round is due on work done: H steps a replica on the mean, however they are spread.
 
     Counters that members reported before their last COMMIT say nothing about the round to come.

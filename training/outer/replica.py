@@ -6,16 +6,21 @@ readers (serving, snapshots, donors) keep what they took.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
+
+import torch
 
 from shoal.compression.codec import Buffer
 from shoal.protocol.errors import NotHere
+from shoal.training.outer.apply import apply_entry, fragment_digest, tensors_digest
 from shoal.training.outer.context import Context
+from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import SKIP, Entry, parse
-from shoal.training.outer.local import LocalWeights, Rebase, Sent
+from shoal.training.outer.local import LocalWeights, Rebase
 from shoal.training.outer.log import Log, state_root
 from shoal.training.outer.payloads import Payloads
-from shoal.training.outer.reduce import Applied, Published, apply_entry
+from shoal.training.outer.reduce import Published
+from shoal.training.outer.residuals import Residuals
 from shoal.training.outer.snapshot import Snapshot
 
 
@@ -24,70 +29,130 @@ class Replica:
 
     def __init__(self, context: Context, snapshot: Snapshot) -> None:
         self._context = context
-        self.anchor = snapshot.anchor
-        self.momentum = snapshot.momentum
-        self.state_root = snapshot.state_root
-        self.log = Log(snapshot.state, len(context.parts))
+        self.log = Log(snapshot.state, context.fragments)
         self.payloads = Payloads(context.spec.outer.payload_budget_bytes)
+        self.residuals = Residuals(context.size)
         self.applied: list[Callable[[Entry, bytes, Mapping[int, Published]], None]] = []
+        self.state_root = snapshot.state_root
+        self._anchors = [snapshot.anchor[fragment.span] for fragment in context.fragments]
+        self._momenta = [snapshot.momentum[fragment.span] for fragment in context.fragments]
+        self._digests: list[bytes | None] = [None] * len(context.fragments)  # of those that changed here
+        self._whole: tuple[int, torch.Tensor, torch.Tensor] = (
+            snapshot.height,
+            snapshot.anchor,
+            snapshot.momentum,
+        )
+
+    @property
+    def anchor(self) -> torch.Tensor:
+        """Of the whole stage [size] fp32 CPU; copied together once a height if it has fragments."""
+        return self._joined()[1]
+
+    @property
+    def momentum(self) -> torch.Tensor:
+        """Of the whole stage [size] fp32 CPU."""
+        return self._joined()[2]
+
+    def anchor_of(self, fragment: int) -> torch.Tensor:
+        """Of one fragment."""
+        return self._anchors[fragment]
+
+    def _joined(self) -> tuple[int, torch.Tensor, torch.Tensor]:
+        if self._whole[0] != self.log.height:
+            if len(self._anchors) == 1:
+                self._whole = (self.log.height, self._anchors[0], self._momenta[0])
+            else:
+                self._whole = (self.log.height, torch.cat(self._anchors), torch.cat(self._momenta))
+        return self._whole
 
     async def apply(
-        self, data: bytes, published: Mapping[int, Published], local: LocalWeights, sent: Sent | None
+        self,
+        data: bytes,
+        published: Mapping[int, Published],
+        local: LocalWeights,
+        contribution: Contribution | None,
     ) -> Entry:
-        """Take the next entry in: outer step, rebase of local weights, log. All or nothing.
+        """Take the next entry in: outer step, rebase of local weights, residuals, log. All or nothing.
 
-        `sent` is the copy that this process contributed at that height, if it did. Raises Stale or
-        MessageInvalid from the log's rules, NotHere for a part that is missing.
+        `contribution` is what this process offered at that height, if it did. Raises Stale or MessageInvalid
+        from the log's rules, NotHere for a part that is missing.
         """
         entry = parse(data)
         self.log.check(entry)
-        encoded: dict[int, Buffer] = {}
-        for part in self._context.parts:
-            digest = entry.digest(part.index)
-            if digest == SKIP:
-                continue
-            found = published.get(part.index)
-            if found is None or found.digest != digest:
-                raise NotHere(f"entry {entry.height}: part {part.index} ({digest.hex()[:8]}) is not here")
-            encoded[part.index] = found.encoded
+        encoded = self._encoded(entry, published)
+        fragment = self.log.next_fragment
         seat = entry.seat_of(self._context.me, self._context.incarnation)
         row = entry.row_of(seat) if seat is not None else None
-        mine = sent if row is not None and sent is not None and sent.inner_step == row.to_step else None
-        context = self._context
-        result: Applied = await context.offload(
-            apply_entry,
-            context.strategy,
-            context.published,
-            context.parts,
+        listed = row is not None and contribution is not None and contribution.sent.inner_step == row.to_step
+        result = await apply_entry(
+            self._context,
+            fragment,
             entry,
             encoded,
-            self.anchor,
-            self.momentum,
-            seat,
-            mine,
+            self._anchors[fragment.index],
+            self._momenta[fragment.index],
+            contribution if listed else None,
         )
+        await self._hash_others(fragment.index)
         await local.rebase(result.changes)
         self.log.append(data)
-        self.anchor, self.momentum = result.anchor, result.momentum
-        self.state_root = state_root(result.digest, self.log.state())
+        self._anchors[fragment.index], self._momenta[fragment.index] = result.anchor, result.momentum
+        self._digests[fragment.index] = result.digest
+        self.residuals.retire_contributed(result.remainders)
+        self.state_root = state_root(tensors_digest([d or b"" for d in self._digests]), self.log.state())
         kept = {part: published[part] for part in encoded}
         self.payloads.keep(entry.height, kept)
         for callback in self.applied:
             callback(entry, data, kept)
         return entry
 
+    def _encoded(self, entry: Entry, published: Mapping[int, Published]) -> dict[int, Buffer]:
+        encoded: dict[int, Buffer] = {}
+        for part in range(entry.parts):
+            digest = entry.digest(part)
+            if digest == SKIP:
+                continue
+            found = published.get(part)
+            if found is None or found.digest != digest:
+                raise NotHere(f"entry {entry.height}: part {part} ({digest.hex()[:8]}) is not here")
+            encoded[part] = found.encoded
+        return encoded
+
+    async def _hash_others(self, fragment: int) -> None:
+        """The digests of the fragments that an entry leaves alone, computed once."""
+        for index, known in enumerate(self._digests):
+            if known is None and index != fragment:
+                self._digests[index] = await self._context.offload(
+                    fragment_digest, self._anchors[index], self._momenta[index]
+                )
+
     async def adopt(
-        self, other: Replica, local: LocalWeights, sent: Sent | None = None, listed: Iterable[int] = ()
+        self,
+        other: Replica,
+        local: LocalWeights,
+        contribution: Contribution | None = None,
+        listed: Collection[int] = (),
     ) -> None:
-        """Jump to another, verified state: w ← w + (new − a), with s for a in parts that list this peer."""
-        listed = set(listed)
+        """Jump to another, verified state: w ← w + (new − a), with s for a in `listed` parts.
+
+        Those are parts (by index) whose state here holds `contribution`, of which this peer saw no COMMIT.
+        """
         changes = []
-        for part in self._context.parts:
-            base = sent.weights if sent is not None and part.index in listed else self.anchor
-            changes.append(Rebase(part.start, base[part.span], other.anchor[part.span]))
+        remainders: dict[int, torch.Tensor | None] = {}
+        for fragment in self._context.fragments:
+            old, new = self._anchors[fragment.index], other._anchors[fragment.index]
+            for part in fragment.parts:
+                within = fragment.within(part)
+                base = old[within]
+                if contribution is not None and part.index in listed:
+                    base = contribution.sent.weights[within]
+                    remainders[part.index] = contribution.remainder(part, self._context.spec.compression)
+                changes.append(Rebase(part.start, base, new[within]))
         await local.rebase(changes)
-        self.anchor, self.momentum, self.state_root = other.anchor, other.momentum, other.state_root
+        self._anchors, self._momenta, self._digests = other._anchors, other._momenta, other._digests
+        self._whole, self.state_root = other._whole, other.state_root
         self.log, self.payloads = other.log, other.payloads
+        self.residuals.retire_contributed(remainders)
 
     def prune(self, snapshot_height: int) -> None:
         """Let go of what is older than the last snapshot and over budget."""

@@ -11,16 +11,18 @@ from collections import defaultdict
 
 import torch
 
-from shoal.compression.codec import Buffer, CodecError
-from shoal.protocol.errors import ShoalError
+from shoal.compression.codec import Buffer, Codec, CodecError
+from shoal.protocol.errors import MessageInvalid, ShoalError
 from shoal.protocol.transport import Channel
 from shoal.training.outer.change import Change
 from shoal.training.outer.context import Context
+from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import SKIP, Contributor, Entry, draft_id
-from shoal.training.outer.local import Sent
 from shoal.training.outer.messages import ContributedPart, Contributing, PublishedPart, Publishing
+from shoal.training.outer.parts import Fragment, Part
 from shoal.training.outer.policy import closes_at, is_half, owners
-from shoal.training.outer.reduce import Mean, Published, encode_delta, weighted_mean
+from shoal.training.outer.reduce import Mean, Published, checked, weighted_mean
+from shoal.training.outer.residuals import Residuals
 
 
 class Round:
@@ -31,18 +33,22 @@ class Round:
         context: Context,
         data: bytes,
         draft: Entry,
-        anchor: torch.Tensor,
-        sent: Sent | None,
+        fragment: Fragment,
+        codecs: tuple[Codec, Codec],
+        contribution: Contribution | None,
+        residuals: Residuals,
         deadline_s: float,
     ) -> None:
         self.draft = draft
         self.data = data
         self.id = draft_id(data)
-        self.sent = sent
+        self.contribution = contribution
         self.held: dict[int, Published] = {}
         self.bytes_out = 0
         self._context = context
-        self._anchor = anchor
+        self._parts = fragment.parts  # counted from 0 here and on the wire
+        self._incoming, self._outgoing = codecs
+        self._residuals = residuals
         self.opened_s = asyncio.get_running_loop().time()
         self._deadline_s = deadline_s
         self._mine = draft.seat_of(context.me, context.incarnation)
@@ -52,12 +58,14 @@ class Round:
         drawn = owners(
             context.run_id,
             context.stage,
-            len(context.parts),
+            [part.index for part in self._parts],
             [seat.peer for seat in seats],
             [seat.uplink for seat in seats],
         )
         self._owner_of = [present[index] for index in drawn]
         self._to_reduce = {part for part, owner in enumerate(self._owner_of) if owner == self._mine}
+        residuals.keep_published(self._parts, {self._parts[part].index for part in self._to_reduce})
+        self._remainders: dict[int, torch.Tensor | None] = {}  # of the parts published here
         self._received: defaultdict[int, dict[int, Buffer]] = defaultdict(dict)  # part -> seat -> encoded
         self._gone: set[int] = set()  # seats that take no part any more
         self._sent_all: set[int] = set()  # contributors from whom nothing more will come
@@ -89,22 +97,44 @@ class Round:
     def report(self) -> bytes:
         """Digest of each part, then bitmap of each part; zeros for what is not held."""
         nothing = Published(bytes(self.draft.bitmap_bytes), b"", SKIP)
-        held = [self.held.get(part.index, nothing) for part in self._context.parts]
+        held = [self.held.get(part, nothing) for part in range(len(self._parts))]
         return b"".join(part.digest for part in held) + b"".join(part.listed for part in held)
 
+    def remainders(self, entry: Entry) -> dict[int, torch.Tensor | None]:
+        """What the means published here left out, by part index, as far as an entry commits them."""
+        return {
+            self._parts[part].index: remainder
+            for part, remainder in self._remainders.items()
+            if self.held[part].digest == entry.digest(part)
+        }
+
     # -- what arrives
+
+    def most_bytes(self, *, published: bool) -> int:
+        """Of one part's payload."""
+        codec = self._outgoing if published else self._incoming
+        return max(codec.encoded_bytes(part.count) for part in self._parts)
+
+    def _part(self, part: int) -> Part:
+        if part >= len(self._parts):
+            raise MessageInvalid(f"part {part} of {len(self._parts)}")
+        return self._parts[part]
 
     def expects_from(self, peer: str) -> int | None:
         """The seat of a peer that contributes to this round."""
         seat = self.draft.seat_of(peer)
         return seat if seat in self._rows else None
 
-    async def take_contribution(self, seat: int, part: int, data: Buffer) -> None:
-        """One contributed part. Raises CodecError for bytes no encoder makes; what is late is left out."""
-        if part not in self._to_reduce or seat in self._received[part] or seat in self._sent_all:
-            return
-        await self._context.offload(self._context.contribution.check, data, self._context.parts[part].count)
-        if part in self._to_reduce:
+    def take_contribution(self, seat: int, part: int, data: Buffer) -> None:
+        """One contributed part; what is late is left out. Its bytes are checked when they are summed.
+
+        Raises MessageInvalid for a part or a size that cannot be.
+        """
+        most = self._incoming.encoded_bytes(self._part(part).count)
+        size = memoryview(data).nbytes
+        if size > most or (self._incoming.exact and size != most):
+            raise MessageInvalid(f"part {part}: {size} bytes, {most} expected")
+        if part in self._to_reduce and seat not in self._received[part] and seat not in self._sent_all:
             self._received[part][seat] = data
             self._change.notify()
 
@@ -113,13 +143,14 @@ class Round:
         self._sent_all.add(seat)
         self._change.notify()
 
-    async def take_published(self, seat: int, part: int, published: Published) -> None:
-        """One published part from its owner. Raises CodecError for bytes no encoder makes."""
+    async def take_published(self, seat: int, part: int, listed: bytes, data: Buffer) -> None:
+        """One published part from its owner. Raises MessageInvalid for bytes no encoder makes."""
+        count = self._part(part).count
+        if len(listed) != self.draft.bitmap_bytes:
+            raise MessageInvalid(f"{len(listed)} bytes of bitmap")
         if self._owner_of[part] != seat or part in self.held:
             return
-        await self._context.offload(
-            self._context.published.check, published.encoded, self._context.parts[part].count
-        )
+        published = await self._context.offload(checked, self._outgoing, part, listed, data, count)
         self.held.setdefault(part, published)
         self._change.notify()
 
@@ -143,38 +174,24 @@ class Round:
 
     async def _contribute(self, owner: int) -> None:
         """Send the owner its parts; nothing but END when this peer has nothing that the draft could list."""
-        parts = enumerate(self._owner_of) if self.sent is not None else ()
-        owned = [part for part, seat in parts if seat == owner]
+        mine = self.contribution.encoded if self.contribution is not None else {}
+        owned = [part for part, seat in enumerate(self._owner_of) if seat == owner]
+        parts = [(part, mine[index]) for part in owned if (index := self._parts[part].index) in mine]
+        if owner == self._mine:
+            for part, data in parts:
+                self._received[part][owner] = data
+            self.end_contributions(owner)
+            return
+        peer = self.draft.roster[owner].peer
+        method = self._context.method("contribute")
         try:
-            if owner == self._mine:
-                for part in owned:
-                    self._received[part][owner] = await self._encode(part)
-                    self._change.notify()
-                return
-            peer = self.draft.roster[owner].peer
-            method = self._context.method("contribute")
             async with self._context.transport.open(peer, method, Channel.BULK) as stream:
                 await stream.send(Contributing(self.id))
-                for part in owned:
-                    data = await self._encode(part)
+                for part, data in parts:
                     await stream.send(ContributedPart(part), data)
                     self.bytes_out += memoryview(data).nbytes
-        except (ShoalError, CodecError) as error:  # not listed then: the delta stays in the local weights
-            self._context.event(
-                "contribution-cut", {"owner": self.draft.roster[owner].peer, "why": str(error)}
-            )
-        finally:
-            if owner == self._mine:
-                self.end_contributions(owner)
-
-    async def _encode(self, part: int) -> Buffer:
-        span = self._context.parts[part].span
-        if self.sent is None:
-            raise ValueError("nothing was taken for this draft")
-        data: Buffer = await self._context.offload(
-            encode_delta, self._context.contribution, self._anchor[span], self.sent.weights[span]
-        )
-        return data
+        except ShoalError as error:  # not listed then: the delta stays in the local weights
+            self._context.event("contribution-cut", {"owner": peer, "why": str(error)})
 
     async def _reduce(self) -> None:
         """Close each part when all who still can have contributed, or the rest at the deadline or grace."""
@@ -203,14 +220,17 @@ class Round:
         contributions: list[tuple[Contributor, Buffer]] = [
             (self._rows[seat], data) for seat, data in sorted(self._received[part].items())
         ]
+        section = self._context.spec.compression
         try:
             mean: Mean = await self._context.offload(
                 weighted_mean,
-                self._context.contribution,
-                self._context.published,
+                self._incoming,
+                self._outgoing,
                 contributions,
-                self._context.parts[part].count,
+                self._parts[part].count,
                 len(self.draft.roster),
+                self._residuals.published(self._parts[part]),
+                section.feedback_decay if section.feedback else None,
             )
         except CodecError as error:  # too large to publish: skipped by all, and nothing is lost
             self._context.event("part-not-published", {"part": part, "why": str(error)})
@@ -219,6 +239,7 @@ class Round:
             self._context.refuse(self.draft.roster[seat].peer, f"contribution to part {part}: {reason}")
         if mean.published is not None:
             self.held[part] = mean.published
+            self._remainders[part] = mean.remainder
         self._to_reduce.discard(part)
         self._received.pop(part, None)
         self._change.notify()

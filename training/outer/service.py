@@ -105,7 +105,9 @@ class Outer:
         self._peers = peers
         self._first_stage_head = first_stage_head
         self._change = Change()
-        start = genesis_snapshot(self._context.run_id, stage, genesis.detach().to("cpu", torch.float32))
+        start = genesis_snapshot(
+            self._context.run_id, stage, genesis.detach().to("cpu", torch.float32), self._context.fragments
+        )
         self._replica = Replica(self._context, start)
         self._member = Member(self._context, self._replica, weights, positions, self._change)
         self._snapshots = Snapshots(self._context, self._replica, start, directory)
@@ -153,13 +155,18 @@ class Outer:
 
     @property
     def steps_since_round(self) -> int:
-        """Inner steps of this process that the log does not hold yet."""
-        return self._weights.inner_steps - self._mine()[0]
+        """Inner steps of this process since the last round that lists it."""
+        return self._weights.inner_steps - max(self._ends())[0]
 
     @property
     def tokens_since_round(self) -> int:
         """Tokens of those steps."""
-        return self._weights.tokens - self._mine()[1]
+        return self._weights.tokens - max(self._ends())[1]
+
+    @property
+    def all_listed(self) -> bool:
+        """Whether the log holds every inner step of this process in every fragment."""
+        return min(self._ends())[0] >= self._weights.inner_steps
 
     def entry(self, height: int) -> Entry | None:
         """An entry of the log that is still kept."""
@@ -226,7 +233,7 @@ class Outer:
         self._urgent = True
         self._change.notify()
         try:
-            await self._change.until(lambda: self._mine()[0] >= steps, lambda: None)
+            await self._change.until(lambda: min(self._ends())[0] >= steps, lambda: None)
         finally:
             self._urgent = False
 
@@ -248,8 +255,9 @@ class Outer:
     def _position(self, now_s: float, group: Sequence[GroupMember]) -> Position:
         me = self._context.me
         mine = next(member for member in group if member.peer == me)
-        due = should_open(self._context.spec.outer.inner_steps, mine, group).yes
-        urgent = self._urgent and self.steps_since_round > 0
+        apart = self._context.spec.outer.inner_steps / len(self._context.fragments)
+        due = should_open(apart, mine, group).yes
+        urgent = self._urgent and not self.all_listed
         undecided_s = self._member.undecided_since_s
         if undecided_s is None and not due and not urgent:
             self._wanted_since_s = None
@@ -334,6 +342,9 @@ class Outer:
                 "seconds": figures.last_round_s,
                 "contributors": len(entry.contributors),
                 "skipped": skipped,
+                "fragment": entry.fragment,
+                "codecs": [entry.contribution, entry.published],
+                "bytes_out": self._member.round.bytes_out if self._member.round is not None else 0,
                 "tokens": entry.tokens,
                 "leader": entry.leader,
             },
@@ -341,8 +352,8 @@ class Outer:
 
     # -- views
 
-    def _mine(self) -> tuple[int, int]:
-        return self._replica.log.end_of(self._context.me, self._context.incarnation)
+    def _ends(self) -> list[tuple[int, int]]:
+        return self._replica.log.ends_of(self._context.me, self._context.incarnation)
 
     def _group(self) -> list[GroupMember]:
         """The live replicas, this one as it is now rather than as its last beat told."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from shoal.training.outer.apply import fragment_digest, tensors_digest
 from shoal.training.outer.log import LogState, genesis_state, state_root
-from shoal.training.outer.reduce import tensors_digest
+from shoal.training.outer.parts import Fragment
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,12 +26,16 @@ class Snapshot:
         return self.state.height
 
 
-def snapshot_of(state: LogState, anchor: torch.Tensor, momentum: torch.Tensor) -> Snapshot:
+def snapshot_of(
+    state: LogState, anchor: torch.Tensor, momentum: torch.Tensor, fragments: Sequence[Fragment]
+) -> Snapshot:
     """With the state root that follows from the rest; hashes both tensors."""
-    return Snapshot(state, anchor, momentum, state_root(tensors_digest(anchor, momentum), state))
+    digests = [fragment_digest(anchor[f.span], momentum[f.span]) for f in fragments]
+    return Snapshot(state, anchor, momentum, state_root(tensors_digest(digests), state))
 
 
-def genesis_snapshot(run_id: bytes, stage: int, anchor: torch.Tensor) -> Snapshot:
+def genesis_snapshot(
+    run_id: bytes, stage: int, anchor: torch.Tensor, fragments: Sequence[Fragment]
+) -> Snapshot:
     """The state before the first entry: the spec's initial weights, no momentum."""
-    momentum = torch.zeros_like(anchor)
-    return snapshot_of(genesis_state(run_id, stage), anchor, momentum)
+    return snapshot_of(genesis_state(run_id, stage), anchor, torch.zeros_like(anchor), fragments)

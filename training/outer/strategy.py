@@ -28,15 +28,25 @@ class OuterStrategy:
         """As the spec says."""
         return cls(outer.learning_rate, outer.momentum, outer.nesterov)
 
-    def step(self, anchor: torch.Tensor, momentum: torch.Tensor, mean: torch.Tensor) -> None:
-        """One outer step in place: anchor and momentum [n] fp32 with the mean delta [n] fp32, unchanged."""
+    def step(
+        self,
+        anchor: torch.Tensor,
+        momentum: torch.Tensor,
+        mean: torch.Tensor,
+        after: torch.Tensor,
+        velocity: torch.Tensor,
+    ) -> None:
+        """One outer step of anchor and momentum [n] fp32 with the mean delta, into `after` and `velocity`.
+
+        Without momentum `velocity` stays as it is.
+        """
         if self.momentum == 0.0:
-            anchor.sub_(torch.mul(mean, self.learning_rate))
+            torch.sub(anchor, torch.mul(mean, self.learning_rate), out=after)
             return
-        momentum.mul_(self.momentum).add_(mean)
+        torch.mul(momentum, self.momentum, out=velocity).add_(mean)
         if self.nesterov:
-            change = torch.mul(momentum, self.momentum)
+            change = torch.mul(velocity, self.momentum)
             change.add_(mean).mul_(self.learning_rate)
         else:
-            change = torch.mul(momentum, self.learning_rate)
-        anchor.sub_(change)
+            change = torch.mul(velocity, self.learning_rate)
+        torch.sub(anchor, change, out=after)

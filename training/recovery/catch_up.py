@@ -15,7 +15,9 @@ import torch
 from shoal.protocol.errors import MessageInvalid, NetworkError, NotHere, ProtocolViolation, ShoalError, Stale
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel
+from shoal.training.outer.codecs import codec_of, round_codecs
 from shoal.training.outer.context import Context
+from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import ENTRY_BYTES, Entry, entry_hash, parse, seats_in
 from shoal.training.outer.fetch import fetch_parts
 from shoal.training.outer.local import LocalWeights, Rebase, Sent
@@ -59,7 +61,8 @@ class CatchingUp:
 
     def _prefers_snapshot(self, target: Target) -> bool:
         context = self._context
-        published = sum(context.published.encoded_bytes(part.count) for part in context.parts)
+        codec = codec_of(round_codecs(context.spec.compression, target.height, 0.0)[1])
+        published = sum(codec.encoded_bytes(part.count) for part in context.fragments[0].parts)
         return prefers_snapshot(
             self._member.replica.log.height,
             target.height,
@@ -109,10 +112,10 @@ class CatchingUp:
         contributed = await self._entry_contributed_to(shadow, target)
         member = self._member
 
-        async def jump(sent: Sent | None) -> None:
+        async def jump(mine: Contribution | None) -> None:
             if shadow.log.height > member.replica.log.height:  # else a COMMIT was faster
-                listed = _listed_parts(contributed, self._context, sent)
-                await member.replica.adopt(shadow, self._local, sent, listed)
+                listed = _listed_parts(contributed, self._context, mine)
+                await member.replica.adopt(shadow, self._local, mine, listed)
                 self._snapshots.switch(snapshot)
                 self.jumps += 1
 
@@ -153,9 +156,10 @@ class CatchingUp:
     async def _entry_contributed_to(self, shadow: Replica, target: Target) -> Entry | None:
         """The entry that lists what this process contributed last and saw no COMMIT of, if there is one."""
         round_, context = self._member.round, self._context
-        if round_ is None or round_.sent is None:
+        if round_ is None or round_.contribution is None:
             return None
-        if shadow.log.end_of(context.me, context.incarnation)[0] != round_.sent.inner_step:
+        step, _ = shadow.log.end_of(context.me, context.incarnation, round_.draft.fragment)
+        if step != round_.contribution.sent.inner_step:
             return None
         height = round_.draft.height
         data = shadow.log.entry(height)
@@ -176,15 +180,19 @@ class CatchingUp:
             return bytes((await receive_soon(stream, EntryItem, ENTRY_BYTES)).payload)
 
 
-def _listed_parts(entry: Entry | None, context: Context, sent: Sent | None) -> set[int]:
-    """Parts of an entry that hold what this process sent."""
-    if entry is None or sent is None:
+def _listed_parts(entry: Entry | None, context: Context, mine: Contribution | None) -> set[int]:
+    """Parts (by index) of which an entry lists what this process contributed."""
+    if entry is None or mine is None:
         return set()
     seat = entry.seat_of(context.me, context.incarnation)
     row = entry.row_of(seat) if seat is not None else None
-    if row is None or row.to_step != sent.inner_step:
+    if row is None or row.to_step != mine.sent.inner_step or entry.fragment != mine.fragment.index:
         return set()
-    return {part for part in range(entry.parts) if seat in seats_in(entry.listed_in(part))}
+    return {
+        part.index
+        for number, part in enumerate(mine.fragment.parts)
+        if seat in seats_in(entry.listed_in(number))
+    }
 
 
 class _Nowhere:
@@ -196,7 +204,7 @@ class _Nowhere:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    async def sent(self) -> Sent:
+    async def sent(self, span: slice) -> Sent:
         return Sent(torch.empty(0), 0, 0)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:

@@ -86,7 +86,9 @@ async def download(context: Context, offer: Offer, donors: Sequence[PeerId]) -> 
                 tasks.create_task(work(donor))
     if missing:
         raise NotHere(f"{len(missing)} of {len(offer.hashes)} chunks not found: {'; '.join(reasons[:4])}")
-    snapshot: Snapshot = await context.offload(snapshot_of, offer.state, tensors[0], tensors[1])
+    snapshot: Snapshot = await context.offload(
+        snapshot_of, offer.state, tensors[0], tensors[1], context.fragments
+    )
     if snapshot.state_root != offer.manifest.state_root:
         raise MessageInvalid("the snapshot's chunks fit their hashes, and not its state root")
     return snapshot

@@ -6,6 +6,7 @@ The file is safetensors: tensors `anchor` and `momentum`, and in the metadata th
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from shoal.compression.codec import bytes_of
 from shoal.protocol import wire
 from shoal.protocol.errors import ProtocolViolation, StorageError
 from shoal.training.outer.log import LOG_STATE_BYTES, LogState
+from shoal.training.outer.parts import Fragment
 from shoal.training.outer.snapshot import Snapshot, snapshot_of
 
 CHUNK_VALUES = 1 << 18  # 1 MiB of fp32
@@ -66,7 +68,7 @@ def save(snapshot: Snapshot, path: Path) -> None:
         ) from error
 
 
-def load(path: Path, size: int) -> Snapshot:
+def load(path: Path, size: int, fragments: Sequence[Fragment]) -> Snapshot:
     """Read a file and check it against its own state root. Raises StorageError for a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,7 +83,7 @@ def load(path: Path, size: int) -> Snapshot:
             raise StorageError(
                 f"snapshot {path}: {tensor.dtype} {tuple(tensor.shape)}, fp32 [{size}] expected"
             )
-    snapshot = snapshot_of(state, anchor, momentum)
+    snapshot = snapshot_of(state, anchor, momentum, fragments)
     if snapshot.state_root != root:
         raise StorageError(f"snapshot {path}: the state root does not match its content")
     return snapshot

@@ -7,7 +7,7 @@ entries beside the snapshots lets a peer come back alone, even when the whole st
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from shoal.protocol.errors import NotHere, ShoalError, StorageError
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import Entry
 from shoal.training.outer.local import LocalWeights
+from shoal.training.outer.parts import Fragment
 from shoal.training.outer.reduce import Published
 from shoal.training.outer.replica import Replica
 from shoal.training.outer.snapshot import Snapshot
@@ -69,7 +70,9 @@ class Snapshots:
         """Take up what the disk has: the newest whole snapshot, then the entries after it."""
         if self._directory is None:
             return
-        snapshot = await self._context.offload(_newest, self._directory, self._context.size)
+        snapshot = await self._context.offload(
+            _newest, self._directory, self._context.size, self._context.fragments
+        )
         if snapshot is not None and snapshot.height > self._replica.log.height:
             await self._replica.adopt(Replica(self._context, snapshot), local)
             self._kept[snapshot.height] = snapshot
@@ -136,10 +139,10 @@ def _clear(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _newest(directory: Path, size: int) -> Snapshot | None:
+def _newest(directory: Path, size: int, fragments: Sequence[Fragment]) -> Snapshot | None:
     for path in sorted(directory.glob("snapshot-*.safetensors"), reverse=True):
         try:
-            return load(path, size)
+            return load(path, size, fragments)
         except StorageError:
             continue  # the one before it, or the group
     return None

@@ -1,0 +1,143 @@
+"""Fragments: a stage synchronised in turns, on one chain, while inner steps go on; every step is in once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from outer_faults import Faults
+from outer_world import Node, World, round_spec
+
+from shoal.protocol.identity import PeerId
+from shoal.protocol.memory_transport import Link
+from shoal.protocol.virtual_time import run
+from shoal.training.outer.messages import Commit, ContributedPart, Go, Prepare, PublishedPart
+
+FRAGMENTS = 3
+
+
+def in_fragments(**outer: object) -> World:
+    return World(4, round_spec(outer={"fragments": FRAGMENTS, "inner_steps": 6, **outer}))
+
+
+def test_fragments_take_turns_and_every_step_is_in_once() -> None:
+    async def main() -> None:
+        async with in_fragments() as world:
+            await world.rounds(7)
+            assert [entry.fragment for entry in world.entries()] == [0, 1, 2, 0, 1, 2, 0]
+            assert world.equal()
+            world.assert_every_step_is_in_once()
+            rows = [entry.contributors[0] for entry in world.entries()]
+            spans = [(row.from_step, row.to_step) for row in rows]
+            assert spans == [(0, 2), (0, 4), (0, 6), (2, 8), (4, 10), (6, 12), (8, 14)], "each a full H apart"
+            assert (
+                world.nodes[0].outer.tokens
+                == sum(row.tokens for e in world.entries() for row in e.contributors) // 3
+            )
+
+    run(main)
+
+
+def test_steps_made_while_a_round_is_under_way_are_kept() -> None:
+    """On links where a round takes as long as several inner steps."""
+
+    async def main() -> None:
+        async with in_fragments() as world:
+            for one in world.nodes:
+                for other in world.nodes:
+                    if one is not other:
+                        world.network.set_link(one.name, other.name, Link(0.05, 40_000.0))
+            for _ in range(60):
+                world.everybody_steps()
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(5)
+            assert world.nodes[0].outer.height >= 6
+            assert world.equal()
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "kind", [Prepare, Go, ContributedPart, PublishedPart, Commit], ids=lambda kind: kind.__name__
+)
+def test_a_killed_peer_costs_no_step_of_any_fragment(kind: type) -> None:
+    faults = Faults()
+
+    async def main() -> None:
+        spec = round_spec(outer={"fragments": FRAGMENTS, "inner_steps": 6})
+        async with World(4, spec, wrap=faults.wrap) as world:
+            await world.rounds(4)
+
+            def strike(peer: PeerId) -> None:
+                world.kill(node_of(world, peer))
+
+            faults.arm(kind, "after", strike, count=2)
+            for node in world.nodes:
+                node.step()
+                node.step()
+            async with asyncio.timeout(30):
+                while faults.hit is None:
+                    await asyncio.sleep(0.01)
+            await world.reach(5)
+            await world.rounds(4)
+            assert world.equal()
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def test_a_leaver_hands_in_every_fragment() -> None:
+    async def main() -> None:
+        async with in_fragments() as world:
+            await world.rounds(2)
+            leaver = world.nodes[1]
+            leaver.step()
+            async with asyncio.timeout(30):
+                await leaver.outer.final_round()
+            assert leaver.outer.all_listed
+            await world.reach(leaver.outer.height)
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def test_a_joiner_goes_on_in_the_middle_of_a_turn() -> None:
+    async def main() -> None:
+        async with in_fragments(snapshot_every=4) as world:
+            await world.rounds(5)
+            joiner = world.node(9)
+            world.nodes.append(joiner)
+            await joiner.start()
+            assert joiner.outer.height == 5
+            await world.rounds(4)
+            assert world.equal()
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def test_the_alpha_merge_gives_up_its_share_of_the_steps_in_between() -> None:
+    """w ← alpha·w + (1 − alpha)·new: with alpha 0 local weights are the anchor, steps made meanwhile are gone."""
+
+    async def main() -> None:
+        async with World(2, round_spec(outer={"merge": "alpha", "merge_alpha": 0.0})) as world:
+            for one, other in [(0, 1), (1, 0)]:
+                world.network.set_link(world.nodes[one].name, world.nodes[other].name, Link(0.2, 1e9))
+            for node in world.nodes:
+                node.step()
+                node.step()
+            await asyncio.sleep(0.5)
+            for node in world.nodes:
+                node.step()  # the round is under way
+            await world.reach(1)
+            for node in world.nodes:
+                assert torch.equal(node.weights.weights, node.outer.anchor)
+            assert world.equal()
+
+    run(main)
+
+
+def node_of(world: World, peer: PeerId) -> Node:
+    return next(node for node in world.nodes if node.name == peer)
