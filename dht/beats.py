@@ -18,6 +18,7 @@ NO_DIGEST = bytes(32)  # of a log or a state that does not exist yet
 RECORDS_IN_MESSAGE = 8  # of up to 4 KiB: half a header
 NAMES_IN_MESSAGE = 64
 TokensPerS = Annotated[float, Bounds(0.0, 1e12)]
+BytesPerS = Annotated[float, Bounds(0.0, 1e12)]
 
 
 @wire_message
@@ -34,6 +35,7 @@ class StageBeat:
     tokens: Count = 0  # committed
     steps_since_round: Count = 0
     tokens_since_round: Count = 0
+    uplink_bytes_per_s: BytesPerS = 0.0  # about what its uplink carries in bulk; 0: unknown
 
 
 @wire_message

@@ -57,7 +57,7 @@ class PeerOptions:
     device: str = "auto"
     memory_bytes: int | None = None
     threads: int | None = ALL_THREADS
-    upload_bytes_per_s: float | None = None
+    upload_bytes_per_s: float | None = None  # most to send; None: no limit
     name: str = ""
     stage: int | None = None  # None: where the swarm needs it most
     train: bool = True
@@ -133,6 +133,7 @@ class Daemon:
                 name=options.name,
                 revocations_path=owner.key.revocations_path if owner else None,
                 alone_is_fine=owner is not None,
+                upload_bytes_per_s=options.upload_bytes_per_s,
             ) as presence,
             serve_control(self._folder / "control.sock", actions),
         ):
@@ -377,6 +378,8 @@ class Daemon:
             addresses=presence.addresses,
             bootstrap=presence.directory.bootstrap_addresses(),
             reachable=self._reach.text,
+            uplink_bytes_per_s=presence.transport.uplink_bytes_per_s(),
+            upload_limit_bytes_per_s=self._options.upload_bytes_per_s,
             uptime_s=round(time.monotonic() - self._started_s, 1),
             token_id=presence.token.token_id,
             token_until=membership.token.not_after,

@@ -16,7 +16,7 @@ from typing import TextIO
 Fields = Mapping[str, object]
 Events = Callable[[str, Fields], None]
 
-_MIB = 1 << 20
+_MB = 1e6
 
 
 def json_events(stream: TextIO, clock: Callable[[], float] = time.time) -> Events:
@@ -65,9 +65,8 @@ def _round(fields: Fields) -> str:
         parts.append(f"loss {loss:.3f}")
     if isinstance(speed := fields.get("tokens_per_s"), int | float):
         parts.append(f"{speed:,.0f} tok/s")
-    up, down = fields.get("up_bytes"), fields.get("down_bytes")
-    if isinstance(up, int | float) and isinstance(down, int | float):
-        parts.append(f"up {up / _MIB:.1f} MB, down {down / _MIB:.1f} MB")
+    if isinstance(sent := fields.get("bytes_out"), int | float):
+        parts.append(f"sent {sent / _MB:.1f} MB")
     return "  ".join(parts)
 
 

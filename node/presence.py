@@ -163,16 +163,18 @@ async def present(
     revocations_path: Path | None = None,
     more_bootstrap: tuple[str, ...] = (),
     alone_is_fine: bool = False,
+    upload_bytes_per_s: float | None = None,
 ) -> AsyncIterator[Presence]:
     """Join the swarm of `token`; leave it when the context ends.
 
     `revocations_path`: where the list is kept, if not in `folder`. `alone_is_fine`: nobody answering is
-    no error (the owner starts first). Raises AccessError, BootstrapFailed, TransportLost.
+    no error (the owner starts first). `upload_bytes_per_s`: most that it may send, None: no limit. Raises
+    AccessError, BootstrapFailed, TransportLost, and UsageError for a limit that is too low.
     """
     book = RevocationBook(token.run_id, token.root_der, revocations_path or folder / "revocations")
     membership = Membership(token, key, time.time, book)
     contacts = ContactBook()
-    transport = GrpcTransport(membership, contacts, listening.host, listening.port)
+    transport = GrpcTransport(membership, contacts, listening.host, listening.port, upload_bytes_per_s)
     settings = DirectorySettings(
         state_dir=folder / "dht",
         host=listening.host,

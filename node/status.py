@@ -69,6 +69,8 @@ class Status:
     addresses: tuple[str, ...]
     bootstrap: tuple[str, ...]
     reachable: str  # in words
+    uplink_bytes_per_s: float | None  # measured, at most the limit; None: not yet
+    upload_limit_bytes_per_s: float | None  # what --upload allows
     uptime_s: float
     token_id: str
     token_until: float

@@ -50,6 +50,16 @@ _FRAME_S = 0.02  # what a frame takes of the limit, if that gives at least LEAST
 _EARLY_S = 0.001  # loops round their timers; the schedule itself does not move
 
 
+def require_upload(limit_bytes_per_s: float | None) -> None:
+    """Raises UsageError for a limit under LEAST_UPLOAD_BYTES_PER_S."""
+    if limit_bytes_per_s is not None and limit_bytes_per_s < LEAST_UPLOAD_BYTES_PER_S:
+        raise UsageError(
+            f"an upload limit of {limit_bytes_per_s * 8 / 1e3:g} kbit/s is too low: the smallest frame would "
+            f"take so long that others hold this peer for dead\n"
+            f"give at least --upload {LEAST_UPLOAD_BYTES_PER_S * 8 / 1e3:g}kbit"
+        )
+
+
 class Place(enum.Enum):
     """Of a frame in its message."""
 
@@ -133,12 +143,7 @@ class Pacer:
     """Gives bulk frames their turns, in all `bytes_per_s`."""
 
     def __init__(self, bytes_per_s: float) -> None:
-        if bytes_per_s < LEAST_UPLOAD_BYTES_PER_S:
-            raise UsageError(
-                f"an upload limit of {bytes_per_s * 8 / 1e3:g} kbit/s is too low: the smallest frame would "
-                f"take so long that others hold this peer for dead\n"
-                f"give at least --upload {LEAST_UPLOAD_BYTES_PER_S * 8 / 1e3:g}kbit"
-            )
+        require_upload(bytes_per_s)
         self.frame_bytes = max(LEAST_FRAME_BYTES, min(FRAME_BYTES, int(bytes_per_s * _FRAME_S)))
         self._bytes_per_s = bytes_per_s
         self._waiting: dict[Place, deque[_Waiting]] = {place: deque() for place in Place}

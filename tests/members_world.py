@@ -72,6 +72,7 @@ class Swarm:
         self.peers: dict[int, Members] = {}
         self.state: dict[int, str] = {}
         self.trace: list[tuple[float, int, str, int, str]] = []
+        self.uplinks: dict[int, float] = {}  # bytes a second, as they claim
         self._numbers: dict[PeerId, int] = {}
         self._starts: dict[int, int] = {}  # incarnations
 
@@ -201,4 +202,5 @@ class Swarm:
         )
 
     def _beat(self, number: int) -> Beat:
-        return Beat(stages=(StageBeat(number % self.stages),))
+        uplink = self.uplinks.get(number, 0.0)
+        return Beat(stages=(StageBeat(number % self.stages, uplink_bytes_per_s=uplink),))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import random
 import subprocess
@@ -15,16 +16,20 @@ from typing import Any, NamedTuple, Protocol
 
 import pytest
 import torch
+from rich.console import Console
 
 from shoal.node import paths
 from shoal.node.cli.app import main
-from shoal.node.cli.units import duration_s, rate_bytes_per_s, size_bytes
+from shoal.node.cli.status_view import status_view
+from shoal.node.cli.units import duration_s, rate_bytes_per_s, rate_text, size_bytes
 from shoal.node.control import ask, serve_control
 from shoal.node.demo.measure import Figures, Heads, Losses
+from shoal.node.events import sentence
 from shoal.node.inference.sampling import next_token
 from shoal.node.loop import LoopMeter, new_loop
 from shoal.node.owner.home import OwnerHome
 from shoal.node.signed_spec import SignedSpec
+from shoal.node.status import Status
 from shoal.protocol.admission import JoinToken
 from shoal.protocol.errors import (
     PeerUnreachable,
@@ -153,6 +158,14 @@ def test_a_token_on_the_command_line_never_reaches_a_message(shoal: Shoal, home:
     assert text[20:60] not in answer.out + answer.errors
 
 
+def test_an_upload_limit_that_is_too_low_is_refused_by_name(shoal: Shoal, home: OwnerHome) -> None:
+    token = home.issue((Role.TRAINER,), 60.0, "", NOW).encode()
+    answer = shoal("join", token, "--upload", "128kbit")
+    assert answer.code == 2
+    assert "128 kbit/s" in answer.errors
+    assert "--upload 600kbit" in answer.errors
+
+
 def test_help_and_quick_commands_load_no_heavy_library() -> None:
     program = (
         "import sys; from shoal.node.cli import app; from shoal.node.cli import tokens, spec; "
@@ -255,10 +268,72 @@ def test_sizes(text: str, value: int) -> None:
 def test_rates_and_what_is_none() -> None:
     assert rate_bytes_per_s("20Mbit") == 2.5e6
     assert rate_bytes_per_s("1Gbit/s") == 1.25e8
+    for text in ("600 kbit/s", "2.5 Mbit/s", "20 Mbit/s", "1 Gbit/s"):
+        assert rate_text(rate_bytes_per_s(text)) == text
     for wrong in ("", "fast", "12 parsec", "-5d"):
         for read in (duration_s, size_bytes, rate_bytes_per_s):
             with pytest.raises(UsageError):
                 read(wrong)
+
+
+# --- what is shown
+
+
+@pytest.mark.parametrize(
+    ("measured", "limit", "shown"),
+    [
+        (None, None, "not measured yet, no limit"),
+        (2.25e6, None, "18 Mbit/s measured, no limit"),
+        (2.25e6, 2.5e6, "18 Mbit/s measured, limit 20 Mbit/s"),
+    ],
+)
+def test_the_uplink_is_the_same_for_people_and_programs(
+    measured: float | None, limit: float | None, shown: str
+) -> None:
+    answer = json.loads(json.dumps(_status(measured, limit).to_json()))
+    assert (answer["uplink_bytes_per_s"], answer["upload_limit_bytes_per_s"]) == (measured, limit)
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(status_view([answer]))
+    assert shown in console.export_text()
+
+
+def _status(uplink_bytes_per_s: float | None, upload_limit_bytes_per_s: float | None) -> Status:
+    return Status(
+        version="1",
+        pid=1,
+        run_name="run",
+        run_id="00",
+        peer="peer",
+        name="ada",
+        roles=("trainer",),
+        state="observing",
+        stage=None,
+        stage_count=1,
+        layers=None,
+        device="cpu",
+        memory_bytes=1,
+        addresses=(),
+        bootstrap=(),
+        reachable="reachable",
+        uplink_bytes_per_s=uplink_bytes_per_s,
+        upload_limit_bytes_per_s=upload_limit_bytes_per_s,
+        uptime_s=1.0,
+        token_id="",
+        token_until=NOW,
+        leaf_until=NOW,
+        revocation_version=0,
+        data_dir="/",
+        stage_replicas=(1,),
+        peers=(),
+        loop=LoopMeter().health(),
+    )
+
+
+def test_a_round_is_told_in_one_line_with_what_was_sent() -> None:
+    fields = {"height": 7, "inner_step": 70, "loss": 3.25, "tokens_per_s": 1500.0}
+    assert sentence("round", fields) == "round 7  step 70  loss 3.250  1,500 tok/s"
+    told = sentence("round", {**fields, "bytes_out": 12_345_678})
+    assert told == "round 7  step 70  loss 3.250  1,500 tok/s  sent 12.3 MB"
 
 
 # --- control socket

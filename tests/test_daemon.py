@@ -41,13 +41,13 @@ class Swarm:
         data = str(self.owner.folder / "data")
         return await run_shoal(*command, "--data-dir", data, "--json", timeout_s=START_S)
 
-    async def join(self, name: str, token: str) -> PeerProcess:
+    async def join(self, name: str, token: str, *options: str) -> PeerProcess:
         peer = self.peer(name)
         self._processes.append(peer)
         path = self.folder / f"{name}.token"
         path.write_text(token)
         path.chmod(0o600)
-        await peer.start("join", f"@{path}", "--no-train")
+        await peer.start("join", f"@{path}", "--no-train", *options)
         return peer
 
     async def end(self) -> None:
@@ -79,7 +79,8 @@ async def _seen_by(peer: PeerProcess, names: set[str]) -> None:
 def test_peers_join_see_each_other_and_leave(tmp_path: Path) -> None:
     async def scenario(swarm: Swarm) -> None:
         ada, ben = await asyncio.gather(
-            *[swarm.join(name, (await swarm.token("--name", name))["token"]) for name in ("ada", "ben")]
+            swarm.join("ada", (await swarm.token("--name", "ada"))["token"], "--upload", "20Mbit"),
+            swarm.join("ben", (await swarm.token("--name", "ben"))["token"]),
         )
         await asyncio.gather(*(peer.event("observing", START_S) for peer in (ada, ben)))
         everybody = {"owner", "ada", "ben"}
@@ -89,6 +90,8 @@ def test_peers_join_see_each_other_and_leave(tmp_path: Path) -> None:
         assert status["run_name"] == "tiny"
         assert status["roles"] == ["trainer"]
         assert status["loop"]["callbacks"] > 0
+        assert status["upload_limit_bytes_per_s"] == 2.5e6
+        assert status["uplink_bytes_per_s"] is None, "it has sent nothing in bulk"
         left = await run_shoal("leave", "--data-dir", str(ada.folder / "data"), "--json", timeout_s=START_S)
         assert left == {"leaving": ["ada"]}
         await _exits(ada, 0)

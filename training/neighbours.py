@@ -10,6 +10,7 @@ from shoal.dht.members import Members
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.policy import GroupMember
 from shoal.training.pipeline.replicas import Replica
+from shoal.training.uplinks import group_uplinks
 
 _UNMEASURED_RTT_S = 0.05
 _SILENT_S = 120.0  # until a peer that stopped talking counts as departed (design section 9, partitions)
@@ -48,6 +49,7 @@ def group_members(members: Members, incarnation: int, own: StageBeat) -> list[Gr
 
     Whoever fell silent without a goodbye or a closed connection stays, marked, for _SILENT_S: it may be
     frozen, or on the other side of a cut, and half a group must not go on as if it were the whole.
+    Uplinks are what the beats claim, as far as the group believes it (`uplinks`).
     """
     view = members.view()
     found = {view.me: _group_member(view.me, incarnation, own)}
@@ -62,7 +64,9 @@ def group_members(members: Members, incarnation: int, own: StageBeat) -> list[Gr
         if member.state == "online" and view.now_s - (member.heard_s or 0.0) < _SILENT_S:
             silent = _group_member(member.peer, member.incarnation, progress)
             found[member.peer] = dataclasses.replace(silent, silent=True)
-    return sorted(found.values(), key=lambda member: member.peer)
+    group = sorted(found.values(), key=lambda member: member.peer)
+    uplinks = group_uplinks([member.uplink for member in group])
+    return [dataclasses.replace(member, uplink=uplink) for member, uplink in zip(group, uplinks, strict=True)]
 
 
 def _group_member(peer: PeerId, incarnation: int, beat: StageBeat) -> GroupMember:
@@ -75,4 +79,5 @@ def _group_member(peer: PeerId, incarnation: int, beat: StageBeat) -> GroupMembe
         steps_since_round=beat.steps_since_round,
         tokens_since_round=beat.tokens_since_round,
         log_tokens=beat.log_tokens,
+        uplink=beat.uplink_bytes_per_s,
     )

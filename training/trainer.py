@@ -34,6 +34,7 @@ from shoal.training.pipeline.hop import Hop
 from shoal.training.pipeline.inference import InferenceHop
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.spec import RunSpec
+from shoal.training.uplinks import UNKNOWN, claimed_uplink
 from shoal.training.weights import Weights, learning_rate
 
 _EVALUATE_EVERY_S = 5.0  # at most so often, and for at most so much of the time
@@ -79,6 +80,7 @@ class Trainer:
         self.layout = stage_layout(spec, stage_ranges(spec)[stage])
         self._ledger = Ledger()
         self._held_out_loss = math.nan
+        self._uplink_bytes_per_s = UNKNOWN  # as this peer claims it
         self._marks: deque[tuple[float, int]] = deque()  # (loop time, tokens) for the rate
         self.reroutes: deque[float] = deque(maxlen=100)
 
@@ -205,6 +207,8 @@ class Trainer:
     def beat(self) -> tuple[StageBeat, ...]:
         """What heartbeats say of this stage."""
         outer, weights = self.outer, self.weights
+        measured = self._transport.uplink_bytes_per_s()
+        self._uplink_bytes_per_s = claimed_uplink(measured, self._uplink_bytes_per_s)
         return (
             StageBeat(
                 stage=self.stage,
@@ -216,6 +220,7 @@ class Trainer:
                 tokens=weights.tokens,
                 steps_since_round=outer.steps_since_round,
                 tokens_since_round=outer.tokens_since_round,
+                uplink_bytes_per_s=self._uplink_bytes_per_s,
             ),
         )
 

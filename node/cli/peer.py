@@ -32,7 +32,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Memory = Annotated[str | None, typer.Option(help="Most memory to use, like 12GiB.", show_default=False)]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
-Upload = Annotated[str | None, typer.Option(help="Your uplink, like 20Mbit.", show_default=False)]
+Upload = Annotated[
+    str | None, typer.Option(help="Most to send, like 20Mbit; at least 600kbit.", show_default="no limit")
+]
 Name = Annotated[str, typer.Option(help="What others call this peer.", show_default=False)]
 Stage = Annotated[int | None, typer.Option(min=0, help="Serve this stage.", show_default="where needed most")]
 ListenUp = Annotated[str, typer.Option(help="IP address to listen on; 0.0.0.0 for other machines to join.")]
@@ -70,11 +72,11 @@ def up(
     from shoal.node.daemon import run_daemon
     from shoal.node.owner.home import OwnerHome
 
-    root = data_root(data_dir)
-    home = OwnerHome.of_run(root, spec, time.time())
     options = _options(
         device, memory, threads, upload, name, stage, no_train, listen, port, dht_port, announce
     )
+    root = data_root(data_dir)
+    home = OwnerHome.of_run(root, spec, time.time())
     with PeerFolder.claim(root) as folder:
         code = run_daemon(home.own_token(time.time()), folder, options, _events(as_json), home)
     raise typer.Exit(code)
@@ -223,7 +225,9 @@ def _options(
         raise UsageError(f"--name takes at most {NAME_CHARACTERS} printable characters")
     from shoal.node.daemon import PeerOptions
     from shoal.node.presence import Listening
+    from shoal.protocol.uplink import require_upload
 
+    require_upload(upload_bytes_per_s)
     listening = Listening(host=listen, port=port, dht_port=dht_port, announce=tuple(announce or ()))
     return PeerOptions(
         device=device,

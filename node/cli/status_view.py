@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from shoal.node.cli.units import rate_text
 from shoal.node.status import verdict
 
 
@@ -25,6 +26,7 @@ def _own(status: Mapping[str, Any]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_row("device", escape(status["device"] or "-"))
     table.add_row("address", escape(f"{', '.join(status['addresses'])}: {status['reachable']}"))
+    table.add_row("uplink", _uplink(status["uplink_bytes_per_s"], status["upload_limit_bytes_per_s"]))
     if training:
         loss = training.get("held_out_loss") or training.get("loss")
         table.add_row("training", f"round {training['height']}, {training['inner_steps']} steps, "
@@ -34,6 +36,13 @@ def _own(status: Mapping[str, Any]) -> RenderableType:
     table.add_row("loop", f"lag p99 {loop['lag_p99_ms']:.1f} ms, longest callback "
                   f"{loop['callback_worst_ms']:.1f} ms CPU ({escape(loop['callback_worst'])})")  # fmt: skip
     return Group(head, table)
+
+
+def _uplink(measured_bytes_per_s: float | None, limit_bytes_per_s: float | None) -> str:
+    limit = "no limit" if limit_bytes_per_s is None else f"limit {rate_text(limit_bytes_per_s)}"
+    if measured_bytes_per_s is None:
+        return f"not measured yet, {limit}"
+    return f"{rate_text(measured_bytes_per_s)} measured, {limit}"
 
 
 def _swarm(status: Mapping[str, Any]) -> RenderableType:

@@ -1,4 +1,7 @@
-"""Reads the quantities people write on a command line: 7d, 12GiB, 20Mbit. Raises UsageError."""
+"""Reads the quantities people write on a command line: 7d, 12GiB, 20Mbit. Raises UsageError.
+
+Rates are also written that way, for `shoal status`.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,13 @@ def rate_bytes_per_s(text: str) -> float:
     if unit not in _BITS:
         raise UsageError(f"{text!r} is not a rate like 20Mbit or 1Gbit")
     return number * _BITS[unit] / 8
+
+
+def rate_text(bytes_per_s: float) -> str:
+    """A rate as people write it: 20 Mbit/s."""
+    bits_per_s = bytes_per_s * 8
+    unit, size = ("Gbit", 1e9) if bits_per_s >= 1e9 else ("Mbit", 1e6) if bits_per_s >= 1e6 else ("kbit", 1e3)
+    return f"{bits_per_s / size:.3g} {unit}/s"
 
 
 def _split(text: str, wanted: str) -> tuple[float, str]:
