@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shoal.compression.choice import codec_for_link
 from shoal.compression.codec import Codec, CodecError
 from shoal.compression.registry import codec_by_tag, codec_for
 from shoal.protocol.errors import MessageInvalid
@@ -17,7 +18,7 @@ def round_codecs(section: CompressionSection, height: int, uplink_bytes_per_s: f
     `warmup_rounds` go in int8: early deltas are large and change fast (1-bit Adam, arXiv
     2102.02888, section 4).
     """
-    by_link = (WARMUP_FAMILY, WARMUP_FAMILY)
+    by_link = codec_for_link(8 * uplink_bytes_per_s) if uplink_bytes_per_s else (WARMUP_FAMILY,) * 2
     chosen = (
         family if wanted == "auto" else wanted
         for wanted, family in zip((section.contribution, section.published), by_link, strict=True)

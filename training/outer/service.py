@@ -36,6 +36,7 @@ from shoal.training.outer.replica import Replica
 from shoal.training.outer.snapshot import genesis_snapshot
 from shoal.training.recovery.catch_up import CatchingUp
 from shoal.training.recovery.donor import Donor
+from shoal.training.recovery.residual_file import load_residuals, save_residuals
 from shoal.training.recovery.snapshots import Snapshots
 from shoal.training.spec import RunSpec
 
@@ -197,6 +198,22 @@ class Outer:
         Raises StageEmpty when live peers hold state but none hands it over within RECOVER_S.
         """
         await self._snapshots.restore(self._weights)
+        await self._reach_group()
+        await self._restore_residuals()
+
+    async def _restore_residuals(self) -> None:
+        if self._snapshots.directory is None:
+            return
+        context, log = self._context, self._replica.log
+        found = await context.offload(
+            load_residuals,
+            self._snapshots.directory,
+            context.fragments,
+            lambda incarnation, fragment: log.end_of(context.me, incarnation, fragment)[0],
+        )
+        self._replica.residuals.restore(found)
+
+    async def _reach_group(self) -> None:
         loop = asyncio.get_running_loop()
         limit_s = loop.time() + RECOVER_S
         while (ahead := self._ahead()) and not await self._catch_up(ahead):
@@ -327,7 +344,8 @@ class Outer:
         figures, now_s = self._figures, asyncio.get_running_loop().time()
         figures.rounds += 1
         seat = entry.seat_of(self._context.me, self._context.incarnation)
-        figures.listed += int(seat is not None and entry.row_of(seat) is not None)
+        listed = seat is not None and entry.row_of(seat) is not None
+        figures.listed += int(listed)
         skipped = sum(entry.digest(part) == SKIP for part in range(entry.parts))
         figures.skipped_parts += skipped
         figures.contributors = len(entry.contributors)
@@ -335,6 +353,7 @@ class Outer:
             figures.last_round_s = now_s - self._member.round.opened_s
             figures.bytes_out += self._member.round.bytes_out
         self._wanted_since_s, self._ballot = None, 0
+        self._save_residuals(entry, listed)
         self._context.event(
             "round",
             {
@@ -349,6 +368,15 @@ class Outer:
                 "leader": entry.leader,
             },
         )
+
+    def _save_residuals(self, entry: Entry, listed: bool) -> None:
+        context, kept = self._context, self._replica.residuals.take()
+        if self._snapshots.directory is not None and listed and kept:
+            fragment = context.fragments[entry.fragment]
+            step, _ = self._replica.log.end_of(context.me, context.incarnation, entry.fragment)
+            self._snapshots.write(
+                save_residuals, self._snapshots.directory, fragment, kept, context.incarnation, step
+            )
 
     # -- views
 

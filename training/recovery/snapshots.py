@@ -32,7 +32,7 @@ class Snapshots:
     def __init__(self, context: Context, replica: Replica, genesis: Snapshot, directory: Path | None) -> None:
         self._context = context
         self._replica = replica
-        self._directory = directory / context.run_id.hex() / f"stage-{context.stage}" if directory else None
+        self.directory = directory / context.run_id.hex() / f"stage-{context.stage}" if directory else None
         self._kept = {0: genesis}
         self._writes: asyncio.Queue[tuple[Callable[..., None], tuple[Any, ...]]] = asyncio.Queue(QUEUED)
         self._writer: asyncio.Task[None] | None = None
@@ -56,29 +56,29 @@ class Snapshots:
         for height in sorted(self._kept)[:-KEPT]:
             del self._kept[height]
         self._replica.prune(snapshot.height)
-        if self._directory is not None and snapshot.height:
-            self._write(_store, self._directory, snapshot, min(self._kept))
+        if self.directory is not None and snapshot.height:
+            self.write(_store, self.directory, snapshot, min(self._kept))
 
     def switch(self, snapshot: Snapshot) -> None:
         """The replica has left its chain for one that has this snapshot: forget those of the old one."""
         self._kept.clear()
-        if self._directory is not None:
-            self._write(_clear, self._directory)
+        if self.directory is not None:
+            self.write(_clear, self.directory)
         self.keep(snapshot)
 
     async def restore(self, local: LocalWeights) -> None:
         """Take up what the disk has: the newest whole snapshot, then the entries after it."""
-        if self._directory is None:
+        if self.directory is None:
             return
         snapshot = await self._context.offload(
-            _newest, self._directory, self._context.size, self._context.fragments
+            _newest, self.directory, self._context.size, self._context.fragments
         )
         if snapshot is not None and snapshot.height > self._replica.log.height:
             await self._replica.adopt(Replica(self._context, snapshot), local)
             self._kept[snapshot.height] = snapshot
         entries = await self._context.offload(
             lambda directory, height: list(journal.read_entries(directory, height)),
-            self._directory,
+            self.directory,
             self._replica.log.height + 1,
         )
         for data, parts in entries:
@@ -97,12 +97,13 @@ class Snapshots:
 
     def _on_entry(self, entry: Entry, data: bytes, parts: Mapping[int, Published]) -> None:
         replica = self._replica
-        if self._directory is not None:
-            self._write(journal.write_entry, self._directory, entry.height, data, parts)
+        if self.directory is not None:
+            self.write(journal.write_entry, self.directory, entry.height, data, parts)
         if entry.height % self._context.spec.outer.snapshot_every == 0:
             self.keep(Snapshot(replica.log.state(), replica.anchor, replica.momentum, replica.state_root))
 
-    def _write(self, function: Callable[..., None], *arguments: Any) -> None:
+    def write(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run a write off the loop, after those before it. A disk that is slower than the rounds skips some."""
         if self._writer is None:
             self._writer = asyncio.create_task(self._write_all())
         try:

@@ -1,0 +1,60 @@
+"""Residuals on disk: what rounding left out of this peer's contributions outlives its process.
+
+One file a fragment, written after each entry that lists this process. A later process takes it up only if
+the log holds nothing of the old one after it: else it has gone with a contribution already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from shoal.protocol.errors import StorageError
+from shoal.training.outer.parts import Fragment
+
+EndOf = Callable[[int, int], int]  # (incarnation, fragment) -> last step of that process in the log
+
+
+def save_residuals(
+    directory: Path, fragment: Fragment, kept: Mapping[int, torch.Tensor], incarnation: int, step: int
+) -> None:
+    """e of a fragment's parts after the entry that lists steps up to `step`. Raises StorageError."""
+    path = _path(directory, fragment.index)
+    partial = path.with_suffix(".partial")
+    tensors = {str(part.index): kept[part.index] for part in fragment.parts if part.index in kept}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, {"incarnation": str(incarnation), "step": str(step)})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path}: {error}; free space there or name another --data-dir") from error
+
+
+def load_residuals(directory: Path, fragments: Sequence[Fragment], end_of: EndOf) -> dict[int, torch.Tensor]:
+    """e by part index, of those fragments whose file is whole and up to date; a damaged file counts as none."""
+    found: dict[int, torch.Tensor] = {}
+    for fragment in fragments:
+        path = _path(directory, fragment.index)
+        if not path.exists():
+            continue
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata() or {}
+                if end_of(int(facts["incarnation"]), fragment.index) != int(facts["step"]):
+                    continue
+                for part in fragment.parts:
+                    if str(part.index) in file.keys():  # noqa: SIM118  (safetensors' handle is no mapping)
+                        tensor = file.get_tensor(str(part.index))
+                        if tensor.dtype is torch.float32 and tuple(tensor.shape) == (part.count,):
+                            found[part.index] = tensor
+        except (OSError, SafetensorError, KeyError, ValueError):
+            continue
+    return {part: tensor for part, tensor in found.items() if bool(tensor.isfinite().all())}
+
+
+def _path(directory: Path, fragment: int) -> Path:
+    return directory / f"residual-{fragment:02d}.safetensors"
