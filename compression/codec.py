@@ -37,7 +37,7 @@ class Codec(ABC):
 
     @abstractmethod
     def check(self, data: Buffer, count: int) -> None:
-        """Raises CodecError unless an encoder can have made `data` from `count` values. Cheaper than decoding."""
+        """Raises CodecError unless an encoder makes `data` of `count` values. Cheaper than decoding."""
 
     @abstractmethod
     def decode(self, data: Buffer, count: int) -> torch.Tensor:
@@ -47,8 +47,8 @@ class Codec(ABC):
         """total [count] fp32 += fp32(weight) · decoded, each operation rounding once; ‖decoded‖² comes back.
 
         Equal bit for bit to `total.add_(decode(data, count).mul_(weight))`, for a total that holds no −0.0 (a
-        sum begun at zeros never does). The squared norm is right to 1e-6 of itself. Raises what `check` raises,
-        and has not touched `total` then.
+        sum begun at zeros never does). The squared norm is right to 1e-6 of itself. Raises what `check`
+        raises, and has not touched `total` then.
         """
         require_total(total, count)
         values = self.decode(data, count)

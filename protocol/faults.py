@@ -138,13 +138,20 @@ class Faults:
     """What is armed in one process, or in one simulated world, whose `kill` and `freeze` then hang."""
 
     def __init__(
-        self, *, kill: Blow = kill_this_process, freeze: Blow = freeze_this_process, seed: int = 0
+        self,
+        *,
+        kill: Blow = kill_this_process,
+        freeze: Blow = freeze_this_process,
+        tell: Callable[[Arming, PeerId], None] = lambda arming, peer: None,
+        seed: int = 0,
     ) -> None:
+        """`tell` is called just before anything happens: a killed process says nothing afterwards."""
         self.struck: list[tuple[Arming, PeerId]] = []  # what has happened, and at whom
         self.tamper: Tamper | None = None  # changes all that is sent; in-process only
         self.rng = random.Random(seed)  # of corruption
         self._kill = kill
         self._freeze = freeze
+        self._tell = tell
         self._armed: list[tuple[Arming, list[int]]] = []  # with how often the point has been passed
 
     def arm(self, arming: Arming) -> None:
@@ -161,6 +168,7 @@ class Faults:
         if arming is None:
             return None
         self.struck.append((arming, me))
+        self._tell(arming, me)
         match arming.action:
             case Action.KILL:
                 await self._kill(me)

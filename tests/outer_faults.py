@@ -27,7 +27,7 @@ class Faults:
 
     def __init__(self, seed: int = 0) -> None:
         self.hangs = True
-        self._strike: Strike = lambda peer: None
+        self._strikes: dict[Arming, Strike] = {}
         self._awake: list[asyncio.Future[None]] = []
         self._faults = faults.Faults(kill=self._blow, freeze=self._blow, seed=seed)
         self._faults.tamper = _unchanged
@@ -55,13 +55,17 @@ class Faults:
     ) -> None:
         """Strike "before" or "after" sending, or "receiving", a message; the arming before is off."""
         arming = Arming(f"{kind.__name__}.{_PLACES[point]}", Action.KILL, nth=count, who=who)
-        self.arm_as(arming, strike)
-
-    def arm_as(self, arming: Arming, strike: Strike = lambda peer: None) -> None:
-        """Arm any action at any point; `strike` is how this world kills or freezes."""
         self.disarm()
-        self._strike = strike
+        self.arm_also(arming, strike)
+
+    def arm_also(self, arming: Arming, strike: Strike = lambda peer: None) -> None:
+        """Arm any action at any point, beside the others; `strike` is how this world kills or freezes."""
+        self._strikes[arming] = strike
         self._faults.arm(arming)
+
+    def has_struck(self, arming: Arming) -> PeerId | None:
+        """At whom, if it did."""
+        return next((peer for struck, peer in self._faults.struck if struck is arming), None)
 
     def disarm(self) -> None:
         """Nothing strikes any more."""
@@ -75,7 +79,8 @@ class Faults:
         self._awake.clear()
 
     async def _blow(self, peer: PeerId) -> None:
-        self._strike(peer)
+        struck, _ = self._faults.struck[-1]
+        self._strikes[struck](peer)
         if self.hangs:
             self._awake.append(asyncio.get_running_loop().create_future())
             await self._awake[-1]

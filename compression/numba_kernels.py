@@ -1,0 +1,388 @@
+"""The kernels of int8, int4 and onebit, compiled when this is imported. Only `kernels.warm` imports it.
+
+Each does to the bit what the portable path of its codec does, whose module describes it. Loops are written so
+that LLVM vectorises them without reordering a float: minima are taken on integers of the same order, rounding
+half to even is an addition, sums of codes are integers. Scales are read byte by byte, for data need not be
+aligned. All kernels are in one file because numba's cache does not see that a helper in another one changed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import njit, types
+from numba.core import config
+from numpy.typing import NDArray
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+Integers = NDArray[np.int32]
+
+if getattr(config, "DISABLE_JIT", False) or sys.byteorder != "little":
+    raise ImportError("kernels are for little-endian machines, and compiled ones")
+
+
+def _kernel(result: Any, *arguments: Any) -> Callable[[_F], _F]:
+    """Compiled now, for these types; from the cache on disk where there is one."""
+
+    def compiled(function: _F) -> _F:
+        try:
+            kernel: Any = njit(result(*arguments), nogil=True, cache=True)(function)
+        except (RuntimeError, OSError):  # no folder that can be written, or the disk is full
+            kernel = njit(result(*arguments), nogil=True)(function)
+        return cast(_F, kernel)
+
+    return compiled
+
+
+def _inline(function: _F) -> _F:
+    return cast(_F, njit(nogil=True)(function))
+
+
+# Signatures: values in, values out, bytes in, bytes out, numbers.
+_VALUES = types.Array(types.float32, 1, "C", readonly=True)
+_RESULT = types.float32[::1]
+_DATA = types.Array(types.uint8, 1, "C", readonly=True)
+_ENCODED = types.uint8[::1]
+_INT = types.int64
+_VOID, _BOOL, _F32, _F64 = types.void, types.boolean, types.float32, types.float64
+
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_INFINITY = np.int32(0x7F800000)
+_SMALLEST = np.float32(np.finfo(np.float32).tiny)
+# 1.5 · 2^23: added to a number below 2^22, the sum's last bits are that number, rounded half to even.
+_ROUNDER = np.float32(12582912.0)
+_ROUNDER_BITS = np.int32(0x4B400000)
+_PART = np.float32(1 / 256)
+_INVERSE_127 = np.float32(1 / 127)
+_INVERSE_RANGE = np.float32(1 / 8.25)
+_ZERO, _ONE, _HALF = np.float32(0.0), np.float32(1.0), np.float32(0.5)
+_SCALE, _CODE, _PADDING = 1, 2, 3  # fused.Fault
+
+
+@_inline
+def _float(bits: Any) -> np.float32:
+    return np.uint32(bits).view(np.float32)
+
+
+@_inline
+def _flushed(bits: Any) -> np.float32:
+    """The float of bits; 0 for what is below the smallest normal one, −0 too."""
+    value = _float(bits)
+    return value if abs(value) >= _SMALLEST else _ZERO
+
+
+@_inline
+def _nearest(value: np.float32) -> np.float32:
+    """A float rounded to bfloat16, half to even."""
+    bits = np.float32(value).view(np.uint32)
+    return _flushed(
+        (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    )
+
+
+@_inline
+def _upwards(value: np.float32) -> np.float32:
+    """A positive float rounded up to bfloat16."""
+    return _flushed((np.float32(value).view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000))
+
+
+@_inline
+def _put_scale(data: Bytes, index: int, value: np.float32) -> None:
+    bits = np.float32(value).view(np.uint32)
+    data[2 * index] = np.uint8(bits >> np.uint32(16))
+    data[2 * index + 1] = np.uint8(bits >> np.uint32(24))
+
+
+@_inline
+def _scale(data: Bytes, index: int) -> np.float32:
+    return _float(
+        np.uint32(data[2 * index]) << np.uint32(16) | np.uint32(data[2 * index + 1]) << np.uint32(24)
+    )
+
+
+@_inline
+def _well_formed(value: np.float32) -> np.bool_:
+    """Whether a bfloat16 is +0 or a normal number."""
+    bits = np.float32(value).view(np.uint32)
+    return bits == np.uint32(0) or (abs(value) >= _SMALLEST and abs(value) < np.inf)
+
+
+@_inline
+def _ordered(bits: np.int32) -> np.int32:
+    """Integers in the order of the floats with these bits; its own inverse."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & _MAGNITUDE))
+
+
+@_inline
+def _extremes(bits: Integers) -> tuple[np.int32, np.int32]:
+    """Least and largest value, as ordered integers."""
+    low, high = _MAGNITUDE, np.int32(~_MAGNITUDE)
+    for i in range(bits.size):
+        value = _ordered(bits[i])
+        low, high = min(low, value), max(high, value)
+    return low, high
+
+
+@_inline
+def _finite(low: np.int32, high: np.int32) -> np.bool_:
+    return high < _INFINITY and low > np.int32(~_INFINITY)
+
+
+@_kernel(_BOOL, _VALUES, _INT, _ENCODED)
+def int8_encode(values: Floats, block: int, result: Bytes) -> bool:
+    bits = values.view(np.int32)
+    blocks = -(-values.size // block)
+    for b in range(blocks):
+        start = b * block
+        low_bits, high_bits = _extremes(bits[start : start + block])
+        if not _finite(low_bits, high_bits):
+            return False
+        low, high = _float(_ordered(low_bits)), _float(_ordered(high_bits))
+        offset = _nearest(low * _HALF + high * _HALF)
+        scale = _upwards(max(high - offset, offset - low) * _INVERSE_127)
+        if not abs(offset) + np.float32(127.0) * scale < np.inf:
+            return False
+        _put_scale(result, b, scale)
+        _put_scale(result, blocks + b, offset)
+        inverse = _ONE / scale if scale > _ZERO else _ZERO
+        x, codes = values[start : start + block], result[4 * blocks + start :]
+        for i in range(x.size):
+            codes[i] = np.uint8(np.float32((x[i] - offset) * inverse + _ROUNDER).view(np.uint32))
+    return True
+
+
+@_kernel(_INT, _DATA, _INT, _INT)
+def int8_check(data: Bytes, count: int, block: int) -> int:
+    blocks = -(-count // block)
+    for b in range(blocks):
+        scale, offset = _scale(data, b), _scale(data, blocks + b)
+        if not (_well_formed(scale) and _well_formed(offset) and scale >= _ZERO):
+            return _SCALE
+        if not abs(offset) + np.float32(127.0) * scale < np.inf:
+            return _SCALE
+    codes = data[4 * blocks :].view(np.int8)
+    for b in range(blocks):
+        least, used = np.int8(0), np.int8(0)
+        piece = codes[b * block : (b + 1) * block]
+        for i in range(piece.size):
+            least, used = min(least, piece[i]), np.int8(used | piece[i])
+        if least == -128 or (used != 0 and _scale(data, b) == _ZERO):
+            return _CODE
+    return 0
+
+
+@_kernel(_VOID, _DATA, _INT, _RESULT)
+def int8_decode(data: Bytes, block: int, result: Floats) -> None:
+    blocks = -(-result.size // block)
+    codes = data[4 * blocks :].view(np.int8)
+    for b in range(blocks):
+        scale, offset = _scale(data, b), _scale(data, blocks + b)
+        piece, x = codes[b * block : (b + 1) * block], result[b * block :]
+        for i in range(piece.size):
+            x[i] = np.float32(piece[i]) * scale + offset
+
+
+@_kernel(_F64, _DATA, _INT, _F32, _RESULT)
+def int8_add(data: Bytes, block: int, weight: np.float32, total: Floats) -> float:
+    blocks = -(-total.size // block)
+    codes = data[4 * blocks :].view(np.int8)
+    squares = 0.0
+    for b in range(blocks):
+        scale, offset = _scale(data, b), _scale(data, blocks + b)
+        piece, x = codes[b * block : (b + 1) * block], total[b * block :]
+        sum_1, sum_2 = np.int32(0), np.int32(0)
+        for i in range(piece.size):
+            code = np.int32(piece[i])
+            sum_1, sum_2 = np.int32(sum_1 + code), np.int32(sum_2 + np.int32(code * code))
+            x[i] += (np.float32(code) * scale + offset) * weight
+        # Σ(o + s·c)² of the block, where only the values' own last rounding is left out.
+        o, s = np.float64(offset), np.float64(scale)
+        squares += piece.size * o * o + 2.0 * o * s * sum_1 + s * s * sum_2
+    return squares
+
+
+@_inline
+def _code4(value: np.float32, inverse: np.float32) -> np.int32:
+    code = np.int32(np.float32(value * inverse + _ROUNDER).view(np.int32) - _ROUNDER_BITS)
+    return np.int32(min(max(code, np.int32(-8)), np.int32(7)) & np.int32(15))
+
+
+@_kernel(_BOOL, _VALUES, _INT, _ENCODED)
+def int4_encode(values: Floats, block: int, result: Bytes) -> bool:
+    bits = values.view(np.int32)
+    blocks = -(-values.size // block)
+    for b in range(blocks):
+        start = b * block
+        low_bits, high_bits = _extremes(bits[start : start + block])
+        if not _finite(low_bits, high_bits):
+            return False
+        low, high = _float(_ordered(low_bits)), _float(_ordered(high_bits))
+        scale = _nearest((high if high >= -low else low) * -_INVERSE_RANGE)
+        _put_scale(result, b, scale)
+        inverse = _ONE / scale if scale != _ZERO else _ZERO
+        x, pairs = values[start : start + block], result[2 * blocks + start // 2 :]
+        for i in range(x.size // 2):
+            pairs[i] = np.uint8(_code4(x[2 * i], inverse) | _code4(x[2 * i + 1], inverse) << np.int32(4))
+        if x.size % 2:
+            pairs[x.size // 2] = np.uint8(_code4(x[x.size - 1], inverse))
+    return True
+
+
+@_kernel(_INT, _DATA, _INT, _INT)
+def int4_check(data: Bytes, count: int, block: int) -> int:
+    blocks = -(-count // block)
+    pairs = data[2 * blocks :]
+    for b in range(blocks):
+        scale = _scale(data, b)
+        if not _well_formed(scale) or not abs(np.float32(8.0) * scale) < np.inf:
+            return _SCALE
+    if count % 2 and pairs[count // 2] >= 16:
+        return _PADDING
+    for b in range(blocks):
+        if _scale(data, b) == _ZERO and pairs[b * block // 2 : (b + 1) * block // 2].any():
+            return _CODE
+    return 0
+
+
+@_inline
+def _low4(pair: np.uint8) -> np.int32:
+    """The first code of a pair."""
+    return np.int32((np.int32(pair & np.uint8(15)) ^ np.int32(8)) - np.int32(8))
+
+
+@_inline
+def _high4(pair: np.uint8) -> np.int32:
+    return np.int32((np.int32(pair >> np.uint8(4)) ^ np.int32(8)) - np.int32(8))
+
+
+@_kernel(_VOID, _DATA, _INT, _RESULT)
+def int4_decode(data: Bytes, block: int, result: Floats) -> None:
+    blocks = -(-result.size // block)
+    for b in range(blocks):
+        scale = _scale(data, b)
+        x, pairs = result[b * block : (b + 1) * block], data[2 * blocks + b * block // 2 :]
+        for i in range(x.size // 2):
+            x[2 * i] = np.float32(_low4(pairs[i])) * scale
+            x[2 * i + 1] = np.float32(_high4(pairs[i])) * scale
+        if x.size % 2:
+            x[x.size - 1] = np.float32(_low4(pairs[x.size // 2])) * scale
+
+
+@_kernel(_F64, _DATA, _INT, _F32, _RESULT)
+def int4_add(data: Bytes, block: int, weight: np.float32, total: Floats) -> float:
+    blocks = -(-total.size // block)
+    squares = 0.0
+    for b in range(blocks):
+        scale = _scale(data, b)
+        x, pairs = total[b * block : (b + 1) * block], data[2 * blocks + b * block // 2 :]
+        square = np.int32(0)
+        for i in range(x.size // 2):
+            low, high = _low4(pairs[i]), _high4(pairs[i])
+            square = np.int32(square + np.int32(low * low) + np.int32(high * high))
+            x[2 * i] += np.float32(low) * scale * weight
+            x[2 * i + 1] += np.float32(high) * scale * weight
+        if x.size % 2:
+            low = _low4(pairs[x.size // 2])
+            square = np.int32(square + low * low)
+            x[x.size - 1] += np.float32(low) * scale * weight
+        squares += np.float64(scale) * np.float64(scale) * square
+    return squares
+
+
+@_inline
+def _fold(sums: Floats, half: int) -> None:
+    for i in range(half):
+        sums[i] += sums[i + half]
+
+
+@_inline
+def _mean(x: Floats, sums: Floats) -> np.float32:
+    """Mean of 256 |x|, by halves: with constant lengths, each is a few instructions. `sums` is scratch."""
+    for i in range(128):
+        sums[i] = abs(x[i]) * _PART + abs(x[i + 128]) * _PART
+    _fold(sums, 64)
+    _fold(sums, 32)
+    _fold(sums, 16)
+    _fold(sums, 8)
+    _fold(sums, 4)
+    _fold(sums, 2)
+    return np.float32(sums[0] + sums[1])
+
+
+@_kernel(_BOOL, _VALUES, _INT, _ENCODED)
+def onebit_encode(values: Floats, block: int, result: Bytes) -> bool:
+    blocks = -(-values.size // block)
+    sums, last = np.empty(block // 2, np.float32), np.zeros(block, np.float32)
+    negative = np.zeros(block, np.uint8)
+    eights = negative.view(np.uint64)
+    for b in range(blocks):
+        x = values[b * block : (b + 1) * block]
+        if x.size == block:
+            mean = _mean(x, sums)
+        else:
+            last[: x.size] = x
+            mean = _mean(last, sums) * np.float32(block / x.size)
+            negative[:] = 0
+        scale = _nearest(mean) if mean < np.inf else mean
+        if not scale < np.inf:
+            return False
+        _put_scale(result, b, scale)
+        for i in range(x.size):
+            negative[i] = np.uint8(x[i] < _ZERO) & np.uint8(scale > _ZERO)
+        bits = result[2 * blocks + b * block // 8 :]
+        for i in range(-(-x.size // 8)):
+            # The product brings the low bits of eight bytes together in its highest.
+            bits[i] = np.uint8((eights[i] * np.uint64(0x0102040810204080)) >> np.uint64(56))
+    return True
+
+
+@_kernel(_INT, _DATA, _INT, _INT)
+def onebit_check(data: Bytes, count: int, block: int) -> int:
+    blocks = -(-count // block)
+    bits = data[2 * blocks :]
+    for b in range(blocks):
+        scale = _scale(data, b)
+        if not _well_formed(scale) or scale < _ZERO:
+            return _SCALE
+    if count % 8 and bits[count // 8] >> (count % 8):
+        return _PADDING
+    for b in range(blocks):
+        if _scale(data, b) == _ZERO and bits[b * block // 8 : (b + 1) * block // 8].any():
+            return _CODE
+    return 0
+
+
+@_inline
+def _flipped(magnitude: np.uint32, bits: np.uint8, place: int) -> np.float32:
+    """The float with these bits, its sign changed where bit `place` is set."""
+    return _float(magnitude ^ ((np.uint32(bits) >> np.uint32(place)) & np.uint32(1)) << np.uint32(31))
+
+
+@_kernel(_VOID, _DATA, _INT, _RESULT)
+def onebit_decode(data: Bytes, block: int, result: Floats) -> None:
+    blocks = -(-result.size // block)
+    for b in range(blocks):
+        magnitude = np.float32(_scale(data, b)).view(np.uint32)
+        x, bits = result[b * block : (b + 1) * block], data[2 * blocks + b * block // 8 :]
+        for i in range(x.size):
+            x[i] = _flipped(magnitude, bits[i // 8], i % 8)
+
+
+@_kernel(_F64, _DATA, _INT, _F32, _RESULT)
+def onebit_add(data: Bytes, block: int, weight: np.float32, total: Floats) -> float:
+    blocks = -(-total.size // block)
+    squares = 0.0
+    for b in range(blocks):
+        scale = _scale(data, b)
+        # One product for the block: a sign changes nothing in its rounding.
+        magnitude = np.float32(scale * weight).view(np.uint32)
+        x, bits = total[b * block : (b + 1) * block], data[2 * blocks + b * block // 8 :]
+        for i in range(x.size):
+            x[i] += _flipped(magnitude, bits[i // 8], i % 8)
+        squares += x.size * np.float64(scale) * np.float64(scale)
+    return squares
