@@ -67,18 +67,20 @@ def test_a_rebase_keeps_the_steps_made_since() -> None:
 
     async def main() -> None:
         local = weights(small_spec(1, mode="stream", inner_tokens=1))
-        sent = await local.sent(slice(None))
+        sent = await local.sent(slice(None), torch.empty(local.size))
         step(local)
-        now = await local.sent(slice(None))
+        now = await local.sent(slice(None), torch.empty(local.size))
         assert (now.inner_step, now.tokens) == (1, 1)
         new = torch.full((8,), 3.0)
         await local.rebase([Rebase(4, sent.weights[4:12], new)])
-        after = await local.sent(slice(None))
+        after = await local.sent(slice(None), torch.empty(local.size))
         assert torch.equal(after.weights[4:12], new + (now.weights[4:12] - sent.weights[4:12]))
         assert torch.equal(after.weights[12:], now.weights[12:])
         assert torch.equal(local.take().flat, after.weights)
         await local.rebase([Rebase(0, after.weights, torch.zeros(local.size))])
-        assert torch.equal((await local.sent(slice(None))).weights, torch.zeros(local.size))
+        assert torch.equal(
+            (await local.sent(slice(None), torch.empty(local.size))).weights, torch.zeros(local.size)
+        )
 
     virtual_time.run(main)
 

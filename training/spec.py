@@ -174,9 +174,8 @@ class OuterSection(_Section):
     DiLoCo's mixture, which gives up a part of them."""
     merge_alpha: Fraction = 0.5
     """With merge = "alpha": the weight of the local weights in the mixture."""
-    part_bytes: Annotated[int, Field(ge=1024, le=64 << 20)] = 1 << 20
-    """Size of the pieces a stage's float32 weights are cut into for a round. Larger for larger models:
-    a stage has at most 4096 parts."""
+    part_bytes: Annotated[int, Field(ge=1024, le=64 << 20)] = 4 << 20
+    """Largest size of the pieces a stage's float32 weights are cut into for a round, each with an owner."""
     round_deadline_s: Annotated[float, Field(gt=0)] = 10.0
     """A round takes what has arrived by then. At least the bytes of a round (see shoal plan) over the slowest
     uplink that should take part."""

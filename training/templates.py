@@ -85,7 +85,6 @@ _1B = RunSpec(
     outer=OuterSection(
         inner_steps=100,
         momentum=0.9,
-        part_bytes=4 << 20,
         round_deadline_s=120.0,
         payload_budget_bytes=2 << 30,
     ),

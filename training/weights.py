@@ -86,9 +86,9 @@ class Weights:
         self._behind = True
         self._publish()
 
-    async def sent(self, span: slice) -> Sent:
-        """A copy of some of the master between two inner steps."""
-        return await self._lane.run(Work.UPDATE, self._copy, span)
+    async def sent(self, span: slice, into: torch.Tensor) -> Sent:
+        """A copy of some of the master, in `into` (CPU), between two inner steps."""
+        return await self._lane.run(Work.UPDATE, self._copy, span, into)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
         """w ← new + (w - old) for each changed span (design section 9)."""
@@ -98,8 +98,8 @@ class Weights:
         """Start anew from an anchor [size] fp32: a joiner, or a switch of chain."""
         await self._lane.run(Work.UPDATE, self._replace, weights)
 
-    def _copy(self, span: slice) -> Sent:
-        return Sent(self._master[span].to("cpu", copy=True), self.inner_steps, self.tokens)
+    def _copy(self, span: slice, into: torch.Tensor) -> Sent:
+        return Sent(into.copy_(self._master[span]), self.inner_steps, self.tokens)
 
     def _rebase(self, changes: Sequence[Rebase]) -> None:
         for change in changes:

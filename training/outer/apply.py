@@ -46,8 +46,8 @@ async def apply_entry(
     Per part (design section 9), with `mine` what this process contributed and the entry may list:
     listed, w ← new + (w − s) and e ← what was left out; not listed, w ← w + (new − a); SKIP, nothing.
     """
-    after = torch.empty_like(anchor)
-    velocity = torch.empty_like(momentum) if context.strategy.momentum else momentum
+    after = context.buffers.take(fragment.count)
+    velocity = context.buffers.take(fragment.count) if context.strategy.momentum else momentum
     applied = Applied(after, velocity)
     work = _Work(context, fragment, entry, published, anchor, momentum, mine, applied)
     numbered = list(enumerate(fragment.parts))

@@ -10,6 +10,7 @@ from typing import Any
 
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Transport
+from shoal.training.outer.buffers import Buffers
 from shoal.training.outer.messages import method
 from shoal.training.outer.parts import Fragment, cut
 from shoal.training.outer.strategy import OuterStrategy
@@ -38,6 +39,7 @@ class Context:
     event: Event
     rng: random.Random
     refused: Counter[PeerId] = field(default_factory=Counter)
+    buffers: Buffers = field(default_factory=Buffers)
 
     @classmethod
     def of(

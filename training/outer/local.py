@@ -51,8 +51,8 @@ class LocalWeights(Protocol):
     inner_steps: int  # since the process started
     tokens: int  # taken into those steps
 
-    async def sent(self, span: slice) -> Sent:
-        """A copy of some of them, taken atomically between inner steps."""
+    async def sent(self, span: slice, into: torch.Tensor) -> Sent:
+        """A copy of some of them in `into`, taken atomically between inner steps."""
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
         """All changes at once, between inner steps."""
@@ -73,8 +73,8 @@ class MemoryWeights:
         self.inner_steps += 1
         self.tokens += tokens
 
-    async def sent(self, span: slice) -> Sent:
-        return Sent(self.weights[span].clone(), self.inner_steps, self.tokens)
+    async def sent(self, span: slice, into: torch.Tensor) -> Sent:
+        return Sent(into.copy_(self.weights[span]), self.inner_steps, self.tokens)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
         for change in changes:

@@ -98,7 +98,7 @@ class Member:
             fragment,
             codec_of(offer.contribution),
             self.replica.anchor_of(fragment.index),
-            await self._local.sent(fragment.span),
+            await self._local.sent(fragment.span, self._context.buffers.take(fragment.count)),
             self.replica.residuals,
             self._context.offload,
         )

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from shoal.protocol import limits
 
+_SHARED_OUT = 16  # parts a fragment has at least ...
+_LEAST_VALUES = 1 << 14  # ... unless they would be smaller than this
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -54,15 +57,16 @@ def cut(size: int, part_bytes: int, block: int, fragments: int = 1) -> tuple[Fra
 
     All but the last begin and end at a multiple of `block` values.
 
-    Larger parts where a fragment would have more than limits.PARTS of them; fewer fragments where there are
-    not enough blocks.
+    Smaller parts where few peers would own all of a small fragment; larger ones where it would have more than
+    limits.PARTS of them; fewer fragments where there are not enough blocks.
     """
     number = max(1, min(fragments, size // block))
     starts = [_up(size * f // number, block) for f in range(number)] + [size]
     found: list[Fragment] = []
     first = 0
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
-        most = max(part_bytes // 4, -(-(stop - start) // limits.PARTS), block)
+        wanted = min(part_bytes // 4, max(-(-(stop - start) // _SHARED_OUT), _LEAST_VALUES))
+        most = max(wanted, -(-(stop - start) // limits.PARTS), block)
         count = _up(-(-(stop - start) // -(-(stop - start) // most)), block)
         spans = [(at, min(count, stop - at)) for at in range(start, stop, count)]
         found.append(Fragment(index, tuple(Part(first + i, *span) for i, span in enumerate(spans))))

@@ -35,7 +35,7 @@ def save_residuals(
 
 
 def load_residuals(directory: Path, fragments: Sequence[Fragment], end_of: EndOf) -> dict[int, torch.Tensor]:
-    """e by part index, of those fragments whose file is whole and up to date; a damaged file counts as none."""
+    """e by part index, of fragments whose file is whole and up to date; a damaged file counts as none."""
     found: dict[int, torch.Tensor] = {}
     for fragment in fragments:
         path = _path(directory, fragment.index)

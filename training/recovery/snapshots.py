@@ -103,7 +103,7 @@ class Snapshots:
             self.keep(Snapshot(replica.log.state(), replica.anchor, replica.momentum, replica.state_root))
 
     def write(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Run a write off the loop, after those before it. A disk that is slower than the rounds skips some."""
+        """Run a write off the loop, after those before it; a disk slower than the rounds skips some."""
         if self._writer is None:
             self._writer = asyncio.create_task(self._write_all())
         try:
