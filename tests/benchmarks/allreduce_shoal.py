@@ -1,0 +1,170 @@
+"""The Shoal worker of the all-reduce benchmark: the real Outer on the gRPC transport, mutual TLS and all.
+
+Run by `allreduce.py` and `slow_link.py`, one process a peer. A round is measured from the moment when a round
+is due at everybody until its entry is applied: PREPARE, GO, contributions, means, reports, COMMIT, outer
+step, state root and rebase. The outer step is plain (rate 1, no momentum), so the anchor moves by the mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import uvloop
+from allreduce_harness import System, serve
+
+from shoal.protocol.admission import JoinToken, Membership
+from shoal.protocol.allocator import keep_freed_memory
+from shoal.protocol.contacts import ContactBook
+from shoal.protocol.grpc_transport import GrpcTransport
+from shoal.protocol.identity import Contact, PeerId, PeerKey
+from shoal.training.outer.local import MemoryWeights
+from shoal.training.outer.service import GroupMember, Outer
+from shoal.training.spec import RunSpec
+
+CODECS = {"fp32": "float32"}  # the spec's names where ours differ
+TOKENS = 1000  # a step, at every peer: equal weights
+_OFFLOAD_THREADS = 2  # as the daemon has
+_SETTLE_S = 0.05  # between looks whether the last round's streams are closed
+_ROUND_LIMIT_S = 150.0
+
+
+def spec_of(config: dict[str, Any]) -> RunSpec:
+    """One inner step a round, no snapshots, deadlines out of the way."""
+    codec = CODECS.get(config["codec"], config["codec"])
+    outer: dict[str, object] = {
+        "inner_steps": 1,
+        "learning_rate": 1.0,
+        "momentum": 0.0,
+        "nesterov": False,
+        "round_deadline_s": 120.0,
+        "snapshot_every": 1 << 20,
+    }
+    outer |= {"part_bytes": config["part_kib"] << 10} if config.get("part_kib") else {}
+    compression = {"contribution": codec, "published": codec, "warmup_rounds": 0}
+    return RunSpec.model_validate({"outer": outer, "compression": compression})
+
+
+class Shoal(System):
+    """One replica; the others' beats are made up: they are where this one is, and step when it does."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        membership = Membership(JoinToken.parse(config["token"]), PeerKey.generate(), time.time)
+        self._membership = membership
+        self._contacts = ContactBook()
+        self._transport = GrpcTransport(membership, self._contacts, config["host"])
+        self._genesis = torch.zeros(config["mib"] * (1 << 20) // 4)
+        self._weights = MemoryWeights(self._genesis)
+        self._names: list[PeerId] = []
+        self._due = False
+        self._before = self._genesis
+        self._applied = asyncio.Event()
+        self._ended_s = self._round_s = 0.0
+        self._contributors = 0
+        self._pool = ThreadPoolExecutor(_OFFLOAD_THREADS, thread_name_prefix="offload")
+        self._outer = Outer(
+            spec_of(config),
+            0,
+            me=self._transport.me,
+            incarnation=1,
+            transport=self._transport,
+            weights=self._weights,
+            genesis=self._genesis,
+            peers=self._group,
+            suspect=lambda peer, reason: print(f"suspect {peer}: {reason}", file=sys.stderr),
+            offload=self._offload,
+            rng=random.Random(self._transport.me),
+            event=self._event,
+        )
+        self._running: asyncio.Task[None] | None = None
+
+    async def hello(self) -> object:
+        self._outer.serve()
+        await self._transport.start()
+        return [self._transport.me, self._transport.port, [der.hex() for der in self._membership.chain]]
+
+    async def meet(self, hellos: list[Any]) -> None:
+        hosts = self.config["hosts"]
+        for host, (peer, port, chain) in zip(hosts, hellos, strict=True):
+            self._names.append(PeerId(peer))
+            ders = tuple(bytes.fromhex(der) for der in chain)
+            self._contacts.learn(Contact(PeerId(peer), (f"{host}:{port}",), ders))
+        await self._outer.recover()
+        self._running = asyncio.create_task(self._outer.run())
+
+    async def prepare(self, values: torch.Tensor, sign: float) -> None:
+        await asyncio.sleep(_SETTLE_S)
+        while (counters := self._transport.counters()).streams_in or counters.streams_out:
+            await asyncio.sleep(_SETTLE_S)  # the leader still waits for somebody's DONE
+        self._due = False
+        self._before = self._outer.anchor
+        self._applied.clear()
+        self._weights.step(values * sign, TOKENS)
+
+    async def reduce(self) -> tuple[float, dict[str, float]]:
+        self._due = True
+        self._outer.stepped()
+        async with asyncio.timeout(_ROUND_LIMIT_S):
+            await self._applied.wait()
+        return self._ended_s, {"round_s": self._round_s, "lost": self.peers - self._contributors}
+
+    def mean(self) -> torch.Tensor:
+        return self._outer.anchor - self._before
+
+    async def close(self) -> dict[str, float]:
+        counters = self._transport.counters()
+        figures = {"transport_bytes_out": float(sum(counters.bytes_out.values()))}
+        figures["rounds_failed"] = float(str(self._outer.status()["failed"]))
+        figures["parts_skipped"] = float(str(self._outer.status()["skipped_parts"]))
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
+        await self._transport.close()
+        self._pool.shutdown()
+        return figures
+
+    def _group(self) -> Sequence[GroupMember]:
+        outer, steps = self._outer, int(self._due)
+        return [
+            GroupMember(
+                peer=peer,
+                incarnation=1,
+                height=outer.height,
+                head=outer.head,
+                state_root=outer.state_root,
+                steps_since_round=steps,
+                tokens_since_round=TOKENS * steps,
+            )
+            for peer in self._names
+        ]
+
+    def _event(self, kind: str, data: dict[str, object]) -> None:
+        if kind == "round":
+            self._due = False
+            self._ended_s, self._round_s = time.monotonic(), float(str(data["seconds"]))
+            self._contributors = int(str(data["contributors"]))
+            self._applied.set()
+        elif kind != "round-open":
+            print(f"{kind}: {data}", file=sys.stderr, flush=True)
+
+    async def _offload(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+
+async def run() -> None:
+    await serve(Shoal(json.loads(sys.stdin.readline())))
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
