@@ -118,13 +118,14 @@ class World:
         seed: int = 1,
         size: int = SIZE,
         wrap: Wrap | None = None,
+        genesis: torch.Tensor | None = None,
     ) -> None:
         self.spec = spec or round_spec()
         self.seed = seed
         self.wrap: Wrap = wrap or (lambda transport: transport)
         self.network = MemoryNetwork(random.Random(seed))
         self.generator = torch.Generator().manual_seed(seed)
-        self.genesis = torch.randn(size, generator=self.generator)
+        self.genesis = genesis if genesis is not None else torch.randn(size, generator=self.generator)
         self.live: dict[PeerId, Node] = {}
         self.frozen: dict[PeerId, GroupMember] = {}  # what their last beat said
         self.sides: dict[PeerId, list[Node]] = {}  # whom a peer sees while the group is cut

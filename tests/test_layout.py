@@ -64,10 +64,10 @@ def test_hivemind_is_imported_by_the_directory_alone() -> None:
     assert users <= {"dht"}
 
 
-def test_compression_needs_torch_and_numpy_only() -> None:
+def test_compression_needs_torch_numpy_and_numba_only() -> None:
     import sys
 
-    allowed = {"torch", "numpy", "shoal", "__future__"} | sys.stdlib_module_names
+    allowed = {"torch", "numpy", "numba", "shoal", "__future__"} | sys.stdlib_module_names
     wrong = {
         name
         for path in sources("compression")

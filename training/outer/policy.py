@@ -34,7 +34,7 @@ class GroupMember:
     steps_since_round: int = 0
     tokens_since_round: int = 0
     log_tokens: int = 0  # of its whole log
-    uplink: float = 1.0  # relative; part owners are drawn in proportion
+    uplink: float = 1.0  # bytes a second, 1 where nobody's is known; part owners in proportion
     silent: bool = False  # nothing is heard of it, yet it did not depart: counts for the quorum only
 
 
