@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_a_joiner_goes_on_in_the_middle_of_a_turn() -> None:
 
 
 def test_the_alpha_merge_gives_up_its_share_of_the_steps_in_between() -> None:
-    """w ← alpha·w + (1 − alpha)·new: with alpha 0 local weights are the anchor, steps made meanwhile are gone."""
+    """w ← alpha·w + (1 − alpha)·new: with alpha 0 local weights are the anchor, and nothing more."""
 
     async def main() -> None:
         async with World(2, round_spec(outer={"merge": "alpha", "merge_alpha": 0.0})) as world:
@@ -141,3 +142,29 @@ def test_the_alpha_merge_gives_up_its_share_of_the_steps_in_between() -> None:
 
 def node_of(world: World, peer: PeerId) -> Node:
     return next(node for node in world.nodes if node.name == peer)
+
+
+def test_bytes_spread_over_the_turns_and_inner_steps_go_on_as_if_there_were_no_rounds() -> None:
+    """Four fragments, links that a round fills for three fifths of the time until the next."""
+    size, step_s, steps_apart = 40_960, 0.25, 4
+
+    async def main() -> None:
+        spec = round_spec(outer={"fragments": 4, "inner_steps": 4 * steps_apart, "part_bytes": 2048})
+        async with World(4, spec, size=size) as world:
+            whole_round = 2 * 3 * 4 * size  # each sends 3/4 of its delta, and a quarter to three
+            link = Link(0.01, whole_round / 4 / (4 * 3) / (0.6 * steps_apart * step_s))
+            for one, other in itertools.permutations(world.nodes, 2):
+                world.network.set_link(one.name, other.name, link)
+            sent: list[int] = []
+            for _ in range(30 * steps_apart):
+                world.everybody_steps()  # waits for nothing: the clock alone says when
+                await asyncio.sleep(step_s)
+                sent.append(sum(sum(n.transport.counters().bytes_out.values()) for n in world.nodes))
+            settled = sent[10 * steps_apart :]  # the first rounds make the connections
+            windows = [late - early for early, late in zip(settled, settled[steps_apart:], strict=False)]
+            assert max(windows) <= 1.1 * whole_round / 4
+            assert world.nodes[0].outer.height >= 0.9 * 30, "rounds keep pace with the steps"
+            await asyncio.sleep(5)
+            world.assert_every_step_is_in_once()
+
+    run(main)

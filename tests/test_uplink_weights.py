@@ -47,12 +47,13 @@ def test_a_line_that_really_changed_is_claimed_anew() -> None:
         assert claimed_uplink(3e6 * factor, before) == before * factor
 
 
-def test_a_faster_line_owns_more_and_a_new_one_moves_only_its_own_parts() -> None:
+def test_a_faster_line_owns_more_and_a_new_one_moves_few_but_its_own_parts() -> None:
     claims = [1e6, 2e6, 4e6]
     drawn = draw(claims)
     assert [drawn.count(n) / PARTS for n in range(3)] == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.06)
     joined = draw([*claims, UNKNOWN])
-    assert all(now in (then, 3) for now, then in zip(joined, drawn, strict=True))
+    moved = sum(now not in (then, 3) for now, then in zip(joined, drawn, strict=True))
+    assert moved <= 0.03 * PARTS
     assert joined.count(3) / PARTS == pytest.approx(2 / 9, abs=0.06), "it counts as the median"
 
 

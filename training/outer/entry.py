@@ -32,7 +32,7 @@ class Seat:
 
     peer: PeerIdText
     incarnation: Identifier
-    uplink: Annotated[float, Bounds(0.0, 1e15)]  # bytes a second, 1 where nobody's is known; part owners in proportion
+    uplink: Annotated[float, Bounds(0.0, 1e15)]  # bytes a second, 1 where nobody's is known
     present: bool = False  # answered PREPARE: may own parts and gets what is published
 
 

@@ -24,7 +24,7 @@ from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.messages import Answer, Prepare
 from shoal.training.outer.reduce import Published
 from shoal.training.outer.replica import Replica
-from shoal.training.outer.round import Round
+from shoal.training.outer.round import Round, draw_owners
 
 GO_LAG_S = 2.0  # a neighbour's contribution may be here before the leader's GO
 NORM_MOST = 1e18  # entry.Norm's bound
@@ -133,21 +133,24 @@ class Member:
             raise MessageInvalid(
                 f"a draft of stage {draft.stage}, with {len(draft.present()) or 'nobody'} present"
             )
-        if self.round is not None:
-            if self.round.data == data:
-                return self.round
-            await self.round.close()
-        mine = self._contribution
-        seat = draft.seat_of(self._context.me, self._context.incarnation)
-        row = draft.row_of(seat) if seat is not None else None
-        if row is None or mine is None or mine.sent.inner_step != row.to_step:
-            mine = None  # a draft of another attempt: this peer is not listed, and loses nothing
         fragment = self.replica.log.next_fragment
         if draft.fragment != fragment.index:
             raise MessageInvalid(f"height {draft.height} synchronises fragment {fragment.index}")
         codecs = codec_of(draft.contribution), codec_of(draft.published)
+        owner_of = await self._context.offload(draw_owners, self._context, draft, fragment)
+        if self.round is not None:
+            if self.round.data == data:
+                return self.round
+            await self.round.close()
+        if draft.height != self.next_height:
+            raise Stale(f"GO for height {draft.height} at height {self.replica.log.height}")
+        mine = self._contribution
+        seat = draft.seat_of(self._context.me, self._context.incarnation)
+        row = draft.row_of(seat) if seat is not None else None
+        if row is None or mine is None or mine.sent.inner_step != row.to_step or mine.codec is not codecs[0]:
+            mine = None  # a draft of another attempt: this peer is not listed, and loses nothing
         self.round = Round(
-            self._context, data, draft, fragment, codecs, mine, self.replica.residuals, deadline_s
+            self._context, data, draft, fragment, codecs, mine, self.replica.residuals, owner_of, deadline_s
         )
         self.round.start()
         self.change.notify()

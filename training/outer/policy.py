@@ -56,16 +56,33 @@ def owners(
 ) -> list[int]:
     """The index of the owner of each part, which is given by its index in the stage.
 
-    By weighted rendezvous (highest of uplink / −ln u), u from a hash.
-
-    Depends on run, stage, part and peer only, so a part keeps its owner from round to round, and a change of
-    roster moves no part but those of who came or left.
+    Weighted rendezvous (highest of uplink / −ln u, u a hash of run, stage, part and peer) under quotas in
+    proportion to uplinks, for the owner of too many parts holds up everybody: a part goes to the first on
+    its list who does not keep others above it (Gale and Shapley, 1962). The same from round to round; where
+    the roster changes, few parts move but those of who came or left.
     """
     seeds = np.array([_score(run_id, f"owner/{stage}".encode(), p.encode()) for p in peers], np.uint64)
     mixed = _mix(seeds[None, :] ^ _mix(np.asarray(parts, np.uint64) + np.uint64(1))[:, None])
     uniform = (mixed >> np.uint64(11)).astype(np.float64) / 2**53 + 2**-54
     weights = np.maximum(np.asarray(uplinks, np.float64), 1e-9)
-    return [int(index) for index in np.argmax(weights / -np.log(uniform), axis=1)]
+    scores = weights / -np.log(uniform)
+    quotas = _quotas(weights, len(parts))
+    owner = np.full(len(parts), -1)
+    while len(asking := np.flatnonzero(owner < 0)):
+        owner[asking] = np.argmax(scores[asking], axis=1)
+        for peer in np.unique(owner[asking]):
+            held = np.flatnonzero(owner == peer)
+            refused = held[np.argsort(-scores[held, peer], kind="stable")][quotas[peer] :]
+            owner[refused], scores[refused, peer] = -1, -np.inf
+    return [int(index) for index in owner]
+
+
+def _quotas(weights: np.ndarray, parts: int) -> list[int]:
+    """Whole numbers in proportion to weights that add up to `parts`: largest remainders."""
+    exact = weights / weights.sum() * parts
+    whole = np.floor(exact)
+    whole[np.argsort(whole - exact, kind="stable")[: parts - int(whole.sum())]] += 1
+    return [int(count) for count in whole]
 
 
 def slowest_uplink(uplinks: Sequence[float]) -> float:

@@ -25,6 +25,20 @@ from shoal.training.outer.reduce import Mean, Published, checked, weighted_mean
 from shoal.training.outer.residuals import Residuals
 
 
+def draw_owners(context: Context, draft: Entry, fragment: Fragment) -> list[int]:
+    """The seat that owns each part: the same at every member."""
+    present = draft.present()
+    seats = [draft.roster[seat] for seat in present]
+    drawn = owners(
+        context.run_id,
+        context.stage,
+        [part.index for part in fragment.parts],
+        [seat.peer for seat in seats],
+        [seat.uplink for seat in seats],
+    )
+    return [present[index] for index in drawn]
+
+
 class Round:
     """What one member does and holds between GO and COMMIT."""
 
@@ -37,6 +51,7 @@ class Round:
         codecs: tuple[Codec, Codec],
         contribution: Contribution | None,
         residuals: Residuals,
+        owner_of: list[int],
         deadline_s: float,
     ) -> None:
         self.draft = draft
@@ -53,16 +68,7 @@ class Round:
         self._deadline_s = deadline_s
         self._mine = draft.seat_of(context.me, context.incarnation)
         self._rows = {row.seat: row for row in draft.contributors}
-        present = draft.present()
-        seats = [draft.roster[seat] for seat in present]
-        drawn = owners(
-            context.run_id,
-            context.stage,
-            [part.index for part in self._parts],
-            [seat.peer for seat in seats],
-            [seat.uplink for seat in seats],
-        )
-        self._owner_of = [present[index] for index in drawn]
+        self._owner_of = owner_of
         self._to_reduce = {part for part, owner in enumerate(self._owner_of) if owner == self._mine}
         residuals.keep_published(self._parts, {self._parts[part].index for part in self._to_reduce})
         self._remainders: dict[int, torch.Tensor | None] = {}  # of the parts published here
