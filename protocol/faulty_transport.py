@@ -69,6 +69,9 @@ class FaultyTransport(Transport):
     def counters(self) -> TransportCounters:
         return self._inner.counters()
 
+    def uplink_bytes_per_s(self) -> float | None:
+        return self._inner.uplink_bytes_per_s()
+
 
 async def point(transport: Transport, step: str) -> None:
     """Pass a step: nothing, unless the peer's transport was wrapped by a test."""

@@ -1,0 +1,241 @@
+"""One fault in a group of real processes, from a clean round before it to equal bits after it.
+
+`test_rounds_under_faults_real` plays a few cases, `soak/fault_points.py` all of them. Which process passes a
+point, and what has to happen so that anybody passes it, is known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from fault_group import FaultGroup, Replica
+from fault_worker import JsonObject
+
+from shoal.protocol import wire
+from shoal.protocol.faults import PLACES, Action
+from shoal.training.outer import messages
+
+DELAY_S = 3.0
+COMMIT_S = 90.0  # for the others to commit; goals are measured, this only ends a case that hangs
+FORGETFUL: JsonObject = {"snapshot_every": 2, "payload_budget_bytes": 1}  # so that a joiner needs a snapshot
+_LEADER_SENDS = {"Prepare", "Go", "Gone", "Commit"}
+_LEADER_RECEIVES = {"Answer", "Report", "Done"}
+_LAGGARD = {"EntriesRequest", "EntryItem"}
+_JOINER = {"ManifestRequest", "Manifest", "ChunkRequest", "Chunk"}
+_REQUESTS = {"EntriesRequest", "ManifestRequest", "ChunkRequest", "PartRequest"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An action at a point."""
+
+    point: str
+    action: Action
+
+    @property
+    def message(self) -> str:
+        return self.point.partition(".")[0]
+
+    @property
+    def sends(self) -> bool:
+        """Whether it strikes the sender."""
+        return not self.point.endswith(".received")
+
+    @property
+    def needs_joiner(self) -> bool:
+        """In a group with FORGETFUL."""
+        return self.message in _JOINER
+
+    @property
+    def tells_lies(self) -> bool:
+        """Whether the log counts what nobody did: a broken contribution within its own norm."""
+        return self.message == "ContributedPart" and self.action is Action.CORRUPT
+
+    @property
+    def arming(self) -> str:
+        delay = f" seconds={DELAY_S}" if self.action is Action.DELAY else ""
+        return f"{self.point} {self.action.value}{delay}"
+
+    def __str__(self) -> str:
+        return f"{self.point} {self.action.value}"
+
+
+def all_cases() -> list[Case]:
+    """Every message of rounds and recovery, at each of its points, with each action that means something."""
+    known = vars(messages).items()
+    names = sorted(n for n, kind in known if wire.is_message(n) and kind.__module__ == messages.__name__)
+    points = [f"{name}.{place}" for name in names for place in PLACES]
+    cases = [Case(point, action) for point in points for action in Action]
+    return [case for case in cases if case.action is not Action.CORRUPT or not case.point.endswith(".sent")]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a case came to."""
+
+    case: Case
+    struck: str  # which process
+    seconds: float  # from the blow until the last of the others had committed
+    bytes_ratio: float | None  # what the others sent in that round, by what they sent in a clean one
+    came_back: str  # the one that was struck: "in time", "replay", "snapshot" or "new process"
+
+
+@dataclass(slots=True)
+class Scene:
+    """How a point comes to be passed."""
+
+    armed: Sequence[Replica]  # the first of them that is struck disarms the others
+    begin: Callable[[], Awaitable[object]]
+    late: Replica | None = None  # who comes, or comes back, meanwhile: the round does not need it
+    lost: Replica | None = None  # who has to die first
+
+
+async def play(group: FaultGroup, case: Case) -> Outcome:
+    """Raises AssertionError when a promise is broken; else the group is whole again, and goes on."""
+    for replica in group.members:
+        replica.blows.clear()
+    return await (_play_join if case.needs_joiner else _play_round)(group, case)
+
+
+async def _play_round(group: FaultGroup, case: Case) -> Outcome:
+    sent = await _bytes_out(group)
+    await group.rounds(1)
+    clean = _less(await _bytes_out(group), sent)
+    before = {replica: await replica.ask("status") for replica in group.members}
+    scene = await _scene(group, case)
+    sent = await _bytes_out(group)
+    height = max(replica.height for replica in group.awake()) + 1
+    await scene.begin()
+    victim = await _struck(group, case, scene.armed)
+    others = [r for r in group.awake() if r not in (victim, scene.late, scene.lost)]
+    if scene.late is not None:
+        await group.step(others, 3)  # what the laggard should have made, too
+    await group.reach(height, others, COMMIT_S)
+    seconds = max(r.reached_s[height] for r in others) - victim.blows[case.arming]
+    ratio = None
+    if scene.late is None:
+        spent = _less(await _bytes_out(group), sent)
+        ratio = sum(spent[r] for r in others) / sum(clean[r] for r in others)
+    await _mend(group, victim, scene.lost)
+    await group.rounds(2)
+    await check(group, case)
+    return Outcome(case, str(victim), seconds, ratio, await _way_back(victim, before[victim]))
+
+
+async def check(group: FaultGroup, case: Case) -> None:
+    """P1 and P4."""
+    await group.assert_equal()
+    if not case.tells_lies:
+        await group.assert_every_step_is_in_once()
+
+
+async def _scene(group: FaultGroup, case: Case) -> Scene:
+    leader = group.leader()
+    followers = [replica for replica in group.members if replica is not leader]
+    first, second, last = followers[0], followers[1], followers[-1]
+
+    async def armed(replicas: Sequence[Replica]) -> Sequence[Replica]:
+        for replica in replicas:
+            await replica.ask("arm", arming=case.arming)
+        return replicas
+
+    if case.message in _LAGGARD:
+        donors = [replica for replica in group.members if replica is not last]
+        asks = (case.message in _REQUESTS) == case.sends
+        targets = await armed([last] if asks else donors)
+        last.signal(signal.SIGSTOP)
+        await group.meet()
+        await group.rounds(2)
+
+        async def wake() -> None:
+            last.signal(signal.SIGCONT)
+
+        return Scene(targets, wake, late=last)
+    if case.message == "Gone":
+        await last.ask("arm", arming="Contributing.sending kill")
+        return Scene(await armed([leader if case.sends else first]), group.step, lost=last)
+    if case.message == "Tick":
+        await first.ask("arm", arming="ContributedPart.sending delay seconds=0.7")
+        return Scene(await armed([second]), group.step)
+    if case.message == "PartRequest":
+        await first.ask("arm", arming=f"PublishedPart.sending drop remote={second.peer}")
+        holders = [replica for replica in group.members if replica is not second]
+        return Scene(await armed([second] if case.sends else holders), group.step)
+    led = case.message in (_LEADER_SENDS if case.sends else _LEADER_RECEIVES)
+    return Scene(await armed([leader if led else first]), group.step)
+
+
+async def _play_join(group: FaultGroup, case: Case) -> Outcome:
+    """A newcomer takes a snapshot while something happens to it, or to a donor; then it is sent away."""
+    await group.rounds(1)
+    donors = group.members
+    asks = (case.message in _REQUESTS) == case.sends
+    number = len(donors)
+    for replica in () if asks else donors:
+        await replica.ask("arm", arming=case.arming)
+    joining = asyncio.create_task(group.start(number, arming=case.arming if asks else None))
+    await group.until(lambda: len(group.members) > len(donors), "newcomer")
+    joiner = group.members[-1]
+    victim = await _struck(group, case, [joiner] if asks else donors)
+    others = [replica for replica in donors if replica is not victim]
+    height = max(replica.height for replica in others) + 1
+    await group.step(others, 3)
+    await group.reach(height, others, COMMIT_S)
+    seconds = max(r.reached_s[height] for r in others) - victim.blows[case.arming]
+    if victim.frozen:
+        victim.signal(signal.SIGCONT)
+    if asks and case.action is Action.KILL:
+        await asyncio.gather(joining, return_exceptions=True)
+        joiner = (await group.start(number))[0]
+    else:
+        await joining
+        await _mend(group, victim, None)
+    await group.rounds(2)
+    await check(group, case)
+    await group.kill(joiner)
+    await group.meet()
+    return Outcome(case, str(victim), seconds, None, "snapshot" if asks else "in time")
+
+
+async def _struck(group: FaultGroup, case: Case, armed: Sequence[Replica]) -> Replica:
+    """Who was; the others are disarmed."""
+    await group.until(lambda: any(case.arming in replica.blows for replica in armed), "blow")
+    victim = next(replica for replica in armed if case.arming in replica.blows)
+    if case.action is Action.KILL:
+        await group.until(lambda: victim.ended, f"end of {victim}")
+    await asyncio.gather(*(r.ask("disarm") for r in armed if r in group.awake()))
+    return victim
+
+
+async def _mend(group: FaultGroup, victim: Replica, lost: Replica | None) -> None:
+    """Everybody is there again."""
+    if victim.frozen:
+        victim.signal(signal.SIGCONT)
+    for replica in (victim, lost):
+        if replica is not None and replica.ended:
+            await group.start(replica.number)
+    await group.meet()
+
+
+async def _way_back(victim: Replica, before: JsonObject) -> str:
+    if victim.ended:
+        return "new process"
+    after = await victim.ask("status")
+    if any(
+        after["bytes_in"].get(m, 0) > before["bytes_in"].get(m, 0) for m in after["bytes_in"] if "chunks" in m
+    ):
+        return "snapshot"
+    return "replay" if after["outer"]["caught_up"] > before["outer"]["caught_up"] else "in time"
+
+
+async def _bytes_out(group: FaultGroup) -> dict[Replica, int]:
+    """All that those who are awake have sent for rounds so far, frames and all."""
+    said = {replica: await replica.ask("status") for replica in group.awake()}
+    return {replica: sum(status["bytes_out"].values()) for replica, status in said.items()}
+
+
+def _less(after: dict[Replica, int], before: dict[Replica, int]) -> dict[Replica, int]:
+    return {replica: sent - before.get(replica, 0) for replica, sent in after.items()}
