@@ -23,7 +23,7 @@ from shoal.dht.liveness import Liveness
 from shoal.dht.table import Event
 from shoal.node.control import serve_control
 from shoal.node.events import Events
-from shoal.node.hardware import Device, check_memory, choose_device, warm_up
+from shoal.node.hardware import Device, check_memory, choose_device, warm_up, warm_up_codecs
 from shoal.node.loop import LoopMeter, new_loop
 from shoal.node.owner.home import OwnerHome
 from shoal.node.paths import PeerFolder, run_folder
@@ -178,6 +178,7 @@ class Daemon:
         planned = make_plan(spec).stages[stage]
         check_memory(device, planned)
         self._tell_plan(presence, spec, stage, device)
+        await asyncio.to_thread(warm_up_codecs, planned)
         trainee = Trainee(presence, spec, stage, device, self._folder, self._events)
         async with trainee:
             self._trainee = trainee

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from shoal.compression import kernels
 from shoal.protocol.errors import HardwareTooSmall, UsageError
 from shoal.training.plan import StagePlan
 
 _MIB = 1 << 20
+_COMPILED_FROM = 1 << 22  # weights of a stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,21 @@ def warm_up() -> None:
     Until here `run_daemon` keeps collection off, since it strikes whichever thread allocates: the loop's too.
     """
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)
+    _freeze()
+
+
+def warm_up_codecs(stage: StagePlan) -> None:
+    """Compile the codecs where a stage is large enough: seconds the first time on a machine, off the loop.
+
+    Below _COMPILED_FROM weights rounds are short, and numba's 120 MB are not worth it.
+    """
+    if stage.parameters >= _COMPILED_FROM:
+        gc.disable()
+        kernels.warm()
+        _freeze()
+
+
+def _freeze() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()

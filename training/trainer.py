@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.compression import kernels
 from shoal.dht.beats import StageBeat
 from shoal.dht.members import Members
 from shoal.protocol.errors import ShoalError
@@ -41,7 +40,6 @@ from shoal.training.weights import Weights, learning_rate
 _EVALUATE_EVERY_S = 5.0  # at most so often, and for at most so much of the time
 _EVALUATE_SHARE = 0.04
 _RATE_WINDOW_S = 20.0
-_COMPILED_FROM = 1 << 22  # weights: below, rounds are short and 120 MB for compiled codecs are not worth it
 Offload = Callable[..., Awaitable[Any]]
 
 
@@ -185,16 +183,11 @@ class Trainer:
         """Train until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.outer.run())
-            if self.layout.size >= _COMPILED_FROM:
-                tasks.create_task(self._compile())
             if self.hop is not None:
                 tasks.create_task(self.hop.run())
             if self.driver is not None and self._feed is not None:
                 tasks.create_task(self.driver.run(self._feed.next_batch))
                 tasks.create_task(self._evaluate())
-
-    async def _compile(self) -> None:
-        await self._offload(kernels.warm)
 
     async def drain(self, deadline_s: float) -> None:
         """Leave in order: take nothing new, finish what is held, contribute the last delta."""

@@ -70,7 +70,7 @@ async def follow(context: Context, member: Member, line: Line) -> None:
         for task in reporting:
             task.cancel()
         await asyncio.gather(*reporting, return_exceptions=True)
-        member.disengage(line.peer)
+        member.disengage(line.peer, opening.header.height)
 
 
 async def _report(round_: Round, line: Line) -> None:

@@ -54,7 +54,8 @@ class Member:
         self.replica = replica
         self.change = change  # notified at GO, at every COMMIT, and when a leader is lost
         self.promise = Promise()
-        self.engaged_with: PeerId | None = None  # the leader of the round under way
+        self.engaged_with: PeerId | None = None  # the leader of the round under way ...
+        self._engaged_height = 0  # ... and the height it is about
         self.undecided_since_s: float | None = None  # since when a round stands without leader
         self.round: Round | None = None
         self._context = context
@@ -87,7 +88,7 @@ class Member:
             entry = parse(offer)
             if entry.fragment != log.next_fragment.index:
                 raise MessageInvalid(f"height {entry.height} synchronises fragment {log.next_fragment.index}")
-            self.promise, self.engaged_with = asked, leader
+            self.promise, self.engaged_with, self._engaged_height = asked, leader, prepare.height
             if self.round is None:
                 self._contribution = await self._contribute(entry)
             return self._answer()
@@ -199,6 +200,7 @@ class Member:
         if self.round is not None:
             await self.round.close()
         self.round, self._contribution, self._unapplied, self.undecided_since_s = None, None, None, None
+        self.engaged_with = None  # at once: the next leader's PREPARE may be waiting already
 
     async def install(self, jump: Callable[[Contribution | None], Awaitable[None]]) -> None:
         """Run a jump to a snapshot between two entries; it gets what was contributed to the next height."""
@@ -212,10 +214,10 @@ class Member:
         if self.round is not None:
             self.round.mark_gone(seat)
 
-    def disengage(self, leader: PeerId) -> None:
+    def disengage(self, leader: PeerId, height: int) -> None:
         """The stream with a leader is over, in whatever way. What is undecided waits for the next leader."""
-        if self.engaged_with != leader:
-            return
+        if self.engaged_with != leader or self._engaged_height != height:
+            return  # it has ended already, with a COMMIT
         self.engaged_with = None
         if self.round is None and self._unapplied is None:
             self._contribution = None
