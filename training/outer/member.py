@@ -61,7 +61,7 @@ class Member:
         self._context = context
         self._local = local
         self._positions = positions
-        self._contribution: Contribution | None = None  # to the height to come
+        self.contribution: Contribution | None = None  # to the height to come
         self._unapplied: bytes | None = None  # an entry of the height to come whose parts are not all here
         self._deciding = asyncio.Lock()  # one entry at a time; no copy of weights in the middle of one
         self._tasks: set[asyncio.Task[object]] = set()
@@ -90,7 +90,7 @@ class Member:
                 raise MessageInvalid(f"height {entry.height} synchronises fragment {log.next_fragment.index}")
             self.promise, self.engaged_with, self._engaged_height = asked, leader, prepare.height
             if self.round is None:
-                self._contribution = await self._contribute(entry)
+                self.contribution = await self._contribute(entry)
             return self._answer()
 
     async def _contribute(self, offer: Entry) -> Contribution:
@@ -105,7 +105,7 @@ class Member:
         )
 
     def _answer(self) -> tuple[Answer, bytes]:
-        log, context, mine = self.replica.log, self._context, self._contribution
+        log, context, mine = self.replica.log, self._context, self.contribution
         draft = self.round.data if self.round is not None else b""
         entry = self._unapplied or b""
         from_step, from_tokens = log.end_of(context.me, context.incarnation, log.next_fragment.index)
@@ -145,7 +145,7 @@ class Member:
             await self.round.close()
         if draft.height != self.next_height:
             raise Stale(f"GO for height {draft.height} at height {self.replica.log.height}")
-        mine = self._contribution
+        mine = self.contribution
         seat = draft.seat_of(self._context.me, self._context.incarnation)
         row = draft.row_of(seat) if seat is not None else None
         if row is None or mine is None or mine.sent.inner_step != row.to_step or mine.codec is not codecs[0]:
@@ -190,7 +190,7 @@ class Member:
                 # Nobody alive can apply this entry: a new leader may decide the height anew (section 9).
                 self._unapplied = None
                 raise
-            await self.replica.apply(data, published, self._local, self._contribution)
+            await self.replica.apply(data, published, self._local, self.contribution)
             if self.round is not None:
                 self.replica.residuals.retire_published(self.round.remainders(entry))
             await self._leave_round()
@@ -199,13 +199,13 @@ class Member:
     async def _leave_round(self) -> None:
         if self.round is not None:
             await self.round.close()
-        self.round, self._contribution, self._unapplied, self.undecided_since_s = None, None, None, None
+        self.round, self.contribution, self._unapplied, self.undecided_since_s = None, None, None, None
         self.engaged_with = None  # at once: the next leader's PREPARE may be waiting already
 
     async def install(self, jump: Callable[[Contribution | None], Awaitable[None]]) -> None:
         """Run a jump to a snapshot between two entries; it gets what was contributed to the next height."""
         async with self._deciding:
-            await jump(self._contribution if self.round is not None else None)
+            await jump(self.contribution if self.round is not None else None)
             await self._leave_round()
         self.change.notify()
 
@@ -220,7 +220,7 @@ class Member:
             return  # it has ended already, with a COMMIT
         self.engaged_with = None
         if self.round is None and self._unapplied is None:
-            self._contribution = None
+            self.contribution = None
         elif self.undecided_since_s is None:
             self.undecided_since_s = asyncio.get_running_loop().time()
         self.change.notify()

@@ -58,6 +58,8 @@ class Figures:
     listed: int = 0
     skipped_parts: int = 0
     last_round_s: float = 0.0
+    overlap_steps: int = 0  # made here while the last round was under way
+    residual_norm: float = 0.0  # of what rounding left out of contributions so far
     bytes_out: int = 0
     contributors: int = 0
     last_reason: str = ""
@@ -182,6 +184,7 @@ class Outer:
         """Figures for `shoal status`, JSON-able, keys stable."""
         self._figures.refused = {str(peer): count for peer, count in self._context.refused.items()}
         self._figures.caught_up = self._catching_up.entries
+        self._figures.residual_norm = self._replica.residuals.norm
         snapshot = self._snapshots.newest_height
         return {**dataclasses.asdict(self._figures), "height": self.height, "snapshot_height": snapshot}
 
@@ -352,6 +355,8 @@ class Outer:
         if self._member.round is not None:
             figures.last_round_s = now_s - self._member.round.opened_s
             figures.bytes_out += self._member.round.bytes_out
+        if self._member.contribution is not None:
+            figures.overlap_steps = self._weights.inner_steps - self._member.contribution.sent.inner_step
         self._wanted_since_s, self._ballot = None, 0
         self._save_residuals(entry, listed)
         self._context.event(
@@ -361,6 +366,7 @@ class Outer:
                 "seconds": figures.last_round_s,
                 "contributors": len(entry.contributors),
                 "skipped": skipped,
+                "overlap_steps": figures.overlap_steps,
                 "fragment": entry.fragment,
                 "codecs": [entry.contribution, entry.published],
                 "bytes_out": self._member.round.bytes_out if self._member.round is not None else 0,
