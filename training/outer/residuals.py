@@ -57,11 +57,6 @@ class Residuals:
         """e as an earlier process of this peer left it."""
         self._contributed.update(contributed)
 
-    @property
-    def norm(self) -> float:
-        """‖e‖, for status."""
-        return float(sum(float(torch.linalg.vector_norm(e)) ** 2 for e in self._contributed.values()) ** 0.5)
-
 
 def _replace(kept: dict[int, torch.Tensor], remainders: dict[int, torch.Tensor | None]) -> None:
     for part, remainder in remainders.items():

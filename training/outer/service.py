@@ -59,7 +59,6 @@ class Figures:
     skipped_parts: int = 0
     last_round_s: float = 0.0
     overlap_steps: int = 0  # made here while the last round was under way
-    residual_norm: float = 0.0  # of what rounding left out of contributions so far
     bytes_out: int = 0
     contributors: int = 0
     last_reason: str = ""
@@ -184,7 +183,6 @@ class Outer:
         """Figures for `shoal status`, JSON-able, keys stable."""
         self._figures.refused = {str(peer): count for peer, count in self._context.refused.items()}
         self._figures.caught_up = self._catching_up.entries
-        self._figures.residual_norm = self._replica.residuals.norm
         snapshot = self._snapshots.newest_height
         return {**dataclasses.asdict(self._figures), "height": self.height, "snapshot_height": snapshot}
 
