@@ -188,3 +188,16 @@ def test_a_restart_takes_the_residual_up_unless_it_has_gone_already(tmp_path: Pa
 
 def residual_file(folder: Path) -> Path:
     return next(folder.rglob("residual-00.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["int8", "onebit"])
+def test_an_entropy_coder_behind_the_codec_changes_nothing_but_the_bytes(family: str) -> None:
+    async def anchors(entropy: str) -> torch.Tensor:
+        codecs = {"contribution": family, "published": family, "warmup_rounds": 0, "entropy": entropy}
+        async with World(3, round_spec(compression=codecs)) as world:
+            await world.rounds(4)
+            assert world.equal()
+            assert world.entries()[0].published.endswith("+zlib") == (entropy == "zlib")
+            return world.nodes[0].outer.anchor
+
+    assert torch.equal(run(anchors("none")), run(anchors("zlib")))

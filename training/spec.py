@@ -198,6 +198,8 @@ class CompressionSection(_Section):
     """What a part's owner sends back. Not topk: a mean of sparse contributions is not sparse."""
     block: Literal[256, 512, 1024] = 256
     """Values that share one scale and offset in int8. Larger: fewer bytes, coarser."""
+    entropy: Literal["none", "zlib"] = "none"
+    """zlib: codes are packed further, a few per cent, at about a gigabyte a second. For slow links."""
     warmup_rounds: Annotated[int, Field(ge=0, le=_LARGEST)] = 20
     """First rounds that go in int8 where a codec below 8 bits is chosen; about a tenth of all rounds."""
     feedback: bool = True

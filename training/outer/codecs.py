@@ -28,7 +28,7 @@ def round_codecs(section: CompressionSection, height: int, uplink_bytes_per_s: f
         codec = codec_for(family, section.block)
         if codec.needs_feedback and height <= section.warmup_rounds:
             codec = codec_for(WARMUP_FAMILY, section.block)
-        tags.append(codec.tag)
+        tags.append(codec.tag + ("" if section.entropy == "none" else f"+{section.entropy}"))
     contribution, published = tags
     return contribution, published
 
