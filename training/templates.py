@@ -56,7 +56,7 @@ _125M = RunSpec(
         total_tokens=2_500_000_000,
         in_flight=8,
     ),
-    outer=OuterSection(inner_steps=50, round_deadline_s=30.0, payload_budget_bytes=1 << 30),
+    outer=OuterSection(inner_steps=50, fragments=4, round_deadline_s=30.0, payload_budget_bytes=1 << 30),
     compression=CompressionSection(activations="bfloat16"),
 )
 
@@ -85,6 +85,7 @@ _1B = RunSpec(
     outer=OuterSection(
         inner_steps=100,
         momentum=0.9,
+        fragments=8,
         round_deadline_s=120.0,
         payload_budget_bytes=2 << 30,
     ),
