@@ -142,15 +142,18 @@ class Faults:
         *,
         kill: Blow = kill_this_process,
         freeze: Blow = freeze_this_process,
+        permit: Callable[[Arming], bool] = lambda arming: True,
         tell: Callable[[Arming, PeerId], None] = lambda arming, peer: None,
         seed: int = 0,
     ) -> None:
-        """`tell` is called just before anything happens: a killed process says nothing afterwards."""
+        """`permit` is asked at the moment of striking, so that processes can agree on who is struck; `tell`
+        is called just before anything happens: a killed process says nothing afterwards."""
         self.struck: list[tuple[Arming, PeerId]] = []  # what has happened, and at whom
         self.tamper: Tamper | None = None  # changes all that is sent; in-process only
         self.rng = random.Random(seed)  # of corruption
         self._kill = kill
         self._freeze = freeze
+        self._permit = permit
         self._tell = tell
         self._armed: list[tuple[Arming, list[int]]] = []  # with how often the point has been passed
 
@@ -165,7 +168,7 @@ class Faults:
     async def passing(self, point: str, me: PeerId, remote: PeerId | None = None) -> Action | None:
         """Pass a point. Returns what the message itself is to suffer: DROP or CORRUPT; else None."""
         arming = self._due(point, me, remote)
-        if arming is None:
+        if arming is None or not self._permit(arming):
             return None
         self.struck.append((arming, me))
         self._tell(arming, me)

@@ -137,15 +137,14 @@ async def _scene(group: FaultGroup, case: Case) -> Scene:
     followers = [replica for replica in group.members if replica is not leader]
     first, second, last = followers[0], followers[1], followers[-1]
 
-    async def armed(replicas: Sequence[Replica]) -> Sequence[Replica]:
-        for replica in replicas:
-            await replica.ask("arm", arming=case.arming)
+    async def armed(*replicas: Replica) -> Sequence[Replica]:
+        await group.arm(case.arming, *replicas)
         return replicas
 
     if case.message in _LAGGARD:
         donors = [replica for replica in group.members if replica is not last]
         asks = (case.message in _REQUESTS) == case.sends
-        targets = await armed([last] if asks else donors)
+        targets = await armed(*([last] if asks else donors))
         last.signal(signal.SIGSTOP)
         await group.meet()
         await group.rounds(2)
@@ -155,17 +154,17 @@ async def _scene(group: FaultGroup, case: Case) -> Scene:
 
         return Scene(targets, wake, late=last)
     if case.message == "Gone":
-        await last.ask("arm", arming="Contributing.sending kill")
-        return Scene(await armed([leader if case.sends else first]), group.step, lost=last)
+        await group.arm("Contributing.sending kill", last)
+        return Scene(await armed(leader if case.sends else first), group.step, lost=last)
     if case.message == "Tick":
-        await first.ask("arm", arming="ContributedPart.sending delay seconds=0.7")
-        return Scene(await armed([second]), group.step)
+        await group.arm("ContributedPart.sending delay seconds=0.7", first)
+        return Scene(await armed(second), group.step)
     if case.message == "PartRequest":
-        await first.ask("arm", arming=f"PublishedPart.sending drop remote={second.peer}")
+        await group.arm(f"PublishedPart.sending drop remote={second.peer}", first)
         holders = [replica for replica in group.members if replica is not second]
-        return Scene(await armed([second] if case.sends else holders), group.step)
+        return Scene(await armed(*([second] if case.sends else holders)), group.step)
     led = case.message in (_LEADER_SENDS if case.sends else _LEADER_RECEIVES)
-    return Scene(await armed([leader if led else first]), group.step)
+    return Scene(await armed(leader if led else first), group.step)
 
 
 async def _play_join(group: FaultGroup, case: Case) -> Outcome:
@@ -174,8 +173,8 @@ async def _play_join(group: FaultGroup, case: Case) -> Outcome:
     donors = group.members
     asks = (case.message in _REQUESTS) == case.sends
     number = len(donors)
-    for replica in () if asks else donors:
-        await replica.ask("arm", arming=case.arming)
+    if not asks:
+        await group.arm(case.arming, *donors)
     joining = asyncio.create_task(group.start(number, arming=case.arming if asks else None))
     await group.until(lambda: len(group.members) > len(donors), "newcomer")
     joiner = group.members[-1]

@@ -2,7 +2,7 @@
 
     async with FaultGroup(folder, nursery, 3) as group:
         await group.rounds(2)
-        await group.arm(group.members[1], "Commit.received kill")
+        await group.arm("Commit.received kill", group.members[1])
 
 Everything a worker tells is kept by its `Replica`. The ledger's oracle knows from the seed what each inner
 step of each process added, reads the entries as they are committed, and so proves that every step is in once.
@@ -78,7 +78,6 @@ class Replica:
         self.incarnation = incarnation
         self.peer: PeerId = key_of(seed, number).peer
         self.pid = 0
-        self.record = ""
         self.height = 0
         self.reached_s: dict[int, float] = {}  # height -> when, on the clock that all processes share
         self.entries: dict[bytes, bytes] = {}  # all that it ever applied, by hash
@@ -121,7 +120,7 @@ class Replica:
             return
         match line["event"]:
             case "hello":
-                self.pid, self.record = line["pid"], line["record"]
+                self.pid = line["pid"]
             case "height":
                 self.height, self.head = line["height"], bytes.fromhex(line["head"])
                 self.reached_s[self.height] = line["at_s"]
@@ -172,6 +171,7 @@ class FaultGroup:
         self._replicas = replicas
         self._durable = durable
         self._news = asyncio.Event()
+        self._claims = itertools.count()
         self._listening: set[asyncio.Task[None]] = set()
         now = time.time()
         owner = OwnerKey.create(folder / "owner", RUN, "faults", now)
@@ -201,11 +201,14 @@ class FaultGroup:
         Raises ConnectionError for one that what was armed in it has killed.
         """
         newcomers = [await self._fork(number) for number in numbers]
-        await self.until(lambda: all(r.record or r.ended for r in newcomers), "workers to start")
+        await self.until(lambda: all(r.pid or r.ended for r in newcomers), "workers to start")
         if arming is not None:
-            await asyncio.gather(*(self.arm(newcomer, arming) for newcomer in newcomers))
-        known = [*self.awake(), *newcomers]
-        joining = (r.ask("join", records=[o.record for o in known if o is not r]) for r in newcomers)
+            await self.arm(arming, *newcomers)
+        known = {replica: (await replica.ask("record"))["record"] for replica in self.awake()}
+        joining = (
+            replica.ask("join", records=[record for of, record in known.items() if of is not replica])
+            for replica in newcomers
+        )
         await asyncio.gather(*joining)
         await self.meet()
         return newcomers
@@ -237,7 +240,7 @@ class FaultGroup:
     @property
     def members(self) -> list[Replica]:
         """Who lives."""
-        return [replica for replica in self.lives if replica.record and not replica.ended]
+        return [replica for replica in self.lives if replica.pid and not replica.ended]
 
     def awake(self) -> list[Replica]:
         """Who lives and runs."""
@@ -277,9 +280,10 @@ class FaultGroup:
             await self.step()
             await self.reach(height + 1)
 
-    async def arm(self, replica: Replica, arming: str) -> None:
-        """Arm a fault point in one process."""
-        await replica.ask("arm", arming=arming)
+    async def arm(self, arming: str, *replicas: Replica) -> None:
+        """Arm a fault point in some processes; the first that passes it is struck, and no other."""
+        claim = self._folder / f"claim-{next(self._claims)}"
+        await asyncio.gather(*(r.ask("arm", arming=arming, once=str(claim)) for r in replicas))
 
     async def until(self, holds: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
         """Look at each piece of news. Raises AssertionError with everybody's story."""

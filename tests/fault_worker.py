@@ -102,10 +102,11 @@ class Worker:
         contacts = ContactBook()
         self._bare = GrpcTransport(membership, contacts, "127.0.0.1", 0)
         self._rng = random.Random(f"{order.seed}/{order.number}/{order.incarnation}")
-        self.faults = Faults(tell=self._struck, seed=order.seed)
+        self.faults = Faults(permit=self._permit, tell=self._struck, seed=order.seed)
         self.transport = FaultyTransport(self._bare, self.faults)
         self.weights = MemoryWeights(self._genesis)
         self._state = "joining"
+        self._claims: dict[Arming, str] = {}  # the file that one has to be first to make
         self._tasks: set[asyncio.Task[None]] = set()
         self._membership = membership
         hub = MemoryDirectoryHub(membership, time.time, self._rng)  # nobody shares it
@@ -141,7 +142,7 @@ class Worker:
         self.outer.serve()
         await self.transport.start()
         async with self.members:
-            self._say(event="hello", pid=os.getpid(), record=encode(self.members.own_record()[0]).hex())
+            self._say(event="hello", pid=os.getpid())
             try:
                 while line := await reader.readline():
                     self._start(self._obey(json.loads(line)))
@@ -174,6 +175,10 @@ class Worker:
         self._start(self.outer.run())
         self._start(self._tell_heights())
 
+    async def do_record(self) -> JsonObject:
+        """Its own record, as of now."""
+        return {"record": encode(self.members.own_record()[0]).hex()}
+
     async def do_meet(self, peers: list[PeerId]) -> None:
         """Return when all of these are alive here, and nobody else is."""
         await self._meet(peers)
@@ -188,9 +193,11 @@ class Worker:
         self.members.changed_now()
         return {"inner_steps": self.weights.inner_steps}
 
-    async def do_arm(self, arming: str) -> None:
-        """Arm a fault point of this process."""
-        self.faults.arm(Arming.parse(arming))
+    async def do_arm(self, arming: str, once: str) -> None:
+        """Arm a fault point; of the processes armed `once` with the same file the first is struck."""
+        armed = Arming.parse(arming)
+        self._claims[armed] = once
+        self.faults.arm(armed)
 
     async def do_disarm(self) -> None:
         """Nothing strikes any more."""
@@ -235,6 +242,13 @@ class Worker:
             entry = self.outer.entry(self.outer.height)
             said["entry"] = entry.encode().hex() if entry is not None else ""
         self._say(**said)
+
+    def _permit(self, arming: Arming) -> bool:
+        try:
+            os.close(os.open(self._claims.pop(arming), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
 
     def _struck(self, arming: Arming, _: PeerId) -> None:
         self._say(event="struck", arming=str(arming), at_s=asyncio.get_running_loop().time())

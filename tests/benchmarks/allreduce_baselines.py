@@ -24,6 +24,8 @@ PART_BYTES = 512 * 1024  # hivemind's own default (averaging/partition.py, DEFAU
 class Gloo(System):
     """torch.distributed.all_reduce in fp32."""
 
+    _values = torch.empty(0)
+
     async def hello(self) -> object:
         return None
 
@@ -37,7 +39,7 @@ class Gloo(System):
         self._distributed = distributed
 
     async def prepare(self, values: torch.Tensor, sign: float) -> None:
-        self._values = values * sign
+        self._values = torch.mul(values, sign, out=self._values)
 
     async def reduce(self) -> tuple[float, dict[str, float]]:
         self._distributed.all_reduce(self._values)
@@ -54,6 +56,8 @@ class Gloo(System):
 
 class Hivemind(System):
     """One AllReduceRunner a round on one P2P daemon a peer, equal shares; deltas are added as they come."""
+
+    _values = torch.empty(0)
 
     async def hello(self) -> object:
         from hivemind.p2p import P2P
@@ -76,7 +80,7 @@ class Hivemind(System):
         from hivemind.averaging.allreduce import AllReduceRunner
         from hivemind.compression import NoCompression, Uniform8BitQuantization
 
-        self._values = values * sign
+        self._values = torch.mul(values, sign, out=self._values)
         self._round += 1
         self._runner = AllReduceRunner(
             p2p=self._p2p,

@@ -113,7 +113,7 @@ async def serve(system: System) -> None:
     """A worker's life."""
     config = system.config
     count = config["mib"] * (1 << 20) // 4
-    values = torch.cat(list(chunks(config["data"], system.rank, count)))
+    values = await asyncio.to_thread(lambda: torch.cat(list(chunks(config["data"], system.rank, count))))
     say({"hello": await system.hello()})
     await system.meet(await hear())
     gc.collect()
@@ -130,12 +130,12 @@ async def serve(system: System) -> None:
         cpu_s = time.process_time()
         ended_s, parts = await system.reduce()
         say({"ended_s": ended_s, "cpu_s": time.process_time() - cpu_s, **parts})
-        if first is None:  # feedback carries nothing into this one
-            first = system.mean().clone()
+        if first is None and not parts.get("lost"):  # feedback carries nothing into the first round
+            first = await asyncio.to_thread(lambda: system.mean().clone())
         sign = -sign  # so that weights stay near zero, where fp32 has its full resolution
     figures = await system.close()
     if system.rank == 0 and first is not None:
-        figures |= errors(config["data"], system.peers, first)
+        figures |= await asyncio.to_thread(errors, config["data"], system.peers, first)
     say(figures)
 
 

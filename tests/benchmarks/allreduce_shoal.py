@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mmap
 import random
+import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 import uvloop
 from allreduce_harness import System, serve
 
+from shoal.compression import kernels
 from shoal.protocol.admission import JoinToken, Membership
 from shoal.protocol.allocator import keep_freed_memory
 from shoal.protocol.contacts import ContactBook
@@ -32,28 +36,48 @@ from shoal.training.spec import RunSpec
 CODECS = {"fp32": "float32"}  # the spec's names where ours differ
 TOKENS = 1000  # a step, at every peer: equal weights
 _OFFLOAD_THREADS = 2  # as the daemon has
+_BEAT = struct.Struct("<Q32s32s")  # height, head, state root
 _SETTLE_S = 0.05  # between looks whether the last round's streams are closed
-_ROUND_LIMIT_S = 150.0
+_ROUND_LIMIT_S = 60.0
 
 
 def spec_of(config: dict[str, Any]) -> RunSpec:
-    """One inner step a round, no snapshots, deadlines out of the way."""
+    """One inner step a round, deadlines out of the way, memory in its steady state after two rounds."""
     codec = CODECS.get(config["codec"], config["codec"])
     outer: dict[str, object] = {
         "inner_steps": 1,
         "learning_rate": 1.0,
         "momentum": 0.0,
         "nesterov": False,
-        "round_deadline_s": 120.0,
-        "snapshot_every": 1 << 20,
+        "round_deadline_s": 40.0,
+        "snapshot_every": 2,
+        "payload_budget_bytes": 1,
     }
     outer |= {"part_bytes": config["part_kib"] << 10} if config.get("part_kib") else {}
     compression = {"contribution": codec, "published": codec, "warmup_rounds": 0}
     return RunSpec.model_validate({"outer": outer, "compression": compression})
 
 
+class Board:
+    """The peers' last beats, in a file that all map: membership without traffic on the wire."""
+
+    def __init__(self, path: Path, peers: int) -> None:
+        with path.open("a+b") as file:
+            file.truncate(peers * _BEAT.size)
+            self._memory = mmap.mmap(file.fileno(), peers * _BEAT.size)
+
+    def write(self, rank: int, outer: Outer) -> None:
+        """Where this peer is."""
+        _BEAT.pack_into(self._memory, rank * _BEAT.size, outer.height, outer.head, outer.state_root)
+
+    def read(self, rank: int) -> tuple[int, bytes, bytes]:
+        """Where another one is: height, head, state root."""
+        height, head, root = _BEAT.unpack_from(self._memory, rank * _BEAT.size)
+        return int(height), bytes(head), bytes(root)
+
+
 class Shoal(System):
-    """One replica; the others' beats are made up: they are where this one is, and step when it does."""
+    """One replica. Once the parent has released all, each knows that all have made their step."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -63,6 +87,8 @@ class Shoal(System):
         self._transport = GrpcTransport(membership, self._contacts, config["host"])
         self._genesis = torch.zeros(config["mib"] * (1 << 20) // 4)
         self._weights = MemoryWeights(self._genesis)
+        self._board = Board(Path(config["folder"]) / "beats", self.peers)
+        self._change = torch.empty(0)
         self._names: list[PeerId] = []
         self._due = False
         self._before = self._genesis
@@ -87,6 +113,7 @@ class Shoal(System):
         self._running: asyncio.Task[None] | None = None
 
     async def hello(self) -> object:
+        self._board.write(self.rank, self._outer)
         self._outer.serve()
         await self._transport.start()
         return [self._transport.me, self._transport.port, [der.hex() for der in self._membership.chain]]
@@ -107,13 +134,17 @@ class Shoal(System):
         self._due = False
         self._before = self._outer.anchor
         self._applied.clear()
-        self._weights.step(values * sign, TOKENS)
+        self._change = await asyncio.to_thread(torch.mul, values, sign, out=self._change)
+        self._weights.step(self._change, TOKENS)
 
     async def reduce(self) -> tuple[float, dict[str, float]]:
         self._due = True
         self._outer.stepped()
-        async with asyncio.timeout(_ROUND_LIMIT_S):
-            await self._applied.wait()
+        applied = asyncio.create_task(self._applied.wait())
+        waited = {applied, self._running} if self._running is not None else {applied}
+        await asyncio.wait(waited, timeout=_ROUND_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+        if not applied.done():
+            raise SystemExit(f"rank {self.rank}: no round in {_ROUND_LIMIT_S:.0f} s; {self._outer.status()}")
         return self._ended_s, {"round_s": self._round_s, "lost": self.peers - self._contributors}
 
     def mean(self) -> torch.Tensor:
@@ -132,23 +163,27 @@ class Shoal(System):
         return figures
 
     def _group(self) -> Sequence[GroupMember]:
-        outer, steps = self._outer, int(self._due)
-        return [
-            GroupMember(
-                peer=peer,
-                incarnation=1,
-                height=outer.height,
-                head=outer.head,
-                state_root=outer.state_root,
-                steps_since_round=steps,
-                tokens_since_round=TOKENS * steps,
+        members = []
+        for rank, peer in enumerate(self._names):
+            height, head, root = self._board.read(rank)
+            steps = int(self._due and height == self._outer.height)
+            members.append(
+                GroupMember(
+                    peer=peer,
+                    incarnation=1,
+                    height=height,
+                    head=head,
+                    state_root=root,
+                    steps_since_round=steps,
+                    tokens_since_round=TOKENS * steps,
+                )
             )
-            for peer in self._names
-        ]
+        return members
 
     def _event(self, kind: str, data: dict[str, object]) -> None:
         if kind == "round":
             self._due = False
+            self._board.write(self.rank, self._outer)
             self._ended_s, self._round_s = time.monotonic(), float(str(data["seconds"]))
             self._contributors = int(str(data["contributors"]))
             self._applied.set()
@@ -166,5 +201,6 @@ async def run() -> None:
 if __name__ == "__main__":
     keep_freed_memory()
     torch.set_num_threads(1)
+    kernels.warm()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
