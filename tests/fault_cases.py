@@ -91,6 +91,7 @@ class Scene:
     begin: Callable[[], Awaitable[object]]
     late: Replica | None = None  # who comes, or comes back, meanwhile: the round does not need it
     lost: Replica | None = None  # who has to die first
+    comparable: bool = True  # with a clean round, in bytes
 
 
 async def play(group: FaultGroup, case: Case) -> Outcome:
@@ -116,7 +117,7 @@ async def _play_round(group: FaultGroup, case: Case) -> Outcome:
     await group.reach(height, others, COMMIT_S)
     seconds = max(r.reached_s[height] for r in others) - victim.blows[case.arming]
     ratio = None
-    if scene.late is None:
+    if scene.comparable:
         spent = _less(await _bytes_out(group), sent)
         ratio = sum(spent[r] for r in others) / sum(clean[r] for r in others)
     await _mend(group, victim, scene.lost)
@@ -152,24 +153,25 @@ async def _scene(group: FaultGroup, case: Case) -> Scene:
         async def wake() -> None:
             last.signal(signal.SIGCONT)
 
-        return Scene(targets, wake, late=last)
+        return Scene(targets, wake, late=last, comparable=False)
     if case.message == "Gone":
         await group.arm("Contributing.sending kill", last)
-        return Scene(await armed(leader if case.sends else first), group.step, lost=last)
+        return Scene(await armed(leader if case.sends else first), group.step, lost=last, comparable=False)
     if case.message == "Tick":
         await group.arm("ContributedPart.sending delay seconds=0.7", first)
         return Scene(await armed(second), group.step)
     if case.message == "PartRequest":
         await group.arm(f"PublishedPart.sending drop remote={second.peer}", first)
         holders = [replica for replica in group.members if replica is not second]
-        return Scene(await armed(*([second] if case.sends else holders)), group.step)
+        return Scene(await armed(*([second] if case.sends else holders)), group.step, comparable=False)
     led = case.message in (_LEADER_SENDS if case.sends else _LEADER_RECEIVES)
     return Scene(await armed(leader if led else first), group.step)
 
 
 async def _play_join(group: FaultGroup, case: Case) -> Outcome:
     """A newcomer takes a snapshot while something happens to it, or to a donor; then it is sent away."""
-    await group.rounds(1)
+    height = group.members[0].height
+    await group.rounds(max(3, height | 1) - height)  # there is a snapshot, and an entry after it
     donors = group.members
     asks = (case.message in _REQUESTS) == case.sends
     number = len(donors)
