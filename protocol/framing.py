@@ -37,7 +37,6 @@ from shoal.protocol.limits import (
     HEADER_BYTES,
     LEAST_FRAME_BYTES,
     MESSAGE_NAME_BYTES,
-    MIB,
 )
 from shoal.protocol.transport import Buffer, Message
 from shoal.protocol.wire import decode, encode
@@ -58,7 +57,6 @@ _HEAD = struct.Struct("!BHQ")  # bytes of type name, of header, of payload in al
 _END = struct.Struct("!QQ")  # messages, payload bytes
 _ABORT = struct.Struct("!I")  # error code
 _BODY = _PREFIX.size + _CHECKSUM_BYTES
-_FIRST_BUFFER_BYTES = 8 * MIB  # allocated on a claim that was admitted; then the buffer doubles as bytes come
 MAX_FRAME_BYTES = _BODY + _HEAD.size + MESSAGE_NAME_BYTES + HEADER_BYTES + FRAME_BYTES
 
 
@@ -130,7 +128,7 @@ class FrameDecoder:
         self._kinds: dict[str, type[Any]] = {}
         self._max_payload_bytes = 0
         self._header: object | None = None  # of the message that is coming in
-        self._buffer = bytearray()
+        self._pieces: list[memoryview] = []  # of its payload, in the frames that brought them
         self._filled = 0
         self._total = 0
 
@@ -158,7 +156,7 @@ class FrameDecoder:
             return self._take(frame)
         except ShoalError:
             self.over = True
-            self._header, self._buffer = None, bytearray()
+            self._header, self._pieces = None, []
             raise
 
     def _take(self, frame: bytes) -> Message[Any] | None:
@@ -213,7 +211,6 @@ class FrameDecoder:
         name = bytes(body[_HEAD.size : header_at]).decode("ascii", errors="replace")
         cls = self._require_admitted(name, total)
         self._header = decode(cls, bytes(body[header_at:payload_at]))
-        self._buffer = bytearray(min(total, _FIRST_BUFFER_BYTES))
         self._filled, self._total = 0, total
         return body[payload_at:]
 
@@ -229,17 +226,13 @@ class FrameDecoder:
         missing = self._total - self._filled
         if not min(LEAST_FRAME_BYTES, missing) <= len(payload) <= min(FRAME_BYTES, missing):
             raise FrameInvalid(f"{len(payload)} payload bytes in a frame, {missing} were missing")
-        filled = self._filled + len(payload)
-        if filled > len(self._buffer):
-            grown = bytearray(min(self._total, 2 * len(self._buffer)))
-            grown[: self._filled] = memoryview(self._buffer)[: self._filled]
-            self._buffer = grown
-        memoryview(self._buffer)[self._filled : filled] = payload  # a bytearray's own slice would copy twice
-        self._filled = filled
+        self._pieces.append(payload)
+        self._filled += len(payload)
 
     def _completed(self) -> Message[Any]:
-        message: Message[Any] = Message(self._header, memoryview(self._buffer))
-        self._header, self._buffer = None, bytearray()
+        payload = bytearray().join(self._pieces)  # writable, aligned, and not cleared first
+        message: Message[Any] = Message(self._header, memoryview(payload))
+        self._header, self._pieces = None, []
         self._messages += 1
         self._payload_bytes += self._total
         return message
