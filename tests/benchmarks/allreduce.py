@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--codec", default="int8,fp32", help="of Shoal; the others have their own")
     parser.add_argument("--against", default="", help="hivemind, gloo")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--data", choices=DATA, default="gaussian")
     parser.add_argument(
         "--part-kib", type=int, default=0, help="part_bytes of the spec, instead of its default"

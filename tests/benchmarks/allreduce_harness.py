@@ -117,7 +117,7 @@ async def serve(system: System) -> None:
     say({"hello": await system.hello()})
     await system.meet(await hear())
     gc.collect()
-    gc.disable()
+    gc.freeze()  # as the daemon does once everything is imported
     first: torch.Tensor | None = None
     sign = 1.0
     while True:

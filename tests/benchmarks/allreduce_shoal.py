@@ -42,7 +42,7 @@ _ROUND_LIMIT_S = 60.0
 
 
 def spec_of(config: dict[str, Any]) -> RunSpec:
-    """One inner step a round, deadlines out of the way, memory in its steady state after two rounds."""
+    """One inner step a round, deadlines out of the way, memory in its steady state after four rounds."""
     codec = CODECS.get(config["codec"], config["codec"])
     outer: dict[str, object] = {
         "inner_steps": 1,
@@ -50,8 +50,8 @@ def spec_of(config: dict[str, Any]) -> RunSpec:
         "momentum": 0.0,
         "nesterov": False,
         "round_deadline_s": 40.0,
-        "snapshot_every": 2,
-        "payload_budget_bytes": 1,
+        "snapshot_every": 1,
+        "payload_budget_bytes": 64 << 20,
     }
     outer |= {"part_bytes": config["part_kib"] << 10} if config.get("part_kib") else {}
     compression = {"contribution": codec, "published": codec, "warmup_rounds": 0}
