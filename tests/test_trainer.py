@@ -76,7 +76,7 @@ def test_a_swarm_trains_and_its_groups_stay_bit_equal(stages: int) -> None:
                 for stage in range(stages):
                     same_bits(world.group(stage))
             losses = [r.trainer.driver.figures.loss for r in world.group(0) if r.trainer.driver]
-            assert all(loss < 4.5 for loss in losses), losses  # ln 257 is 5.55
+            assert all(loss < 3.0 for loss in losses), losses  # ln 257 is 5.55
 
     virtual_time.run(main)
 

@@ -32,7 +32,7 @@ __all__ = ["RandomFeed", "Replica", "TrainerWorld", "round_spec"]
 def round_spec(stages: int, *, outer: Mapping[str, object] | None = None, **inner: object) -> RunSpec:
     """`small_spec` with frequent rounds and fp32 on the wire unless told otherwise."""
     spec = small_spec(
-        stages, **{"mode": "stream", "inner_tokens": 64, "warmup_tokens": 0, "learning_rate": 0.2, **inner}
+        stages, **{"mode": "stream", "inner_tokens": 64, "warmup_tokens": 0, "learning_rate": 0.1, **inner}
     )
     settings = {"inner_steps": 2, "part_bytes": 4096, "snapshot_every": 4, **(outer or {})}
     return RunSpec.model_validate({**spec.model_dump(), "outer": settings})

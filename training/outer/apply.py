@@ -1,116 +1,132 @@
 """Applying an entry: the outer step of one fragment, and what local weights and residuals do about it.
 
-Arithmetic only, run off the loop by `Replica`. New tensors come out, none is changed.
+A round steps each part as soon as it is held, while others are still on their way; COMMIT then finds most of
+the work done, and does again what was decided otherwise. No tensor that others hold is changed.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from blake3 import blake3
 
-from shoal.compression.codec import Buffer, bytes_of
-from shoal.compression.registry import codec_by_tag
+from shoal.compression.codec import Codec, bytes_of
 from shoal.training.outer.context import Context
-from shoal.training.outer.contribution import Contribution, grouped
+from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import SKIP, Entry
 from shoal.training.outer.local import Rebase
 from shoal.training.outer.parts import Fragment, Part
+from shoal.training.outer.reduce import Published
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Applied:
     """A fragment's agreed state after an entry, and what follows from it for this process."""
 
     anchor: torch.Tensor  # [fragment] fp32 CPU
     momentum: torch.Tensor
-    changes: list[Rebase] = field(default_factory=list)
-    remainders: dict[int, torch.Tensor | None] = field(default_factory=dict)  # of e, by part index
-    digest: bytes = b""  # of both tensors
+    digests: list[bytes]  # of each part of both
+    changes: list[Rebase]
+    remainders: dict[int, torch.Tensor | None]  # of e, by part index
 
 
-async def apply_entry(
-    context: Context,
-    fragment: Fragment,
-    entry: Entry,
-    published: Mapping[int, Buffer],
-    anchor: torch.Tensor,
-    momentum: torch.Tensor,
-    mine: Contribution | None,
-) -> Applied:
-    """The outer step of an entry; anchor and momentum [fragment] fp32 stay as they are.
+class OuterStep:
+    """One fragment on its way from one anchor to the next. Parts are counted from the fragment's first."""
 
-    Per part (design section 9), with `mine` what this process contributed and the entry may list:
-    listed, w ← new + (w − s) and e ← what was left out; not listed, w ← w + (new − a); SKIP, nothing.
-    """
-    after = context.buffers.take(fragment.count)
-    velocity = context.buffers.take(fragment.count) if context.strategy.momentum else momentum
-    applied = Applied(after, velocity)
-    work = _Work(context, fragment, entry, published, anchor, momentum, mine, applied)
-    numbered = list(enumerate(fragment.parts))
-    each = len(grouped(fragment.parts)[0])
-    pieces = [numbered[i : i + each] for i in range(0, len(numbered), each)]
-    for changes, remainders in await asyncio.gather(*(context.offload(work.step, piece) for piece in pieces)):
-        applied.changes += changes
-        applied.remainders |= remainders
-    applied.digest = await context.offload(fragment_digest, after, velocity)
-    return applied
+    def __init__(
+        self, context: Context, fragment: Fragment, codec: Codec, anchor: torch.Tensor, momentum: torch.Tensor
+    ) -> None:
+        self._context = context
+        self._fragment = fragment
+        self._codec = codec
+        self._anchor = anchor
+        self._momentum = momentum
+        self._after = context.buffers.take(fragment.count)
+        moves = context.strategy.momentum > 0.0
+        self._velocity = context.buffers.take(fragment.count) if moves else momentum
+        self._tasks: dict[int, asyncio.Future[bytes]] = {}  # part -> digest of the state after it
+        self._taken: dict[int, bytes] = {}  # part -> digest of the mean that was taken
 
+    def begin(self, number: int, published: Published) -> None:
+        """Step a part that is held and will most likely be committed, off the loop."""
+        if number not in self._tasks:
+            self._start(number, published)
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Work:
-    context: Context
-    fragment: Fragment
-    entry: Entry
-    published: Mapping[int, Buffer]  # by part, counted from the fragment's first
-    anchor: torch.Tensor
-    momentum: torch.Tensor
-    mine: Contribution | None
-    applied: Applied
+    def _start(self, number: int, published: Published | None) -> None:
+        self._taken[number] = SKIP if published is None else published.digest
+        self._tasks[number] = asyncio.ensure_future(self._context.offload(self._step, number, published))
 
-    def step(self, parts: Sequence[tuple[int, Part]]) -> tuple[list[Rebase], dict[int, torch.Tensor | None]]:
-        """Some parts of the fragment."""
-        codec = codec_by_tag(self.entry.published)
+    async def _settle(self, number: int, published: Published | None) -> bytes:
+        digest = SKIP if published is None else published.digest
+        if number in self._tasks and self._taken[number] != digest:
+            await asyncio.wait([self._tasks.pop(number)])  # two must not write one part
+        if number not in self._tasks:
+            self._start(number, published)
+        return await asyncio.shield(self._tasks[number])
+
+    async def finish(
+        self, entry: Entry, published: Mapping[int, Published], mine: Contribution | None
+    ) -> Applied:
+        """Whatever is left to do for an entry; `mine` is what this process contributed and it may list.
+
+        Local weights and residuals, part by part (design section 9): listed, w ← new + (w − s) and e ← what
+        was left out; not listed, w ← w + (new − a); SKIP, nothing.
+        """
+        count = len(self._fragment.parts)
+        settling = (self._settle(number, published.get(number)) for number in range(count))
+        digests = list(await asyncio.gather(*settling))
+        seat = entry.seat_of(self._context.me, self._context.incarnation)
         changes: list[Rebase] = []
-        remainders: dict[int, torch.Tensor | None] = {}
-        for number, part in parts:
-            span = self.fragment.within(part)
-            before, after = self.anchor[span], self.applied.anchor[span]
-            if self.entry.digest(number) == SKIP:
-                after.copy_(before)
-                if self.applied.momentum is not self.momentum:
-                    self.applied.momentum[span].copy_(self.momentum[span])
+        owed: list[Part] = []
+        for number, part in enumerate(self._fragment.parts):
+            if number not in published:
                 continue
-            mean = codec.decode(self.published[number], part.count)
-            velocity = self.applied.momentum[span]
-            self.context.strategy.step(before, self.momentum[span], mean, after, velocity)
-            if self.mine is not None and self._lists_me(number):
-                changes.append(Rebase(part.start, self.mine.sent.weights[span], after, self._alpha()))
-                remainders[part.index] = self.mine.remainder(part, self.context.spec.compression)
+            span = self._fragment.within(part)
+            after = self._after[span]
+            if mine is not None and seat is not None and entry.lists(number, seat):
+                changes.append(Rebase(part.start, mine.sent.weights[span], after, self._alpha()))
+                owed.append(part)
             else:
-                changes.append(Rebase(part.start, before, after))
-        return changes, remainders
+                changes.append(Rebase(part.start, self._anchor[span], after))
+        remainders = await self._context.offload(self._remainders, mine, owed) if mine is not None else {}
+        return Applied(self._after, self._velocity, digests, changes, remainders)
 
-    def _lists_me(self, number: int) -> bool:
-        seat = self.entry.seat_of(self.context.me, self.context.incarnation)
-        return seat is not None and bool(self.entry.listed_in(number)[seat // 8] >> seat % 8 & 1)
+    async def close(self) -> None:
+        """Wait for what is under way: it writes into buffers."""
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _step(self, number: int, published: Published | None) -> bytes:
+        part = self._fragment.parts[number]
+        span = self._fragment.within(part)
+        after, velocity = self._after[span], self._velocity[span]
+        if published is None:
+            after.copy_(self._anchor[span])
+            if self._velocity is not self._momentum:
+                velocity.copy_(self._momentum[span])
+        else:
+            mean = self._codec.decode(published.encoded, part.count)
+            self._context.strategy.step(self._anchor[span], self._momentum[span], mean, after, velocity)
+        return part_state(after, velocity)
+
+    def _remainders(self, mine: Contribution, parts: Sequence[Part]) -> dict[int, torch.Tensor | None]:
+        return {part.index: mine.remainder(part, self._context.spec.compression) for part in parts}
 
     def _alpha(self) -> float | None:
-        outer = self.context.spec.outer
+        outer = self._context.spec.outer
         return outer.merge_alpha if outer.merge == "alpha" else None
 
 
-def fragment_digest(anchor: torch.Tensor, momentum: torch.Tensor) -> bytes:
-    """BLAKE3 over the bytes of a fragment's anchor, then its momentum."""
+def part_state(anchor: torch.Tensor, momentum: torch.Tensor) -> bytes:
+    """BLAKE3 over the bytes of a part's anchor, then its momentum: what the state root is made of."""
     hasher = blake3(b"shoal tensors\0")
     for tensor in (anchor, momentum):
         hasher.update(bytes_of(tensor))
     return hasher.digest()
 
 
-def tensors_digest(fragments: Sequence[bytes]) -> bytes:
-    """Of a whole stage, from its fragments': equal on replicas with equal heads (P1)."""
-    return blake3(b"shoal fragments\0" + b"".join(fragments)).digest()
+def tensors_digest(parts: Sequence[bytes]) -> bytes:
+    """Of a whole stage, from its parts': equal on replicas with equal heads (P1)."""
+    return blake3(b"shoal parts\0" + b"".join(parts)).digest()

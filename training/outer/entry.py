@@ -111,6 +111,10 @@ class Entry:
         """The bitmap of seats whose contributions are in the part's mean."""
         return self.listed[self.bitmap_bytes * part : self.bitmap_bytes * (part + 1)]
 
+    def lists(self, part: int, seat: int) -> bool:
+        """Whether the part's mean holds the contribution of a seat."""
+        return bool(self.listed_in(part)[seat // 8] >> seat % 8 & 1)
+
     def seat_of(self, peer: str, incarnation: int | None = None) -> int | None:
         """The seat of a peer (in that incarnation), or None."""
         for index, seat in enumerate(self.roster):

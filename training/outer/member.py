@@ -150,8 +150,9 @@ class Member:
         row = draft.row_of(seat) if seat is not None else None
         if row is None or mine is None or mine.sent.inner_step != row.to_step or mine.codec is not codecs[0]:
             mine = None  # a draft of another attempt: this peer is not listed, and loses nothing
+        residuals, step = self.replica.residuals, self.replica.begin_step(codecs[1])
         self.round = Round(
-            self._context, data, draft, fragment, codecs, mine, self.replica.residuals, owner_of, deadline_s
+            self._context, data, draft, fragment, codecs, mine, residuals, owner_of, step, deadline_s
         )
         self.round.start()
         self.change.notify()
@@ -190,7 +191,9 @@ class Member:
                 # Nobody alive can apply this entry: a new leader may decide the height anew (section 9).
                 self._unapplied = None
                 raise
-            await self.replica.apply(data, published, self._local, self.contribution)
+            begun = self.round is not None and self.round.draft.published == entry.published
+            step = self.round.step if self.round is not None and begun else None
+            await self.replica.apply(data, published, self._local, self.contribution, step)
             if self.round is not None:
                 self.replica.residuals.retire_published(self.round.remainders(entry))
             await self._leave_round()

@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from shoal.compression.codec import Buffer
+from shoal.compression.codec import Codec
 from shoal.protocol.errors import NotHere
-from shoal.training.outer.apply import apply_entry, fragment_digest, tensors_digest
+from shoal.training.outer.apply import OuterStep, part_state, tensors_digest
+from shoal.training.outer.codecs import codec_of
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import SKIP, Entry, parse
@@ -36,7 +37,7 @@ class Replica:
         self.state_root = snapshot.state_root
         self._anchors = [snapshot.anchor[fragment.span] for fragment in context.fragments]
         self._momenta = [snapshot.momentum[fragment.span] for fragment in context.fragments]
-        self._digests: list[bytes | None] = [None] * len(context.fragments)  # of those that changed here
+        self._digests: list[list[bytes]] = [[] for _ in context.fragments]  # of each part, once needed
         self._whole: tuple[int, torch.Tensor, torch.Tensor] = (
             snapshot.height,
             snapshot.anchor,
@@ -71,43 +72,43 @@ class Replica:
         published: Mapping[int, Published],
         local: LocalWeights,
         contribution: Contribution | None,
+        step: OuterStep | None = None,
     ) -> Entry:
         """Take the next entry in: outer step, rebase of local weights, residuals, log. All or nothing.
 
-        `contribution` is what this process offered at that height, if it did. Raises Stale or MessageInvalid
-        from the log's rules, NotHere for a part that is missing.
+        `contribution` is what this process offered at that height, if it did, `step` what its round has done
+        already. Raises Stale or MessageInvalid from the log's rules, NotHere for a part that is missing.
         """
         entry = parse(data)
         self.log.check(entry)
-        encoded = self._encoded(entry, published)
+        means = self._means(entry, published)
         fragment = self.log.next_fragment
         seat = entry.seat_of(self._context.me, self._context.incarnation)
         row = entry.row_of(seat) if seat is not None else None
         listed = row is not None and contribution is not None and contribution.sent.inner_step == row.to_step
-        result = await apply_entry(
-            self._context,
-            fragment,
-            entry,
-            encoded,
-            self._anchors[fragment.index],
-            self._momenta[fragment.index],
-            contribution if listed else None,
-        )
+        step = step or self.begin_step(codec_of(entry.published))
+        result = await step.finish(entry, means, contribution if listed else None)
         await self._hash_others(fragment.index)
         await local.rebase(result.changes)
         self.log.append(data)
         self._anchors[fragment.index], self._momenta[fragment.index] = result.anchor, result.momentum
-        self._digests[fragment.index] = result.digest
+        self._digests[fragment.index] = result.digests
         self.residuals.retire_contributed(result.remainders)
-        self.state_root = state_root(tensors_digest([d or b"" for d in self._digests]), self.log.state())
-        kept = {part: published[part] for part in encoded}
-        self.payloads.keep(entry.height, kept)
+        digests = [digest for fragment in self._digests for digest in fragment]
+        self.state_root = state_root(tensors_digest(digests), self.log.state())
+        self.payloads.keep(entry.height, means)
         for callback in self.applied:
-            callback(entry, data, kept)
+            callback(entry, data, means)
         return entry
 
-    def _encoded(self, entry: Entry, published: Mapping[int, Published]) -> dict[int, Buffer]:
-        encoded: dict[int, Buffer] = {}
+    def begin_step(self, codec: Codec) -> OuterStep:
+        """The outer step of the next fragment, with means in this codec."""
+        fragment = self.log.next_fragment
+        anchor, momentum = self._anchors[fragment.index], self._momenta[fragment.index]
+        return OuterStep(self._context, fragment, codec, anchor, momentum)
+
+    def _means(self, entry: Entry, published: Mapping[int, Published]) -> dict[int, Published]:
+        means: dict[int, Published] = {}
         for part in range(entry.parts):
             digest = entry.digest(part)
             if digest == SKIP:
@@ -115,16 +116,20 @@ class Replica:
             found = published.get(part)
             if found is None or found.digest != digest:
                 raise NotHere(f"entry {entry.height}: part {part} ({digest.hex()[:8]}) is not here")
-            encoded[part] = found.encoded
-        return encoded
+            means[part] = found
+        return means
 
     async def _hash_others(self, fragment: int) -> None:
         """The digests of the fragments that an entry leaves alone, computed once."""
         for index, known in enumerate(self._digests):
-            if known is None and index != fragment:
-                self._digests[index] = await self._context.offload(
-                    fragment_digest, self._anchors[index], self._momenta[index]
-                )
+            if not known and index != fragment:
+                self._digests[index] = await self._context.offload(self._hash, index)
+
+    def _hash(self, index: int) -> list[bytes]:
+        fragment = self._context.fragments[index]
+        anchor, momentum = self._anchors[index], self._momenta[index]
+        spans = [fragment.within(part) for part in fragment.parts]
+        return [part_state(anchor[span], momentum[span]) for span in spans]
 
     async def adopt(
         self,

@@ -14,6 +14,7 @@ import torch
 from shoal.compression.codec import Buffer, Codec, CodecError
 from shoal.protocol.errors import MessageInvalid, ShoalError
 from shoal.protocol.transport import Channel
+from shoal.training.outer.apply import OuterStep
 from shoal.training.outer.change import Change
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
@@ -52,12 +53,14 @@ class Round:
         contribution: Contribution | None,
         residuals: Residuals,
         owner_of: list[int],
+        step: OuterStep,
         deadline_s: float,
     ) -> None:
         self.draft = draft
         self.data = data
         self.id = draft_id(data)
         self.contribution = contribution
+        self.step = step
         self.held: dict[int, Published] = {}
         self.bytes_out = 0
         self._context = context
@@ -89,6 +92,7 @@ class Round:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        await self.step.close()
 
     def mark_gone(self, seat: int) -> None:
         """The leader says that a seat is not there any more."""
@@ -157,8 +161,13 @@ class Round:
         if self._owner_of[part] != seat or part in self.held:
             return
         published = await self._context.offload(checked, self._outgoing, part, listed, data, count)
-        self.held.setdefault(part, published)
-        self._change.notify()
+        self._hold(part, published)
+
+    def _hold(self, part: int, published: Published) -> None:
+        if part not in self.held:
+            self.held[part] = published
+            self.step.begin(part, published)
+            self._change.notify()
 
     def end_published(self, seat: int) -> None:
         """The owner's stream is over, in whatever way."""
@@ -243,11 +252,11 @@ class Round:
             mean = Mean(None, {})
         for seat, reason in mean.refused.items():
             self._context.refuse(self.draft.roster[seat].peer, f"contribution to part {part}: {reason}")
-        if mean.published is not None:
-            self.held[part] = mean.published
-            self._remainders[part] = mean.remainder
         self._to_reduce.discard(part)
         self._received.pop(part, None)
+        if mean.published is not None:
+            self._remainders[part] = mean.remainder
+            self._hold(part, mean.published)
         self._change.notify()
 
     async def _publish(self, seat: int) -> None:

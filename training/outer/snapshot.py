@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.training.outer.apply import fragment_digest, tensors_digest
+from shoal.training.outer.apply import part_state, tensors_digest
 from shoal.training.outer.log import LogState, genesis_state, state_root
 from shoal.training.outer.parts import Fragment
 
@@ -30,7 +30,8 @@ def snapshot_of(
     state: LogState, anchor: torch.Tensor, momentum: torch.Tensor, fragments: Sequence[Fragment]
 ) -> Snapshot:
     """With the state root that follows from the rest; hashes both tensors."""
-    digests = [fragment_digest(anchor[f.span], momentum[f.span]) for f in fragments]
+    parts = (part for fragment in fragments for part in fragment.parts)
+    digests = [part_state(anchor[part.span], momentum[part.span]) for part in parts]
     return Snapshot(state, anchor, momentum, state_root(tensors_digest(digests), state))
 
 
