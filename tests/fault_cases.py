@@ -12,64 +12,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from fault_group import FaultGroup, Replica
+from fault_table import Case
 from fault_worker import JsonObject
 
-from shoal.protocol import wire
-from shoal.protocol.faults import PLACES, Action
-from shoal.training.outer import messages
+from shoal.protocol.faults import Action
 
-DELAY_S = 3.0
 COMMIT_S = 90.0  # for the others to commit; goals are measured, this only ends a case that hangs
 FORGETFUL: JsonObject = {"snapshot_every": 2, "payload_budget_bytes": 1}  # so that a joiner needs a snapshot
 _LEADER_SENDS = {"Prepare", "Go", "Gone", "Commit"}
 _LEADER_RECEIVES = {"Answer", "Report", "Done"}
-_LAGGARD = {"EntriesRequest", "EntryItem"}
-_JOINER = {"ManifestRequest", "Manifest", "ChunkRequest", "Chunk"}
-_REQUESTS = {"EntriesRequest", "ManifestRequest", "ChunkRequest", "PartRequest"}
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """An action at a point."""
-
-    point: str
-    action: Action
-
-    @property
-    def message(self) -> str:
-        return self.point.partition(".")[0]
-
-    @property
-    def sends(self) -> bool:
-        """Whether it strikes the sender."""
-        return not self.point.endswith(".received")
-
-    @property
-    def needs_joiner(self) -> bool:
-        """In a group with FORGETFUL."""
-        return self.message in _JOINER
-
-    @property
-    def tells_lies(self) -> bool:
-        """Whether the log counts what nobody did: a broken contribution within its own norm."""
-        return self.message == "ContributedPart" and self.action is Action.CORRUPT
-
-    @property
-    def arming(self) -> str:
-        delay = f" seconds={DELAY_S}" if self.action is Action.DELAY else ""
-        return f"{self.point} {self.action.value}{delay}"
-
-    def __str__(self) -> str:
-        return f"{self.point} {self.action.value}"
-
-
-def all_cases() -> list[Case]:
-    """Every message of rounds and recovery, at each of its points, with each action that means something."""
-    known = vars(messages).items()
-    names = sorted(n for n, kind in known if wire.is_message(n) and kind.__module__ == messages.__name__)
-    points = [f"{name}.{place}" for name in names for place in PLACES]
-    cases = [Case(point, action) for point in points for action in Action]
-    return [case for case in cases if case.action is not Action.CORRUPT or not case.point.endswith(".sent")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +64,7 @@ async def _play_round(group: FaultGroup, case: Case) -> Outcome:
     victim = await _struck(group, case, scene.armed)
     others = [r for r in group.awake() if r not in (victim, scene.late, scene.lost)]
     if scene.late is not None:
-        await group.step(others, 3)  # what the laggard should have made, too
+        await _step_for_all(group, others)
     await group.reach(height, others, COMMIT_S)
     seconds = max(r.reached_s[height] for r in others) - victim.blows[case.arming]
     ratio = None
@@ -142,10 +93,9 @@ async def _scene(group: FaultGroup, case: Case) -> Scene:
         await group.arm(case.arming, *replicas)
         return replicas
 
-    if case.message in _LAGGARD:
+    if case.needs_laggard:
         donors = [replica for replica in group.members if replica is not last]
-        asks = (case.message in _REQUESTS) == case.sends
-        targets = await armed(*([last] if asks else donors))
+        targets = await armed(*([last] if case.strikes_asker else donors))
         last.signal(signal.SIGSTOP)
         await group.meet()
         await group.rounds(2)
@@ -163,7 +113,9 @@ async def _scene(group: FaultGroup, case: Case) -> Scene:
     if case.message == "PartRequest":
         await group.arm(f"PublishedPart.sending drop remote={second.peer}", first)
         holders = [replica for replica in group.members if replica is not second]
-        return Scene(await armed(*([second] if case.sends else holders)), group.step, comparable=False)
+        return Scene(
+            await armed(*([second] if case.strikes_asker else holders)), group.step, comparable=False
+        )
     led = case.message in (_LEADER_SENDS if case.sends else _LEADER_RECEIVES)
     return Scene(await armed(leader if led else first), group.step)
 
@@ -173,7 +125,7 @@ async def _play_join(group: FaultGroup, case: Case) -> Outcome:
     height = group.members[0].height
     await group.rounds(max(3, height | 1) - height)  # there is a snapshot, and an entry after it
     donors = group.members
-    asks = (case.message in _REQUESTS) == case.sends
+    asks = case.strikes_asker
     number = len(donors)
     if not asks:
         await group.arm(case.arming, *donors)
@@ -183,7 +135,7 @@ async def _play_join(group: FaultGroup, case: Case) -> Outcome:
     victim = await _struck(group, case, [joiner] if asks else donors)
     others = [replica for replica in donors if replica is not victim]
     height = max(replica.height for replica in others) + 1
-    await group.step(others, 3)
+    await _step_for_all(group, others)
     await group.reach(height, others, COMMIT_S)
     seconds = max(r.reached_s[height] for r in others) - victim.blows[case.arming]
     if victim.frozen:
@@ -209,6 +161,11 @@ async def _struck(group: FaultGroup, case: Case, armed: Sequence[Replica]) -> Re
         await group.until(lambda: victim.ended, f"end of {victim}")
     await asyncio.gather(*(r.ask("disarm") for r in armed if r in group.awake()))
     return victim
+
+
+async def _step_for_all(group: FaultGroup, replicas: Sequence[Replica]) -> None:
+    """As many steps as make a round due whoever else counts as a member by now."""
+    await group.step(replicas, -(-2 * len(group.members) // len(replicas)))
 
 
 async def _mend(group: FaultGroup, victim: Replica, lost: Replica | None) -> None:

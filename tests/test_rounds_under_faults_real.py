@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_cases import Case, play
+from fault_cases import play
 from fault_group import FaultGroup, Nursery, fault_spec
+from fault_table import Case
 
 from shoal.protocol.faults import Action
 

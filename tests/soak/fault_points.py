@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fault_cases import FORGETFUL, Case, Outcome, all_cases, play
+from fault_cases import FORGETFUL, Outcome, play
 from fault_group import FaultGroup, Nursery, fault_spec
+from fault_table import Case, all_cases
 
 from shoal.protocol.faults import Action
 

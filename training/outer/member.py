@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from shoal.protocol.errors import Busy, MessageInvalid, NotHere, Stale
+from shoal.protocol.faults import define
+from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.change import Change
 from shoal.training.outer.codecs import codec_of
@@ -28,6 +30,7 @@ from shoal.training.outer.round import Round, draw_owners
 
 GO_LAG_S = 2.0  # a neighbour's contribution may be here before the leader's GO
 NORM_MOST = 1e18  # entry.Norm's bound
+_APPLYING, _APPLIED = define("entry.applying"), define("entry.applied")
 Positions = Callable[[], Sequence[tuple[int, int]]]
 
 
@@ -193,7 +196,9 @@ class Member:
                 raise
             begun = self.round is not None and self.round.draft.published == entry.published
             step = self.round.step if self.round is not None and begun else None
+            await point(self._context.transport, _APPLYING)
             await self.replica.apply(data, published, self._local, self.contribution, step)
+            await point(self._context.transport, _APPLIED)
             if self.round is not None:
                 self.replica.residuals.retire_published(self.round.remainders(entry))
             await self._leave_round()

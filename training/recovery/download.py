@@ -13,6 +13,8 @@ from blake3 import blake3
 from shoal.compression.codec import bytes_of
 from shoal.protocol import wire
 from shoal.protocol.errors import MessageInvalid, NotHere, PeerSilent, ProtocolViolation, ShoalError
+from shoal.protocol.faults import define
+from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Message, Stream, call
 from shoal.training.outer.context import Context
@@ -25,6 +27,7 @@ MANIFEST_S = 30.0
 DONORS = 4  # at once
 DONOR_S = 10.0  # for one message of at most 1 MiB: about 1 Mbit/s
 BATCH = 8  # chunks asked for in one stream
+_PLACED = define("chunk.placed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,7 @@ async def _fetch(
                     f"chunk {message.header.index} of {len(message.payload)} bytes for {index}"
                 )
             await context.offload(_place, offer.hashes[index], message.payload, tensors[which], start, count)
+            await point(context.transport, _PLACED)
             batch.pop(0)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.protocol.errors import NotHere, ShoalError, StorageError
+from shoal.protocol.faults import define
+from shoal.protocol.faulty_transport import point
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import Entry
 from shoal.training.outer.local import LocalWeights
@@ -24,6 +26,7 @@ from shoal.training.recovery.snapshot import load, save
 
 KEPT = 2  # a joiner may be half through the one before the newest
 QUEUED = 64  # writes; a disk that is slower than the rounds skips entries, and the journal starts anew
+_WRITING, _WRITTEN = define("disk.writing"), define("disk.written")
 
 
 class Snapshots:
@@ -115,7 +118,9 @@ class Snapshots:
         while True:
             function, arguments = await self._writes.get()
             try:
+                await point(self._context.transport, _WRITING)
                 await self._context.offload(function, *arguments)
+                await point(self._context.transport, _WRITTEN)
             except StorageError as error:  # training goes on; status and log say that the disk does not
                 self._context.event("disk-refused", {"why": str(error)})
             finally:
