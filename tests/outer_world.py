@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -140,7 +140,7 @@ class World:
         self.processes[name, incarnation] = node
         return node
 
-    async def __aenter__(self) -> World:
+    async def __aenter__(self) -> Self:
         for node in self.nodes:
             await node.start()
         return self

@@ -37,15 +37,22 @@ class OuterStep:
     """One fragment on its way from one anchor to the next. Parts are counted from the fragment's first."""
 
     def __init__(
-        self, context: Context, fragment: Fragment, codec: Codec, anchor: torch.Tensor, momentum: torch.Tensor
+        self,
+        context: Context,
+        fragment: Fragment,
+        codec: Codec,
+        anchor: torch.Tensor,
+        momentum: torch.Tensor,
+        scale: float | None = None,  # of a re-entry, which leaves the momentum alone
     ) -> None:
         self._context = context
         self._fragment = fragment
         self._codec = codec
         self._anchor = anchor
         self._momentum = momentum
+        self._scale = scale
         self._after = context.buffers.take(fragment.count)
-        moves = context.strategy.momentum > 0.0
+        moves = context.strategy.momentum > 0.0 and scale is None
         self._velocity = context.buffers.take(fragment.count) if moves else momentum
         self._tasks: dict[int, asyncio.Future[bytes]] = {}  # part -> digest of the state after it
         self._taken: dict[int, bytes] = {}  # part -> digest of the mean that was taken
@@ -106,6 +113,9 @@ class OuterStep:
             after.copy_(self._anchor[span])
             if self._velocity is not self._momentum:
                 velocity.copy_(self._momentum[span])
+        elif self._scale is not None:
+            mean = self._codec.decode(published.encoded, part.count)
+            self._context.strategy.reenter(self._anchor[span], mean, self._scale, after)
         else:
             mean = self._codec.decode(published.encoded, part.count)
             self._context.strategy.step(self._anchor[span], self._momentum[span], mean, after, velocity)

@@ -1,7 +1,8 @@
 """Entry: the committed result of a round, one link of a stage's log. Canonical bytes and their hash.
 
-A *draft* is an entry before its parts are known: what GO fixes. Entries outgrow message headers, so they
-travel as payloads of at most ENTRY_BYTES.
+A *draft* is an entry before its parts are known: what GO fixes. A *re-entry* brings back one entry of a chain
+that lost a fork: nobody contributes, its parts are those of the lost entry, by the same digests. Entries
+outgrow message headers, so they travel as payloads of at most ENTRY_BYTES.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from shoal.protocol import limits, wire
 from shoal.protocol.errors import MessageInvalid
 from shoal.protocol.wire import Bounds, Count, Digest, Identifier, Items, Length, wire_message
 
-# 4096 parts × (32 + 128) bytes, 1024 seats and as many contributors of about 80 bytes each: under 1 MiB.
-ENTRY_BYTES = 1 * limits.MIB
+# 4096 parts × (32 + 128) bytes, 1024 seats and as many contributors of about 80 bytes each: under 1 MiB; a
+# re-entry carries such an entry within itself.
+LOST_BYTES = 1 * limits.MIB
+ENTRY_BYTES = 2 * limits.MIB
 SKIP = bytes(32)  # the digest of a part that stays as it is
 SeatIndex = Annotated[int, Bounds(0, limits.ROSTER - 1)]
 CodecTag = Annotated[str, Length(0, 32)]
@@ -79,6 +82,8 @@ class Entry:
     digests: Annotated[bytes, Length(0, 32 * limits.PARTS)] = b""  # 32 bytes a part, SKIP or of the part
     listed: Annotated[bytes, Length(0, limits.PARTS * limits.ROSTER // 8)] = b""  # a bitmap of seats a part
     tokens: Count = 0  # of all contributions since genesis; n fragments count each token n times
+    lost: Annotated[bytes, Length(0, LOST_BYTES)] = b""  # of a re-entry: the entry that it brings back
+    scale: Annotated[float, Bounds(0.0, 1.0)] = 0.0  # of a re-entry: on the mean
 
     def __post_init__(self) -> None:
         peers = [seat.peer for seat in self.roster]
@@ -92,8 +97,10 @@ class Entry:
         for row in self.contributors:
             if row.from_step >= row.to_step or row.tokens == 0 or row.clip == 0.0:
                 raise ValueError(f"seat {row.seat} contributes nothing")
-        if len(self.digests) % 32 or len(self.listed) != self.parts * self.bitmap_bytes:
+        if len(self.digests) % 32 or len(self.listed) != (0 if self.lost else self.parts * self.bitmap_bytes):
             raise ValueError(f"{len(self.digests)} bytes of digests, {len(self.listed)} of bitmaps")
+        if bool(self.lost) != (self.scale > 0.0) or (self.lost and self.contributors):
+            raise ValueError("a re-entry has a scale and no contributors, and nothing else has a scale")
 
     @property
     def parts(self) -> int:
@@ -107,8 +114,12 @@ class Entry:
         """The part's digest, or SKIP."""
         return self.digests[32 * part : 32 * part + 32]
 
+    def source(self) -> Entry:
+        """The entry whose round made the parts: this one, or the lost one. Raises MessageInvalid."""
+        return parse(self.lost) if self.lost else self
+
     def listed_in(self, part: int) -> bytes:
-        """The bitmap of seats whose contributions are in the part's mean."""
+        """The bitmap of seats whose contributions are in the part's mean; empty in a re-entry."""
         return self.listed[self.bitmap_bytes * part : self.bitmap_bytes * (part + 1)]
 
     def lists(self, part: int, seat: int) -> bool:

@@ -38,6 +38,7 @@ from shoal.training.outer.messages import (
     Publishing,
     Report,
 )
+from shoal.training.outer.reentry import Reentering
 from shoal.training.outer.round import Round
 
 _SLACK_S = 30.0  # beyond a round's deadlines, before a leader that only ticks counts as lost
@@ -73,7 +74,7 @@ async def follow(context: Context, member: Member, line: Line) -> None:
         member.disengage(line.peer, opening.header.height)
 
 
-async def _report(round_: Round, line: Line) -> None:
+async def _report(round_: Round | Reentering, line: Line) -> None:
     await round_.collected()
     with contextlib.suppress(ShoalError):  # the leader is lost; `follow` notices by itself
         line.post(Report(round_.id), round_.report())

@@ -22,6 +22,7 @@ from shoal.training.outer.context import Context
 from shoal.training.outer.entry import ENTRY_BYTES, SKIP, Contributor, Entry, Seat, draft_id, parse
 from shoal.training.outer.line import LEADER_SILENCE_S, MEMBER_SILENCE_S, TICK_S, Line, lifeline, loopback
 from shoal.training.outer.log import Log
+from shoal.training.outer.lost import LostEntry
 from shoal.training.outer.messages import Answer, Commit, Done, Go, Gone, Prepare, Report
 from shoal.training.outer.policy import GroupMember, clip_factors, closes_at, holds_quorum, slowest_uplink
 
@@ -42,6 +43,7 @@ class Leader:
         ballot: int,
         first_stage_head: bytes,
         follow: Follow,
+        lost: LostEntry | None = None,
     ) -> None:
         self._context = context
         self._log = log
@@ -52,7 +54,6 @@ class Leader:
             Seat(member.peer, member.incarnation, member.uplink)
             for member in sorted(group, key=lambda member: member.peer)
         )
-        self._fragment = log.next_fragment
         contribution, published = round_codecs(
             context.spec.compression, log.height + 1, slowest_uplink([seat.uplink for seat in roster])
         )
@@ -63,13 +64,17 @@ class Leader:
             ballot=ballot,
             leader=context.me,
             revision=0,
-            fragment=self._fragment.index,
+            fragment=log.next_fragment.index,
             roster=roster,
             contributors=(),
             first_stage_head=first_stage_head,
             contribution=contribution,
             published=published,
         )
+        self._lost_entry = lost
+        self._plain = self._offer
+        if lost is not None:
+            self._offer = _reentry(self._offer, lost)
         here = [seat.peer for seat in roster]
         # Before the first entry all who are here count: else each of them could begin alone.
         self._last = list(log.quorum) if log.height else here
@@ -189,7 +194,8 @@ class Leader:
         seat = self._draft.seat_of(peer) if self._draft is not None else None
         if self._draft is None or seat is None or message.header.draft != self._report_of:
             return
-        if len(message.payload) != len(self._fragment.parts) * (32 + self._draft.bitmap_bytes):
+        parts = len(self._context.fragments[self._draft.fragment].parts)
+        if len(message.payload) != parts * (32 + self._draft.bitmap_bytes):
             raise MessageInvalid(f"Report of {peer}: {len(message.payload)} bytes")
         self._reports[seat] = bytes(message.payload)
 
@@ -228,9 +234,11 @@ class Leader:
             entry, data = max(self._undecided, key=lambda found: (found[0].ballot, found[0].leader))
             return await self._commit(entry, data)
         results: list[tuple[bytes, bytes] | None] = []
-        if self._drafts:
-            draft, data = max(self._drafts, key=lambda found: (found[0].ballot, found[0].leader))
+        if drafts := [found for found in self._drafts if not found[0].lost]:
+            draft, data = max(drafts, key=lambda found: (found[0].ballot, found[0].leader))
             results = await self._gather_reports(draft, data)
+        elif self._lost_entry is not None:
+            return await self._bring_back(self._lost_entry)
         if not any(results):  # nothing undecided, or nothing left of it: what was sent is sent again
             draft = self._new_draft()
             results = await self._gather_reports(draft, draft.encode())
@@ -242,6 +250,29 @@ class Leader:
             draft = dataclasses.replace(draft, ballot=self._ballot, leader=self._context.me)
         entry = draft.finish(results, self._log.counted_tokens)
         return await self._commit(entry, entry.encode())
+
+    async def _bring_back(self, lost: LostEntry) -> Entry:
+        """Commit the re-entry of a lost entry, once all parts that are here are with a majority.
+
+        After some attempts in vain with those that are: one that nobody delivers is written off.
+        """
+        draft = dataclasses.replace(self._offer, roster=self._roster_present())
+        results = await self._gather_reports(draft, draft.encode())
+        missing = [part for part in lost.welcome if part in lost.parts and results[part] is None]
+        if missing and not lost.last_attempt:
+            lost.attempts += 1
+            raise Stale(f"height {draft.height}: parts {missing[:8]} of a lost entry are not with a majority")
+        found = [
+            result[0] if result and part in lost.welcome else SKIP for part, result in enumerate(results)
+        ]
+        entry = dataclasses.replace(draft, digests=b"".join(found), tokens=self._log.tokens_of(draft))
+        return await self._commit(entry, entry.encode())
+
+    def _roster_present(self) -> tuple[Seat, ...]:
+        """The roster, with those present who answered."""
+        return tuple(
+            dataclasses.replace(seat, present=seat.peer in self._answers) for seat in self._offer.roster
+        )
 
     async def _gather_answers(self) -> None:
         opened_s = self._now()
@@ -280,10 +311,7 @@ class Leader:
         for (_, answer), clip in zip(given, clips, strict=True):
             if clip < 1.0:
                 self._context.event("clipped", {"norm": answer.norm, "factor": clip})
-        roster = tuple(
-            dataclasses.replace(seat, present=seat.peer in self._answers) for seat in self._offer.roster
-        )
-        return dataclasses.replace(self._offer, roster=roster, contributors=tuple(rows))
+        return dataclasses.replace(self._plain, roster=self._roster_present(), contributors=tuple(rows))
 
     async def _gather_reports(self, draft: Entry, data: bytes) -> list[tuple[bytes, bytes] | None]:
         """GO, then wait for the report of everybody present who is not lost."""
@@ -317,7 +345,7 @@ class Leader:
 
         A part in the hands of a few could be lost with them after COMMIT, and the chain with it.
         """
-        parts, width = len(self._fragment.parts), draft.bitmap_bytes
+        parts, width = len(self._context.fragments[draft.fragment].parts), draft.bitmap_bytes
         reports = [self._reports[seat] for seat in sorted(self._reports)]
         results: list[tuple[bytes, bytes] | None] = []
         for part in range(parts):
@@ -359,3 +387,15 @@ class Leader:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _reentry(offer: Entry, lost: LostEntry) -> Entry:
+    """The draft that brings a lost entry back: fragment and codecs are those of its round."""
+    return dataclasses.replace(
+        offer,
+        fragment=lost.entry.fragment,
+        contribution=lost.entry.contribution,
+        published=lost.entry.published,
+        lost=lost.data,
+        scale=lost.scale,
+    )

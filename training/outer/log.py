@@ -22,7 +22,9 @@ from shoal.protocol.wire import Count, Digest, Identifier, Items, wire_message
 from shoal.training.outer.codecs import codec_of
 from shoal.training.outer.entry import (
     SKIP,
+    Contributor,
     Entry,
+    Seat,
     StreamPosition,
     entry_hash,
     parse,
@@ -132,6 +134,18 @@ class Log:
         """The bytes of an entry that is still kept."""
         return self._entries.get(height)
 
+    def head_at(self, height: int) -> bytes | None:
+        """The head this chain had at a height, as far back as entries are kept."""
+        if height == self.height:
+            return self.head
+        following = self._entries.get(height + 1)
+        return parse(following).previous if following is not None else None
+
+    @property
+    def oldest_height(self) -> int:
+        """The lowest height whose head is still known."""
+        return next(iter(self._entries), self.height + 1) - 1
+
     def check(self, entry: Entry) -> None:
         """Raises Stale unless the entry continues this chain, MessageInvalid where it breaks its rules."""
         if entry.height != self.height + 1 or entry.previous != self.head:
@@ -139,6 +153,9 @@ class Log:
                 f"entry {entry.height} after {entry.previous.hex()[:8]} does not continue "
                 f"height {self.height}, head {self.head.hex()[:8]}; catch up first"
             )
+        if entry.lost:
+            self._check_reentry(entry)
+            return
         fragment = self.next_fragment
         found = _place(entry.stage, entry.fragment, entry.parts)
         expected = _place(self.stage, fragment.index, len(fragment.parts))
@@ -155,8 +172,7 @@ class Log:
         self.check(entry)
         self.height, self.head, self.counted_tokens = entry.height, entry_hash(data), entry.tokens
         self.quorum = tuple(entry.roster[seat].peer for seat in entry.present())
-        for row in entry.contributors:
-            seat = entry.roster[row.seat]
+        for seat, row in self._news_of(entry):
             key = (seat.peer, seat.incarnation)
             ends = self.ends_of(*key)
             ends[entry.fragment] = (row.to_step, ends[entry.fragment][1] + row.tokens)
@@ -176,6 +192,57 @@ class Log:
         """Forget the oldest entries below a height while they take more than ENTRIES_BYTES."""
         while self._entries_bytes > ENTRIES_BYTES and (oldest := next(iter(self._entries))) < below:
             self._entries_bytes -= len(self._entries.pop(oldest))
+
+    def _check_reentry(self, entry: Entry) -> None:
+        """Once its steps are here a lost entry can re-enter no more, so it does only once.
+
+        They may leave a gap: steps between, of a lost entry that could not re-enter, are in the weights of
+        who made them again, and come with its next contribution.
+        """
+        lost = self.check_source(entry)
+        parts = [lost.digest(part) for part in range(lost.parts)]
+        if any(entry.digest(part) not in (SKIP, digest) for part, digest in enumerate(parts)):
+            raise MessageInvalid(f"entry {entry.height}: brings back other parts than the lost entry's")
+        if entry.parts != lost.parts:
+            raise MessageInvalid(f"entry {entry.height}: {entry.parts} parts of {lost.parts}")
+        if self.holds(lost):
+            raise MessageInvalid(f"entry {entry.height}: all steps that it brings back are here already")
+        if entry.tokens != (tokens := self.tokens_of(entry)):
+            raise MessageInvalid(f"entry {entry.height}: {entry.tokens} tokens, {tokens} expected")
+
+    def check_source(self, draft: Entry) -> Entry:
+        """The lost entry that a re-entry, or its draft, brings back. Raises MessageInvalid."""
+        lost = draft.source()
+        fits = (lost.stage, lost.fragment, lost.contribution, lost.published)
+        if lost.lost or not lost.contributors or lost.fragment >= len(self._fragments):
+            raise MessageInvalid(f"entry {draft.height}: brings back what is no round of this stage")
+        if fits != (self.stage, draft.fragment, draft.contribution, draft.published):
+            raise MessageInvalid(f"entry {draft.height}: stage, fragment or codecs are not the lost entry's")
+        if lost.parts != len(self._fragments[lost.fragment].parts):
+            raise MessageInvalid(f"entry {draft.height}: the lost entry has {lost.parts} parts")
+        codec_of(lost.published)
+        return lost
+
+    def holds(self, other: Entry) -> bool:
+        """Whether all steps of another chain's round are in this one by now."""
+        ends = ((other.roster[row.seat], row.to_step) for row in other.contributors)
+        return all(
+            to_step <= self.end_of(seat.peer, seat.incarnation, other.fragment)[0] for seat, to_step in ends
+        )
+
+    def _news_of(self, entry: Entry) -> list[tuple[Seat, Contributor]]:
+        """The rows of an entry, or of the one that it brings back, that go on from what this chain holds."""
+        source = entry.source()
+        rows = [(source.roster[row.seat], row) for row in source.contributors]
+        return [
+            (seat, row)
+            for seat, row in rows
+            if row.from_step >= self.end_of(seat.peer, seat.incarnation, entry.fragment)[0]
+        ]
+
+    def tokens_of(self, draft: Entry) -> int:
+        """What an entry made of this re-entry has to count."""
+        return self.counted_tokens + sum(row.tokens for _, row in self._news_of(draft))
 
     def _check_parts(self, entry: Entry) -> None:
         rows = {row.seat for row in entry.contributors}

@@ -25,6 +25,7 @@ from shoal.training.outer.fetch import fetch_parts
 from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.messages import Answer, Prepare
 from shoal.training.outer.reduce import Published
+from shoal.training.outer.reentry import Reentering
 from shoal.training.outer.replica import Replica
 from shoal.training.outer.round import Round, draw_owners
 
@@ -36,16 +37,16 @@ Positions = Callable[[], Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """The highest ballot accepted at a height."""
+    """The highest ballot accepted for the entry after some head."""
 
-    height: int = 0
+    previous: bytes = b""
     ballot: int = 0
     leader: str = ""
 
-    @property
-    def order(self) -> tuple[int, int, str]:
-        """Ballots of a height rise by number, then by leader."""
-        return self.height, self.ballot, self.leader
+    def binds(self, asked: Promise) -> bool:
+        """Whether `asked` comes too late. Ballots rise by number, then by leader; each head has its own."""
+        earlier = (asked.ballot, asked.leader) < (self.ballot, self.leader)
+        return self.previous == asked.previous and earlier
 
 
 class Member:
@@ -60,7 +61,7 @@ class Member:
         self.engaged_with: PeerId | None = None  # the leader of the round under way ...
         self._engaged_height = 0  # ... and the height it is about
         self.undecided_since_s: float | None = None  # since when a round stands without leader
-        self.round: Round | None = None
+        self.round: Round | Reentering | None = None
         self._context = context
         self._local = local
         self._positions = positions
@@ -85,24 +86,27 @@ class Member:
                 raise Stale(f"height {log.height}, head {log.head.hex()[:8]} here; this peer has to catch up")
             if self.engaged_with not in (None, leader):
                 raise Busy(f"in a round with {self.engaged_with}", retry_after_s=1.0)
-            asked = Promise(prepare.height, prepare.ballot, leader)
-            if asked.order < self.promise.order:
+            asked = Promise(prepare.previous, prepare.ballot, leader)
+            if self.promise.binds(asked):
                 return Answer(log.height, 0, 0, 0, 0.0, (), promised=self.promise.ballot), b""
             entry = parse(offer)
-            if entry.fragment != log.next_fragment.index:
+            if entry.fragment != log.next_fragment.index and not entry.lost:
                 raise MessageInvalid(f"height {entry.height} synchronises fragment {log.next_fragment.index}")
             self.promise, self.engaged_with, self._engaged_height = asked, leader, prepare.height
-            if self.round is None:
+            if entry.lost or self.replica.lost:  # steps have to come in order: those that were lost first
+                self.contribution = self.contribution if isinstance(self.round, Round) else None
+            elif not isinstance(self.round, Round):
                 self.contribution = await self._contribute(entry)
             return self._answer()
 
     async def _contribute(self, offer: Entry) -> Contribution:
         fragment = self.replica.log.next_fragment
+        sent = await self._local.sent(fragment.span, self._context.buffers.take(fragment.count))
         return await contribute(
             fragment,
             codec_of(offer.contribution),
             self.replica.anchor_of(fragment.index),
-            await self._local.sent(fragment.span, self._context.buffers.take(fragment.count)),
+            sent,
             self.replica.residuals,
             self._context.offload,
         )
@@ -128,7 +132,7 @@ class Member:
                 context.event("weights-not-finite", {"norm": str(mine.norm)})
         return answer, draft + entry
 
-    async def go(self, data: bytes, deadline_s: float) -> Round:
+    async def go(self, data: bytes, deadline_s: float) -> Round | Reentering:
         """Begin the data plane of a draft; the same draft again, from a new leader, changes nothing."""
         draft = parse(data)
         if draft.parts or draft.height != self.next_height or draft.previous != self.replica.log.head:
@@ -137,29 +141,38 @@ class Member:
             raise MessageInvalid(
                 f"a draft of stage {draft.stage}, with {len(draft.present()) or 'nobody'} present"
             )
+        if self.round is not None:
+            if self.round.data == data:
+                return self.round
+            await self.round.close()
+        if draft.lost:
+            self.replica.log.check_source(draft)
+            round_: Round | Reentering
+            round_ = Reentering(self._context, data, draft, self.replica.lost, deadline_s)
+        else:
+            round_ = await self._contributing(data, draft, deadline_s)
+        if draft.previous != self.replica.log.head:
+            raise Stale(f"GO for height {draft.height} at height {self.replica.log.height}")
+        self.round = round_
+        self.round.start()
+        self.change.notify()
+        return self.round
+
+    async def _contributing(self, data: bytes, draft: Entry, deadline_s: float) -> Round:
         fragment = self.replica.log.next_fragment
         if draft.fragment != fragment.index:
             raise MessageInvalid(f"height {draft.height} synchronises fragment {fragment.index}")
         codecs = codec_of(draft.contribution), codec_of(draft.published)
         owner_of = await self._context.offload(draw_owners, self._context, draft, fragment)
-        if self.round is not None:
-            if self.round.data == data:
-                return self.round
-            await self.round.close()
-        if draft.height != self.next_height:
-            raise Stale(f"GO for height {draft.height} at height {self.replica.log.height}")
         mine = self.contribution
         seat = draft.seat_of(self._context.me, self._context.incarnation)
         row = draft.row_of(seat) if seat is not None else None
         if row is None or mine is None or mine.sent.inner_step != row.to_step or mine.codec is not codecs[0]:
             mine = None  # a draft of another attempt: this peer is not listed, and loses nothing
-        residuals, step = self.replica.residuals, self.replica.begin_step(codecs[1])
-        self.round = Round(
+        residuals, step = self.replica.residuals, self.replica.begin_step(draft)
+        return Round(
             self._context, data, draft, fragment, codecs, mine, residuals, owner_of, step, deadline_s
         )
-        self.round.start()
-        self.change.notify()
-        return self.round
 
     async def commit(self, data: bytes, holders: Sequence[PeerId] = ()) -> None:
         """Apply an entry, from a leader's COMMIT or from a donor. Goes on when its caller is cancelled.
@@ -194,13 +207,21 @@ class Member:
                 # Nobody alive can apply this entry: a new leader may decide the height anew (section 9).
                 self._unapplied = None
                 raise
-            begun = self.round is not None and self.round.draft.published == entry.published
-            step = self.round.step if self.round is not None and begun else None
+            round_ = self.round if isinstance(self.round, Round) else None
+            begun = round_ is not None and not entry.lost and round_.draft.published == entry.published
             await point(self._context.transport, _APPLYING)
-            await self.replica.apply(data, published, self._local, self.contribution, step)
+            await self.replica.apply(
+                data,
+                published,
+                self._local,
+                self.contribution,
+                round_.step if round_ is not None and begun else None,
+                went_out=round_ is not None and round_.contribution is not None,
+            )
+            await self.replica.sift(self._local)
             await point(self._context.transport, _APPLIED)
-            if self.round is not None:
-                self.replica.residuals.retire_published(self.round.remainders(entry))
+            if round_ is not None:
+                self.replica.residuals.retire_published(round_.remainders(entry))
             await self._leave_round()
         self.change.notify()
 
@@ -210,11 +231,15 @@ class Member:
         self.round, self.contribution, self._unapplied, self.undecided_since_s = None, None, None, None
         self.engaged_with = None  # at once: the next leader's PREPARE may be waiting already
 
-    async def install(self, jump: Callable[[Contribution | None], Awaitable[None]]) -> None:
-        """Run a jump to a snapshot between two entries; it gets what was contributed to the next height."""
+    async def install(self, jump: Callable[[Contribution | None], Awaitable[bool]]) -> None:
+        """Run a jump to another state between two entries; it gets what was contributed to the next height.
+
+        Where it returns False nothing has changed.
+        """
         async with self._deciding:
-            await jump(self.contribution if self.round is not None else None)
-            await self._leave_round()
+            if await jump(self.contribution if self.round is not None else None):
+                await self.replica.sift(self._local)
+                await self._leave_round()
         self.change.notify()
 
     def gone(self, seat: int) -> None:
@@ -227,8 +252,8 @@ class Member:
         if self.engaged_with != leader or self._engaged_height != height:
             return  # it has ended already, with a COMMIT
         self.engaged_with = None
-        if self.round is None and self._unapplied is None:
-            self.contribution = None
+        if not isinstance(self.round, Round) and self._unapplied is None:
+            self.contribution = None  # nothing of it is anywhere; a vain re-entry needs nobody to end it
         elif self.undecided_since_s is None:
             self.undecided_since_s = asyncio.get_running_loop().time()
         self.change.notify()
@@ -243,13 +268,13 @@ class Member:
             return self.round is not None and self.round.id == draft
 
         await self.change.until(here, lambda: limit_s)
-        if self.round is None or not here():
+        if not isinstance(self.round, Round) or not here():
             raise Stale(f"no round of draft {draft.hex()[:8]} here")
         return self.round
 
     def part(self, part: int, digest: bytes) -> Published:
         """A published part that others may fetch. Raises NotHere."""
-        found = self.replica.payloads.find(digest)
+        found = self.replica.payloads.find(digest) or self.replica.lost.find(digest)
         if found is None and self.round is not None:
             found = self.round.held.get(part)
         if found is None or found.digest != digest:

@@ -23,6 +23,10 @@ class Payloads:
         self.held_bytes += _bytes(parts)
         self._by_digest.update((part.digest, part) for part in parts.values())
 
+    def parts_at(self, height: int) -> Mapping[int, Published]:
+        """The parts of a height's entry that are still here."""
+        return self._heights.get(height, {})
+
     def find(self, digest: bytes) -> Published | None:
         """The part of that digest, if it is still here."""
         return self._by_digest.get(digest)

@@ -6,11 +6,11 @@ readers (serving, snapshots, donors) keep what they took.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from shoal.compression.codec import Codec
 from shoal.protocol.errors import NotHere
 from shoal.training.outer.apply import OuterStep, part_state, tensors_digest
 from shoal.training.outer.codecs import codec_of
@@ -19,6 +19,8 @@ from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import SKIP, Entry, parse
 from shoal.training.outer.local import LocalWeights, Rebase
 from shoal.training.outer.log import Log, state_root
+from shoal.training.outer.lost import Lost
+from shoal.training.outer.offered import Offered
 from shoal.training.outer.payloads import Payloads
 from shoal.training.outer.reduce import Published
 from shoal.training.outer.residuals import Residuals
@@ -33,6 +35,8 @@ class Replica:
         self.log = Log(snapshot.state, context.fragments)
         self.payloads = Payloads(context.spec.outer.payload_budget_bytes)
         self.residuals = Residuals(context.size)
+        self.lost = Lost()
+        self.offered = Offered(context.me, context.incarnation, context.spec.outer.payload_budget_bytes)
         self.applied: list[Callable[[Entry, bytes, Mapping[int, Published]], None]] = []
         self.state_root = snapshot.state_root
         self._anchors = [snapshot.anchor[fragment.span] for fragment in context.fragments]
@@ -73,27 +77,33 @@ class Replica:
         local: LocalWeights,
         contribution: Contribution | None,
         step: OuterStep | None = None,
+        went_out: bool = False,
     ) -> Entry:
         """Take the next entry in: outer step, rebase of local weights, residuals, log. All or nothing.
 
         `contribution` is what this process offered at that height, if it did, `step` what its round has done
-        already. Raises Stale or MessageInvalid from the log's rules, NotHere for a part that is missing.
+        already; `went_out` says that some of the contribution may have reached others. Raises Stale or
+        MessageInvalid from the log's rules, NotHere for a part that is missing.
         """
         entry = parse(data)
         self.log.check(entry)
         means = self._means(entry, published)
-        fragment = self.log.next_fragment
+        fragment = self._context.fragments[entry.fragment]
         seat = entry.seat_of(self._context.me, self._context.incarnation)
         row = entry.row_of(seat) if seat is not None else None
         listed = row is not None and contribution is not None and contribution.sent.inner_step == row.to_step
-        step = step or self.begin_step(codec_of(entry.published))
+        step = step or self.begin_step(entry)
         result = await step.finish(entry, means, contribution if listed else None)
         await self._hash_others(fragment.index)
-        await local.rebase(result.changes)
+        await local.rebase([*result.changes, *self._settle(entry)])
         self.log.append(data)
         self._anchors[fragment.index], self._momenta[fragment.index] = result.anchor, result.momentum
         self._digests[fragment.index] = result.digests
         self.residuals.retire_contributed(result.remainders)
+        if not entry.lost:
+            now_s = asyncio.get_running_loop().time()
+            self.offered.note(entry, contribution if went_out else None, now_s)
+            self.lost.note(entry)
         digests = [digest for fragment in self._digests for digest in fragment]
         self.state_root = state_root(tensors_digest(digests), self.log.state())
         self.payloads.keep(entry.height, means)
@@ -101,11 +111,29 @@ class Replica:
             callback(entry, data, means)
         return entry
 
-    def begin_step(self, codec: Codec) -> OuterStep:
-        """The outer step of the next fragment, with means in this codec."""
-        fragment = self.log.next_fragment
+    def begin_step(self, entry: Entry) -> OuterStep:
+        """The outer step of an entry, or of the draft of one."""
+        fragment = self._context.fragments[entry.fragment]
         anchor, momentum = self._anchors[fragment.index], self._momenta[fragment.index]
-        return OuterStep(self._context, fragment, codec, anchor, momentum)
+        scale = entry.scale if entry.lost else None
+        return OuterStep(self._context, fragment, codec_of(entry.published), anchor, momentum, scale)
+
+    def _settle(self, entry: Entry) -> list[Rebase]:
+        """Of a re-entry: what of this process's part in the lost round is in the agreed state from now on."""
+        if not entry.lost:
+            return []
+        source = entry.source()
+        mine, here = self.offered.lists(source), self.lost.after(source.previous)
+        delivered = {part for part in mine if entry.digest(part) != SKIP}
+        return self.offered.amend(source.previous, mine & here.promised if here else (), delivered)
+
+    async def sift(self, local: LocalWeights) -> None:
+        """Let go of lost entries that are back, and take back the own part in those that cannot be."""
+        for lost in self.lost.sift(self.log):
+            mine = self.offered.lists(lost.entry) & lost.promised
+            changes = self.offered.amend(lost.entry.previous, mine, ())
+            self._context.event("lost-for-good", {"height": lost.entry.height, "taken_back": len(changes)})
+            await local.rebase(changes)
 
     def _means(self, entry: Entry, published: Mapping[int, Published]) -> dict[int, Published]:
         means: dict[int, Published] = {}
@@ -137,12 +165,14 @@ class Replica:
         local: LocalWeights,
         contribution: Contribution | None = None,
         listed: Collection[int] = (),
+        settled: Sequence[Rebase] = (),
     ) -> None:
         """Jump to another, verified state: w ← w + (new − a), with s for a in `listed` parts.
 
         Those are parts (by index) whose state here holds `contribution`, of which this peer saw no COMMIT.
+        `settled` is what else a switch of chains means for local weights.
         """
-        changes = []
+        changes = list(settled)
         remainders: dict[int, torch.Tensor | None] = {}
         for fragment in self._context.fragments:
             old, new = self._anchors[fragment.index], other._anchors[fragment.index]

@@ -22,6 +22,7 @@ from shoal.training.outer.leader import Leader
 from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.member import Member, Positions
 from shoal.training.outer.policy import (
+    TAKEOVER_S,
     CatchUp,
     GroupMember,
     Lead,
@@ -55,6 +56,8 @@ class Figures:
     led: int = 0
     failed: int = 0
     caught_up: int = 0
+    switches: int = 0  # of chains, after a fork
+    reentering: int = 0  # lost entries still to bring back
     listed: int = 0
     skipped_parts: int = 0
     last_round_s: float = 0.0
@@ -121,6 +124,7 @@ class Outer:
         self._failures = 0
         self._urgent = False
         self._ballot = 0  # the highest met at the height to come
+        self._brought_back_by: str | None = None  # who led the last entry, if that was a re-entry
         self._replica.applied.append(self._on_entry)
 
     # -- what others read
@@ -157,8 +161,8 @@ class Outer:
 
     @property
     def steps_since_round(self) -> int:
-        """Inner steps of this process since the last round that lists it."""
-        return self._weights.inner_steps - max(self._ends())[0]
+        """Inner steps of this process since the last round that lists it, as far as the next one may."""
+        return 0 if self.reentering else self._weights.inner_steps - max(self._ends())[0]
 
     @property
     def tokens_since_round(self) -> int:
@@ -169,6 +173,11 @@ class Outer:
     def all_listed(self) -> bool:
         """Whether the log holds every inner step of this process in every fragment."""
         return min(self._ends())[0] >= self._weights.inner_steps
+
+    @property
+    def reentering(self) -> int:
+        """Entries of a lost chain that this peer has still to bring back."""
+        return len(self._replica.lost)
 
     def entry(self, height: int) -> Entry | None:
         """An entry of the log that is still kept."""
@@ -183,6 +192,8 @@ class Outer:
         """Figures for `shoal status`, JSON-able, keys stable."""
         self._figures.refused = {str(peer): count for peer, count in self._context.refused.items()}
         self._figures.caught_up = self._catching_up.entries
+        self._figures.switches = self._catching_up.switches
+        self._figures.reentering = self.reentering
         snapshot = self._snapshots.newest_height
         return {**dataclasses.asdict(self._figures), "height": self.height, "snapshot_height": snapshot}
 
@@ -260,6 +271,7 @@ class Outer:
     async def _act(self) -> None:
         now_s = asyncio.get_running_loop().time()
         group = self._group()
+        self._replica.offered.hear(self._peers(), self._replica.log.head_at, now_s)
         match next_action(self._position(now_s, group)):
             case Wait(until_s):
                 await self._change.wait(
@@ -274,8 +286,10 @@ class Outer:
         me = self._context.me
         mine = next(member for member in group if member.peer == me)
         apart = self._context.spec.outer.inner_steps / len(self._context.fragments)
-        due = should_open(apart, mine, group).yes
+        due = should_open(apart, mine, group).yes or bool(self._replica.lost)
         urgent = self._urgent and not self.all_listed
+        series = self._brought_back_by  # whoever brings lost entries back goes on, the others let it
+        urgent = urgent or (series == me and bool(self._replica.lost))
         undecided_s = self._member.undecided_since_s
         if undecided_s is None and not due and not urgent:
             self._wanted_since_s = None
@@ -285,6 +299,9 @@ class Outer:
             self._behind_since_s = None
         elif self._behind_since_s is None:
             self._behind_since_s = now_s
+        wanted_since_s = self._wanted_since_s if undecided_s is None else undecided_s
+        if wanted_since_s is not None and series not in (None, me):
+            wanted_since_s += TAKEOVER_S
         order = succession(
             self._context.run_id, self._context.stage, self.height + 1, [member.peer for member in group]
         )
@@ -296,14 +313,14 @@ class Outer:
             height=self.height,
             engaged=self._member.engaged_with is not None,
             behind_since_s=self._behind_since_s,
-            wanted_since_s=self._wanted_since_s if undecided_s is None else undecided_s,
+            wanted_since_s=wanted_since_s,
             not_before_s=self._not_before_s,
             urgent=urgent,
         )
 
     async def _lead(self, group: Sequence[GroupMember]) -> None:
         promise, height = self._member.promise, self.height + 1
-        promised = promise.ballot if promise.height == height else 0
+        promised = promise.ballot if promise.previous == self.head else 0
         leader = Leader(
             self._context,
             self._replica.log,
@@ -312,6 +329,7 @@ class Outer:
             max(promised, self._ballot) + 1,
             self._first_stage_head(),
             lambda line: follow(self._context, self._member, line),
+            self._replica.lost.next(),
         )
         self._context.event("round-open", {"height": height, "roster": len(group)})
         try:
@@ -356,6 +374,7 @@ class Outer:
         if self._member.contribution is not None:
             figures.overlap_steps = self._weights.inner_steps - self._member.contribution.sent.inner_step
         self._wanted_since_s, self._ballot = None, 0
+        self._brought_back_by = entry.leader if entry.lost else None
         self._save_residuals(entry, listed)
         self._context.event(
             "round",
@@ -405,4 +424,4 @@ class Outer:
         return [dataclasses.replace(mine, uplink=uplink), *others]
 
     def _ahead(self) -> list[GroupMember]:
-        return [member for member in self._group() if member.height > self.height]
+        return self._catching_up.ahead(self._group())

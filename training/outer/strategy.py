@@ -50,3 +50,7 @@ class OuterStrategy:
         else:
             change = torch.mul(velocity, self.learning_rate)
         torch.sub(anchor, change, out=after)
+
+    def reenter(self, anchor: torch.Tensor, mean: torch.Tensor, scale: float, after: torch.Tensor) -> None:
+        """A mean of a lost chain, outside the momentum: `after` ← a − η·scale·Δ̄ (design section 9)."""
+        torch.sub(anchor, torch.mul(mean, self.learning_rate * scale), out=after)

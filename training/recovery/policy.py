@@ -1,4 +1,4 @@
-"""Which head to catch up with, and whether by replay or by snapshot. Pure."""
+"""Which head to catch up or compare with, and whether by replay or by snapshot. Pure."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ class Target:
     head: bytes
     state_root: bytes
     donors: tuple[PeerId, ...]  # at that height or above it
+    log_tokens: int = 0  # as they say
 
 
-def choose_target(height: int, group: Sequence[GroupMember]) -> Target | None:
-    """The state that most of the members ahead of `height` announce; among equals the highest.
+def choose_target(group: Sequence[GroupMember]) -> Target | None:
+    """The state that most of the members who are elsewhere announce; among equals the highest.
 
     One member alone must not lead a joiner astray while several agree on another state.
     """
-    votes = Counter((m.height, m.head, m.state_root) for m in group if m.height > height)
+    votes = Counter((m.height, m.head, m.state_root) for m in group)
     if not votes:
         return None
     (at, head, root), _ = max(votes.items(), key=lambda item: (item[1], item[0]))
     agreeing = [m.peer for m in group if (m.height, m.head) == (at, head)]
     beyond = [m.peer for m in group if m.height > at]
-    return Target(at, head, root, (*agreeing, *beyond))
+    tokens = max(m.log_tokens for m in group if (m.height, m.head) == (at, head))
+    return Target(at, head, root, (*agreeing, *beyond), tokens)
 
 
 def prefers_snapshot(height: int, target: int, every: int, size_bytes: int, published_bytes: int) -> bool:

@@ -1,0 +1,186 @@
+"""A group that the network cuts into sides, with membership as `training.neighbours` tells it.
+
+Who is cut off (or frozen) falls silent after two seconds, stays as `silent` in the others' view until 120 s
+after it was last heard, then departed; a closed connection departs at once. Inner steps go on all the while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from outer_ledger import Ledger
+from outer_world import Node, World
+
+from shoal.protocol.identity import PeerId
+from shoal.training.outer.entry import Entry
+from shoal.training.outer.service import GroupMember
+
+SUSPECT_S = 2.0
+SILENT_S = 120.0
+
+
+class _Events(list[tuple[str, dict[str, object]]]):
+    """Archives each entry as it is applied."""
+
+    def __init__(self, node: Node, ledger: Ledger) -> None:
+        super().__init__()
+        self._node = node
+        self._ledger = ledger
+
+    def append(self, event: tuple[str, dict[str, object]]) -> None:
+        super().append(event)
+        if event[0] == "round":
+            entry = self._node.outer.entry(int(str(event[1]["height"])))
+            assert entry is not None
+            self._ledger.note(self._node, entry.encode())
+
+
+class PartitionWorld(World):
+    """`World` with cuts. A frozen peer is one that is cut off from everybody."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.ledger: Ledger | None = None
+        self._last_heard: dict[tuple[PeerId, PeerId], tuple[float, GroupMember]] = {}
+        self._pace = random.Random(options.get("seed", 1))
+        super().__init__(*arguments, **options)
+
+    def node(self, number: int, incarnation: int = 1, directory: Path | None = None) -> Node:
+        node = super().node(number, incarnation, directory)
+        if self.ledger is None:
+            self.ledger = Ledger(self)
+        node.events = _Events(node, self.ledger)
+        return node
+
+    def step(self, node: Node, tokens: int) -> None:
+        """One inner step, which the ledger counts."""
+        assert self.ledger is not None
+        self.ledger.watch(node)
+        node.weights.step(self.ledger.step(node), tokens)
+        node.outer.stepped()
+
+    # -- what membership sees
+
+    def group(self, seen_by: PeerId) -> Sequence[GroupMember]:
+        found = []
+        missing = {other for by, other in self._last_heard if by == seen_by}
+        for name in sorted(self.live.keys() | missing):
+            if name not in missing:
+                found.append(self.live[name].member())
+                continue
+            heard_s, beat = self._last_heard[seen_by, name]
+            age_s = asyncio.get_running_loop().time() - heard_s
+            if age_s < SILENT_S:
+                found.append(dataclasses.replace(beat, silent=age_s >= SUSPECT_S))
+        return found
+
+    def cut(self, *sides: Sequence[Node]) -> None:
+        """Nothing passes between these sides any more."""
+        for i, side in enumerate(sides):
+            for other in sides[i + 1 :]:
+                for a in side:
+                    for b in other:
+                        self._lose_sight(a, b)
+                        self.network.cut(a.name, b.name)
+
+    def heal(self) -> None:
+        """Everything passes again."""
+        for one, other in self._last_heard:
+            if one not in self.frozen and other not in self.frozen:
+                self.network.heal(one, other)
+        self._last_heard = {
+            pair: heard for pair, heard in self._last_heard.items() if not self.frozen.keys().isdisjoint(pair)
+        }
+
+    def kill(self, node: Node) -> None:
+        super().kill(node)
+        self._last_heard = {
+            (by, other): heard for (by, other), heard in self._last_heard.items() if by != node.name
+        }
+
+    def freeze(self, node: Node) -> None:
+        self.network.freeze(node.name)
+        self.frozen[node.name] = node.member()
+        for other in self.live.values():
+            if other is not node:
+                self._lose_sight(node, other)
+
+    def thaw(self, node: Node) -> None:
+        self.network.thaw(node.name)
+        del self.frozen[node.name]
+        self._last_heard = {
+            pair: heard
+            for pair, heard in self._last_heard.items()
+            if node.name not in pair or not self.frozen.keys().isdisjoint(pair) or pair in self._cut_pairs()
+        }
+
+    def _cut_pairs(self) -> set[tuple[PeerId, PeerId]]:
+        return {pair for pair in self._last_heard if self.network.is_blocked(*pair)}
+
+    def _lose_sight(self, one: Node, other: Node) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self._last_heard.setdefault((one.name, other.name), (now_s, other.member()))
+        self._last_heard.setdefault((other.name, one.name), (now_s, one.member()))
+
+    # -- work
+
+    async def train(self, seconds: float, every_s: float = 1.0) -> None:
+        """Inner steps of everybody, each at its own pace, for some time."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + seconds
+        due_s = {name: loop.time() + self._pace.random() * every_s for name in self.live}
+        while loop.time() < until_s:
+            for name, node in list(self.live.items()):
+                if name not in self.frozen and loop.time() >= due_s.setdefault(name, loop.time()):
+                    self.step(node, self._pace.randint(50, 150))
+                    due_s[name] = loop.time() + every_s * self._pace.uniform(0.7, 1.3)
+            await asyncio.sleep(0.05)
+
+    async def settle(self, limit_s: float = 60.0, every_s: float = 1.0) -> float:
+        """Train on until all who live hold the same head; the seconds that took."""
+        loop = asyncio.get_running_loop()
+        begin_s = loop.time()
+        while not self.equal() or self.pending():
+            assert loop.time() - begin_s < limit_s, f"not settled after {limit_s:g} s: {self.describe()}"
+            await self.train(0.5, every_s)
+        return loop.time() - begin_s
+
+    def chain(self) -> list[Entry]:
+        """The entries of whoever is highest."""
+        assert self.ledger is not None
+        return self.ledger.chain(max(self.live.values(), key=lambda node: node.outer.height).outer.head)
+
+    def pending(self) -> bool:
+        """Whether somebody still has lost entries to bring back."""
+        return any(node.outer.reentering for node in self.live.values())
+
+    def describe(self) -> str:
+        return ", ".join(
+            f"{node.name[8:11]} {node.outer.height}/{node.outer.head.hex()[:6]} lost {node.outer.reentering}"
+            for node in self.live.values()
+        )
+
+    def assert_nothing_is_lost(self) -> None:
+        """Nobody who lives keeps old steps back: those that `prove` finds in its weights are its last."""
+        assert self.ledger is not None
+        for node in self.live.values():
+            waiting = self.ledger.waiting(node)
+            assert waiting <= 60, f"{node.name[8:11]}: {waiting:.0f} steps wait"
+
+    def prove(self, anchor: bool = True) -> None:
+        """P1, and P4 by the ledger, for everybody who lives."""
+        assert self.equal(), f"heads or states differ: {self.describe()}"
+        assert self.ledger is not None
+        nodes = list(self.live.values())
+        for node in nodes:
+            self.ledger.check(node)
+        if anchor:
+            self.ledger.check_anchor(nodes[0])
+
+
+torch.set_num_threads(1)

@@ -1,0 +1,159 @@
+"""Offered: what this process contributed to recent rounds, while they may turn out otherwise elsewhere.
+
+An entry takes listed steps out of the local weights (`w - a`). When this peer leaves its chain for another,
+on which the same round ended otherwise or not at all, those steps have to go back, or others have to go, part
+by part: `settle` says what changes. A round is kept until everybody who was present is known to be on the
+same chain; and so are later ones that carried on what it had not listed: another chain may hold that as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from shoal.protocol.identity import PeerId
+from shoal.training.outer.contribution import Contribution
+from shoal.training.outer.entry import Entry, seats_in
+from shoal.training.outer.local import Rebase
+from shoal.training.outer.policy import GroupMember
+
+MOST = 6  # rounds; the oldest go first
+UNCERTAIN_S = 3600.0  # a partition may last; whoever is not back by then is taken for dead
+
+
+@dataclass(slots=True, eq=False)
+class Offer:
+    """One contribution and where it is now."""
+
+    height: int
+    previous: bytes  # head of the log at the round
+    mine: Contribution
+    listed: set[int]  # parts, counted within the fragment, that the agreed state holds
+    waiting: set[PeerId]  # were present, and are not known to have the same outcome
+    since_s: float
+    open: bool = False  # its outcome is not known: some other chain may list it
+    carried: set[tuple[int, PeerId]] = field(default_factory=set)  # parts and peers it did not list, so far
+
+
+class Offered:
+    """Of one replica, to a byte budget."""
+
+    def __init__(self, me: PeerId, incarnation: int, budget_bytes: int) -> None:
+        self._me = me
+        self._incarnation = incarnation
+        self._budget_bytes = budget_bytes
+        self._offers: list[Offer] = []
+        self._fell_silent: set[PeerId] = set()
+
+    def __len__(self) -> int:
+        return len(self._offers)
+
+    def previous(self) -> list[bytes]:
+        """The heads whose next entry this process offered something to."""
+        return [offer.previous for offer in self._offers]
+
+    def lists(self, entry: Entry) -> set[int]:
+        """Parts that list this process, in a round (not a re-entry)."""
+        seat = entry.seat_of(self._me, self._incarnation)
+        if seat is None or entry.row_of(seat) is None:
+            return set()
+        return {part for part in range(entry.parts) if seat in seats_in(entry.listed_in(part))}
+
+    # -- what comes in
+
+    def note(self, entry: Entry, mine: Contribution | None, now_s: float) -> None:
+        """A round has been applied; `mine` is what this process sent to it, listed or not."""
+        present = {entry.roster[seat].peer for seat in entry.present()}
+        missing = _missing(entry, present)
+        waiting = present - {self._me}
+        for offer in self._offers:
+            offer.waiting -= present
+            if offer.mine.fragment.index == entry.fragment and offer.carried:
+                waiting |= offer.waiting  # this round may hold what that one did not
+                offer.carried = {key for key in offer.carried if key[1] in present and key in missing}
+        self._release(now_s)
+        if mine is None:
+            return
+        # What is open can re-enter no more, once later steps of this process are listed.
+        index = entry.fragment
+        self._offers = [o for o in self._offers if not (o.open and o.mine.fragment.index == index)]
+        listed = self.lists(entry)
+        self._add(Offer(entry.height, entry.previous, mine, listed, waiting, now_s, carried=missing))
+
+    def note_open(self, previous: bytes, height: int, mine: Contribution, now_s: float) -> None:
+        """This peer switches chains amid a round whose outcome it does not know."""
+        self._add(Offer(height, previous, mine, set(), set(), now_s, open=True))
+
+    def hear(
+        self, peers: Sequence[GroupMember], head_at: Callable[[int], bytes | None], now_s: float
+    ) -> None:
+        """What membership knows now: who is on this chain, and whose connection closed without a silence.
+
+        `head_at` is the own chain's head at a height.
+        """
+        if not self._offers:
+            return
+        here = {member.peer: member for member in peers}
+        self._fell_silent |= {member.peer for member in peers if member.silent}
+        self._fell_silent -= {member.peer for member in peers if not member.silent}
+        for offer in self._offers:
+            for peer in list(offer.waiting):
+                member = here.get(peer)
+                if member is None and peer not in self._fell_silent:
+                    offer.waiting.discard(peer)  # it is dead, and has decided nothing
+                elif (
+                    member is not None
+                    and not member.silent
+                    and member.height >= offer.height
+                    and member.head == head_at(member.height)
+                ):
+                    offer.waiting.discard(peer)
+        self._release(now_s)
+
+    def _release(self, now_s: float) -> None:
+        self._offers = [
+            offer
+            for offer in self._offers
+            if (offer.open or offer.waiting) and now_s - offer.since_s < UNCERTAIN_S
+        ]
+
+    def _add(self, offer: Offer) -> None:
+        offer.mine = dataclasses.replace(offer.mine, encoded={}, carried={})
+        self._offers.append(offer)
+        each = [8 * kept.mine.fragment.count for kept in self._offers]  # anchor and sent, fp32
+        while self._offers and (len(self._offers) > MOST or sum(each) > self._budget_bytes):
+            self._offers.pop(0)
+            each.pop(0)
+
+    # -- what follows
+
+    def amend(self, previous: bytes, out: Collection[int], into: Collection[int]) -> list[Rebase]:
+        """Of what was offered after that head the agreed state holds no parts `out`, and does `into`."""
+        now = (offer.listed for offer in self._offers if offer.previous == previous)
+        return [change for listed in now for change in self.settle(previous, listed - {*out} | {*into})]
+
+    def settle(self, previous: bytes, listed: Collection[int]) -> list[Rebase]:
+        """The agreed state now holds just these parts of what was offered after that head."""
+        changes = []
+        for offer in self._offers:
+            if offer.previous != previous:
+                continue
+            for number, part in enumerate(offer.mine.fragment.parts):
+                within = offer.mine.fragment.within(part)
+                anchor, sent = offer.mine.anchor[within], offer.mine.sent.weights[within]
+                if number in offer.listed and number not in listed:
+                    changes.append(Rebase(part.start, anchor, sent))
+                elif number in listed and number not in offer.listed:
+                    changes.append(Rebase(part.start, sent, anchor))
+            offer.listed, offer.open = set(listed), False
+        return changes
+
+
+def _missing(entry: Entry, present: set[PeerId]) -> set[tuple[int, PeerId]]:
+    """Parts and those of the present whom they do not list."""
+    found = set()
+    for part in range(entry.parts):
+        listed = {entry.roster[seat].peer for seat in seats_in(entry.listed_in(part))}
+        found |= {(part, peer) for peer in present - listed}
+    return found

@@ -1,0 +1,114 @@
+"""Fetching entries from donors, checked link by link, and finding where another chain left the own one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shoal.protocol.errors import MessageInvalid, NetworkError, NotHere, ProtocolViolation, ShoalError, Stale
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Channel
+from shoal.training.outer.context import Context
+from shoal.training.outer.entry import ENTRY_BYTES, Entry, entry_hash, parse
+from shoal.training.outer.log import Log
+from shoal.training.outer.messages import EntriesRequest, EntryItem
+from shoal.training.recovery.download import receive_soon
+from shoal.training.recovery.policy import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """Another chain, from where it left the own one."""
+
+    ancestor_height: int  # the last that both have
+    entries: tuple[bytes, ...]  # of the other chain, from there to the target
+
+    @property
+    def extends(self) -> bool:
+        """Whether there is something to follow at all."""
+        return bool(self.entries)
+
+
+async def fetch_chain(context: Context, height: int, head: bytes, target: Target) -> list[bytes]:
+    """The entries from `height` to the target, checked link by link. Raises Stale where they fork."""
+    failed: ShoalError = NotHere(f"entries {height + 1}-{target.height}: nobody to ask")
+    for donor in target.donors:
+        try:
+            chain = await _entries(context, donor, height + 1, target.height)
+            _check_links(donor, chain, head)
+            _check_end(donor, chain, head, target)
+            return chain
+        except ProtocolViolation as error:
+            context.refuse(donor, str(error))
+            failed = error
+        except ShoalError as error:
+            # An answer counts for more than silence: it says whether a snapshot is needed.
+            failed = failed if isinstance(failed, Stale) and isinstance(error, NetworkError) else error
+    raise failed
+
+
+async def find_rival(context: Context, log: Log, target: Target) -> Rival:
+    """Where the target's chain leaves the own one. Raises NotHere when no donor can show it."""
+    failed: ShoalError = NotHere(f"height {target.height}: nobody to ask")
+    for donor in target.donors:
+        try:
+            return await _rival_of(context, donor, log, target)
+        except ProtocolViolation as error:
+            context.refuse(donor, str(error))
+            failed = error
+        except ShoalError as error:
+            failed = error
+    raise NotHere(f"where the chain of height {target.height} comes from is not known: {failed}") from failed
+
+
+async def _rival_of(context: Context, donor: PeerId, log: Log, target: Target) -> Rival:
+    """Back from the lower of both heights in growing strides until a head is the same, then forward."""
+    lowest, back = min(log.height, target.height), 0
+    while True:
+        height = max(lowest - back, log.oldest_height)
+        chain = await _entries(context, donor, height + 1, target.height)
+        previous = parse(chain[0]).previous if chain else target.head
+        if previous == log.head_at(height):
+            break
+        if height == log.oldest_height:
+            raise NotHere(f"{donor} left this chain below height {height}, the last that is kept here")
+        back = 2 * back or 1
+    _check_links(donor, chain, previous)
+    _check_end(donor, chain, previous, target)
+    shared = 0
+    while shared < len(chain) and entry_hash(chain[shared]) == log.head_at(height + shared + 1):
+        shared += 1
+    return Rival(height + shared, tuple(chain[shared:]))
+
+
+async def fetch_entry(context: Context, donor: PeerId, height: int) -> Entry:
+    """One entry of a donor's chain. Raises NotHere, and what the transport raises."""
+    return parse((await _entries(context, donor, height, height))[0])
+
+
+async def _entries(context: Context, donor: PeerId, first: int, last: int) -> list[bytes]:
+    chain: list[bytes] = []
+    if first > last:
+        return chain
+    async with context.transport.open(donor, context.method("entries"), Channel.BULK) as stream:
+        await stream.send(EntriesRequest(first, last))
+        await stream.end()
+        for expected in range(first, last + 1):
+            data = bytes((await receive_soon(stream, EntryItem, ENTRY_BYTES)).payload)
+            if parse(data).height != expected:
+                raise MessageInvalid(f"entry {parse(data).height} of {donor} where {expected} was due")
+            chain.append(data)
+    return chain
+
+
+def _check_links(donor: PeerId, chain: Sequence[bytes], head: bytes) -> None:
+    for data in chain:
+        entry = parse(data)
+        if entry.previous != head:
+            raise Stale(f"entry {entry.height} of {donor} does not follow head {head.hex()[:8]}: a fork")
+        head = entry_hash(data)
+
+
+def _check_end(donor: PeerId, chain: Sequence[bytes], head: bytes, target: Target) -> None:
+    if (entry_hash(chain[-1]) if chain else head) != target.head:
+        raise MessageInvalid(f"the chain of {donor} does not end at the head that members announce")
