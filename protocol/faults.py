@@ -184,10 +184,10 @@ class Faults:
         return None
 
     def _due(self, point: str, me: PeerId, remote: PeerId | None) -> Arming | None:
+        due: int | None = None  # of several the one armed first; the others strike at the next passing
         for index, (arming, passed) in enumerate(self._armed):
             if arming.point == point and arming.who in (None, me) and arming.remote in (None, remote):
                 passed[0] += 1
-                if passed[0] == arming.nth:
-                    del self._armed[index]
-                    return arming
-        return None
+                if due is None and passed[0] >= arming.nth:
+                    due = index
+        return self._armed.pop(due)[0] if due is not None else None

@@ -150,7 +150,8 @@ async def _play_join(group: FaultGroup, case: Case) -> Outcome:
     await check(group, case)
     await group.kill(joiner)
     await group.meet()
-    return Outcome(case, str(victim), seconds, None, "snapshot" if asks else "in time")
+    alive = "snapshot" if asks else "in time"
+    return Outcome(case, str(victim), seconds, None, "new process" if case.action is Action.KILL else alive)
 
 
 async def _struck(group: FaultGroup, case: Case, armed: Sequence[Replica]) -> Replica:

@@ -265,6 +265,27 @@ def test_a_step_strikes_only_at_a_wrapped_transport() -> None:
     run(main)
 
 
+def test_a_blow_is_told_before_it_strikes_and_needs_a_permit() -> None:
+    story: list[str] = []
+
+    async def blow(peer: PeerId) -> None:
+        story.append(f"struck {peer}")
+
+    async def main() -> None:
+        armed = Faults(
+            kill=blow,
+            permit=lambda arming: arming.nth > 1,
+            tell=lambda arming, peer: story.append(f"told {arming.nth}"),
+        )
+        for nth in (1, 2):
+            armed.arm(Arming(STEP, Action.KILL, nth))
+        await armed.passing(STEP, ALICE)
+        await armed.passing(STEP, ALICE)
+
+    run(main)
+    assert story == ["told 2", "struck alice"]
+
+
 @pytest.mark.parametrize("name", ["step", "Step.done", "a.b.c", "a b.c", "entry.Applied"])
 def test_steps_have_names_that_no_message_has(name: str) -> None:
     with pytest.raises(UsageError):

@@ -45,18 +45,20 @@ class Sweep:
 
     async def run(self, cases: Iterable[Case], nursery: Nursery) -> None:
         cases = list(cases)
-        for by_joiner in (False, True):
-            waiting = [case for case in cases if case.needs_joiner == by_joiner]
+        for fits in (lambda case: case.needs_joiner, lambda case: not case.needs_joiner):
+            waiting = [case for case in cases if fits(case)]
             while waiting:
-                waiting = await self._run_group(waiting, nursery, FORGETFUL if by_joiner else {})
+                waiting = await self._run_group(waiting, nursery)
 
-    async def _run_group(self, cases: list[Case], nursery: Nursery, outer: dict[str, object]) -> list[Case]:
+    async def _run_group(self, cases: list[Case], nursery: Nursery) -> list[Case]:
         """Returns the cases that are left."""
         size = self._options.mib << 18
-        outer = {"part_bytes": max(1 << 16, size // 4), **outer}
+        outer = {"part_bytes": max(1 << 16, size // 4), **(FORGETFUL if cases[0].needs_joiner else {})}
         with tempfile.TemporaryDirectory() as folder:
-            spec = fault_spec(outer=outer)
-            async with FaultGroup(Path(folder), nursery, self._options.peers, spec, size=size) as group:
+            spec, peers = fault_spec(outer=outer), self._options.peers
+            durable = not cases[0].needs_joiner  # a joiner that comes again would have the snapshot
+            group = FaultGroup(Path(folder), nursery, peers, spec, size=size, durable=durable)
+            async with group:
                 for index, case in enumerate(cases):
                     try:
                         self._note(await play(group, case))
