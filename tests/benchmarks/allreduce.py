@@ -19,7 +19,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ HIVEMIND = ("hivemind==1.1.12", "numpy<2.3", "torch==2.13.0", "setuptools")  # i
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 CODECS_OF = {"hivemind": ("uint8", "fp32"), "gloo": ("fp32",)}
 START_S = 0.1  # between the last "ready" and the release
+ANSWER_S = 180.0  # of a worker that hangs
+END_S = 20.0
 
 
 @dataclass
@@ -42,9 +46,15 @@ class Measured:
     """Rounds of one system at one number of peers; `others` are the figures of single workers."""
 
     seconds: list[float] = field(default_factory=list)
-    wire_bytes: list[int] = field(default_factory=list)  # of all peers
+    wire_bytes: list[list[int]] = field(default_factory=list)  # of each round, of each counted device
     parts: list[dict[str, float]] = field(default_factory=list)  # of each round, the most of any worker
     closing: list[dict[str, float]] = field(default_factory=list)  # of each worker
+
+    def frame_bytes_per_peer(self, rounds: int) -> int:
+        """What Shoal's transport counted, of one of all its `rounds`."""
+        return round(
+            sum(closing["transport_bytes_out"] for closing in self.closing) / len(self.closing) / rounds
+        )
 
 
 class Workers:
@@ -52,7 +62,7 @@ class Workers:
 
     def __init__(self, commands: list[list[str]], configs: list[dict[str, Any]]) -> None:
         self._processes: list[subprocess.Popen[str]] = []
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "HIVEMIND_LOGLEVEL": "ERROR"}
         for command, config in zip(commands, configs, strict=True):
             pipe = subprocess.PIPE
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
@@ -60,17 +70,21 @@ class Workers:
             self._tell(process, config)
 
     def __enter__(self) -> Workers:
-        hellos = [reply["hello"] for reply in self.hear()]
-        self.tell(hellos)
+        try:
+            self.tell([reply["hello"] for reply in self.hear()])
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
         for process in self._processes:
             if process.stdin is not None:
                 process.stdin.close()
+        limit_s = time.monotonic() + END_S
         for process in self._processes:
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=max(0.1, limit_s - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -107,20 +121,30 @@ class Workers:
     def _line(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         if process.stdout is None:
             raise RuntimeError("a worker has no pipes")
+        guard = threading.Timer(ANSWER_S, process.kill)
+        guard.start()
         line = process.stdout.readline()
+        guard.cancel()
         if not line:
             raise RuntimeError(f"a worker ended: exit status {process.wait()}")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
 
-def measure(workers: Workers, warm_up: int, rounds: int, counter: Path = LOOPBACK) -> Measured:
-    """All rounds of one system."""
+def loopback_bytes() -> list[int]:
+    """What all peers together have sent: the loopback device's counter."""
+    return [int(LOOPBACK.read_text())]
+
+
+def measure(
+    workers: Workers, warm_up: int, rounds: int, sent_bytes: Callable[[], list[int]] = loopback_bytes
+) -> Measured:
+    """All rounds of one system; `sent_bytes` reads the counters of the devices that carry it."""
     found = Measured()
     for number in range(warm_up + rounds):
-        before = int(counter.read_text())
+        before = sent_bytes()
         seconds, replies = workers.round()
-        carried = int(counter.read_text()) - before
+        carried = [after - earlier for after, earlier in zip(sent_bytes(), before, strict=True)]
         if number >= warm_up:
             found.seconds.append(seconds)
             found.wire_bytes.append(carried)
@@ -142,7 +166,7 @@ def row(system: str, codec: str, peers: int, options: argparse.Namespace, found:
         "seconds_max": round(max(found.seconds), 4),
         "relative_error": found.closing[0]["relative_error"],
         "bias_in_std": found.closing[0]["bias_in_std"],
-        "bytes_per_peer": min(found.wire_bytes) // peers,
+        "bytes_per_peer": min(sum(carried) for carried in found.wire_bytes) // peers,
         "data": options.data,
         "rounds": options.rounds,
         "seconds": [round(seconds, 4) for seconds in found.seconds],
@@ -150,10 +174,8 @@ def row(system: str, codec: str, peers: int, options: argparse.Namespace, found:
         "cpu_s_per_peer": round(statistics.median(parts["cpu_s"] for parts in found.parts), 3),
     }
     if system == "shoal":
-        all_rounds = options.rounds + options.warm_up
-        sent = sum(closing["transport_bytes_out"] for closing in found.closing)
         fields["go_to_applied_median"] = round(statistics.median(p["round_s"] for p in found.parts), 4)
-        fields["frame_bytes_per_peer"] = round(sent / peers / all_rounds)
+        fields["frame_bytes_per_peer"] = found.frame_bytes_per_peer(options.warm_up + options.rounds)
         fields["contributions_lost"] = sum(parts["lost"] for parts in found.parts)
         fields["rounds_failed"] = sum(closing["rounds_failed"] for closing in found.closing)
         fields["parts_skipped"] = sum(closing["parts_skipped"] for closing in found.closing)
@@ -182,10 +204,12 @@ def shoal_token() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--peers", default="2,4")
+    parser.add_argument("--peers", default="2,4,8")
     parser.add_argument("--mib", type=int, default=100, help="of fp32 at every peer")
-    parser.add_argument("--codec", default="int8,fp32", help="of Shoal; the others have their own")
-    parser.add_argument("--against", default="", help="hivemind, gloo")
+    parser.add_argument(
+        "--codec", default="int8,int4,onebit,fp32", help="of Shoal; the others have their own"
+    )
+    parser.add_argument("--against", default="hivemind,gloo", help="or one of them, or nothing")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--data", choices=DATA, default="gaussian")
