@@ -11,12 +11,15 @@ import signal
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from fault_group import FaultGroup, Replica
+from fault_group import FaultGroup
+from fault_orders import JsonObject
+from fault_replica import Replica
 from fault_table import Case
-from fault_worker import JsonObject
 
 from shoal.protocol.faults import Action
 
+STRUCK_S = 20.0  # a case whose point was not passed by then, since the machine stood still, is begun again
+ATTEMPTS = 3
 COMMIT_S = 90.0  # for the others to commit; goals are measured, this only ends a case that hangs
 FORGETFUL: JsonObject = {"snapshot_every": 2, "payload_budget_bytes": 1}  # so that a joiner needs a snapshot
 _LEADER_SENDS = {"Prepare", "Go", "Gone", "Commit"}
@@ -45,14 +48,37 @@ class Scene:
     comparable: bool = True  # with a clean round, in bytes
 
 
+class NotStruck(AssertionError):
+    """The point was not passed."""
+
+
 async def play(group: FaultGroup, case: Case) -> Outcome:
     """Raises AssertionError when a promise is broken; else the group is whole again, and goes on."""
+    numbers = [replica.number for replica in group.members]
+    playing = _play_join if case.needs_joiner else _play_round
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return await playing(group, case)
+        except NotStruck:
+            await _make_whole(group, numbers)
+    return await playing(group, case)
+
+
+async def _make_whole(group: FaultGroup, numbers: Sequence[int]) -> None:
+    """Nothing armed, and these workers, no others."""
     for replica in group.members:
-        replica.blows.clear()
-    return await (_play_join if case.needs_joiner else _play_round)(group, case)
+        if replica.frozen:
+            replica.signal(signal.SIGCONT)
+        if replica.number not in numbers:
+            await group.kill(replica)
+    await asyncio.gather(*(replica.ask("disarm") for replica in group.awake()))
+    here = [replica.number for replica in group.members]
+    await group.start(*(number for number in numbers if number not in here))
 
 
 async def _play_round(group: FaultGroup, case: Case) -> Outcome:
+    for replica in group.members:
+        replica.blows.clear()
     sent = await _bytes_out(group)
     await group.rounds(1)
     clean = _less(await _bytes_out(group), sent)
@@ -66,7 +92,7 @@ async def _play_round(group: FaultGroup, case: Case) -> Outcome:
     if scene.late is not None:
         await _step_for_all(group, others)
     await group.reach(height, others, COMMIT_S)
-    seconds = max(r.reached_s[height] for r in others) - victim.blows[case.arming]
+    seconds = _seconds(others, height, victim.blows[case.arming])
     ratio = None
     if scene.comparable:
         spent = _less(await _bytes_out(group), sent)
@@ -122,6 +148,8 @@ async def _scene(group: FaultGroup, case: Case) -> Scene:
 
 async def _play_join(group: FaultGroup, case: Case) -> Outcome:
     """A newcomer takes a snapshot while something happens to it, or to a donor; then it is sent away."""
+    for replica in group.members:
+        replica.blows.clear()
     height = group.members[0].height
     await group.rounds(max(3, height | 1) - height)  # there is a snapshot, and an entry after it
     donors = group.members
@@ -137,7 +165,7 @@ async def _play_join(group: FaultGroup, case: Case) -> Outcome:
     height = max(replica.height for replica in others) + 1
     await _step_for_all(group, others)
     await group.reach(height, others, COMMIT_S)
-    seconds = max(r.reached_s[height] for r in others) - victim.blows[case.arming]
+    seconds = _seconds(others, height, victim.blows[case.arming])
     if victim.frozen:
         victim.signal(signal.SIGCONT)
     if asks and case.action is Action.KILL:
@@ -156,12 +184,20 @@ async def _play_join(group: FaultGroup, case: Case) -> Outcome:
 
 async def _struck(group: FaultGroup, case: Case, armed: Sequence[Replica]) -> Replica:
     """Who was; the others are disarmed."""
-    await group.until(lambda: any(case.arming in replica.blows for replica in armed), "blow")
+    try:
+        await group.until(lambda: any(case.arming in r.blows for r in armed), "blow", STRUCK_S)
+    except AssertionError as error:
+        raise NotStruck(str(error)) from error
     victim = next(replica for replica in armed if case.arming in replica.blows)
     if case.action is Action.KILL:
         await group.until(lambda: victim.ended, f"end of {victim}")
     await asyncio.gather(*(r.ask("disarm") for r in armed if r in group.awake()))
     return victim
+
+
+def _seconds(others: Sequence[Replica], height: int, struck_s: float) -> float:
+    """From the blow to the last COMMIT; none if that was first."""
+    return max(0.0, *(replica.reached_s[height] - struck_s for replica in others))
 
 
 async def _step_for_all(group: FaultGroup, replicas: Sequence[Replica]) -> None:

@@ -11,29 +11,24 @@ step of each process added, reads the entries as they are committed, and so prov
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from fault_ledger import ScalarLedger
-from fault_worker import LINE_BYTES, JsonObject, Order, key_of
-from fault_worker import __file__ as program
+from fault_orders import LINE_BYTES, JsonObject, Order
+from fault_replica import Nursery, Replica
 
 from shoal.protocol.admission import OwnerKey
-from shoal.protocol.identity import PeerId, Role
-from shoal.training.outer.entry import Entry, entry_hash, parse
+from shoal.protocol.identity import Role
+from shoal.training.outer.entry import Entry, parse
 from shoal.training.outer.policy import succession
 from shoal.training.spec import RunSpec
 
-COMMAND_S = 60.0
 SIZE = 1 << 18  # values: 1 MiB, in sixteen parts
 RUN = bytes(range(32))
 SEED = 1
@@ -46,106 +41,6 @@ def fault_spec(**sections: JsonObject) -> RunSpec:
     return RunSpec.model_validate(
         {"outer": outer | sections.get("outer", {}), "compression": codecs | sections.get("compression", {})}
     )
-
-
-class Nursery:
-    """The process that forks workers: starting one takes a fraction of a second. Use as a context."""
-
-    def __enter__(self) -> Nursery:
-        self._process = subprocess.Popen(
-            [sys.executable, program],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()
-
-    def fork(self, order: Order) -> None:
-        """Start a worker; it connects to the order's socket."""
-        if self._process.stdin is None:
-            raise RuntimeError("the nursery has no standard input")
-        self._process.stdin.write(order.encode())
-        self._process.stdin.flush()
-
-
-class Replica:
-    """One worker as the test sees it."""
-
-    def __init__(self, number: int, incarnation: int, seed: int) -> None:
-        self.number = number
-        self.incarnation = incarnation
-        self.peer: PeerId = key_of(seed, number).peer
-        self.pid = 0
-        self.height = 0
-        self.reached_s: dict[int, float] = {}  # height -> when, on the clock that all processes share
-        self.entries: dict[bytes, bytes] = {}  # all that it ever applied, by hash
-        self.head = b""
-        self.blows: dict[str, float] = {}  # what was armed here and struck -> when
-        self.events: list[JsonObject] = []
-        self.steps = 0  # inner steps made
-        self.frozen = False
-        self.ended = False
-        self._answers: dict[int, asyncio.Future[JsonObject]] = {}
-        self._numbers = itertools.count()
-        self._writer: asyncio.StreamWriter | None = None
-
-    def __str__(self) -> str:
-        return f"w{self.number}/{self.incarnation}"
-
-    async def ask(self, do: str, **arguments: object) -> JsonObject:
-        """Have a command done. Raises ConnectionError when the process ended over it."""
-        if self._writer is None or self.ended:
-            raise ConnectionError(f"{self} has ended")
-        number = next(self._numbers)
-        answer = self._answers[number] = asyncio.get_running_loop().create_future()
-        self._writer.write(json.dumps({"id": number, "do": do, "with": arguments}).encode() + b"\n")
-        async with asyncio.timeout(COMMAND_S):
-            found: JsonObject = await answer
-        if "error" in found:
-            raise RuntimeError(f"{self}: {do}: {found['error']}")
-        return found
-
-    def signal(self, number: signal.Signals) -> None:
-        """SIGKILL, SIGSTOP or SIGCONT."""
-        self.frozen = number == signal.SIGSTOP or (self.frozen and number != signal.SIGCONT)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-
-    def heard(self, line: JsonObject) -> None:
-        """Take in what the worker says."""
-        if "id" in line:
-            self._answers.pop(line["id"]).set_result(line)
-            return
-        match line["event"]:
-            case "hello":
-                self.pid = line["pid"]
-            case "height":
-                self.height, self.head = line["height"], bytes.fromhex(line["head"])
-                self.reached_s[self.height] = line["at_s"]
-            case "round":
-                entry = bytes.fromhex(line["entry"])
-                self.entries[entry_hash(entry)] = entry
-            case "struck":
-                self.blows[line["arming"]] = line["at_s"]
-                self.frozen |= " freeze" in line["arming"]
-        self.events.append(line)
-
-    async def listen(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, told: Callable[[], None]
-    ) -> None:
-        """Until the process ends."""
-        self._writer = writer
-        with contextlib.suppress(ConnectionError):
-            while line := await reader.readline():
-                self.heard(json.loads(line))
-                told()
-        self.ended = True
-        for answer in self._answers.values():
-            answer.set_exception(ConnectionError(f"{self} ended"))
-            answer.exception()  # nobody may be waiting any more
-        told()
 
 
 class FaultGroup:

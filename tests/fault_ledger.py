@@ -1,6 +1,6 @@
 """The oracle of the fault tests on real processes: one number a part that counts what inner steps added.
 
-Every inner step of a worker adds a known multiple of one fixed pattern (`fault_worker.step_of`). So the
+Every inner step of a worker adds a known multiple of one fixed pattern (`fault_orders.step_of`). So the
 agreed state is genesis plus a multiple of the pattern in each part, which follows from the entries alone, and
 a replica's weights are that plus its own steps that no entry lists yet: each is in once, none twice (P4).
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from fault_worker import start_of, step_of
+from fault_orders import start_of, step_of
 
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.entry import Entry, seats_in

@@ -1,28 +1,24 @@
 """One replica as a process of its own, for the fault tests: real rounds, real sockets, weights made by hand.
 
-`python tests/fault_worker.py` is a nursery: it imports everything once, then forks a worker for each order, a
-line of JSON on its standard input. The worker connects to the order's Unix socket, says `hello`, answers
-commands line by line, and tells without being asked what happens to it. It ends when that socket closes.
-Everything it does to its weights follows from the order's seed, so that `fault_group` can count after it.
+`fault_nursery` forks it. It connects to its order's Unix socket, says `hello`, answers commands line by line,
+and tells without being asked what happens to it. It ends when that socket closes. Everything it does to its
+weights follows from the order's seed, so that `fault_ledger` can count after it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import random
-import signal
-import sys
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
+from fault_orders import JsonObject, Order, key_of, start_of, step_of, tokens_of
 
 from shoal.compression.codec import bytes_of
 from shoal.dht.beats import Beat, StageBeat
@@ -33,13 +29,12 @@ from shoal.dht.memory_directory import MemoryDirectoryHub
 from shoal.dht.records import RecordBook
 from shoal.dht.view import SwarmView
 from shoal.protocol.admission import JoinToken, Membership
-from shoal.protocol.allocator import keep_freed_memory
 from shoal.protocol.contacts import ContactBook
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.faults import Arming, Faults
 from shoal.protocol.faulty_transport import FaultyTransport
 from shoal.protocol.grpc_transport import GrpcTransport
-from shoal.protocol.identity import PeerId, PeerKey
+from shoal.protocol.identity import PeerId
 from shoal.protocol.wire import decode, encode
 from shoal.training.neighbours import group_members
 from shoal.training.outer.local import MemoryWeights
@@ -47,48 +42,6 @@ from shoal.training.outer.service import Outer
 from shoal.training.spec import RunSpec
 
 MEET_S = 30.0
-LINE_BYTES = 16 << 20
-STEP_SIZE = 0.01
-JsonObject = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What makes a worker."""
-
-    socket: str
-    errors: str  # a file for its standard error
-    number: int
-    incarnation: int
-    seed: int
-    token: str
-    spec: JsonObject
-    size: int
-    directory: str | None = None  # of snapshots and journal
-
-    def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode() + b"\n"
-
-
-def key_of(seed: int, number: int) -> PeerKey:
-    """A worker's identity is the same in each of its lives."""
-    return PeerKey.from_seed(blake3(f"worker {seed}/{number}".encode()).digest())
-
-
-def tokens_of(number: int) -> int:
-    """Of each inner step of a worker."""
-    return 100 + 10 * number
-
-
-def start_of(seed: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(genesis, pattern), both [size] fp32: every inner step adds a multiple of the pattern."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, generator=generator), torch.randn(size, generator=generator)
-
-
-def step_of(seed: int, number: int, incarnation: int, step: int) -> float:
-    """How much of the pattern an inner step adds, steps counted from 0."""
-    return STEP_SIZE * random.Random(f"{seed}/{number}/{incarnation}/{step}").uniform(0.5, 1.5)
 
 
 class Worker:
@@ -295,37 +248,3 @@ class Worker:
             steps_since_round=outer.steps_since_round,
             tokens_since_round=outer.tokens_since_round,
         )
-
-
-async def work(order: Order) -> None:
-    """A worker's life."""
-    reader, writer = await asyncio.open_unix_connection(order.socket, limit=LINE_BYTES)
-    writer.write(json.dumps({"number": order.number, "incarnation": order.incarnation}).encode() + b"\n")
-    await Worker(order, writer).live(reader)
-    writer.close()
-
-
-def child(order: Order, main: Callable[[Order], Any]) -> None:
-    """What the fork does instead of the nursery's loop."""
-    errors = os.open(order.errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(errors, 1)
-    os.dup2(errors, 2)
-    os.close(0)
-    keep_freed_memory()
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main(order))
-
-
-def nursery() -> None:
-    """Fork a worker for each line, until standard input closes."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries them
-    for line in sys.stdin:
-        if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            child(Order(**json.loads(line)), work)
-            os._exit(0)
-
-
-if __name__ == "__main__":
-    nursery()

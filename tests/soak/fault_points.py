@@ -20,7 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fault_cases import FORGETFUL, Outcome, play
-from fault_group import FaultGroup, Nursery, fault_spec
+from fault_group import FaultGroup, fault_spec
+from fault_replica import Nursery
 from fault_table import Case, all_cases
 
 from shoal.protocol.faults import Action
