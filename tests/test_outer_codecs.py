@@ -21,9 +21,8 @@ def chosen(height: int = 100, uplink_mbit_s: float = 0.0, **section: object) -> 
 
 
 def test_the_spec_decides_after_the_warm_up() -> None:
-    wanted = {"contribution": "onebit", "published": "int4", "warmup_rounds": 20}
-    assert chosen(20, **wanted) == ("int8", "int8")
-    assert chosen(21, **wanted) == ("onebit", "int4")
+    assert chosen(20, contribution="onebit", published="int4", warmup_rounds=20) == ("int8", "int8")
+    assert chosen(21, contribution="onebit", published="int4", warmup_rounds=20) == ("onebit", "int4")
     assert chosen(1, contribution="bfloat16", published="float32", warmup_rounds=20) == (
         "bfloat16",
         "float32",

@@ -1,6 +1,6 @@
 """Speed and accuracy of every codec on one core, by both of its paths.
 
-    python tests/benchmarks/codecs.py [--mib 100] [--part-mib 1] [--repeats 7] [--codecs int8,int4,...]
+    python tests/benchmarks/codec_speed.py [--mib 100] [--part-mib 1] [--repeats 7] [--codecs int8,int4,...]
 
 Prints one line of JSON a codec and path: GB/s of fp32 for encode, decode and add_decoded, bits a value, and
 what a round of 4 peers makes of the mean (encoded by each, summed, encoded once more): its relative error on
