@@ -13,6 +13,7 @@ peers: the least over the rounds, for other traffic can only add. Prints one lin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -21,8 +22,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +133,27 @@ class Workers:
         return reply
 
 
-def loopback_bytes() -> list[int]:
-    """What all peers together have sent: the loopback device's counter."""
-    return [int(LOOPBACK.read_text())]
+def loopback_bytes(network: Sequence[str] = ()) -> list[int]:
+    """What all peers together have sent: the loopback device's counter, in the network they are in."""
+    return [int(subprocess.check_output([*network, "cat", str(LOOPBACK)]))]
 
 
-def measure(
-    workers: Workers, warm_up: int, rounds: int, sent_bytes: Callable[[], list[int]] = loopback_bytes
-) -> Measured:
+@contextlib.contextmanager
+def own_network(wanted: bool) -> Iterator[list[str]]:
+    """How to start a program in a network namespace of this process, or just in the usual one."""
+    if not wanted:
+        yield []
+        return
+    name = f"shoal-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        yield ["ip", "netns", "exec", name]
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def measure(workers: Workers, warm_up: int, rounds: int, sent_bytes: Callable[[], list[int]]) -> Measured:
     """All rounds of one system; `sent_bytes` reads the counters of the devices that carry it."""
     found = Measured()
     for number in range(warm_up + rounds):
@@ -216,6 +231,9 @@ def main() -> None:
     parser.add_argument(
         "--part-kib", type=int, default=0, help="part_bytes of the spec, instead of its default"
     )
+    parser.add_argument(
+        "--own-network", action="store_true", help="bytes without other programs'; needs root"
+    )
     parser.add_argument("--environment", type=Path, help="where hivemind's environment is or shall be")
     parser.add_argument(
         "--require-all", action="store_true", help="exit 1 when a system could not be measured"
@@ -248,13 +266,14 @@ def one(system: str, codec: str, peers: int, options: argparse.Namespace) -> dic
     """Measure one system."""
     script = "allreduce_shoal.py" if system == "shoal" else "allreduce_baselines.py"
     python = hivemind_python(options.environment) if system == "hivemind" else sys.executable
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, own_network(options.own_network) as network:
         shared = {
             "system": system,
             "codec": codec,
             "peers": peers,
             "mib": options.mib,
             "data": options.data,
+            "warm_up": options.warm_up,
             "folder": folder,
             "part_kib": options.part_kib,
             "host": "127.0.0.1",
@@ -262,8 +281,8 @@ def one(system: str, codec: str, peers: int, options: argparse.Namespace) -> dic
             "token": shoal_token() if system == "shoal" else "",
         }
         configs = [{**shared, "rank": rank} for rank in range(peers)]
-        with Workers([[python, str(HERE / script)]] * peers, configs) as workers:
-            found = measure(workers, options.warm_up, options.rounds)
+        with Workers([[*network, python, str(HERE / script)]] * peers, configs) as workers:
+            found = measure(workers, options.warm_up, options.rounds, partial(loopback_bytes, network))
     return row(system, codec, peers, options, found)
 
 

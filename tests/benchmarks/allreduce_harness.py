@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import sys
 import time
@@ -120,8 +121,9 @@ async def serve(system: System) -> None:
     gc.freeze()  # as the daemon does once everything is imported
     first: torch.Tensor | None = None
     sign = 1.0
-    while True:
-        await system.prepare(values, sign)
+    for number in itertools.count():
+        warm = number >= config["warm_up"]  # until then zeros, of which error feedback keeps nothing
+        await system.prepare(values, sign if warm else 0.0)
         say({"ready": True})
         command = await hear()
         if "finish" in command:
@@ -130,9 +132,10 @@ async def serve(system: System) -> None:
         cpu_s = time.process_time()
         ended_s, parts = await system.reduce()
         say({"ended_s": ended_s, "cpu_s": time.process_time() - cpu_s, **parts})
-        if first is None and not parts.get("lost"):  # feedback carries nothing into the first round
-            first = await asyncio.to_thread(lambda: system.mean().clone())
-        sign = -sign  # so that weights stay near zero, where fp32 has its full resolution
+        if warm and first is None and not parts.get("lost"):
+            first = await asyncio.to_thread(lambda: system.mean().clone()) * sign
+        if warm:
+            sign = -sign  # so that weights stay near zero, where fp32 has its full resolution
     figures = await system.close()
     if system.rank == 0 and first is not None:
         figures |= await asyncio.to_thread(errors, config["data"], system.peers, first)

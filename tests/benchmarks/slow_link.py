@@ -130,6 +130,7 @@ def one(codec: str, options: argparse.Namespace) -> dict[str, Any]:
             "peers": options.peers,
             "mib": options.mib,
             "data": options.data,
+            "warm_up": options.warm_up,
             "folder": folder,
             "part_kib": options.part_kib,
             "hosts": hosts,
