@@ -28,8 +28,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from allreduce import HERE, Measured, Workers, measure, shoal_token
+from allreduce import HERE, shoal_token
 from allreduce_harness import DATA
+from allreduce_processes import Measured, Workers, measure
 from allreduce_shoal import spec_of
 
 from shoal.compression.registry import codec_for
