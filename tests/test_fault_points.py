@@ -169,27 +169,7 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-# Found here and not mended yet. A case that begins to pass fails as xfail until its line is gone.
-_STANDING_LEADER = "members wait DONOR_S for the entry of a leader that stands still"
-_SLOW_REPAIR = "a member asks a silent holder for a part for PART_S"
-_SLOW_MANIFEST = "one silent donor costs MANIFEST_S, which is all that RECOVER_S allows"
-KNOWN = {
-    Case("Commit.sent", Action.FREEZE): _STANDING_LEADER,
-    Case("entry.applied", Action.FREEZE): _STANDING_LEADER,
-    Case("PartRequest.received", Action.FREEZE): _SLOW_REPAIR,
-    Case("PartRequest.received", Action.DROP): _SLOW_REPAIR,
-    Case("ManifestRequest.sending", Action.DROP): _SLOW_MANIFEST,
-    Case("ManifestRequest.received", Action.DROP): _SLOW_MANIFEST,
-    Case("Manifest.received", Action.DROP): _SLOW_MANIFEST,
-}
-
-
-def marked(case: Case) -> object:
-    marks = [pytest.mark.xfail(reason=KNOWN[case], strict=True)] if case in KNOWN else []
-    return pytest.param(case, id=str(case).replace(" ", "-"), marks=marks)
-
-
-@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case).replace(" ", "-"))
 def test_the_others_commit_and_everybody_comes_to_equal_bits(case: Case) -> None:
     faults = Faults()
     scene = scene_of(case)

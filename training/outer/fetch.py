@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from shoal.protocol.errors import NotHere, ProtocolViolation, ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, call
+from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.codecs import codec_of
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import SKIP, Entry
@@ -53,32 +54,29 @@ async def fetch_parts(
 
 
 async def fetch_part(context: Context, entry: Entry, part: int, holders: Sequence[PeerId]) -> Published:
-    """A part of an entry from the first holder that has it, tried in random order. Raises NotHere."""
+    """A part of an entry from the first holder that gives it, asked in random order. Raises NotHere."""
     digest, codec = entry.digest(part), codec_of(entry.published)
     count = context.fragments[entry.fragment].parts[part].count
-    reasons = []
-    for peer in context.rng.sample(holders, len(holders)):
-        try:
-            message = await call(
-                context.transport,
-                peer,
-                context.method("part"),
-                PartRequest(part, digest),
-                PublishedPart,
-                timeout_s=PART_S,
-                max_payload_bytes=codec.encoded_bytes(count),
-                channel=Channel.BULK,
-            )
-            published: Published = await context.offload(
-                checked, codec, part, message.header.listed, message.payload, count
-            )
-            if published.digest != digest:
-                raise ProtocolViolation(f"part {part}: other bytes than digest {digest.hex()[:8]} names")
-            return published
-        except ProtocolViolation as error:
-            context.refuse(peer, str(error))
-            reasons.append(f"{peer}: {error}")
-        except ShoalError as error:
-            reasons.append(f"{peer}: {error}")
-    why = "; ".join(reasons[:4]) or "nobody to ask"
-    raise NotHere(f"part {part} ({digest.hex()[:8]}) found nowhere: {why}")
+
+    async def ask(peer: PeerId) -> Published:
+        message = await call(
+            context.transport,
+            peer,
+            context.method("part"),
+            PartRequest(part, digest),
+            PublishedPart,
+            timeout_s=PART_S,
+            max_payload_bytes=codec.encoded_bytes(count),
+            channel=Channel.BULK,
+        )
+        published: Published = await context.offload(
+            checked, codec, part, message.header.listed, message.payload, count
+        )
+        if published.digest != digest:
+            raise ProtocolViolation(f"part {part}: other bytes than digest {digest.hex()[:8]} names")
+        return published
+
+    found, failures = await ask_around(context, context.rng.sample(holders, len(holders)), ask)
+    if found is None:
+        raise NotHere(f"part {part} ({digest.hex()[:8]}) found nowhere: {reasons(failures)}")
+    return found

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 
 from shoal.protocol.errors import MessageInvalid, NotHere, ProtocolViolation, ShoalError, Stale
+from shoal.protocol.identity import PeerId
+from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.codecs import codec_of, round_codecs
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
@@ -26,7 +28,7 @@ from shoal.training.outer.policy import GroupMember
 from shoal.training.outer.replica import Replica
 from shoal.training.outer.snapshot import Snapshot
 from shoal.training.recovery.chain import Rival, fetch_chain, fetch_entry, find_rival
-from shoal.training.recovery.download import ask_manifest, download
+from shoal.training.recovery.download import Offer, ask_manifest, download
 from shoal.training.recovery.policy import Target, choose_target, prefers_snapshot
 from shoal.training.recovery.snapshots import Snapshots
 from shoal.training.recovery.switch import lost_entries, settlements
@@ -213,18 +215,27 @@ class CatchingUp:
                 return self._snapshots.get(height)
             except NotHere as error:
                 self._context.event("snapshot-not-kept", {"height": height, "why": str(error)})
-        reasons = []
-        for donor in target.donors:
+        donors, failures = list(target.donors), dict[PeerId, ShoalError]()
+        while donors:
+            found, silent = await ask_around(
+                self._context, donors, lambda donor: self._manifest(donor, height)
+            )
+            failures |= silent
+            if found is None:
+                break
+            giver, offer = found
             try:
-                offer = await ask_manifest(self._context, donor, height)
-                others = [peer for peer in target.donors if peer != donor]
-                return await download(self._context, offer, [donor, *others])
-            except ProtocolViolation as error:
-                self._context.refuse(donor, str(error))
-                reasons.append(f"{donor}: {error}")
+                others = [peer for peer in target.donors if peer != giver]
+                return await download(self._context, offer, [giver, *others])
             except ShoalError as error:
-                reasons.append(f"{donor}: {error}")
-        raise NotHere(f"no donor has the snapshot of height {height}: {'; '.join(reasons[:4])}")
+                failures[giver] = error
+                donors.remove(giver)
+                if isinstance(error, ProtocolViolation):
+                    self._context.refuse(giver, str(error))
+        raise NotHere(f"no donor has the snapshot of height {height}: {reasons(failures)}")
+
+    async def _manifest(self, donor: PeerId, height: int) -> tuple[PeerId, Offer]:
+        return donor, await ask_manifest(self._context, donor, height)
 
     async def _replay(self, snapshot: Snapshot, target: Target) -> Replica:
         """The snapshot with its tail applied, checked against what members announce."""

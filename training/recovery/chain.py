@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoal.protocol.errors import MessageInvalid, NetworkError, NotHere, ProtocolViolation, ShoalError, Stale
+from shoal.protocol.errors import MessageInvalid, NotHere, Stale
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel
+from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import ENTRY_BYTES, Entry, entry_hash, parse
 from shoal.training.outer.log import Log
 from shoal.training.outer.messages import EntriesRequest, EntryItem
 from shoal.training.recovery.download import receive_soon
 from shoal.training.recovery.policy import Target
+
+ENTRY_S = 2.0  # for one entry, kilobytes in memory; the only donor may be a leader that stands still
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,34 +34,29 @@ class Rival:
 
 async def fetch_chain(context: Context, height: int, head: bytes, target: Target) -> list[bytes]:
     """The entries from `height` to the target, checked link by link. Raises Stale where they fork."""
-    failed: ShoalError = NotHere(f"entries {height + 1}-{target.height}: nobody to ask")
-    for donor in target.donors:
-        try:
-            chain = await _entries(context, donor, height + 1, target.height)
-            _check_links(donor, chain, head)
-            _check_end(donor, chain, head, target)
-            return chain
-        except ProtocolViolation as error:
-            context.refuse(donor, str(error))
-            failed = error
-        except ShoalError as error:
-            # An answer counts for more than silence: it says whether a snapshot is needed.
-            failed = failed if isinstance(failed, Stale) and isinstance(error, NetworkError) else error
-    raise failed
+
+    async def ask(donor: PeerId) -> list[bytes]:
+        chain = await _entries(context, donor, height + 1, target.height)
+        _check_links(donor, chain, head)
+        _check_end(donor, chain, head, target)
+        return chain
+
+    found, failures = await ask_around(context, target.donors, ask)
+    if found is not None:
+        return found
+    # An answer counts for more than silence: it says whether a snapshot is needed.
+    stale = next((error for error in failures.values() if isinstance(error, Stale)), None)
+    raise stale or NotHere(f"entries {height + 1}-{target.height}: {reasons(failures)}")
 
 
 async def find_rival(context: Context, log: Log, target: Target) -> Rival:
     """Where the target's chain leaves the own one. Raises NotHere when no donor can show it."""
-    failed: ShoalError = NotHere(f"height {target.height}: nobody to ask")
-    for donor in target.donors:
-        try:
-            return await _rival_of(context, donor, log, target)
-        except ProtocolViolation as error:
-            context.refuse(donor, str(error))
-            failed = error
-        except ShoalError as error:
-            failed = error
-    raise NotHere(f"where the chain of height {target.height} comes from is not known: {failed}") from failed
+    found, failures = await ask_around(
+        context, target.donors, lambda donor: _rival_of(context, donor, log, target)
+    )
+    if found is None:
+        raise NotHere(f"where the chain of height {target.height} comes from: {reasons(failures)}")
+    return found
 
 
 async def _rival_of(context: Context, donor: PeerId, log: Log, target: Target) -> Rival:
@@ -94,7 +92,7 @@ async def _entries(context: Context, donor: PeerId, first: int, last: int) -> li
         await stream.send(EntriesRequest(first, last))
         await stream.end()
         for expected in range(first, last + 1):
-            data = bytes((await receive_soon(stream, EntryItem, ENTRY_BYTES)).payload)
+            data = bytes((await receive_soon(stream, EntryItem, ENTRY_BYTES, ENTRY_S)).payload)
             if parse(data).height != expected:
                 raise MessageInvalid(f"entry {parse(data).height} of {donor} where {expected} was due")
             chain.append(data)

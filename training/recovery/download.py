@@ -118,13 +118,15 @@ async def _fetch(
             batch.pop(0)
 
 
-async def receive_soon(stream: Stream, kind: type[Any], max_payload_bytes: int) -> Message[Any]:
+async def receive_soon(
+    stream: Stream, kind: type[Any], max_payload_bytes: int, within_s: float = DONOR_S
+) -> Message[Any]:
     """The next message of a donor that has all it sends at hand. Raises PeerSilent when it does not begin."""
     try:
-        async with asyncio.timeout(DONOR_S):
+        async with asyncio.timeout(within_s):
             return await stream.receive(kind, max_payload_bytes=max_payload_bytes)
     except TimeoutError:
-        raise PeerSilent(f"{stream.remote.peer} sent nothing for {DONOR_S:g} s") from None
+        raise PeerSilent(f"{stream.remote.peer} sent nothing for {within_s:g} s") from None
 
 
 def _place(digest: bytes, data: memoryview, tensor: torch.Tensor, start: int, count: int) -> None:
