@@ -166,6 +166,8 @@ class FramedStream(Stream):
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.wait({self._reading})
+        if isinstance(self._over, StreamEnded):
+            self._over.__traceback__ = None  # its frames hold this stream: a cycle for each that ends well
 
     def _require_usable(self) -> None:
         if self._failure is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,33 @@ SIZES = (0, 1, LEAST_FRAME_BYTES, FIRST_FRAME_BYTES - 1, FIRST_FRAME_BYTES + 1, 
 
 def pattern(size: int) -> bytes:
     return (bytes(range(251)) * (size // 251 + 1))[:size]
+
+
+def test_a_stream_that_ended_well_is_freed_without_the_garbage_collector(twin: str, tmp_path: Path) -> None:
+    served: list[weakref.ref[Stream]] = []
+
+    async def swallow(stream: Stream) -> None:
+        served.append(weakref.ref(stream))
+        with contextlib.suppress(StreamEnded):
+            while True:
+                await stream.receive(Note, max_payload_bytes=ROOM)
+
+    async def scene(peers: Peers) -> None:
+        peers.serve("swallow", swallow)
+        await peers.start()
+        for _ in range(2):
+            async with peers.alice.open(peers.bob.me, "swallow") as stream:
+                await stream.send(Note(1), bytes(1000))
+        while peers.bob.counters().streams_in:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        assert [stream() for stream in served[:1]] == [None]
+
+    gc.disable()
+    try:
+        play(twin, scene, tmp_path)
+    finally:
+        gc.enable()
 
 
 async def flood(peers: Peers, method: str) -> None:
