@@ -44,7 +44,8 @@ class _Events(list[tuple[str, dict[str, object]]]):
 class PartitionWorld(World):
     """`World` with cuts. A frozen peer is one that is cut off from everybody."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, silent_s: float = SILENT_S, **options: Any) -> None:
+        self._silent_s = silent_s
         self.ledger: Ledger | None = None
         self._last_heard: dict[tuple[PeerId, PeerId], tuple[float, GroupMember]] = {}
         self._pace = random.Random(options.get("seed", 1))
@@ -75,7 +76,7 @@ class PartitionWorld(World):
                 continue
             heard_s, beat = self._last_heard[seen_by, name]
             age_s = asyncio.get_running_loop().time() - heard_s
-            if age_s < SILENT_S:
+            if age_s < self._silent_s:
                 found.append(dataclasses.replace(beat, silent=age_s >= SUSPECT_S))
         return found
 

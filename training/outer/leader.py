@@ -76,8 +76,8 @@ class Leader:
         if lost is not None:
             self._offer = _reentry(self._offer, lost)
         here = [seat.peer for seat in roster]
-        # Before the first entry all who are here count: else each of them could begin alone.
-        self._last = list(log.quorum) if log.height else here
+        # Before the first entry all who are known count: else each of them could begin alone.
+        self._last = list(log.quorum) if log.height else [*here, *silent]
         self._lines: dict[PeerId, Line] = {}
         self._answers: dict[PeerId, Answer] = {}
         self._undecided: list[

@@ -8,7 +8,7 @@ tile its steps without gap or overlap, or the entry is refused.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -172,14 +172,15 @@ class Log:
         self.check(entry)
         self.height, self.head, self.counted_tokens = entry.height, entry_hash(data), entry.tokens
         self.quorum = tuple(entry.roster[seat].peer for seat in entry.present())
-        for seat, row in self._news_of(entry):
+        for seat, row, tokens in self._news_of(entry):
             key = (seat.peer, seat.incarnation)
             ends = self.ends_of(*key)
-            ends[entry.fragment] = (row.to_step, ends[entry.fragment][1] + row.tokens)
+            ends[entry.fragment] = (row.to_step, ends[entry.fragment][1] + tokens)
             self._ends[key] = StepsEnd(*key, *(tuple(column) for column in zip(*ends, strict=True)))
             self._ends.move_to_end(key)
             for position in row.positions:
-                self._positions[position.stream] = position.samples
+                before = self._positions.get(position.stream, 0) if entry.lost else 0
+                self._positions[position.stream] = max(position.samples, before)
                 self._positions.move_to_end(position.stream)
         for kept, most in ((self._ends, ENDS_KEPT), (self._positions, STREAMS_KEPT)):
             while len(kept) > most:
@@ -187,6 +188,20 @@ class Log:
         self._entries[entry.height] = data
         self._entries_bytes += len(data)
         return entry
+
+    def backfill(self, entries: Iterable[bytes]) -> None:
+        """Older entries of this chain, the latest first, as far as they lead up to those kept."""
+        for data in entries:
+            height = self.oldest_height
+            if not data or (above := parse(data).height - height) < 0:
+                return
+            if above:
+                continue
+            if entry_hash(data) != self.head_at(height):
+                return
+            self._entries[height] = data
+            self._entries.move_to_end(height, last=False)
+            self._entries_bytes += len(data)
 
     def prune(self, below: int) -> None:
         """Forget the oldest entries below a height while they take more than ENTRIES_BYTES."""
@@ -230,19 +245,21 @@ class Log:
             to_step <= self.end_of(seat.peer, seat.incarnation, other.fragment)[0] for seat, to_step in ends
         )
 
-    def _news_of(self, entry: Entry) -> list[tuple[Seat, Contributor]]:
-        """The rows of an entry, or of the one that it brings back, that go on from what this chain holds."""
-        source = entry.source()
-        rows = [(source.roster[row.seat], row) for row in source.contributors]
-        return [
-            (seat, row)
-            for seat, row in rows
-            if row.from_step >= self.end_of(seat.peer, seat.incarnation, entry.fragment)[0]
-        ]
+    def _news_of(self, entry: Entry) -> list[tuple[Seat, Contributor, int]]:
+        """What an entry, or the one that it brings back, adds: rows, and the tokens of their new steps."""
+        source, found = entry.source(), []
+        for row in source.contributors:
+            seat = source.roster[row.seat]
+            end, _ = self.end_of(seat.peer, seat.incarnation, entry.fragment)
+            if row.to_step > end:  # of a lost entry the first steps may be here already
+                steps = row.to_step - row.from_step
+                new = row.to_step - max(row.from_step, end)
+                found.append((seat, row, row.tokens * new // steps))
+        return found
 
     def tokens_of(self, draft: Entry) -> int:
         """What an entry made of this re-entry has to count."""
-        return self.counted_tokens + sum(row.tokens for _, row in self._news_of(draft))
+        return self.counted_tokens + sum(tokens for _, _, tokens in self._news_of(draft))
 
     def _check_parts(self, entry: Entry) -> None:
         rows = {row.seat for row in entry.contributors}

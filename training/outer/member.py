@@ -66,6 +66,7 @@ class Member:
         self._local = local
         self._positions = positions
         self.contribution: Contribution | None = None  # to the height to come
+        self._reached: set[PeerId] = set()  # who may have got some of it, by whatever draft
         self._unapplied: bytes | None = None  # an entry of the height to come whose parts are not all here
         self._deciding = asyncio.Lock()  # one entry at a time; no copy of weights in the middle of one
         self._tasks: set[asyncio.Task[object]] = set()
@@ -80,7 +81,7 @@ class Member:
         """Promise a ballot and say what there is to contribute. Raises Stale, Busy or MessageInvalid."""
         async with self._deciding:
             log = self.replica.log
-            if prepare.height <= log.height:
+            if prepare.height <= log.height and log.head_at(prepare.height - 1) == prepare.previous:
                 return Answer(log.height, 0, 0, 0, 0.0, ()), b""
             if prepare.height != self.next_height or prepare.previous != log.head:
                 raise Stale(f"height {log.height}, head {log.head.hex()[:8]} here; this peer has to catch up")
@@ -169,6 +170,8 @@ class Member:
         row = draft.row_of(seat) if seat is not None else None
         if row is None or mine is None or mine.sent.inner_step != row.to_step or mine.codec is not codecs[0]:
             mine = None  # a draft of another attempt: this peer is not listed, and loses nothing
+        if mine is not None:
+            self._reached |= {draft.roster[seat].peer for seat in draft.present()}
         residuals, step = self.replica.residuals, self.replica.begin_step(draft)
         return Round(
             self._context, data, draft, fragment, codecs, mine, residuals, owner_of, step, deadline_s
@@ -216,7 +219,7 @@ class Member:
                 self._local,
                 self.contribution,
                 round_.step if round_ is not None and begun else None,
-                went_out=round_ is not None and round_.contribution is not None,
+                frozenset(self._reached),
             )
             await self.replica.sift(self._local)
             await point(self._context.transport, _APPLIED)
@@ -229,6 +232,7 @@ class Member:
         if self.round is not None:
             await self.round.close()
         self.round, self.contribution, self._unapplied, self.undecided_since_s = None, None, None, None
+        self._reached.clear()
         self.engaged_with = None  # at once: the next leader's PREPARE may be waiting already
 
     async def install(self, jump: Callable[[Contribution | None], Awaitable[bool]]) -> None:

@@ -30,7 +30,8 @@ class Offer:
     previous: bytes  # head of the log at the round
     mine: Contribution
     listed: set[int]  # parts, counted within the fragment, that the agreed state holds
-    waiting: set[PeerId]  # were present, and are not known to have the same outcome
+    present: frozenset[PeerId]  # others who took part, or in earlier attempts at the round
+    waiting: set[PeerId]  # those of them, and of earlier rounds it carried on, whose outcome may differ
     since_s: float
     open: bool = False  # its outcome is not known: some other chain may list it
     carried: set[tuple[int, PeerId]] = field(default_factory=set)  # parts and peers it did not list, so far
@@ -44,7 +45,7 @@ class Offered:
         self._incarnation = incarnation
         self._budget_bytes = budget_bytes
         self._offers: list[Offer] = []
-        self._fell_silent: set[PeerId] = set()
+        self._fell_silent: dict[PeerId, float] = {}  # and has not spoken since; when it was last so
 
     def __len__(self) -> int:
         return len(self._offers)
@@ -62,11 +63,12 @@ class Offered:
 
     # -- what comes in
 
-    def note(self, entry: Entry, mine: Contribution | None, now_s: float) -> None:
-        """A round has been applied; `mine` is what this process sent to it, listed or not."""
+    def note(self, entry: Entry, mine: Contribution | None, reached: frozenset[PeerId], now_s: float) -> None:
+        """A round has been applied; `mine` is what this process sent, listed or not, `reached` to whom."""
         present = {entry.roster[seat].peer for seat in entry.present()}
         missing = _missing(entry, present)
-        waiting = present - {self._me}
+        others = (present | reached) - {self._me}
+        waiting = set(others)
         for offer in self._offers:
             offer.waiting -= present
             if offer.mine.fragment.index == entry.fragment and offer.carried:
@@ -79,11 +81,19 @@ class Offered:
         index = entry.fragment
         self._offers = [o for o in self._offers if not (o.open and o.mine.fragment.index == index)]
         listed = self.lists(entry)
-        self._add(Offer(entry.height, entry.previous, mine, listed, waiting, now_s, carried=missing))
+        offer = Offer(entry.height, entry.previous, mine, listed, frozenset(others), waiting, now_s)
+        offer.carried = missing
+        self._add(offer)
 
-    def note_open(self, previous: bytes, height: int, mine: Contribution, now_s: float) -> None:
+    def note_open(self, draft: Entry, mine: Contribution, now_s: float) -> None:
         """This peer switches chains amid a round whose outcome it does not know."""
-        self._add(Offer(height, previous, mine, set(), set(), now_s, open=True))
+        others = frozenset(draft.roster[seat].peer for seat in draft.present()) - {self._me}
+        self._add(Offer(draft.height, draft.previous, mine, set(), others, set(others), now_s, open=True))
+
+    def switched(self) -> None:
+        """This peer is on another chain now: of nobody is known whether it shares the outcome."""
+        for offer in self._offers:
+            offer.waiting |= offer.present
 
     def hear(
         self, peers: Sequence[GroupMember], head_at: Callable[[int], bytes | None], now_s: float
@@ -92,11 +102,14 @@ class Offered:
 
         `head_at` is the own chain's head at a height.
         """
-        if not self._offers:
-            return
         here = {member.peer: member for member in peers}
-        self._fell_silent |= {member.peer for member in peers if member.silent}
-        self._fell_silent -= {member.peer for member in peers if not member.silent}
+        for peer, known in here.items():
+            if known.silent:
+                self._fell_silent[peer] = now_s
+            else:
+                self._fell_silent.pop(peer, None)
+        for peer in [p for p, at_s in self._fell_silent.items() if now_s - at_s > UNCERTAIN_S]:
+            del self._fell_silent[peer]
         for offer in self._offers:
             for peer in list(offer.waiting):
                 member = here.get(peer)

@@ -178,6 +178,7 @@ class Position:
     wanted_since_s: float | None  # since when a round is due, or one was left without leader
     not_before_s: float  # back-off after an attempt that failed
     urgent: bool = False  # this peer leaves and opens its last round itself
+    patience_s: float = TAKEOVER_S  # that each in the order lets the one before go first
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,5 +210,5 @@ def next_action(position: Position) -> Action:
     if position.engaged or position.wanted_since_s is None:
         return Wait(None)
     rank = 0 if position.urgent or position.me not in position.order else position.order.index(position.me)
-    due_s = max(position.wanted_since_s + rank * TAKEOVER_S, position.not_before_s)
+    due_s = max(position.wanted_since_s + rank * position.patience_s, position.not_before_s)
     return Lead() if position.now_s >= due_s else Wait(due_s)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 
 from shoal.protocol.errors import NotHere
+from shoal.protocol.identity import PeerId
 from shoal.training.outer.apply import OuterStep, part_state, tensors_digest
 from shoal.training.outer.codecs import codec_of
 from shoal.training.outer.context import Context
@@ -77,13 +78,13 @@ class Replica:
         local: LocalWeights,
         contribution: Contribution | None,
         step: OuterStep | None = None,
-        went_out: bool = False,
+        reached: frozenset[PeerId] = frozenset(),
     ) -> Entry:
         """Take the next entry in: outer step, rebase of local weights, residuals, log. All or nothing.
 
         `contribution` is what this process offered at that height, if it did, `step` what its round has done
-        already; `went_out` says that some of the contribution may have reached others. Raises Stale or
-        MessageInvalid from the log's rules, NotHere for a part that is missing.
+        already, `reached` who may have got some of the contribution. Raises Stale or MessageInvalid from the
+        log's rules, NotHere for a part that is missing.
         """
         entry = parse(data)
         self.log.check(entry)
@@ -102,7 +103,7 @@ class Replica:
         self.residuals.retire_contributed(result.remainders)
         if not entry.lost:
             now_s = asyncio.get_running_loop().time()
-            self.offered.note(entry, contribution if went_out else None, now_s)
+            self.offered.note(entry, contribution if reached else None, reached, now_s)
             self.lost.note(entry)
         digests = [digest for fragment in self._digests for digest in fragment]
         self.state_root = state_root(tensors_digest(digests), self.log.state())

@@ -44,6 +44,7 @@ from shoal.training.spec import RunSpec
 POLL_S = 0.25  # membership changes and beats are looked at this often
 RECOVER_S = 30.0  # to find a donor that answers, before the stage counts as empty
 _BACKOFF_S = (0.2, 5.0)
+_SWITCHER_S = 0.1  # between those who bring lost entries back: others must not always be first
 
 __all__ = ["GroupMember", "Outer"]
 
@@ -316,6 +317,7 @@ class Outer:
             wanted_since_s=wanted_since_s,
             not_before_s=self._not_before_s,
             urgent=urgent,
+            patience_s=_SWITCHER_S if self._replica.lost and undecided_s is None else TAKEOVER_S,
         )
 
     async def _lead(self, group: Sequence[GroupMember]) -> None:

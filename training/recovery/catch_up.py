@@ -9,6 +9,7 @@ sides compare the same entries, and the one that lost switches. Local steps are 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -84,9 +85,12 @@ class CatchingUp:
     async def _follow(self, target: Target) -> bool:
         """Replay, or jump along the own chain. False where the target's is another."""
         log = self._member.replica.log
+        known = log.height == 0  # that the target's chain goes on from here
         if not self._prefers_snapshot(target):
             try:
-                for data in await fetch_chain(self._context, log.height, log.head, target):
+                chain = await fetch_chain(self._context, log.height, log.head, target)
+                known = True
+                for data in chain:
                     await self._member.commit(data, target.donors)
                     self.entries += 1
                 return True
@@ -95,20 +99,20 @@ class CatchingUp:
                 return False
             except NotHere as error:  # of those that answered; silent ones are the next attempt's
                 self._context.event("replay-impossible", {"height": log.height, "why": str(error)})
-        elif not await self._is_continued_by(target):
+        if not known and not await self._is_continued_by(target):
             return False
         await self._jump(target)
         return True
 
     async def _is_continued_by(self, target: Target) -> bool:
-        """Whether the target's chain goes on from the own head, as far as donors still know."""
+        """Whether the target's chain goes on from the own head; False, too, where no donor can tell."""
         log = self._member.replica.log
-        for donor in target.donors if log.height else ():
-            try:
-                return (await fetch_entry(self._context, donor, log.height + 1)).previous == log.head
-            except ShoalError as error:
-                self._context.event("entry-not-found", {"height": log.height + 1, "why": str(error)})
-        return True
+        found, failures = await ask_around(
+            self._context, target.donors, lambda donor: fetch_entry(self._context, donor, log.height + 1)
+        )
+        if found is None:
+            self._context.event("entry-not-found", {"height": log.height + 1, "why": reasons(failures)})
+        return found is not None and found.previous == log.head
 
     def _prefers_snapshot(self, target: Target) -> bool:
         context = self._context
@@ -178,7 +182,7 @@ class CatchingUp:
         snapshot = await self._snapshot(target, rival)
         shadow = await self._replay(snapshot, target)
         contributed = await self._entry_contributed_to(shadow, target)
-        replica, left = self._member.replica, self._member.replica.log.head
+        replica = self._member.replica
 
         async def jump(contribution: Contribution | None) -> bool:
             changes: list[Rebase] = []
@@ -189,14 +193,19 @@ class CatchingUp:
                 if replica.log.head != mine.head:
                     return False  # ... and the comparison has to be made again
                 lost = lost_entries(replica, shadow.log, rival, mine, theirs)
-                changes = settlements(replica, rival, lost)
+                changes = settlements(replica, shadow.log, rival, lost)
                 replica.lost.rescale(share(mine, theirs))
                 replica.lost.add(lost)
+                replica.offered.switched()
                 self.switches += 1
             listed = self._listed_parts(contributed, contribution)
-            if contribution is not None and not listed:
+            round_ = self._member.round
+            if contribution is not None and not listed and round_ is not None:
                 now_s = asyncio.get_running_loop().time()
-                replica.offered.note_open(left, replica.log.height + 1, contribution, now_s)
+                replica.offered.note_open(round_.draft, contribution, now_s)
+            if rival is not None:
+                own = (replica.log.entry(height) or b"" for height in range(rival.ancestor_height, 0, -1))
+                shadow.log.backfill(itertools.chain(reversed(rival.entries), own))
             await replica.adopt(shadow, self._local, contribution, listed, changes)
             self._snapshots.switch(snapshot)
             self._passed.clear()

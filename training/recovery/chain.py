@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoal.protocol.errors import MessageInvalid, NotHere, Stale
+from shoal.protocol.errors import MessageInvalid, NotHere, PeerSilent, ShoalError, Stale
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel
 from shoal.training.outer.ask_around import ask_around, reasons
@@ -44,19 +44,17 @@ async def fetch_chain(context: Context, height: int, head: bytes, target: Target
     found, failures = await ask_around(context, target.donors, ask)
     if found is not None:
         return found
-    # An answer counts for more than silence: it says whether a snapshot is needed.
-    stale = next((error for error in failures.values() if isinstance(error, Stale)), None)
-    raise stale or NotHere(f"entries {height + 1}-{target.height}: {reasons(failures)}")
+    raise _verdict(f"entries {height + 1}-{target.height}", failures, Stale)
 
 
 async def find_rival(context: Context, log: Log, target: Target) -> Rival:
-    """Where the target's chain leaves the own one. Raises NotHere when no donor can show it."""
+    """Where the target's chain leaves the own one. Raises NotHere when donors do not go back so far."""
     found, failures = await ask_around(
         context, target.donors, lambda donor: _rival_of(context, donor, log, target)
     )
-    if found is None:
-        raise NotHere(f"where the chain of height {target.height} comes from: {reasons(failures)}")
-    return found
+    if found is not None:
+        return found
+    raise _verdict(f"where the chain of height {target.height} comes from", failures, NotHere)
 
 
 async def _rival_of(context: Context, donor: PeerId, log: Log, target: Target) -> Rival:
@@ -77,6 +75,14 @@ async def _rival_of(context: Context, donor: PeerId, log: Log, target: Target) -
     while shared < len(chain) and entry_hash(chain[shared]) == log.head_at(height + shared + 1):
         shared += 1
     return Rival(height + shared, tuple(chain[shared:]))
+
+
+def _verdict(what: str, failures: dict[PeerId, ShoalError], first: type[ShoalError]) -> ShoalError:
+    """What donors say counts for more than silence, which says nothing of the chain: then ask again later."""
+    for kind in (first, NotHere, Stale):
+        if any(isinstance(error, kind) for error in failures.values()):
+            return kind(f"{what}: {reasons(failures)}")
+    return PeerSilent(f"{what}: {reasons(failures)}")
 
 
 async def fetch_entry(context: Context, donor: PeerId, height: int) -> Entry:

@@ -56,32 +56,32 @@ def _barred(entry: Entry, before: Sequence[Entry], won: Sequence[Entry]) -> set[
     return barred
 
 
-def settlements(replica: Replica, rival: Rival, waiting: Sequence[LostEntry]) -> list[Rebase]:
+def settlements(replica: Replica, won_log: Log, rival: Rival, waiting: Sequence[LostEntry]) -> list[Rebase]:
     """What the switch means for the own part in rounds of the lost chain, beyond w ← w + (a_win − a_lost).
 
     Per round and part: listed by the chain that won, or waiting to re-enter: in the agreed state, sooner or
-    later; else in the local weights.
+    later; else in the local weights. Rounds before the common entry stay as they are.
     """
     log, offered = replica.log, replica.offered
     heads = {log.head_at(height) for height in range(rival.ancestor_height, log.height)}
     won = [parse(data) for data in rival.entries]
     changes: list[Rebase] = []
     for previous in offered.previous():
-        listed: set[int] = set()
-        back = False
-        for entry in won:
-            source = entry.source()
-            if source.previous == previous:
-                listed |= {part for part in offered.lists(source) if entry.digest(part) != SKIP}
-                back = bool(entry.lost)
-        for lost in waiting:
-            if lost.entry.previous == previous:
-                listed |= offered.lists(lost.entry) & set(lost.welcome)
-        earlier = replica.lost.after(previous)  # of an earlier switch: if others have brought it back there
-        if previous in heads:
+        there = [entry for entry in won if entry.source().previous == previous]
+        listed = {
+            part for entry in there for part in offered.lists(entry.source()) if entry.digest(part) != SKIP
+        }
+        earlier = replica.lost.after(previous)  # waits since an earlier switch
+        promised = earlier.promised if earlier is not None else frozenset()
+        if previous in heads or any(not entry.lost for entry in there):
+            for lost in waiting:
+                if lost.entry.previous == previous:
+                    listed |= offered.lists(lost.entry) & set(lost.welcome)
+            if earlier is not None and not won_log.holds(earlier.entry):
+                listed |= offered.lists(earlier.entry) & promised
             changes += offered.settle(previous, listed)
-        elif earlier is not None and back:
-            changes += offered.amend(previous, earlier.promised, listed)
+        elif there:
+            changes += offered.amend(previous, promised, listed)
     for entry in won:
         replica.lost.note(entry)
     return changes
