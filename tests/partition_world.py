@@ -48,6 +48,7 @@ class PartitionWorld(World):
         self._silent_s = silent_s
         self.ledger: Ledger | None = None
         self._last_heard: dict[tuple[PeerId, PeerId], tuple[float, GroupMember]] = {}
+        self._beats: dict[Node, tuple[object, GroupMember]] = {}
         self._pace = random.Random(options.get("seed", 1))
         super().__init__(*arguments, **options)
 
@@ -72,13 +73,22 @@ class PartitionWorld(World):
         missing = {other for by, other in self._last_heard if by == seen_by}
         for name in sorted(self.live.keys() | missing):
             if name not in missing:
-                found.append(self.live[name].member())
+                found.append(self._beat(self.live[name]))
                 continue
             heard_s, beat = self._last_heard[seen_by, name]
             age_s = asyncio.get_running_loop().time() - heard_s
             if age_s < self._silent_s:
                 found.append(dataclasses.replace(beat, silent=age_s >= SUSPECT_S))
         return found
+
+    def _beat(self, node: Node) -> GroupMember:
+        """What a node says of itself, made anew only where something has changed."""
+        outer = node.outer
+        key = (outer.head, outer.state_root, node.weights.inner_steps, outer.reentering)
+        known = self._beats.get(node)
+        if known is None or known[0] != key:
+            known = self._beats[node] = (key, node.member())
+        return known[1]
 
     def cut(self, *sides: Sequence[Node]) -> None:
         """Nothing passes between these sides any more."""
@@ -140,7 +150,8 @@ class PartitionWorld(World):
                 if name not in self.frozen and loop.time() >= due_s.setdefault(name, loop.time()):
                     self.step(node, self._pace.randint(50, 150))
                     due_s[name] = loop.time() + every_s * self._pace.uniform(0.7, 1.3)
-            await asyncio.sleep(0.05)
+            next_s = min((due_s[name] for name in self.live if name not in self.frozen), default=until_s)
+            await asyncio.sleep(max(0.0, min(next_s, until_s, loop.time() + every_s) - loop.time()))
 
     async def settle(self, limit_s: float = 60.0, every_s: float = 1.0) -> float:
         """Train on until all who live hold the same head; the seconds that took."""

@@ -8,6 +8,7 @@ outgrow message headers, so they travel as payloads of at most ENTRY_BYTES.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -163,6 +164,7 @@ class Entry:
         )
 
 
+@functools.lru_cache(maxsize=16)  # an entry is looked at again at every step of its way
 def parse(data: bytes) -> Entry:
     """The entry in `data`. Raises MessageInvalid, also for bytes that are not the canonical ones."""
     entry = wire.decode(Entry, data, ENTRY_BYTES)

@@ -75,6 +75,7 @@ class Leader:
         self._plain = self._offer
         if lost is not None:
             self._offer = _reentry(self._offer, lost)
+        self._offer_data = self._offer.encode()
         here = [seat.peer for seat in roster]
         # Before the first entry all who are known count: else each of them could begin alone.
         self._last = list(log.quorum) if log.height else [*here, *silent]
@@ -155,7 +156,7 @@ class Leader:
 
     async def _converse(self, line: Line) -> None:
         offer = self._offer
-        line.post(Prepare(offer.height, offer.previous, offer.ballot), offer.encode())
+        line.post(Prepare(offer.height, offer.previous, offer.ballot), self._offer_data)
         answer = await line.receive(Answer, max_payload_bytes=2 * ENTRY_BYTES)
         self._note_answer(line, answer)
         try:

@@ -10,7 +10,6 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 
 from shoal.protocol.errors import Busy, MessageInvalid, NotHere, Stale
 from shoal.protocol.faults import define
@@ -24,6 +23,7 @@ from shoal.training.outer.entry import Entry, StreamPosition, parse
 from shoal.training.outer.fetch import fetch_parts
 from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.messages import Answer, Prepare
+from shoal.training.outer.promise import Promise, Promises
 from shoal.training.outer.reduce import Published
 from shoal.training.outer.reentry import Reentering
 from shoal.training.outer.replica import Replica
@@ -35,29 +35,21 @@ _APPLYING, _APPLIED = define("entry.applying"), define("entry.applied")
 Positions = Callable[[], Sequence[tuple[int, int]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Promise:
-    """The highest ballot accepted for the entry after some head."""
-
-    previous: bytes = b""
-    ballot: int = 0
-    leader: str = ""
-
-    def binds(self, asked: Promise) -> bool:
-        """Whether `asked` comes too late. Ballots rise by number, then by leader; each head has its own."""
-        earlier = (asked.ballot, asked.leader) < (self.ballot, self.leader)
-        return self.previous == asked.previous and earlier
-
-
 class Member:
     """One replica's state in and between rounds."""
 
     def __init__(
-        self, context: Context, replica: Replica, local: LocalWeights, positions: Positions, change: Change
+        self,
+        context: Context,
+        replica: Replica,
+        local: LocalWeights,
+        positions: Positions,
+        change: Change,
+        promises: Promises,
     ) -> None:
         self.replica = replica
         self.change = change  # notified at GO, at every COMMIT, and when a leader is lost
-        self.promise = Promise()
+        self.promises = promises
         self.engaged_with: PeerId | None = None  # the leader of the round under way ...
         self._engaged_height = 0  # ... and the height it is about
         self.undecided_since_s: float | None = None  # since when a round stands without leader
@@ -88,12 +80,14 @@ class Member:
             if self.engaged_with not in (None, leader):
                 raise Busy(f"in a round with {self.engaged_with}", retry_after_s=1.0)
             asked = Promise(prepare.previous, prepare.ballot, leader)
-            if self.promise.binds(asked):
-                return Answer(log.height, 0, 0, 0, 0.0, (), promised=self.promise.ballot), b""
+            bound = self.promises.current
+            if bound.binds(asked):
+                return Answer(log.height, 0, 0, 0, 0.0, (), promised=bound.ballot), b""
             entry = parse(offer)
             if entry.fragment != log.next_fragment.index and not entry.lost:
                 raise MessageInvalid(f"height {entry.height} synchronises fragment {log.next_fragment.index}")
-            self.promise, self.engaged_with, self._engaged_height = asked, leader, prepare.height
+            await self.promises.give(asked)
+            self.engaged_with, self._engaged_height = leader, prepare.height
             if entry.lost or self.replica.lost:  # steps have to come in order: those that were lost first
                 self.contribution = self.contribution if isinstance(self.round, Round) else None
             elif not isinstance(self.round, Round):

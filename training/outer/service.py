@@ -32,6 +32,7 @@ from shoal.training.outer.policy import (
     should_open,
     succession,
 )
+from shoal.training.outer.promise import Promises
 from shoal.training.outer.reduce import Published
 from shoal.training.outer.replica import Replica
 from shoal.training.outer.snapshot import genesis_snapshot
@@ -115,8 +116,9 @@ class Outer:
             self._context.run_id, stage, genesis.detach().to("cpu", torch.float32), self._context.fragments
         )
         self._replica = Replica(self._context, start)
-        self._member = Member(self._context, self._replica, weights, positions, self._change)
         self._snapshots = Snapshots(self._context, self._replica, start, directory)
+        self._promises = Promises(self._context, self._snapshots.directory)
+        self._member = Member(self._context, self._replica, weights, positions, self._change, self._promises)
         self._catching_up = CatchingUp(self._context, self._member, weights, self._snapshots)
         self._figures = Figures()
         self._wanted_since_s: float | None = None
@@ -211,6 +213,7 @@ class Outer:
         Raises StageEmpty when live peers hold state but none hands it over within RECOVER_S.
         """
         await self._snapshots.restore(self._weights)
+        await self._promises.restore()
         await self._reach_group()
         await self._restore_residuals()
 
@@ -271,17 +274,18 @@ class Outer:
 
     async def _act(self) -> None:
         now_s = asyncio.get_running_loop().time()
-        group = self._group()
-        self._replica.offered.hear(self._peers(), self._replica.log.head_at, now_s)
+        peers = self._peers()
+        group = self._group(peers)
+        self._replica.offered.hear(peers, self._replica.log.head_at, now_s)
         match next_action(self._position(now_s, group)):
             case Wait(until_s):
                 await self._change.wait(
                     min(now_s + POLL_S, until_s if until_s is not None else now_s + POLL_S)
                 )
             case CatchUp():
-                await self._catch_up(self._ahead())
+                await self._catch_up(self._catching_up.ahead(group))
             case Lead():
-                await self._lead(group)
+                await self._lead(group, [member.peer for member in peers if member.silent])
 
     def _position(self, now_s: float, group: Sequence[GroupMember]) -> Position:
         me = self._context.me
@@ -296,7 +300,7 @@ class Outer:
             self._wanted_since_s = None
         elif self._wanted_since_s is None:
             self._wanted_since_s = now_s
-        if not self._ahead():
+        if not self._catching_up.ahead(group):
             self._behind_since_s = None
         elif self._behind_since_s is None:
             self._behind_since_s = now_s
@@ -320,14 +324,14 @@ class Outer:
             patience_s=_SWITCHER_S if self._replica.lost and undecided_s is None else TAKEOVER_S,
         )
 
-    async def _lead(self, group: Sequence[GroupMember]) -> None:
-        promise, height = self._member.promise, self.height + 1
+    async def _lead(self, group: Sequence[GroupMember], silent: Sequence[PeerId]) -> None:
+        promise, height = self._promises.current, self.height + 1
         promised = promise.ballot if promise.previous == self.head else 0
         leader = Leader(
             self._context,
             self._replica.log,
             group,
-            [member.peer for member in self._peers() if member.silent],
+            silent,
             max(promised, self._ballot) + 1,
             self._first_stage_head(),
             lambda line: follow(self._context, self._member, line),
@@ -408,7 +412,7 @@ class Outer:
     def _ends(self) -> list[tuple[int, int]]:
         return self._replica.log.ends_of(self._context.me, self._context.incarnation)
 
-    def _group(self) -> list[GroupMember]:
+    def _group(self, peers: Sequence[GroupMember]) -> list[GroupMember]:
         """The live replicas, this one as it is now rather than as its last beat told."""
         me = self._context.me
         mine = GroupMember(
@@ -420,10 +424,9 @@ class Outer:
             steps_since_round=self.steps_since_round,
             tokens_since_round=self.tokens_since_round,
             log_tokens=self.tokens,
+            uplink=next((member.uplink for member in peers if member.peer == me), 1.0),
         )
-        others = [member for member in self._peers() if member.peer != me and not member.silent]
-        uplink = next((member.uplink for member in self._peers() if member.peer == me), mine.uplink)
-        return [dataclasses.replace(mine, uplink=uplink), *others]
+        return [mine, *(member for member in peers if member.peer != me and not member.silent)]
 
     def _ahead(self) -> list[GroupMember]:
-        return self._catching_up.ahead(self._group())
+        return self._catching_up.ahead(self._group(self._peers()))

@@ -1,0 +1,130 @@
+"""Ballots: what a member has promised is on its disk before it says so, and binds its next process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from outer_world import Node, World
+
+from shoal.protocol import wire
+from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.transport import Transport
+from shoal.protocol.virtual_time import run
+from shoal.training.outer.entry import ENTRY_BYTES, Entry, Seat
+from shoal.training.outer.messages import Answer, Prepare, Tick
+from shoal.training.outer.promise import Promise
+
+FIRST, SECOND = (PeerId(name.ljust(52, "z")) for name in ("12D3KooWleaderA", "12D3KooWleaderB"))
+
+
+async def leader(world: World, name: PeerId) -> Transport:
+    transport = world.network.transport(name, frozenset({Role.TRAINER}))
+    await transport.start()
+    return transport
+
+
+async def ask(transport: Transport, node: Node, ballot: int) -> Answer:
+    """A PREPARE for the member's next height; hangs up once it is answered."""
+    seats = Seat(node.name, node.incarnation, 1.0), Seat(transport.me, 1, 1.0)
+    offer = Entry(
+        stage=0,
+        height=node.outer.height + 1,
+        previous=node.outer.head,
+        ballot=ballot,
+        leader=transport.me,
+        revision=0,
+        fragment=0,
+        roster=tuple(sorted(seats, key=lambda seat: seat.peer)),
+        contributors=(),
+        first_stage_head=b"",
+        contribution="float32",
+        published="float32",
+    )
+    async with transport.open(node.name, "outer.0.round") as stream:
+        await stream.send(Prepare(offer.height, offer.previous, ballot), offer.encode())
+        while True:
+            answer = (await stream.receive(Answer, Tick, max_payload_bytes=2 * ENTRY_BYTES)).header
+            if isinstance(answer, Answer):
+                return answer
+
+
+async def join(world: World, incarnation: int, directory: Path) -> Node:
+    node = world.node(0, incarnation, directory)
+    await node.start()
+    return node
+
+
+def promise_file(directory: Path) -> Path:
+    return next(directory.rglob("promise"))
+
+
+def test_a_restarted_member_refuses_a_lower_ballot(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with World(0) as world:
+            first, second = await leader(world, FIRST), await leader(world, SECOND)
+            node = await join(world, 1, tmp_path)
+            node.step()
+            assert not (await ask(second, node, 5)).promised
+            world.kill(node)  # nothing was closed, and nothing written since the answer
+            node = await join(world, 2, tmp_path)
+            node.step()
+            assert (await ask(second, node, 4)).promised == 5
+            assert (await ask(first, node, 5)).promised == 5, "at equal numbers the leader's name decides"
+            assert not (await ask(first, node, 6)).promised
+            assert (await ask(second, node, 5)).promised == 6
+
+    run(main)
+
+
+def test_the_disk_has_a_promise_before_the_leader_has_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with World(0) as world:
+            node = await join(world, 1, tmp_path)
+            node.step()
+            head = node.outer.head
+            await ask(await leader(world, FIRST), node, 3)
+            assert wire.decode(Promise, promise_file(tmp_path).read_bytes()) == Promise(head, 3, FIRST)
+
+    run(main)
+
+
+def test_a_promise_for_one_entry_says_nothing_of_the_next(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with World(0) as world:
+            first = await leader(world, FIRST)
+            node = await join(world, 1, tmp_path)
+            node.step()
+            await ask(first, node, 7)
+            await world.rounds(1)
+            world.kill(node)
+            node = await join(world, 2, tmp_path)
+            node.step()
+            assert node.outer.height == 1
+            assert not (await ask(first, node, 1)).promised
+
+    run(main)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no file of ours", "a folder"])
+def test_a_disk_that_refuses_is_reported_and_rounds_go_on(tmp_path: Path, damage: str) -> None:
+    async def main() -> None:
+        async with World(0) as world:
+            node = await join(world, 1, tmp_path)
+            await world.rounds(2)
+            await node.stop()
+            path = promise_file(tmp_path)
+            data = path.read_bytes()
+            path.unlink()
+            if damage == "a folder":
+                (path / "in the way").mkdir(parents=True)
+            else:
+                path.write_bytes(data[:-1] if damage == "cut short" else bytes(5000))
+                path.chmod(0o600)
+            node = await join(world, 2, tmp_path)
+            await world.rounds(2)
+            assert node.outer.height == 4
+            refused = [str(event["why"]) for kind, event in node.events if kind == "disk-refused"]
+            assert any(str(path) in why for why in refused)
+
+    run(main)
