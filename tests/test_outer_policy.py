@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.protocol.identity import PeerId
+from shoal.training.outer.fork import Chain, wins
 from shoal.training.outer.parts import cut
 from shoal.training.outer.policy import (
     BEHIND_S,
@@ -182,6 +183,27 @@ def test_next_action(change: dict[str, object], action: object) -> None:
 
 def ahead(n: int, height: int, head: bytes) -> GroupMember:
     return GroupMember(peer=peers(9)[n], incarnation=1, height=height, head=head * 32)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Chain(head=b"b", height=3, work_tokens=5), Chain(head=b"a", height=9, work_tokens=4, ballot=7)),
+        (
+            Chain(head=b"b", height=3, work_tokens=5, ballot=2),
+            Chain(head=b"a", height=3, work_tokens=5, ballot=1),
+        ),
+        (
+            Chain(head=b"a", height=3, work_tokens=5, ballot=1),
+            Chain(head=b"b", height=4, work_tokens=5, ballot=1),
+        ),
+        (Chain(head=b"b", height=3, work_tokens=1), Chain(head=b"a", height=3, work_tokens=5, forsaken=True)),
+    ],
+    ids=["more work", "higher ballot, where work is equal", "smaller hash, where both are", "not forsaken"],
+)
+def test_of_two_chains_one_wins(one: Chain, other: Chain) -> None:
+    assert wins(one, other)
+    assert not wins(other, one)
 
 
 def test_a_joiner_follows_the_state_that_most_announce() -> None:

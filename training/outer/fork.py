@@ -1,8 +1,10 @@
 """Fork: which of two chains of one stage wins, and with what weight the lost one's means re-enter. Pure.
 
 Both sides of a healed partition compute this from the same entries, so they agree without a word (design
-section 9): more work wins, a tie goes to the smaller hash, and a chain that ran under a lost chain of the
-first stage loses to one that did not. `recovery.chain` finds the chains, `recovery.catch_up` acts.
+section 9): more work wins, and a chain that ran under a lost chain of the first stage loses to one that did
+not. A tie goes to the higher ballot where the chains part: a leader that stood still amid its COMMIT wakes
+with a lower one than those who went on without it, and it is the one to switch. Then to the smaller hash.
+`recovery.chain` finds the chains, `recovery.catch_up` acts.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ class Chain:
     head: bytes
     height: int
     work_tokens: int
+    ballot: int = 0  # of its first entry
     forsaken: bool = False  # some of it ran under a first-stage head that the first stage has left
 
 
@@ -35,6 +38,7 @@ def chain_of(
         head=head,
         height=height,
         work_tokens=work_tokens(entries, most_tokens),
+        ballot=entries[0].ballot if entries else 0,
         forsaken=any(entry.first_stage_head in forsaken for entry in entries),
     )
 
@@ -53,7 +57,7 @@ def wins(one: Chain, other: Chain) -> bool:
     """Whether `one` is the chain that all go on with. For two different heads exactly one of both wins."""
     if one.forsaken != other.forsaken:
         return other.forsaken
-    return (one.work_tokens, other.head) > (other.work_tokens, one.head)
+    return (one.work_tokens, one.ballot, other.head) > (other.work_tokens, other.ballot, one.head)
 
 
 def share(lost: Chain, won: Chain) -> float:
