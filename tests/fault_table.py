@@ -13,7 +13,7 @@ from shoal.protocol.faults import PLACES, Action
 from shoal.training.outer import messages
 
 DELAY_S = 3.0
-STEPS = [step for step in faults.steps() if not step.startswith("test.")]
+STEPS = [step for step in faults.steps() if not step.startswith(("test.", "checkpoint."))]
 _LAGGARD = {"EntriesRequest", "EntryItem"}
 _JOINER = {"ManifestRequest", "Manifest", "ChunkRequest", "Chunk", "chunk"}
 _REQUESTS = {"EntriesRequest", "ManifestRequest", "ChunkRequest", "PartRequest"}

@@ -210,6 +210,19 @@ class CompressionSection(_Section):
     """Activations and their gradients between stages. bfloat16 halves the bytes of every hop."""
 
 
+class CheckpointSection(_Section):
+    """What is written to disk to start from again, in `shoal checkpoint`'s form."""
+
+    every_s: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds between checkpoints: each peer writes its own stage, the owner's peer gathers all stages.
+    0: only when somebody asks with shoal checkpoint now."""
+    kept: Annotated[int, Field(ge=1, le=10_000)] = 3
+    """Checkpoints of a kind that stay on a disk; older ones are removed once a newer one is whole."""
+    start: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    """Digest of the checkpoint that the run starts from; shoal checkpoint import writes it. Empty: random
+    weights, drawn from the seed."""
+
+
 class LimitsSection(_Section):
     """Budgets every peer keeps."""
 
@@ -231,6 +244,7 @@ class RunSpec(_Section):
     inner: InnerSection = InnerSection()
     outer: OuterSection = OuterSection()
     compression: CompressionSection = CompressionSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     limits: LimitsSection = LimitsSection()
 
     @model_validator(mode="after")

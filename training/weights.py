@@ -3,18 +3,19 @@
 Forward and backward of a micro-batch use one version from beginning to end; an inner step or a rebase
 changes the master and publishes a new version without waiting for micro-batches in flight, unless both
 versions are still in use: then the step waits, forwards go on, and the version that drains first is reused.
-All methods but `sent` and `rebase` run on the compute lane, hence one at a time.
+All methods but the asynchronous ones run on the compute lane, hence one at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from shoal.training.inner import InnerOptimizer
+from shoal.training.inner import InnerOptimizer, Moments
 from shoal.training.lane import Lane, Work
 from shoal.training.model.layout import StageLayout
 from shoal.training.outer.local import Rebase, Sent
@@ -44,6 +45,7 @@ class Weights:
         self._versions = [Version(self._master.to(self._dtype, copy=True))]
         self._current = 0
         self._optimizer = InnerOptimizer(spec.inner, spec.stages.count, layout, self._master, self._gradient)
+        self._readers = 0  # of the optimizer's moments: steps wait for them, micro-batches do not
         self._behind = False  # the master changed since the current version was published
         self.pending_tokens = 0  # committed since the last inner step
         self.tokens = 0  # taken into inner steps since the start
@@ -71,7 +73,7 @@ class Weights:
 
     def due(self) -> bool:
         """Whether an inner step may be made now (in `flush` mode only with nothing in flight)."""
-        if self.pending_tokens < self._spec.inner.inner_tokens:
+        if self.pending_tokens < self._spec.inner.inner_tokens or self._readers:
             return False
         if self._spec.inner.mode == "flush":
             return all(version.users == 0 for version in self._versions)
@@ -97,6 +99,22 @@ class Weights:
     async def replace(self, weights: torch.Tensor) -> None:
         """Start anew from an anchor [size] fp32: a joiner, or a switch of chain."""
         await self._lane.run(Work.UPDATE, self._replace, weights)
+
+    async def moments(self, offload: Callable[..., Awaitable[Any]]) -> Moments | None:
+        """The optimizer's moments as of one inner step, copied by `offload` while micro-batches go on."""
+        await self._lane.run(Work.UPDATE, self._read, 1)  # in its turn: no step is half made
+        try:
+            found: Moments | None = await offload(self._optimizer.moments)
+            return found
+        finally:
+            self._lane.post(self._read, -1)
+
+    async def restore(self, moments: Moments) -> None:
+        """Go on with these moments: a restart, or a run that starts from a checkpoint."""
+        await self._lane.run(Work.UPDATE, self._optimizer.restore, moments)
+
+    def _read(self, more: int) -> None:
+        self._readers += more
 
     def _copy(self, span: slice, into: torch.Tensor) -> Sent:
         return Sent(into.copy_(self._master[span]), self.inner_steps, self.tokens)

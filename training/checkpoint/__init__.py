@@ -1,0 +1,1 @@
+"""Checkpoints: a model on disk, one file a parameter, whole or refused by name, free of stages."""
