@@ -29,6 +29,7 @@ from shoal.training.spec import RunSpec
 
 MANIFEST, DIGEST, SPEC = "manifest.json", "manifest.blake3", "spec.json"
 MANIFEST_BYTES = 8 * limits.MIB  # a parameter takes about 150 bytes, a stage 400
+CHECKPOINTS_FOLDER, START_FOLDER = "checkpoints", "start"  # in a peer's folder of the run
 WEIGHTS: Final = "weights"
 MOMENTUM: Final = "outer_momentum"
 MEAN: Final = "inner_mean"
@@ -159,6 +160,12 @@ def is_whole(manifest: Manifest, spec: RunSpec) -> bool:
 def slots_of(spec: RunSpec, part: StagePart) -> Sequence[Slot]:
     """The parameters that a part holds."""
     return stage_layout(spec, range(*part.layers)).slots
+
+
+def files_of(spec: RunSpec, part: StagePart) -> list[str]:
+    """The names of a part's files."""
+    parameters = [file_of(slot.name) for slot in slots_of(spec, part)]
+    return parameters if part.log_file is None else [part.log_file, *parameters]
 
 
 def file_of(parameter: str) -> str:

@@ -100,8 +100,11 @@ class Checkpoint:
         return state
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Check manifest, names and sizes. Raises StorageError, which names what is missing or altered."""
+def open_checkpoint(path: Path, partly: bool = False) -> Checkpoint:
+    """Check manifest, names and sizes. Raises StorageError, which names what is missing or altered.
+
+    `partly`: files may still be missing, as where a peer fetches those of its stage.
+    """
     if not path.is_dir():
         raise StorageError(f"there is no checkpoint {path}\nsee what there is: shoal checkpoint list")
     if not (path / MANIFEST).exists():
@@ -113,7 +116,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     manifest = parse_manifest(data, str(path / MANIFEST))
     spec = _spec(path / SPEC, manifest)
     require_sound(manifest, spec, str(path / MANIFEST))
-    _require_files(path, manifest.files)
+    _require_files(path, manifest.files, partly)
     return Checkpoint(path, digest, manifest, spec)
 
 
@@ -145,12 +148,14 @@ def _spec(path: Path, manifest: Manifest) -> RunSpec:
         raise _refused(path, f"not a spec that this version knows ({error.error_count()} faults)") from None
 
 
-def _require_files(path: Path, files: Sequence[FileEntry]) -> None:
+def _require_files(path: Path, files: Sequence[FileEntry], partly: bool) -> None:
     sizes = {entry.name: entry.size for entry in files}
     try:
         found = {entry.name: entry for entry in path.iterdir()}
         for name, size in sizes.items():
             if name not in found:
+                if partly:
+                    continue
                 raise _refused(path / name, "it is missing")
             if found[name].is_symlink() or not found[name].is_file():
                 raise _refused(path / name, "it is no plain file")
@@ -158,7 +163,7 @@ def _require_files(path: Path, files: Sequence[FileEntry]) -> None:
                 raise _refused(path / name, f"{has} bytes, {size} were written")
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
-    if extra := sorted(found.keys() - sizes.keys() - {MANIFEST, DIGEST}):
+    if not partly and (extra := sorted(found.keys() - sizes.keys() - {MANIFEST, DIGEST})):
         raise _refused(path / extra[0], "it was not written with the checkpoint; move it elsewhere")
 
 

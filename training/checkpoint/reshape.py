@@ -65,13 +65,13 @@ def load_stage(checkpoint: Checkpoint, spec: RunSpec, layout: StageLayout) -> St
             slot.view(targets[kind]).copy_(tensor)
         steps.append(part.inner_steps if {MEAN, SQUARE} <= set(part.tensors) else 0)
     first = checkpoint.manifest.parts[0]
-    log = checkpoint.log_state(first)
+    log = checkpoint.log_state(first) if layout.first else None
     return StageState(
         weights,
         momentum,
         Moments(min(steps), mean, square) if min(steps) > 0 else None,
         first.log_tokens,
-        log.positions if log is not None and layout.first else (),
+        log.positions if log is not None else (),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -45,8 +46,7 @@ class Writer:
             _remove_partial(folder, kind)
             number = max((number for number, _ in numbered(folder)), default=0) + 1
             self.path = folder / f"{number:06d}-{kind}"
-            self._partial = folder / f"{_HIDDEN}{self.path.name}"
-            self._partial.mkdir(mode=0o700)
+            self._partial = Path(tempfile.mkdtemp(f"-{kind}", _HIDDEN, folder))
         self._entries: list[FileEntry] = []
 
     def add(self, parameter: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -83,6 +83,11 @@ class Writer:
     def place(self, name: str) -> Path:
         """Where a download puts a file; `note` follows when it is there, verified and flushed."""
         return self._partial / name
+
+    @property
+    def unfinished(self) -> Path:
+        """Where its files are until `finish`."""
+        return self._partial
 
     def note(self, entry: FileEntry) -> None:
         """A file has come to its place."""

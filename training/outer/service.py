@@ -35,7 +35,7 @@ from shoal.training.outer.policy import (
 from shoal.training.outer.promise import Promises
 from shoal.training.outer.reduce import Published
 from shoal.training.outer.replica import Replica
-from shoal.training.outer.snapshot import genesis_snapshot
+from shoal.training.outer.snapshot import Inherited, Snapshot, genesis_snapshot
 from shoal.training.recovery.catch_up import CatchingUp
 from shoal.training.recovery.donor import Donor
 from shoal.training.recovery.residual_file import load_residuals, save_residuals
@@ -95,6 +95,7 @@ class Outer:
         positions: Positions = tuple,
         first_stage_head: Callable[[], bytes] = bytes,
         directory: Path | None = None,
+        inherited: Inherited | None = None,
     ) -> None:
         self._context = Context.of(
             spec,
@@ -113,7 +114,11 @@ class Outer:
         self._first_stage_head = first_stage_head
         self._change = Change()
         start = genesis_snapshot(
-            self._context.run_id, stage, genesis.detach().to("cpu", torch.float32), self._context.fragments
+            self._context.run_id,
+            stage,
+            genesis.detach().to("cpu", torch.float32),
+            self._context.fragments,
+            inherited,
         )
         self._replica = Replica(self._context, start)
         self._snapshots = Snapshots(self._context, self._replica, start, directory)
@@ -161,6 +166,10 @@ class Outer:
     def momentum(self) -> torch.Tensor:
         """The outer momentum [size] fp32 CPU; never changed in place."""
         return self._replica.momentum
+
+    def snapshot(self) -> Snapshot:
+        """The agreed state as it is now; its tensors are never changed in place."""
+        return Snapshot(self._replica.log.state(), self.anchor, self.momentum, self.state_root)
 
     @property
     def steps_since_round(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from shoal.training.outer.apply import part_state, tensors_digest
+from shoal.training.outer.entry import StreamPosition
 from shoal.training.outer.log import LogState, genesis_state, state_root
 from shoal.training.outer.parts import Fragment
 
@@ -35,8 +37,26 @@ def snapshot_of(
     return Snapshot(state, anchor, momentum, state_root(tensors_digest(digests), state))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Inherited:
+    """What a run that starts from a checkpoint brings to its genesis besides weights."""
+
+    momentum: torch.Tensor  # [size] fp32 CPU
+    log_tokens: int
+    positions: tuple[StreamPosition, ...]
+
+
 def genesis_snapshot(
-    run_id: bytes, stage: int, anchor: torch.Tensor, fragments: Sequence[Fragment]
+    run_id: bytes,
+    stage: int,
+    anchor: torch.Tensor,
+    fragments: Sequence[Fragment],
+    inherited: Inherited | None = None,
 ) -> Snapshot:
-    """The state before the first entry: the spec's initial weights, no momentum."""
-    return snapshot_of(genesis_state(run_id, stage), anchor, torch.zeros_like(anchor), fragments)
+    """The state before the first entry: initial weights without momentum, or what a checkpoint has."""
+    state, momentum = genesis_state(run_id, stage), torch.zeros_like(anchor)
+    if inherited is not None:
+        counted = inherited.log_tokens * len(fragments)  # each fragment's entries count all tokens
+        state = dataclasses.replace(state, tokens=counted, positions=inherited.positions)
+        momentum = inherited.momentum
+    return snapshot_of(state, anchor, momentum, fragments)
