@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from members_world import RUN, membership, wall
@@ -20,6 +21,9 @@ from shoal.protocol.contacts import ContactBook
 from shoal.protocol.identity import PeerId
 from shoal.protocol.memory_transport import Link, MemoryNetwork
 from shoal.protocol.revocation import RevocationBook
+from shoal.protocol.transport import Transport
+from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, START_FOLDER
+from shoal.training.checkpoint.share import Shelf
 from shoal.training.feed import Feed
 from shoal.training.lane import InlineLane
 from shoal.training.spec import RunSpec
@@ -84,10 +88,21 @@ class Replica:
 class TrainerWorld:
     """Peers by number, each at the stage it is added to."""
 
-    def __init__(self, spec: RunSpec, seed: int = 1, latency_s: float = 0.005, slower: float = 1.0) -> None:
-        """`slower`: how many times longer than SECONDS each piece of compute takes."""
+    def __init__(
+        self,
+        spec: RunSpec,
+        seed: int = 1,
+        latency_s: float = 0.005,
+        slower: float = 1.0,
+        disk: Path | None = None,
+        wrap: Callable[[Transport], Transport] = lambda transport: transport,
+    ) -> None:
+        """`slower`: how many times longer than SECONDS each piece of compute takes. `disk`: each peer has a
+        folder there, named by its number; without it nobody writes anything."""
         print("seed", seed)
         self.slower = slower
+        self.disk = disk
+        self.wrap = wrap
         self.spec = spec
         self.seed = seed
         self.network = MemoryNetwork(seed, Link(latency_s=latency_s))
@@ -95,14 +110,23 @@ class TrainerWorld:
         self.replicas: dict[int, Replica] = {}
         self._starts = 0
 
-    async def add(self, number: int, stage: int, feed: Feed | None = None, run: bool = True) -> Replica:
-        """Start a peer: join, recover, train."""
+    async def add(
+        self,
+        number: int,
+        stage: int,
+        feed: Feed | None = None,
+        run: bool = True,
+        imported: Path | None = None,
+    ) -> Replica:
+        """Start a peer: join, recover, train. `imported`: a folder of checkpoints that only it has."""
         self._starts += 1
         incarnation = self._starts
         member = membership(number)
         member.revocations = RevocationBook(RUN, member.token.root_der)
         member.renewed.clear()
-        transport = self.network.transport(member.key.peer, member.me.roles)
+        transport = self.wrap(self.network.transport(member.key.peer, member.me.roles))
+        data_dir = self.disk / str(number) if self.disk is not None else None
+        folders = [imported] if imported is not None else []
         found: list[Replica] = []
         state = ["joining"]
 
@@ -157,7 +181,13 @@ class TrainerWorld:
             incarnation=incarnation,
             event=event,
             rng=random.Random(self.seed * 7000 + number),
+            data_dir=data_dir,
+            imported=folders,
         )
+        if data_dir is not None:
+            Shelf([*folders, data_dir / CHECKPOINTS_FOLDER, data_dir / START_FOLDER], offload).serve(
+                transport
+            )
         replica = Replica(number, member.key.peer, stage, members, trainer)
         await transport.start()
         await members.start()

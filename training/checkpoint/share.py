@@ -121,21 +121,25 @@ async def fetch_files(
     arrived: Callable[[int], None] = lambda size_bytes: None,
 ) -> None:
     """Fetch files, each verified, to where they shall lie. Raises NotHere when every donor failed."""
-    missing = list(files)[::-1]
+    missing = list(files)
     reasons: list[str] = []
 
     async def work(donor: PeerId) -> None:
-        while missing:
-            entry, path = missing.pop()
+        lacks: set[str] = set()  # it may have some of them only, those of its stage
+        while job := next((job for job in missing if job[0].name not in lacks), None):
+            missing.remove(job)
+            entry, path = job
             try:
                 await _fetch(transport, donor, digest, entry, path, offload)
                 arrived(entry.size)
             except StorageError:
                 raise  # of this disk
             except ShoalError as error:
-                missing.append((entry, path))
+                missing.append(job)
                 reasons.append(f"{donor}: {error}")
-                return
+                lacks.add(entry.name)
+                if not isinstance(error, NotHere):
+                    return
 
     waiting = list(donors)
     while missing and waiting:
