@@ -130,6 +130,12 @@ async def _scene(group: FaultGroup, case: Case) -> Scene:
             last.signal(signal.SIGCONT)
 
         return Scene(targets, wake, late=last, comparable=False)
+    if case.needs_broken:
+        donors = [replica for replica in group.members if replica is not last]
+        targets = await armed(*([last] if case.strikes_asker else donors))
+        await last.ask("spoil")
+        await group.rounds(1)
+        return Scene(targets, _nothing, late=last, comparable=False)
     if case.message == "Gone":
         await group.arm("Contributing.sending kill", last)
         return Scene(await armed(leader if case.sends else first), group.step, lost=last, comparable=False)
@@ -144,6 +150,10 @@ async def _scene(group: FaultGroup, case: Case) -> Scene:
         )
     led = case.message in (_LEADER_SENDS if case.sends else _LEADER_RECEIVES)
     return Scene(await armed(leader if led else first), group.step)
+
+
+async def _nothing() -> None:
+    """What happens has begun."""
 
 
 async def _play_join(group: FaultGroup, case: Case) -> Outcome:

@@ -16,7 +16,8 @@ DELAY_S = 3.0
 STEPS = [step for step in faults.steps() if not step.startswith(("test.", "checkpoint."))]
 _LAGGARD = {"EntriesRequest", "EntryItem"}
 _JOINER = {"ManifestRequest", "Manifest", "ChunkRequest", "Chunk", "chunk"}
-_REQUESTS = {"EntriesRequest", "ManifestRequest", "ChunkRequest", "PartRequest"}
+_BROKEN = {"StateRequest", "StateDigests", "StatePart"}
+_REQUESTS = {"EntriesRequest", "ManifestRequest", "ChunkRequest", "PartRequest", "StateRequest"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,11 @@ class Case:
     def needs_joiner(self) -> bool:
         """Somebody who comes new takes a snapshot."""
         return self.message in _JOINER
+
+    @property
+    def needs_broken(self) -> bool:
+        """Somebody's memory is not what it was."""
+        return self.message in _BROKEN
 
     @property
     def needs_disk(self) -> bool:

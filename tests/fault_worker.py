@@ -146,6 +146,10 @@ class Worker:
         self.members.changed_now()
         return {"inner_steps": self.weights.inner_steps}
 
+    async def do_spoil(self) -> None:
+        """A value of the outer momentum changes, as in broken memory."""
+        self.outer.momentum[0] += 1.0
+
     async def do_arm(self, arming: str, once: str) -> None:
         """Arm a fault point; of the processes armed `once` with the same file the first is struck."""
         armed = Arming.parse(arming)

@@ -117,6 +117,17 @@ async def a_laggard(blow: Blow) -> int:
     return step(world, 3)  # what the laggard should have made, too
 
 
+async def a_broken_replica(blow: Blow) -> int:
+    """One whose memory has changed takes a part from another."""
+    world = blow.world
+    blow.late = broken = world.nodes[2]
+    broken.outer.momentum[100] += 1.0
+    blow.arm()
+    await world.rounds(1)
+    await struck(blow)
+    return step(world, 3)
+
+
 async def a_joiner(blow: Blow) -> int:
     """A newcomer takes a snapshot and its tail."""
     world = blow.world
@@ -148,6 +159,8 @@ SCENES: dict[str, Scene] = {
 def scene_of(case: Case) -> Scene:
     if case.needs_laggard:
         return a_laggard
+    if case.needs_broken:
+        return a_broken_replica
     return a_joiner if case.needs_joiner else SCENES.get(case.message, a_round)
 
 

@@ -114,6 +114,7 @@ from shoal.training.outer.messages import (
     PublishedPart,
     Publishing,
     Report,
+    StateRequest,
 )
 from shoal.training.outer.policy import owners
 from shoal.training.pipeline.inference import infer_logits
@@ -201,7 +202,7 @@ def test_roles_are_checked_before_any_handler_of_a_replica_runs(tmp_path: Path) 
         hop = await Peer(run, pipeline_spec(), 1, Known()).start(run)
         group = await GroupPeer(run).start(run)
         before = hop.state(), group.state()
-        names = ("round", "contribute", "publish", "part", "entries", "manifest", "chunks")
+        names = ("round", "contribute", "publish", "part", "entries", "manifest", "chunks", "state")
         doors = [
             (hop.me, "propagate"),
             (hop.me, "commit"),
@@ -216,7 +217,7 @@ def test_roles_are_checked_before_any_handler_of_a_replica_runs(tmp_path: Path) 
             await call(observer, hop.me, "infer", Note(1), Note, timeout_s=10)
         assert (hop.state(), group.state()) == before
         assert hop.transport.counters().refusals == {"WrongRole": 5}
-        assert group.transport.counters().refusals == {"WrongRole": 14}
+        assert group.transport.counters().refusals == {"WrongRole": 16}
 
     play_run(scene, tmp_path)
 
@@ -807,6 +808,9 @@ def test_drafts_and_entries_that_do_not_hold_change_no_log(tmp_path: Path) -> No
             ("manifest", ManifestRequest(8), NotHere),
             ("chunks", ChunkRequest(0, bytes(32), (0,)), Stale),
             ("chunks", ChunkRequest(8, bytes(32), (2**32,)), NotHere),
+            ("state", StateRequest(bytes(32), victim.outer.state_root), Stale),
+            ("state", StateRequest(victim.outer.head, bytes(32), (0,)), Stale),
+            ("state", StateRequest(victim.outer.head, victim.outer.state_root, (2**32,)), MessageInvalid),
         )
         for method, request, kind in requests:
             with pytest.raises(kind):

@@ -40,6 +40,8 @@ class Rebase:
         new = self.new.to(span.device)
         if self.alpha is None:
             span.sub_(self.old.to(span.device)).add_(new)
+        elif self.alpha == 0.0:
+            span.copy_(new)  # whatever was there, a number or not
         else:
             span.mul_(self.alpha).add_(torch.mul(new, 1.0 - self.alpha))
 

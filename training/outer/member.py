@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 
 from shoal.protocol.errors import Busy, MessageInvalid, NotHere, Stale
 from shoal.protocol.faults import define
@@ -30,6 +31,7 @@ from shoal.training.outer.replica import Replica
 from shoal.training.outer.round import Round, draw_owners
 
 GO_LAG_S = 2.0  # a neighbour's contribution may be here before the leader's GO
+APART_S = 2.0  # that others go without a member which repairs its state: as long as a silent one delays them
 NORM_MOST = 1e18  # entry.Norm's bound
 _APPLYING, _APPLIED = define("entry.applying"), define("entry.applied")
 Positions = Callable[[], Sequence[tuple[int, int]]]
@@ -60,6 +62,7 @@ class Member:
         self.contribution: Contribution | None = None  # to the height to come
         self._reached: set[PeerId] = set()  # who may have got some of it, by whatever draft
         self._unapplied: bytes | None = None  # an entry of the height to come whose parts are not all here
+        self._apart_until_s = -math.inf  # the own state is being repaired: no new round
         self._deciding = asyncio.Lock()  # one entry at a time; no copy of weights in the middle of one
         self._tasks: set[asyncio.Task[object]] = set()
 
@@ -83,6 +86,8 @@ class Member:
             bound = self.promises.current
             if bound.binds(asked):
                 return Answer(log.height, 0, 0, 0, 0.0, (), promised=bound.ballot), b""
+            if self.idle and asyncio.get_running_loop().time() < self._apart_until_s:
+                raise Stale("this peer has to repair its state first")
             entry = parse(offer)
             if entry.fragment != log.next_fragment.index and not entry.lost:
                 raise MessageInvalid(f"height {entry.height} synchronises fragment {log.next_fragment.index}")
@@ -239,6 +244,25 @@ class Member:
                 await self.replica.sift(self._local)
                 await self._leave_round()
         self.change.notify()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no round is under way here, nor left undecided."""
+        return self.engaged_with is None and self.round is None and self.contribution is None
+
+    @asynccontextmanager
+    async def apart(self) -> AsyncIterator[None]:
+        """Between two rounds, and no new one for APART_S. Raises Stale where one stays undecided."""
+        self._apart_until_s = math.inf
+        try:
+            limit_s = asyncio.get_running_loop().time() + 4 * self._context.spec.outer.round_deadline_s
+            await self.change.until(lambda: self.idle or self.undecided_since_s is not None, lambda: limit_s)
+            if not self.idle:
+                raise Stale("a round is still to be decided")
+            self._apart_until_s = asyncio.get_running_loop().time() + APART_S
+            yield
+        finally:
+            self._apart_until_s = -math.inf
 
     def gone(self, seat: int) -> None:
         """A seat of the round under way is not there any more."""

@@ -163,6 +163,30 @@ class ManifestRequest:
 
 @wire_message
 @dataclass(frozen=True, slots=True)
+class StateRequest:
+    """Asks for parts (by their index in the stage) of the state at a head; none: for all parts' digests."""
+
+    head: Digest
+    state_root: Digest
+    parts: Annotated[tuple[Annotated[int, Bounds(0, 2**32)], ...], Items(1024)] = ()
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class StateDigests:
+    """Payload: the digest of each part's anchor and momentum."""
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class StatePart:
+    """Payload: a part's anchor, then its momentum, fp32 little-endian."""
+
+    part: Annotated[int, Bounds(0, 2**32)]
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """A snapshot: anchors, then momentum, fp32 little-endian. Payload: chunk hashes, then the LogState."""
 

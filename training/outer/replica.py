@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -22,10 +23,13 @@ from shoal.training.outer.local import LocalWeights, Rebase
 from shoal.training.outer.log import Log, state_root
 from shoal.training.outer.lost import Lost
 from shoal.training.outer.offered import Offered
+from shoal.training.outer.parts import Part
 from shoal.training.outer.payloads import Payloads
 from shoal.training.outer.reduce import Published
 from shoal.training.outer.residuals import Residuals
 from shoal.training.outer.snapshot import Snapshot
+
+_SHIFT_MOST = 16.0  # times the largest weight: leaves 20 of fp32's 24 bits to a step
 
 
 class Replica:
@@ -95,7 +99,7 @@ class Replica:
         listed = row is not None and contribution is not None and contribution.sent.inner_step == row.to_step
         step = step or self.begin_step(entry)
         result = await step.finish(entry, means, contribution if listed else None)
-        await self._hash_others(fragment.index)
+        await self.digests(but=fragment.index)
         await local.rebase([*result.changes, *self._settle(entry)])
         self.log.append(data)
         self._anchors[fragment.index], self._momenta[fragment.index] = result.anchor, result.momentum
@@ -148,11 +152,17 @@ class Replica:
             means[part] = found
         return means
 
-    async def _hash_others(self, fragment: int) -> None:
-        """The digests of the fragments that an entry leaves alone, computed once."""
+    async def digests(self, but: int | None = None) -> list[bytes]:
+        """Of each part of the agreed state; those that are not known yet are hashed, `but` one fragment's."""
         for index, known in enumerate(self._digests):
-            if not known and index != fragment:
+            if not known and index != but:
                 self._digests[index] = await self._context.offload(self._hash, index)
+        return [digest for fragment in self._digests for digest in fragment]
+
+    async def hash_anew(self) -> list[bytes]:
+        """Digest of each part as it is in memory now, whatever it was when it was agreed."""
+        hashed = [self._context.offload(self._hash, index) for index in range(len(self._anchors))]
+        return [digest for fragment in await asyncio.gather(*hashed) for digest in fragment]
 
     def _hash(self, index: int) -> list[bytes]:
         fragment = self._context.fragments[index]
@@ -189,6 +199,51 @@ class Replica:
         self._whole, self.state_root = other._whole, other.state_root
         self.log, self.payloads = other.log, other.payloads
         self.residuals.retire_contributed(remainders)
+
+    def part_state(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        """Anchor and momentum of one part."""
+        fragment = next(fragment for fragment in self._context.fragments if part in fragment.parts)
+        span = fragment.within(part)
+        return self._anchors[fragment.index][span], self._momenta[fragment.index][span]
+
+    async def repair(
+        self,
+        state: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+        digests: Sequence[bytes],
+        local: LocalWeights,
+    ) -> None:
+        """Put parts (by index) right at the same head: w ← w + (right − wrong). The caller has verified them.
+
+        Where that is beyond fp32, the steps since in that part have gone already: it starts from what is
+        right. `digests` are those of all parts of the right state.
+        """
+        anchors, momenta, changes, spoilt = await self._context.offload(self._patched, state)
+        await local.rebase(changes)
+        self.residuals.retire_contributed(spoilt)
+        taken = iter(digests)
+        self._digests = [[next(taken) for _ in fragment.parts] for fragment in self._context.fragments]
+        self._anchors, self._momenta = anchors, momenta
+        self._whole = (-1, anchors[0], momenta[0])  # of no height: put together anew
+        self.state_root = state_root(tensors_digest(digests), self.log.state())
+
+    def _patched(self, state: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> tuple[Any, ...]:
+        """Anchors and momenta with these parts; what follows for local weights and for residuals."""
+        changes: list[Rebase] = []
+        spoilt: dict[int, torch.Tensor | None] = {}
+        anchors, momenta = list(self._anchors), list(self._momenta)
+        for index, fragment in enumerate(self._context.fragments):
+            wrong = [part for part in fragment.parts if part.index in state]
+            if wrong:
+                anchors[index], momenta[index] = anchors[index].clone(), momenta[index].clone()
+            for part in wrong:
+                span = fragment.within(part)
+                anchors[index][span], momenta[index][span] = state[part.index]
+                old, right = self._anchors[index][span], anchors[index][span]
+                tells = bool((old - right).abs().max() <= _SHIFT_MOST * right.abs().max())
+                changes.append(Rebase(part.start, old, right, None if tells else 0.0))
+                if not tells:
+                    spoilt[part.index] = None
+        return anchors, momenta, changes, spoilt
 
     def prune(self, snapshot_height: int) -> None:
         """Let go of what is older than the last snapshot and over budget."""

@@ -60,6 +60,7 @@ class Figures:
     caught_up: int = 0
     switches: int = 0  # of chains, after a fork
     reentering: int = 0  # lost entries still to bring back
+    repaired_parts: int = 0  # whose state was another than the group's at the same head
     listed: int = 0
     skipped_parts: int = 0
     last_round_s: float = 0.0
@@ -206,6 +207,7 @@ class Outer:
         self._figures.caught_up = self._catching_up.entries
         self._figures.switches = self._catching_up.switches
         self._figures.reentering = self.reentering
+        self._figures.repaired_parts = self._catching_up.repaired_parts
         snapshot = self._snapshots.newest_height
         return {**dataclasses.asdict(self._figures), "height": self.height, "snapshot_height": snapshot}
 
@@ -214,7 +216,7 @@ class Outer:
     def serve(self) -> None:
         """Register what this replica answers to its group."""
         Services(self._context, self._member).serve()
-        Donor(self._context, self._snapshots).serve()
+        Donor(self._context, self._replica, self._snapshots).serve()
 
     async def recover(self) -> None:
         """Before `run`: take up what the own disk has, then what the group has committed.
@@ -241,7 +243,11 @@ class Outer:
     async def _reach_group(self) -> None:
         loop = asyncio.get_running_loop()
         limit_s = loop.time() + RECOVER_S
-        while (ahead := self._ahead()) and not await self._catch_up(ahead):
+        while True:
+            group = self._group(self._peers())
+            ahead = self._catching_up.ahead(group)
+            if not ahead or await self._catch_up(group):
+                return
             if loop.time() >= limit_s:
                 raise StageEmpty(
                     f"stage {self._context.stage}: {len(ahead)} replicas are ahead and none of them hands "
@@ -292,7 +298,7 @@ class Outer:
                     min(now_s + POLL_S, until_s if until_s is not None else now_s + POLL_S)
                 )
             case CatchUp():
-                await self._catch_up(self._catching_up.ahead(group))
+                await self._catch_up(group)
             case Lead():
                 await self._lead(group, [member.peer for member in peers if member.silent])
 
@@ -355,9 +361,9 @@ class Outer:
             self._ballot = leader.highest_ballot
             self._back_off(f"round {height} not committed: {error}")
 
-    async def _catch_up(self, ahead: Sequence[GroupMember]) -> bool:
+    async def _catch_up(self, group: Sequence[GroupMember]) -> bool:
         try:
-            await self._catching_up.run(ahead)
+            await self._catching_up.run(group)
             self._failures = 0
             return True
         except ShoalError as error:
@@ -436,6 +442,3 @@ class Outer:
             uplink=next((member.uplink for member in peers if member.peer == me), 1.0),
         )
         return [mine, *(member for member in peers if member.peer != me and not member.silent)]
-
-    def _ahead(self) -> list[GroupMember]:
-        return self._catching_up.ahead(self._group(self._peers()))

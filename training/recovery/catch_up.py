@@ -1,58 +1,55 @@
 """Catching up: how a joiner, a laggard or a replica on a lost fork reaches the group's head.
 
 Entries first, as bytes, checked as one chain up to a head that live members announce; only then their parts,
-by digest from anybody. A snapshot instead where that is less or where entries are gone: it is built beside
-the own state, brought to the announced head and root, and only then taken over. Where the chains fork, both
-sides compare the same entries, and the one that lost switches. Local steps are kept either way.
+by digest from anybody. A snapshot instead where that is less or where entries are gone (`jump`). Where the
+chains fork, both sides compare the same entries, and the one that lost switches. Where the heads are equal
+and the states are not, `repair`. Local steps are kept in any case.
 """
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 from collections.abc import Sequence
 
-import torch
-
-from shoal.protocol.errors import MessageInvalid, NotHere, ProtocolViolation, ShoalError, Stale
-from shoal.protocol.identity import PeerId
+from shoal.protocol.errors import NotHere, Stale
 from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.codecs import codec_of, round_codecs
 from shoal.training.outer.context import Context
-from shoal.training.outer.contribution import Contribution
-from shoal.training.outer.entry import Entry, parse
-from shoal.training.outer.fetch import fetch_parts
-from shoal.training.outer.fork import Chain, chain_of, most_tokens, share, wins
-from shoal.training.outer.local import LocalWeights, Rebase, Sent
+from shoal.training.outer.entry import parse
+from shoal.training.outer.fork import Chain, chain_of, most_tokens, wins
+from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.member import Member
 from shoal.training.outer.policy import GroupMember
-from shoal.training.outer.replica import Replica
-from shoal.training.outer.snapshot import Snapshot
 from shoal.training.recovery.chain import Rival, fetch_chain, fetch_entry, find_rival
-from shoal.training.recovery.download import Offer, ask_manifest, download
+from shoal.training.recovery.jump import Fork, Jumping
 from shoal.training.recovery.policy import Target, choose_target, prefers_snapshot
+from shoal.training.recovery.repair import Repairing
 from shoal.training.recovery.snapshots import Snapshots
-from shoal.training.recovery.switch import lost_entries, settlements
 
 _HEADS_REMEMBERED = 1024
 
 
 class CatchingUp:
-    """Belongs to one member; `Outer` calls `run` whenever somebody is on a head that this log lacks."""
+    """Belongs to one member; `Outer` calls `run` whenever `ahead` names somebody."""
 
     def __init__(self, context: Context, member: Member, local: LocalWeights, snapshots: Snapshots) -> None:
         self._context = context
         self._member = member
-        self._local = local
-        self._snapshots = snapshots
+        self._jumping = Jumping(context, member, local, snapshots)
+        self._repairing = Repairing(context, member, local, snapshots)
         self._passed: set[bytes] = set()  # heads on the own chain, or on one that lost against it
         self.entries = 0  # replayed
-        self.jumps = 0  # by snapshot
         self.switches = 0  # to a chain that won
 
-    def ahead(self, group: Sequence[GroupMember]) -> list[GroupMember]:
-        """Members whose head this peer has to follow, or to compare with its own."""
-        return [member for member in group if self._is_elsewhere(member)]
+    @property
+    def repaired_parts(self) -> int:
+        """Whose state was wrong here, and is right now."""
+        return self._repairing.parts
+
+    def ahead(self, group: Sequence[GroupMember]) -> Sequence[GroupMember]:
+        """Members whose head this peer has to follow, or to compare with its own; where there are none, those
+        at its own head who may be right about the state when it is wrong."""
+        elsewhere = [member for member in group if self._is_elsewhere(member)]
+        return elsewhere or self._repairing.right(group)
 
     def _is_elsewhere(self, member: GroupMember) -> bool:
         log = self._member.replica.log
@@ -73,12 +70,13 @@ class CatchingUp:
 
     async def run(self, group: Sequence[GroupMember]) -> None:
         """Reach a state that members of `ahead` announce. Raises ShoalError when nobody helps."""
-        target = choose_target(group)
+        target = choose_target(self.ahead(group))
         if target is None:
             return
-        if target.height > self._member.replica.log.height and await self._follow(target):
-            return
-        await self._compare(target)
+        if target.head == self._member.replica.log.head:
+            await self._repairing.run(target, group)
+        elif target.height <= self._member.replica.log.height or not await self._follow(target):
+            await self._compare(target)
 
     # -- the same chain
 
@@ -103,6 +101,11 @@ class CatchingUp:
             return False
         await self._jump(target)
         return True
+
+    async def _jump(self, target: Target, fork: Fork | None = None) -> None:
+        if await self._jumping.run(target, fork):
+            self._passed.clear()
+            self.switches += fork is not None
 
     async def _is_continued_by(self, target: Target) -> bool:
         """Whether the target's chain goes on from the own head; False, too, where no donor can tell."""
@@ -147,7 +150,7 @@ class CatchingUp:
         if wins(mine, theirs):
             self._pass(target.head)
         else:
-            await self._jump(target, rival, mine, theirs)
+            await self._jump(target, Fork(rival, mine, theirs))
 
     async def _compare_totals(self, target: Target, error: NotHere) -> None:
         """Of chains that left each other before all that is kept: which has more tokens since genesis."""
@@ -168,138 +171,3 @@ class CatchingUp:
                 "won": wins(mine, theirs),
             },
         )
-
-    # -- jumping
-
-    async def _jump(
-        self,
-        target: Target,
-        rival: Rival | None = None,
-        mine: Chain | None = None,
-        theirs: Chain | None = None,
-    ) -> None:
-        """Build the target's state from a snapshot and its tail, then switch to it."""
-        snapshot = await self._snapshot(target, rival)
-        shadow = await self._replay(snapshot, target)
-        contributed = await self._entry_contributed_to(shadow, target)
-        replica = self._member.replica
-
-        async def jump(contribution: Contribution | None) -> bool:
-            changes: list[Rebase] = []
-            if rival is None or mine is None or theirs is None:
-                if shadow.log.height <= replica.log.height:
-                    return False  # a COMMIT was faster
-            else:
-                if replica.log.head != mine.head:
-                    return False  # ... and the comparison has to be made again
-                lost = lost_entries(replica, shadow.log, rival, mine, theirs)
-                changes = settlements(replica, shadow.log, rival, lost)
-                replica.lost.rescale(share(mine, theirs))
-                replica.lost.add(lost)
-                replica.offered.switched()
-                self.switches += 1
-            listed = self._listed_parts(contributed, contribution)
-            round_ = self._member.round
-            if contribution is not None and not listed and round_ is not None:
-                now_s = asyncio.get_running_loop().time()
-                replica.offered.note_open(round_.draft, contribution, now_s)
-            if rival is not None:
-                own = (replica.log.entry(height) or b"" for height in range(rival.ancestor_height, 0, -1))
-                shadow.log.backfill(itertools.chain(reversed(rival.entries), own))
-            await replica.adopt(shadow, self._local, contribution, listed, changes)
-            self._snapshots.switch(snapshot)
-            self._passed.clear()
-            self.jumps += 1
-            return True
-
-        await self._member.install(jump)
-
-    async def _snapshot(self, target: Target, rival: Rival | None) -> Snapshot:
-        """The last snapshot up to the target: an own one where the chains were still one, or the donors'."""
-        every = self._context.spec.outer.snapshot_every
-        height = target.height // every * every
-        common = self._member.replica.log.height if rival is None else rival.ancestor_height
-        if height == 0 or height <= common:
-            try:
-                return self._snapshots.get(height)
-            except NotHere as error:
-                self._context.event("snapshot-not-kept", {"height": height, "why": str(error)})
-        donors, failures = list(target.donors), dict[PeerId, ShoalError]()
-        while donors:
-            found, silent = await ask_around(
-                self._context, donors, lambda donor: self._manifest(donor, height)
-            )
-            failures |= silent
-            if found is None:
-                break
-            giver, offer = found
-            try:
-                others = [peer for peer in target.donors if peer != giver]
-                return await download(self._context, offer, [giver, *others])
-            except ShoalError as error:
-                failures[giver] = error
-                donors.remove(giver)
-                if isinstance(error, ProtocolViolation):
-                    self._context.refuse(giver, str(error))
-        raise NotHere(f"no donor has the snapshot of height {height}: {reasons(failures)}")
-
-    async def _manifest(self, donor: PeerId, height: int) -> tuple[PeerId, Offer]:
-        return donor, await ask_manifest(self._context, donor, height)
-
-    async def _replay(self, snapshot: Snapshot, target: Target) -> Replica:
-        """The snapshot with its tail applied, checked against what members announce."""
-        shadow = Replica(self._context, snapshot)
-        unused = _Nowhere(self._context.size)
-        for data in await fetch_chain(self._context, snapshot.height, snapshot.state.head, target):
-            parts = await fetch_parts(self._context, parse(data), {}, target.donors)
-            await shadow.apply(data, parts, unused, None)
-        if shadow.log.head != target.head or shadow.state_root != target.state_root:
-            raise MessageInvalid(
-                f"head or state root after replay to height {target.height} differ from those announced"
-            )
-        return shadow
-
-    async def _entry_contributed_to(self, shadow: Replica, target: Target) -> Entry | None:
-        """The entry that lists what this process contributed last and saw no COMMIT of, if there is one."""
-        round_, context = self._member.round, self._context
-        if round_ is None or round_.contribution is None:
-            return None
-        step, _ = shadow.log.end_of(context.me, context.incarnation, round_.draft.fragment)
-        if step < round_.contribution.sent.inner_step:
-            return None
-        height = round_.draft.height
-        data = shadow.log.entry(height)
-        entry = parse(data) if data is not None else None
-        for donor in target.donors if entry is None else ():
-            try:
-                entry = await fetch_entry(context, donor, height)
-                break
-            except ShoalError as error:
-                context.event("entry-not-found", {"height": height, "why": str(error)})
-        return entry if entry is not None and entry.previous == round_.draft.previous else None
-
-    def _listed_parts(self, entry: Entry | None, mine: Contribution | None) -> set[int]:
-        """Parts (by index) of which an entry lists what this process contributed."""
-        if entry is None or mine is None:
-            return set()
-        seat = entry.seat_of(self._context.me, self._context.incarnation)
-        row = entry.row_of(seat) if seat is not None else None
-        if row is None or row.to_step != mine.sent.inner_step or entry.fragment != mine.fragment.index:
-            return set()
-        return {mine.fragment.parts[number].index for number in self._member.replica.offered.lists(entry)}
-
-
-class _Nowhere:
-    """Local weights of a shadow replica: there are none."""
-
-    inner_steps = 0
-    tokens = 0
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    async def sent(self, span: slice, into: torch.Tensor) -> Sent:
-        return Sent(torch.empty(0), 0, 0)
-
-    async def rebase(self, changes: Sequence[Rebase]) -> None:
-        return None

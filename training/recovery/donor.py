@@ -1,22 +1,36 @@
-"""Donor: hands snapshots to joiners. Any replica is one; a joiner asks several at once."""
+"""Donor: hands snapshots to joiners, and parts of its state to who has lost them.
+
+Any replica is one; a joiner asks several at once.
+"""
 
 from __future__ import annotations
 
+from shoal.compression.codec import bytes_of
 from shoal.protocol import wire
 from shoal.protocol.errors import MessageInvalid, Stale
 from shoal.protocol.transport import Stream
 from shoal.training.outer.context import GROUP_ROLES, Context
 from shoal.training.outer.log import LOG_STATE_BYTES
-from shoal.training.outer.messages import Chunk, ChunkRequest, Manifest, ManifestRequest
+from shoal.training.outer.messages import (
+    Chunk,
+    ChunkRequest,
+    Manifest,
+    ManifestRequest,
+    StateDigests,
+    StatePart,
+    StateRequest,
+)
+from shoal.training.outer.replica import Replica
 from shoal.training.recovery.snapshot import CHUNK_VALUES, chunk, chunk_hashes, chunks_of
 from shoal.training.recovery.snapshots import Snapshots
 
 
 class Donor:
-    """Serves methods "manifest" and "chunks" of a stage's group."""
+    """Serves methods "manifest", "chunks" and "state" of a stage's group."""
 
-    def __init__(self, context: Context, snapshots: Snapshots) -> None:
+    def __init__(self, context: Context, replica: Replica, snapshots: Snapshots) -> None:
         self._context = context
+        self._replica = replica
         self._snapshots = snapshots
 
     def serve(self) -> None:
@@ -24,6 +38,7 @@ class Donor:
         transport, method = self._context.transport, self._context.method
         transport.serve(method("manifest"), self._manifest, GROUP_ROLES)
         transport.serve(method("chunks"), self._chunks, GROUP_ROLES)
+        transport.serve(method("state"), self._state, GROUP_ROLES)
 
     async def _manifest(self, stream: Stream) -> None:
         request = (await stream.receive(ManifestRequest)).header
@@ -52,3 +67,23 @@ class Donor:
             if index >= count:
                 raise MessageInvalid(f"chunk {index} of {count}")
             await stream.send(Chunk(index), chunk(snapshot, index))
+
+    async def _state(self, stream: Stream) -> None:
+        """Digests of all parts at the head, or some parts: of this very state or not at all."""
+        request = (await stream.receive(StateRequest)).header
+        parts = {part.index: part for fragment in self._context.fragments for part in fragment.parts}
+        if not request.parts:
+            digests = await self._replica.digests()
+            self._require(request)
+            await stream.send(StateDigests(), b"".join(digests))
+        for index in request.parts:
+            if index not in parts:
+                raise MessageInvalid(f"part {index} of {len(parts)}")
+            self._require(request)
+            tensors = self._replica.part_state(parts[index])
+            data = await self._context.offload(b"".join, [bytes_of(tensor) for tensor in tensors])
+            await stream.send(StatePart(index), data)
+
+    def _require(self, request: StateRequest) -> None:
+        if (self._replica.log.head, self._replica.state_root) != (request.head, request.state_root):
+            raise Stale("this replica has gone on from that head, or does not share that state")

@@ -36,6 +36,26 @@ def choose_target(group: Sequence[GroupMember]) -> Target | None:
     return Target(at, head, root, (*agreeing, *beyond), tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Dissent:
+    """Members at the own head who agree on a state that is not the own one."""
+
+    members: tuple[GroupMember, ...]
+    outvoted: bool  # they are more than those with the own state; else just as many
+
+
+def dissent(head: bytes, own_root: bytes, group: Sequence[GroupMember]) -> Dissent | None:
+    """Who differs, if they may be right by their number. `group` holds this peer, too."""
+    here = [member for member in group if member.head == head]
+    votes = Counter(member.state_root for member in here)
+    others = [root for root in votes if root != own_root]
+    root = max(others, key=lambda root: (votes[root], root), default=own_root)
+    if root == own_root or votes[root] < votes[own_root]:
+        return None
+    members = tuple(member for member in here if member.state_root == root)
+    return Dissent(members, votes[root] > votes[own_root])
+
+
 def prefers_snapshot(height: int, target: int, every: int, size_bytes: int, published_bytes: int) -> bool:
     """Whether a snapshot and its tail are fewer bytes than all entries since `height`.
 

@@ -20,7 +20,7 @@ from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.parts import Fragment
 from shoal.training.outer.reduce import Published
 from shoal.training.outer.replica import Replica
-from shoal.training.outer.snapshot import Snapshot
+from shoal.training.outer.snapshot import Snapshot, snapshot_of
 from shoal.training.recovery import journal
 from shoal.training.recovery.snapshot import load, save
 
@@ -46,12 +46,32 @@ class Snapshots:
         """0 while there is none but genesis."""
         return max(self._kept)
 
+    @property
+    def heights(self) -> list[int]:
+        """Of those kept, the newest first."""
+        return sorted(self._kept, reverse=True)
+
     def get(self, height: int) -> Snapshot:
         """The snapshot of a height. Raises NotHere."""
         found = self._kept.get(height)
         if found is None:
             raise NotHere(f"no snapshot of height {height}; kept: {sorted(self._kept)}")
         return found
+
+    async def whole(self, height: int) -> Snapshot:
+        """`get`, hashed anew. Raises NotHere, also for one that is not any more what it was."""
+        found, context = self.get(height), self._context
+        fresh: Snapshot = await context.offload(
+            snapshot_of, found.state, found.anchor, found.momentum, context.fragments
+        )
+        if fresh.state_root != found.state_root:
+            raise NotHere(f"the snapshot of height {height} in memory does not fit its state root")
+        return found
+
+    def take(self) -> None:
+        """Keep the replica's state as it is now."""
+        replica = self._replica
+        self.keep(Snapshot(replica.log.state(), replica.anchor, replica.momentum, replica.state_root))
 
     def keep(self, snapshot: Snapshot) -> None:
         """Hold a snapshot (a joiner's, too, which so becomes a donor) and let older state go."""
@@ -99,11 +119,10 @@ class Snapshots:
             await asyncio.gather(self._writer, return_exceptions=True)
 
     def _on_entry(self, entry: Entry, data: bytes, parts: Mapping[int, Published]) -> None:
-        replica = self._replica
         if self.directory is not None:
             self.write(journal.write_entry, self.directory, entry.height, data, parts)
         if entry.height % self._context.spec.outer.snapshot_every == 0:
-            self.keep(Snapshot(replica.log.state(), replica.anchor, replica.momentum, replica.state_root))
+            self.take()
 
     def write(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run a write off the loop, after those before it; a disk slower than the rounds skips some."""

@@ -1,0 +1,162 @@
+"""Jumping: to another head by a snapshot and its tail, along the own chain or over to one that won."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass
+
+from shoal.protocol.errors import MessageInvalid, NotHere, ProtocolViolation, ShoalError
+from shoal.protocol.identity import PeerId
+from shoal.training.outer.ask_around import ask_around, reasons
+from shoal.training.outer.context import Context
+from shoal.training.outer.contribution import Contribution
+from shoal.training.outer.entry import Entry, parse
+from shoal.training.outer.fork import Chain, share
+from shoal.training.outer.local import LocalWeights, Rebase
+from shoal.training.outer.member import Member
+from shoal.training.outer.replica import Replica
+from shoal.training.outer.snapshot import Snapshot
+from shoal.training.recovery.chain import Rival, fetch_chain, fetch_entry
+from shoal.training.recovery.download import Offer, ask_manifest, download
+from shoal.training.recovery.policy import Target
+from shoal.training.recovery.shadow import replay
+from shoal.training.recovery.snapshots import Snapshots
+from shoal.training.recovery.switch import lost_entries, settlements
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """What made the own chain lose."""
+
+    rival: Rival
+    mine: Chain
+    theirs: Chain
+
+
+class Jumping:
+    """Belongs to one member's `CatchingUp`."""
+
+    def __init__(self, context: Context, member: Member, local: LocalWeights, snapshots: Snapshots) -> None:
+        self._context = context
+        self._member = member
+        self._local = local
+        self._snapshots = snapshots
+
+    async def run(self, target: Target, fork: Fork | None) -> bool:
+        """Build the target's state and take it over. False where the own log has gone on meanwhile.
+
+        `fork` where the target is on another chain. Raises NotHere, MessageInvalid and what donors raise.
+        """
+        snapshot = await self._snapshot(target, fork)
+        shadow = await self._replay(snapshot, target)
+        contributed = await self._entry_contributed_to(shadow, target)
+        replica, jumped = self._member.replica, False
+
+        async def jump(contribution: Contribution | None) -> bool:
+            nonlocal jumped
+            changes: list[Rebase] = []
+            if fork is None:
+                if shadow.log.height <= replica.log.height:
+                    return False  # a COMMIT was faster
+            elif replica.log.head != fork.mine.head:
+                return False  # ... and the comparison has to be made again
+            else:
+                changes = self._leave_chain(shadow, fork)
+            listed = self._listed_parts(contributed, contribution)
+            round_ = self._member.round
+            if contribution is not None and not listed and round_ is not None:
+                now_s = asyncio.get_running_loop().time()
+                replica.offered.note_open(round_.draft, contribution, now_s)
+            if fork is not None:
+                ancestor = fork.rival.ancestor_height
+                own = (replica.log.entry(height) or b"" for height in range(ancestor, 0, -1))
+                shadow.log.backfill(itertools.chain(reversed(fork.rival.entries), own))
+            await replica.adopt(shadow, self._local, contribution, listed, changes)
+            self._snapshots.switch(snapshot)
+            jumped = True
+            return True
+
+        await self._member.install(jump)
+        return jumped
+
+    def _leave_chain(self, shadow: Replica, fork: Fork) -> list[Rebase]:
+        """What stays behind waits to re-enter; what the switch means for local weights."""
+        replica = self._member.replica
+        lost = lost_entries(replica, shadow.log, fork.rival, fork.mine, fork.theirs)
+        changes = settlements(replica, shadow.log, fork.rival, lost)
+        replica.lost.rescale(share(fork.mine, fork.theirs))
+        replica.lost.add(lost)
+        replica.offered.switched()
+        return changes
+
+    async def _snapshot(self, target: Target, fork: Fork | None) -> Snapshot:
+        """The last snapshot up to the target: an own one where the chains were still one, or the donors'."""
+        every = self._context.spec.outer.snapshot_every
+        height = target.height // every * every
+        common = self._member.replica.log.height if fork is None else fork.rival.ancestor_height
+        if height == 0 or height <= common:
+            try:
+                return await self._snapshots.whole(height)
+            except NotHere as error:
+                self._context.event("snapshot-not-kept", {"height": height, "why": str(error)})
+        donors, failures = list(target.donors), dict[PeerId, ShoalError]()
+        while donors:
+            found, silent = await ask_around(
+                self._context, donors, lambda donor: self._manifest(donor, height)
+            )
+            failures |= silent
+            if found is None:
+                break
+            giver, offer = found
+            try:
+                others = [peer for peer in target.donors if peer != giver]
+                return await download(self._context, offer, [giver, *others])
+            except ShoalError as error:
+                failures[giver] = error
+                donors.remove(giver)
+                if isinstance(error, ProtocolViolation):
+                    self._context.refuse(giver, str(error))
+        raise NotHere(f"no donor has the snapshot of height {height}: {reasons(failures)}")
+
+    async def _manifest(self, donor: PeerId, height: int) -> tuple[PeerId, Offer]:
+        return donor, await ask_manifest(self._context, donor, height)
+
+    async def _replay(self, snapshot: Snapshot, target: Target) -> Replica:
+        """The snapshot with its tail applied, checked against what members announce."""
+        chain = await fetch_chain(self._context, snapshot.height, snapshot.state.head, target)
+        shadow = await replay(self._context, snapshot, chain, target.donors)
+        if shadow.log.head != target.head or shadow.state_root != target.state_root:
+            raise MessageInvalid(
+                f"head or state root after replay to height {target.height} differ from those announced"
+            )
+        return shadow
+
+    async def _entry_contributed_to(self, shadow: Replica, target: Target) -> Entry | None:
+        """The entry that lists what this process contributed last and saw no COMMIT of, if there is one."""
+        round_, context = self._member.round, self._context
+        if round_ is None or round_.contribution is None:
+            return None
+        step, _ = shadow.log.end_of(context.me, context.incarnation, round_.draft.fragment)
+        if step < round_.contribution.sent.inner_step:
+            return None
+        height = round_.draft.height
+        data = shadow.log.entry(height)
+        entry = parse(data) if data is not None else None
+        for donor in target.donors if entry is None else ():
+            try:
+                entry = await fetch_entry(context, donor, height)
+                break
+            except ShoalError as error:
+                context.event("entry-not-found", {"height": height, "why": str(error)})
+        return entry if entry is not None and entry.previous == round_.draft.previous else None
+
+    def _listed_parts(self, entry: Entry | None, mine: Contribution | None) -> set[int]:
+        """Parts (by index) of which an entry lists what this process contributed."""
+        if entry is None or mine is None:
+            return set()
+        seat = entry.seat_of(self._context.me, self._context.incarnation)
+        row = entry.row_of(seat) if seat is not None else None
+        if row is None or row.to_step != mine.sent.inner_step or entry.fragment != mine.fragment.index:
+            return set()
+        return {mine.fragment.parts[number].index for number in self._member.replica.offered.lists(entry)}
