@@ -35,6 +35,27 @@ class Codec(ABC):
         Raises CodecError for values that are not finite, or so large that they would not decode finite.
         """
 
+    def encode_difference(
+        self,
+        values: torch.Tensor,
+        minus: torch.Tensor | None = None,
+        plus: torch.Tensor | None = None,
+        remainder: torch.Tensor | None = None,
+        decay: float = 1.0,
+    ) -> tuple[Buffer, float]:
+        """The bytes of x = values − minus + plus, all [count] fp32 CPU, and ‖x‖² (to 1e-6 of itself).
+
+        `remainder` becomes decay·(x − decoded); it may be `plus` itself. Raises what `encode` raises.
+        """
+        delta = values.clone() if minus is None else values - minus
+        if plus is not None:
+            delta.add_(plus)
+        norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+        data = self.encode(delta)
+        if remainder is not None:
+            torch.sub(delta, self.decode(data, delta.numel()), out=remainder).mul_(decay)
+        return data, norm * norm
+
     @abstractmethod
     def check(self, data: Buffer, count: int) -> None:
         """Raises CodecError unless an encoder makes `data` of `count` values. Cheaper than decoding."""
@@ -56,6 +77,13 @@ class Codec(ABC):
         total.add_(values.mul_(weight))
         return norm * norm
 
+    def subtract_decoded(self, data: Buffer, base: torch.Tensor, rate: float, result: torch.Tensor) -> None:
+        """result ← base − fp32(rate)·decoded, each operation rounding once; [count] fp32 CPU both.
+
+        Of bytes that `check` has passed: it is not done again.
+        """
+        torch.sub(base, self.decode(data, base.numel()).mul_(rate), out=result)
+
     def _check_size(self, data: Buffer, count: int) -> None:
         expected = self.encoded_bytes(count)
         found = memoryview(data).nbytes
@@ -72,6 +100,14 @@ def require_vector(values: torch.Tensor) -> None:
     """Raises CodecError unless `values` is a flat fp32 tensor."""
     if values.dtype is not torch.float32 or values.dim() != 1:
         raise CodecError(f"a flat fp32 tensor is needed, not {values.dtype} {tuple(values.shape)}")
+
+
+def require_vectors(first: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Raises CodecError unless all (None aside) are flat, contiguous fp32 CPU tensors of one length."""
+    for vector in (first, *(other for other in others if other is not None)):
+        require_vector(vector)
+        if vector.device.type != "cpu" or not vector.is_contiguous() or vector.numel() != first.numel():
+            raise CodecError(f"{first.numel()} values in one piece on the CPU are needed")
 
 
 def require_total(total: torch.Tensor, count: int) -> None:

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 
 from shoal.compression import kernels
-from shoal.compression.codec import Buffer, Codec, CodecError, require_total, require_vector
+from shoal.compression.codec import Buffer, Codec, CodecError, require_total, require_vector, require_vectors
+
+_NONE = np.empty(0, np.float32)  # what a kernel takes for an array that is not wanted
+_ONE = np.float32(1.0)
 
 
 class Fault(IntEnum):
@@ -42,13 +45,29 @@ class FusedCodec(Codec):
 
     def encode(self, values: torch.Tensor) -> Buffer:
         require_vector(values)
-        kernel = self._kernel("encode") if values.device.type == "cpu" else None
-        if kernel is None:
+        if values.device.type != "cpu" or self._kernel("encode") is None:
             return self._encode(values).cpu().numpy().data
+        return self.encode_difference(values.contiguous())[0]
+
+    def encode_difference(
+        self,
+        values: torch.Tensor,
+        minus: torch.Tensor | None = None,
+        plus: torch.Tensor | None = None,
+        remainder: torch.Tensor | None = None,
+        decay: float = 1.0,
+    ) -> tuple[Buffer, float]:
+        kernel = self._kernel("encode")
+        if kernel is None:
+            return super().encode_difference(values, minus, plus, remainder, decay)
+        require_vectors(values, minus, plus, remainder)
         result = np.empty(self.encoded_bytes(values.numel()), np.uint8)
-        if not kernel(values.contiguous().numpy(), self.block, result):
+        arrays = [_NONE if each is None else each.numpy() for each in (minus, plus)]
+        left = _NONE if remainder is None else remainder.numpy()
+        square = float(kernel(values.numpy(), *arrays, self.block, np.float32(decay), result, left))
+        if square < 0.0:
             raise self.not_finite()
-        return result.data
+        return result.data, square
 
     def check(self, data: Buffer, count: int) -> None:
         self._check_size(data, count)
@@ -65,7 +84,7 @@ class FusedCodec(Codec):
         if kernel is None:
             return self._decode(flat, count)
         result = np.empty(count, np.float32)
-        kernel(flat, self.block, result)
+        kernel(flat, self.block, _NONE, _ONE, result)
         return torch.from_numpy(result)
 
     def add_decoded(self, data: Buffer, count: int, weight: float, total: torch.Tensor) -> float:
@@ -75,6 +94,14 @@ class FusedCodec(Codec):
         require_total(total, count)
         self.check(data, count)
         return float(kernel(np.frombuffer(data, np.uint8), self.block, np.float32(weight), total.numpy()))
+
+    def subtract_decoded(self, data: Buffer, base: torch.Tensor, rate: float, result: torch.Tensor) -> None:
+        kernel = self._kernel("decode")
+        if kernel is None:
+            return super().subtract_decoded(data, base, rate, result)
+        require_vectors(base, result)
+        self._check_size(data, base.numel())
+        kernel(np.frombuffer(data, np.uint8), self.block, base.numpy(), np.float32(rate), result.numpy())
 
     @abstractmethod
     def _encode(self, values: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int32]
+Eights = NDArray[np.uint64]
 
 if getattr(config, "DISABLE_JIT", False) or sys.byteorder != "little":
     raise ImportError("kernels are for little-endian machines, and compiled ones")
@@ -49,7 +50,12 @@ _RESULT = types.float32[::1]
 _DATA = types.Array(types.uint8, 1, "C", readonly=True)
 _ENCODED = types.uint8[::1]
 _INT = types.int64
-_VOID, _BOOL, _F32, _F64 = types.void, types.boolean, types.float32, types.float64
+_VOID, _F32, _F64 = types.void, types.float32, types.float64
+# encode(anchor, sent, carried, block, decay, result, remainder): the codes of anchor − sent + carried, its
+# squared norm (−1: not finite), and (what the codes leave out)·decay; arrays that are not wanted are empty.
+_ENCODE = (_F64, _VALUES, _VALUES, _VALUES, _INT, _F32, _ENCODED, _RESULT)
+# decode(data, block, base, rate, result): base − rate·values; the values themselves where base is empty.
+_DECODE = (_VOID, _DATA, _INT, _VALUES, _F32, _RESULT)
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
@@ -61,6 +67,7 @@ _PART = np.float32(1 / 256)
 _INVERSE_127 = np.float32(1 / 127)
 _INVERSE_RANGE = np.float32(1 / 8.25)
 _ZERO, _ONE, _HALF = np.float32(0.0), np.float32(1.0), np.float32(0.5)
+_CHUNK = 4096  # values that stay in the nearest cache with what is made of them; a multiple of all blocks
 _SCALE, _CODE, _PADDING = 1, 2, 3  # fused.Fault
 
 
@@ -133,27 +140,115 @@ def _finite(low: np.int32, high: np.int32) -> np.bool_:
     return high < _INFINITY and low > np.int32(~_INFINITY)
 
 
-@_kernel(_BOOL, _VALUES, _INT, _ENCODED)
-def int8_encode(values: Floats, block: int, result: Bytes) -> bool:
-    bits = values.view(np.int32)
-    blocks = -(-values.size // block)
-    for b in range(blocks):
-        start = b * block
-        low_bits, high_bits = _extremes(bits[start : start + block])
-        if not _finite(low_bits, high_bits):
-            return False
-        low, high = _float(_ordered(low_bits)), _float(_ordered(high_bits))
-        offset = _nearest(low * _HALF + high * _HALF)
-        scale = _upwards(max(high - offset, offset - low) * _INVERSE_127)
-        if not abs(offset) + np.float32(127.0) * scale < np.inf:
-            return False
-        _put_scale(result, b, scale)
-        _put_scale(result, blocks + b, offset)
-        inverse = _ONE / scale if scale > _ZERO else _ZERO
-        x, codes = values[start : start + block], result[4 * blocks + start :]
+@_inline
+def _fold(sums: Floats, half: int) -> None:
+    for i in range(half):
+        sums[i] += sums[i + half]
+
+
+@_inline
+def _take_delta(x: Floats, start: int, anchor: Floats, sent: Floats, carried: Floats) -> None:
+    """x = anchor − sent + carried from `start` on; the last two may be empty."""
+    a = anchor[start : start + x.size]
+    if sent.size > 0:
+        s = sent[start : start + x.size]
         for i in range(x.size):
-            codes[i] = np.uint8(np.float32((x[i] - offset) * inverse + _ROUNDER).view(np.uint32))
+            x[i] = a[i] - s[i]
+    else:
+        for i in range(x.size):
+            x[i] = a[i]
+    if carried.size > 0:
+        e = carried[start : start + x.size]
+        for i in range(x.size):
+            x[i] += e[i]
+
+
+@_inline
+def _square(x: Floats, squares: Floats) -> float:
+    """Σx² by halves; `squares` [_CHUNK] is scratch."""
+    for i in range(x.size):
+        squares[i] = x[i] * x[i]
+    for i in range(x.size, _CHUNK):
+        squares[i] = _ZERO
+    half = _CHUNK // 2
+    while half > 0:
+        _fold(squares, half)
+        half //= 2
+    return np.float64(squares[0])
+
+
+@_inline
+def _leave(x: Floats, decoded: Floats, start: int, decay: np.float32, remainder: Floats) -> None:
+    """remainder = (x − decoded)·decay from `start` on."""
+    r = remainder[start : start + x.size]
+    for i in range(x.size):
+        r[i] = (x[i] - decoded[i]) * decay
+
+
+@_inline
+def _put(x: Floats, start: int, base: Floats, rate: np.float32, result: Floats) -> None:
+    """result = base − rate·x from `start` on; x itself where `base` is empty."""
+    y = result[start : start + x.size]
+    if base.size > 0:
+        b = base[start : start + x.size]
+        for i in range(x.size):
+            y[i] = b[i] - np.float32(x[i] * rate)
+    else:
+        for i in range(x.size):
+            y[i] = x[i]
+
+
+@_inline
+def _int8_put(x: Floats, b: int, blocks: int, block: int, result: Bytes) -> bool:
+    low_bits, high_bits = _extremes(x.view(np.int32))
+    if not _finite(low_bits, high_bits):
+        return False
+    low, high = _float(_ordered(low_bits)), _float(_ordered(high_bits))
+    offset = _nearest(low * _HALF + high * _HALF)
+    scale = _upwards(max(high - offset, offset - low) * _INVERSE_127)
+    if not abs(offset) + np.float32(127.0) * scale < np.inf:
+        return False
+    _put_scale(result, b, scale)
+    _put_scale(result, blocks + b, offset)
+    inverse = _ONE / scale if scale > _ZERO else _ZERO
+    codes = result[4 * blocks + b * block :]
+    for i in range(x.size):
+        codes[i] = np.uint8(np.float32((x[i] - offset) * inverse + _ROUNDER).view(np.uint32))
     return True
+
+
+@_inline
+def _int8_take(data: Bytes, b: int, blocks: int, block: int, x: Floats) -> None:
+    scale, offset = _scale(data, b), _scale(data, blocks + b)
+    codes = data[4 * blocks + b * block :].view(np.int8)
+    for i in range(x.size):
+        x[i] = np.float32(codes[i]) * scale + offset
+
+
+@_kernel(*_ENCODE)
+def int8_encode(
+    anchor: Floats,
+    sent: Floats,
+    carried: Floats,
+    block: int,
+    decay: np.float32,
+    result: Bytes,
+    remainder: Floats,
+) -> float:
+    blocks, square = -(-anchor.size // block), 0.0
+    scratch, decoded = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
+    for start in range(0, anchor.size, _CHUNK):
+        x = scratch[: min(_CHUNK, anchor.size - start)]
+        _take_delta(x, start, anchor, sent, carried)
+        for i in range(0, x.size, block):
+            if not _int8_put(x[i : i + block], (start + i) // block, blocks, block, result):
+                return -1.0
+        square += _square(x, decoded)
+        if remainder.size > 0:
+            for i in range(0, x.size, block):
+                _int8_take(result, (start + i) // block, blocks, block, decoded[i : min(i + block, x.size)])
+            _leave(x, decoded, start, decay, remainder)
+    return square
 
 
 @_kernel(_INT, _DATA, _INT, _INT)
@@ -176,15 +271,14 @@ def int8_check(data: Bytes, count: int, block: int) -> int:
     return 0
 
 
-@_kernel(_VOID, _DATA, _INT, _RESULT)
-def int8_decode(data: Bytes, block: int, result: Floats) -> None:
-    blocks = -(-result.size // block)
-    codes = data[4 * blocks :].view(np.int8)
-    for b in range(blocks):
-        scale, offset = _scale(data, b), _scale(data, blocks + b)
-        piece, x = codes[b * block : (b + 1) * block], result[b * block :]
-        for i in range(piece.size):
-            x[i] = np.float32(piece[i]) * scale + offset
+@_kernel(*_DECODE)
+def int8_decode(data: Bytes, block: int, base: Floats, rate: np.float32, result: Floats) -> None:
+    blocks, scratch = -(-result.size // block), np.empty(_CHUNK, np.float32)
+    for start in range(0, result.size, _CHUNK):
+        x = scratch[: min(_CHUNK, result.size - start)]
+        for i in range(0, x.size, block):
+            _int8_take(data, (start + i) // block, blocks, block, x[i : i + block])
+        _put(x, start, base, rate, result)
 
 
 @_kernel(_F64, _DATA, _INT, _F32, _RESULT)
@@ -212,24 +306,20 @@ def _code4(value: np.float32, inverse: np.float32) -> np.int32:
     return np.int32(min(max(code, np.int32(-8)), np.int32(7)) & np.int32(15))
 
 
-@_kernel(_BOOL, _VALUES, _INT, _ENCODED)
-def int4_encode(values: Floats, block: int, result: Bytes) -> bool:
-    bits = values.view(np.int32)
-    blocks = -(-values.size // block)
-    for b in range(blocks):
-        start = b * block
-        low_bits, high_bits = _extremes(bits[start : start + block])
-        if not _finite(low_bits, high_bits):
-            return False
-        low, high = _float(_ordered(low_bits)), _float(_ordered(high_bits))
-        scale = _nearest((high if high >= -low else low) * -_INVERSE_RANGE)
-        _put_scale(result, b, scale)
-        inverse = _ONE / scale if scale != _ZERO else _ZERO
-        x, pairs = values[start : start + block], result[2 * blocks + start // 2 :]
-        for i in range(x.size // 2):
-            pairs[i] = np.uint8(_code4(x[2 * i], inverse) | _code4(x[2 * i + 1], inverse) << np.int32(4))
-        if x.size % 2:
-            pairs[x.size // 2] = np.uint8(_code4(x[x.size - 1], inverse))
+@_inline
+def _int4_put(x: Floats, b: int, blocks: int, block: int, result: Bytes) -> bool:
+    low_bits, high_bits = _extremes(x.view(np.int32))
+    if not _finite(low_bits, high_bits):
+        return False
+    low, high = _float(_ordered(low_bits)), _float(_ordered(high_bits))
+    scale = _nearest((high if high >= -low else low) * -_INVERSE_RANGE)
+    _put_scale(result, b, scale)
+    inverse = _ONE / scale if scale != _ZERO else _ZERO
+    pairs = result[2 * blocks + b * block // 2 :]
+    for i in range(x.size // 2):
+        pairs[i] = np.uint8(_code4(x[2 * i], inverse) | _code4(x[2 * i + 1], inverse) << np.int32(4))
+    if x.size % 2:
+        pairs[x.size // 2] = np.uint8(_code4(x[x.size - 1], inverse))
     return True
 
 
@@ -260,17 +350,50 @@ def _high4(pair: np.uint8) -> np.int32:
     return np.int32((np.int32(pair >> np.uint8(4)) ^ np.int32(8)) - np.int32(8))
 
 
-@_kernel(_VOID, _DATA, _INT, _RESULT)
-def int4_decode(data: Bytes, block: int, result: Floats) -> None:
-    blocks = -(-result.size // block)
-    for b in range(blocks):
-        scale = _scale(data, b)
-        x, pairs = result[b * block : (b + 1) * block], data[2 * blocks + b * block // 2 :]
-        for i in range(x.size // 2):
-            x[2 * i] = np.float32(_low4(pairs[i])) * scale
-            x[2 * i + 1] = np.float32(_high4(pairs[i])) * scale
-        if x.size % 2:
-            x[x.size - 1] = np.float32(_low4(pairs[x.size // 2])) * scale
+@_inline
+def _int4_take(data: Bytes, b: int, blocks: int, block: int, x: Floats) -> None:
+    scale, pairs = _scale(data, b), data[2 * blocks + b * block // 2 :]
+    for i in range(x.size // 2):
+        x[2 * i] = np.float32(_low4(pairs[i])) * scale
+        x[2 * i + 1] = np.float32(_high4(pairs[i])) * scale
+    if x.size % 2:
+        x[x.size - 1] = np.float32(_low4(pairs[x.size // 2])) * scale
+
+
+@_kernel(*_ENCODE)
+def int4_encode(
+    anchor: Floats,
+    sent: Floats,
+    carried: Floats,
+    block: int,
+    decay: np.float32,
+    result: Bytes,
+    remainder: Floats,
+) -> float:
+    blocks, square = -(-anchor.size // block), 0.0
+    scratch, decoded = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
+    for start in range(0, anchor.size, _CHUNK):
+        x = scratch[: min(_CHUNK, anchor.size - start)]
+        _take_delta(x, start, anchor, sent, carried)
+        for i in range(0, x.size, block):
+            if not _int4_put(x[i : i + block], (start + i) // block, blocks, block, result):
+                return -1.0
+        square += _square(x, decoded)
+        if remainder.size > 0:
+            for i in range(0, x.size, block):
+                _int4_take(result, (start + i) // block, blocks, block, decoded[i : min(i + block, x.size)])
+            _leave(x, decoded, start, decay, remainder)
+    return square
+
+
+@_kernel(*_DECODE)
+def int4_decode(data: Bytes, block: int, base: Floats, rate: np.float32, result: Floats) -> None:
+    blocks, scratch = -(-result.size // block), np.empty(_CHUNK, np.float32)
+    for start in range(0, result.size, _CHUNK):
+        x = scratch[: min(_CHUNK, result.size - start)]
+        for i in range(0, x.size, block):
+            _int4_take(data, (start + i) // block, blocks, block, x[i : i + block])
+        _put(x, start, base, rate, result)
 
 
 @_kernel(_F64, _DATA, _INT, _F32, _RESULT)
@@ -295,12 +418,6 @@ def int4_add(data: Bytes, block: int, weight: np.float32, total: Floats) -> floa
 
 
 @_inline
-def _fold(sums: Floats, half: int) -> None:
-    for i in range(half):
-        sums[i] += sums[i + half]
-
-
-@_inline
 def _mean(x: Floats, sums: Floats) -> np.float32:
     """Mean of 256 |x|, by halves: with constant lengths, each is a few instructions. `sums` is scratch."""
     for i in range(128):
@@ -314,30 +431,28 @@ def _mean(x: Floats, sums: Floats) -> np.float32:
     return np.float32(sums[0] + sums[1])
 
 
-@_kernel(_BOOL, _VALUES, _INT, _ENCODED)
-def onebit_encode(values: Floats, block: int, result: Bytes) -> bool:
-    blocks = -(-values.size // block)
-    sums, last = np.empty(block // 2, np.float32), np.zeros(block, np.float32)
-    negative = np.zeros(block, np.uint8)
-    eights = negative.view(np.uint64)
-    for b in range(blocks):
-        x = values[b * block : (b + 1) * block]
-        if x.size == block:
-            mean = _mean(x, sums)
-        else:
-            last[: x.size] = x
-            mean = _mean(last, sums) * np.float32(block / x.size)
-            negative[:] = 0
-        scale = _nearest(mean) if mean < np.inf else mean
-        if not scale < np.inf:
-            return False
-        _put_scale(result, b, scale)
-        for i in range(x.size):
-            negative[i] = np.uint8(x[i] < _ZERO) & np.uint8(scale > _ZERO)
-        bits = result[2 * blocks + b * block // 8 :]
-        for i in range(-(-x.size // 8)):
-            # The product brings the low bits of eight bytes together in its highest.
-            bits[i] = np.uint8((eights[i] * np.uint64(0x0102040810204080)) >> np.uint64(56))
+@_inline
+def _onebit_put(
+    x: Floats, b: int, blocks: int, sums: Floats, last: Floats, eights: Eights, result: Bytes
+) -> bool:
+    if x.size == last.size:
+        mean = _mean(x, sums)
+    else:
+        last[: x.size] = x
+        last[x.size :] = _ZERO
+        mean = _mean(last, sums) * np.float32(last.size / x.size)
+    scale = _nearest(mean) if mean < np.inf else mean
+    if not scale < np.inf:
+        return False
+    _put_scale(result, b, scale)
+    negative = eights.view(np.uint8)
+    negative[x.size :] = 0
+    for i in range(x.size):
+        negative[i] = np.uint8(x[i] < _ZERO) & np.uint8(scale > _ZERO)
+    bits = result[2 * blocks + b * last.size // 8 :]
+    for i in range(-(-x.size // 8)):
+        # The product brings the low bits of eight bytes together in its highest.
+        bits[i] = np.uint8((eights[i] * np.uint64(0x0102040810204080)) >> np.uint64(56))
     return True
 
 
@@ -363,14 +478,50 @@ def _flipped(magnitude: np.uint32, bits: np.uint8, place: int) -> np.float32:
     return _float(magnitude ^ ((np.uint32(bits) >> np.uint32(place)) & np.uint32(1)) << np.uint32(31))
 
 
-@_kernel(_VOID, _DATA, _INT, _RESULT)
-def onebit_decode(data: Bytes, block: int, result: Floats) -> None:
-    blocks = -(-result.size // block)
-    for b in range(blocks):
-        magnitude = np.float32(_scale(data, b)).view(np.uint32)
-        x, bits = result[b * block : (b + 1) * block], data[2 * blocks + b * block // 8 :]
-        for i in range(x.size):
-            x[i] = _flipped(magnitude, bits[i // 8], i % 8)
+@_inline
+def _onebit_take(data: Bytes, b: int, blocks: int, block: int, x: Floats) -> None:
+    magnitude = np.float32(_scale(data, b)).view(np.uint32)
+    bits = data[2 * blocks + b * block // 8 :]
+    for i in range(x.size):
+        x[i] = _flipped(magnitude, bits[i // 8], i % 8)
+
+
+@_kernel(*_ENCODE)
+def onebit_encode(
+    anchor: Floats,
+    sent: Floats,
+    carried: Floats,
+    block: int,
+    decay: np.float32,
+    result: Bytes,
+    remainder: Floats,
+) -> float:
+    blocks, square = -(-anchor.size // block), 0.0
+    scratch, decoded = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
+    sums, last = np.empty(block // 2, np.float32), np.empty(block, np.float32)
+    eights = np.zeros(block // 8, np.uint64)
+    for start in range(0, anchor.size, _CHUNK):
+        x = scratch[: min(_CHUNK, anchor.size - start)]
+        _take_delta(x, start, anchor, sent, carried)
+        for i in range(0, x.size, block):
+            if not _onebit_put(x[i : i + block], (start + i) // block, blocks, sums, last, eights, result):
+                return -1.0
+        square += _square(x, decoded)
+        if remainder.size > 0:
+            for i in range(0, x.size, block):
+                _onebit_take(result, (start + i) // block, blocks, block, decoded[i : min(i + block, x.size)])
+            _leave(x, decoded, start, decay, remainder)
+    return square
+
+
+@_kernel(*_DECODE)
+def onebit_decode(data: Bytes, block: int, base: Floats, rate: np.float32, result: Floats) -> None:
+    blocks, scratch = -(-result.size // block), np.empty(_CHUNK, np.float32)
+    for start in range(0, result.size, _CHUNK):
+        x = scratch[: min(_CHUNK, result.size - start)]
+        for i in range(0, x.size, block):
+            _onebit_take(data, (start + i) // block, blocks, block, x[i : i + block])
+        _put(x, start, base, rate, result)
 
 
 @_kernel(_F64, _DATA, _INT, _F32, _RESULT)

@@ -18,7 +18,7 @@ from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import SKIP, Entry
 from shoal.training.outer.local import Rebase
-from shoal.training.outer.parts import Fragment, Part
+from shoal.training.outer.parts import Fragment
 from shoal.training.outer.reduce import Published
 
 
@@ -87,7 +87,7 @@ class OuterStep:
         digests = list(await asyncio.gather(*settling))
         seat = entry.seat_of(self._context.me, self._context.incarnation)
         changes: list[Rebase] = []
-        owed: list[Part] = []
+        remainders: dict[int, torch.Tensor | None] = {}
         for number, part in enumerate(self._fragment.parts):
             if number not in published:
                 continue
@@ -95,10 +95,9 @@ class OuterStep:
             after = self._after[span]
             if mine is not None and seat is not None and entry.lists(number, seat):
                 changes.append(Rebase(part.start, mine.sent.weights[span], after, self._alpha()))
-                owed.append(part)
+                remainders[part.index] = mine.remainder(part)
             else:
                 changes.append(Rebase(part.start, self._anchor[span], after))
-        remainders = await self._context.offload(self._remainders, mine, owed) if mine is not None else {}
         return Applied(self._after, self._velocity, digests, changes, remainders)
 
     async def close(self) -> None:
@@ -114,15 +113,13 @@ class OuterStep:
             if self._velocity is not self._momentum:
                 velocity.copy_(self._momentum[span])
         elif self._scale is not None:
-            mean = self._codec.decode(published.encoded, part.count)
-            self._context.strategy.reenter(self._anchor[span], mean, self._scale, after)
+            self._context.strategy.reenter(
+                self._codec, published.encoded, self._anchor[span], self._scale, after
+            )
         else:
-            mean = self._codec.decode(published.encoded, part.count)
-            self._context.strategy.step(self._anchor[span], self._momentum[span], mean, after, velocity)
+            anchor, momentum = self._anchor[span], self._momentum[span]
+            self._context.strategy.step(self._codec, published.encoded, anchor, momentum, after, velocity)
         return part_state(after, velocity)
-
-    def _remainders(self, mine: Contribution, parts: Sequence[Part]) -> dict[int, torch.Tensor | None]:
-        return {part.index: mine.remainder(part, self._context.spec.compression) for part in parts}
 
     def _alpha(self) -> float | None:
         outer = self._context.spec.outer

@@ -27,49 +27,54 @@ class Contribution:
     codec: Codec
     anchor: torch.Tensor  # a [fragment] fp32 CPU
     sent: Sent  # s [fragment]
-    carried: dict[int, torch.Tensor]  # e by part index, where there is one
-    encoded: dict[int, Buffer]  # by part index
+    encoded: dict[int, Buffer]  # q by part index
+    remainders: dict[int, torch.Tensor]  # β·(a − s + e − decode(q)) by part index, where it is fed back
     norm: float  # ‖a − s + e‖; not finite where there is nothing to encode
 
-    def remainder(self, part: Part, section: CompressionSection) -> torch.Tensor | None:
-        """β·(a − s + e − decode(q)) [count]: what the entry that lists this part left out.
+    def remainder(self, part: Part) -> torch.Tensor | None:
+        """What the entry that lists this part left out, [count].
 
         None where nothing is fed back: what was carried has gone with this contribution.
         """
-        if not (self.codec.needs_feedback and section.feedback) or part.index not in self.encoded:
-            return None
-        decoded = self.codec.decode(self.encoded[part.index], part.count)
-        return self._delta(part).sub_(decoded).mul_(section.feedback_decay)
-
-    def _delta(self, part: Part) -> torch.Tensor:
-        within = self.fragment.within(part)
-        delta = self.anchor[within] - self.sent.weights[within]
-        carried = self.carried.get(part.index)
-        return delta if carried is None else delta.add_(carried)
-
-    def encode(self, parts: Sequence[Part]) -> tuple[dict[int, Buffer], float]:
-        """Encoded parts and the square of their norm. Raises CodecError for values that are not finite."""
-        encoded, square = {}, 0.0
-        for part in parts:
-            delta = self._delta(part)
-            square += float(torch.linalg.vector_norm(delta)) ** 2
-            encoded[part.index] = self.codec.encode(delta)
-        return encoded, square
+        return self.remainders.get(part.index)
 
 
 async def contribute(
-    fragment: Fragment, codec: Codec, anchor: torch.Tensor, sent: Sent, residuals: Residuals, offload: Offload
+    fragment: Fragment,
+    codec: Codec,
+    section: CompressionSection,
+    anchor: torch.Tensor,
+    sent: Sent,
+    residuals: Residuals,
+    offload: Offload,
 ) -> Contribution:
     """Encodes a whole fragment off the loop, in as many threads as `offload` has."""
-    carried = {part.index: e for part in fragment.parts if (e := residuals.contributed(part)) is not None}
-    empty = Contribution(fragment, codec, anchor, sent, carried, {}, math.nan)
+    encoded: dict[int, Buffer] = {}
+    remainders: dict[int, torch.Tensor] = {}
+    feeds_back = codec.needs_feedback and section.feedback
+
+    def encode(parts: Sequence[Part]) -> float:
+        square = 0.0
+        for part in parts:
+            span = fragment.within(part)
+            left = torch.empty(part.count) if feeds_back else None
+            encoded[part.index], norm2 = codec.encode_difference(
+                anchor[span],
+                sent.weights[span],
+                residuals.contributed(part),
+                left,
+                section.feedback_decay,
+            )
+            square += norm2
+            if left is not None:
+                remainders[part.index] = left
+        return square
+
     try:
-        done = await asyncio.gather(*(offload(empty.encode, parts) for parts in grouped(fragment.parts)))
+        norm = math.sqrt(sum(await asyncio.gather(*(offload(encode, p) for p in grouped(fragment.parts)))))
     except CodecError:
-        return empty
-    encoded = {index: data for piece, _ in done for index, data in piece.items()}
-    norm = math.sqrt(sum(square for _, square in done))
-    return Contribution(fragment, codec, anchor, sent, carried, encoded, norm)
+        return Contribution(fragment, codec, anchor, sent, {}, {}, math.nan)
+    return Contribution(fragment, codec, anchor, sent, encoded, remainders, norm)
 
 
 def grouped(parts: Sequence[Part]) -> list[Sequence[Part]]:

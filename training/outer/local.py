@@ -37,13 +37,17 @@ class Rebase:
     def apply(self, weights: torch.Tensor) -> None:
         """In place, to the whole stage's `weights` [size] on any device."""
         span = weights[self.start : self.start + self.old.numel()]
-        new = self.new.to(span.device)
-        if self.alpha is None:
-            span.sub_(self.old.to(span.device)).add_(new)
-        elif self.alpha == 0.0:
-            span.copy_(new)  # whatever was there, a number or not
-        else:
-            span.mul_(self.alpha).add_(torch.mul(new, 1.0 - self.alpha))
+        pieces = (torch.split(tensor, _PIECE) for tensor in (span, self.old, self.new))
+        for weight, old, new in zip(*pieces, strict=True):
+            if self.alpha is None:
+                weight.sub_(old.to(weight.device)).add_(new.to(weight.device))
+            elif self.alpha == 0.0:
+                weight.copy_(new)  # whatever was there, a number or not
+            else:
+                weight.mul_(self.alpha).add_(torch.mul(new.to(weight.device), 1.0 - self.alpha))
+
+
+_PIECE = 1 << 17  # values that stay in a core's cache between two passes
 
 
 class LocalWeights(Protocol):

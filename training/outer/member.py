@@ -105,6 +105,7 @@ class Member:
         return await contribute(
             fragment,
             codec_of(offer.contribution),
+            self._context.spec.compression,
             self.replica.anchor_of(fragment.index),
             sent,
             self.replica.residuals,

@@ -74,12 +74,9 @@ def weighted_mean(
             break
     if not accepted:
         return Mean(None, refused)
-    if residual is not None:
-        total.add_(residual)
-    encoded = outgoing.encode(total)
-    remainder = None
-    if feedback_decay is not None and outgoing.needs_feedback:
-        remainder = total.sub_(outgoing.decode(encoded, count)).mul_(feedback_decay)
+    feeds_back = feedback_decay is not None and outgoing.needs_feedback
+    remainder = torch.empty(count) if feeds_back else None
+    encoded, _ = outgoing.encode_difference(total, None, residual, remainder, feedback_decay or 1.0)
     listed = bitmap({row.seat for row, _ in accepted}, roster_size)
     return Mean(publish(listed, encoded), refused, remainder)
 

@@ -192,7 +192,7 @@ class Replica:
                 base = old[within]
                 if contribution is not None and part.index in listed:
                     base = contribution.sent.weights[within]
-                    remainders[part.index] = contribution.remainder(part, self._context.spec.compression)
+                    remainders[part.index] = contribution.remainder(part)
                 changes.append(Rebase(part.start, base, new[within]))
         await local.rebase(changes)
         self._anchors, self._momenta, self._digests = other._anchors, other._momenta, other._digests

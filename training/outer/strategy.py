@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shoal.compression.codec import Buffer, Codec
 from shoal.training.spec import OuterSection
 
 
@@ -30,27 +31,30 @@ class OuterStrategy:
 
     def step(
         self,
+        codec: Codec,
+        mean: Buffer,
         anchor: torch.Tensor,
         momentum: torch.Tensor,
-        mean: torch.Tensor,
         after: torch.Tensor,
         velocity: torch.Tensor,
     ) -> None:
-        """One outer step of anchor and momentum [n] fp32 with the mean delta, into `after` and `velocity`.
+        """One outer step of anchor and momentum [n] fp32, into `after` and `velocity`.
 
-        Without momentum `velocity` stays as it is.
+        `mean` is the mean delta in bytes that `codec.check` has passed. Without momentum `velocity` stays.
         """
         if self.momentum == 0.0:
-            torch.sub(anchor, torch.mul(mean, self.learning_rate), out=after)
+            codec.subtract_decoded(mean, anchor, self.learning_rate, after)
             return
-        torch.mul(momentum, self.momentum, out=velocity).add_(mean)
+        change = codec.decode(mean, anchor.numel())
+        torch.mul(momentum, self.momentum, out=velocity).add_(change)
         if self.nesterov:
-            change = torch.mul(velocity, self.momentum)
-            change.add_(mean).mul_(self.learning_rate)
+            change.add_(torch.mul(velocity, self.momentum)).mul_(self.learning_rate)
         else:
-            change = torch.mul(velocity, self.learning_rate)
+            torch.mul(velocity, self.learning_rate, out=change)
         torch.sub(anchor, change, out=after)
 
-    def reenter(self, anchor: torch.Tensor, mean: torch.Tensor, scale: float, after: torch.Tensor) -> None:
+    def reenter(
+        self, codec: Codec, mean: Buffer, anchor: torch.Tensor, scale: float, after: torch.Tensor
+    ) -> None:
         """A mean of a lost chain, outside the momentum: `after` ← a − η·scale·Δ̄ (design section 9)."""
-        torch.sub(anchor, torch.mul(mean, self.learning_rate * scale), out=after)
+        codec.subtract_decoded(mean, anchor, self.learning_rate * scale, after)
