@@ -230,8 +230,9 @@ class FrameDecoder:
         self._filled += len(payload)
 
     def _completed(self) -> Message[Any]:
-        payload = bytearray().join(self._pieces)  # writable, aligned, and not cleared first
-        message: Message[Any] = Message(self._header, memoryview(payload))
+        pieces = self._pieces
+        payload = pieces[0] if len(pieces) == 1 else memoryview(bytearray().join(pieces))
+        message: Message[Any] = Message(self._header, payload)
         self._header, self._pieces = None, []
         self._messages += 1
         self._payload_bytes += self._total

@@ -42,7 +42,7 @@ class Message(Generic[H]):
     """One message: `header` is an instance of a `wire_message` class, `payload` raw bytes."""
 
     header: H
-    payload: memoryview  # of bytes; writable and the receiver's own
+    payload: memoryview  # of bytes; perhaps read-only, and at any alignment
 
 
 class Stream(ABC):

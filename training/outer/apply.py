@@ -43,6 +43,7 @@ class OuterStep:
         codec: Codec,
         anchor: torch.Tensor,
         momentum: torch.Tensor,
+        digests: Sequence[bytes],  # of the parts' states before, if they are known
         scale: float | None = None,  # of a re-entry, which leaves the momentum alone
     ) -> None:
         self._context = context
@@ -50,6 +51,7 @@ class OuterStep:
         self._codec = codec
         self._anchor = anchor
         self._momentum = momentum
+        self._digests = digests
         self._scale = scale
         self._after = context.buffers.take(fragment.count)
         moves = context.strategy.momentum > 0.0 and scale is None
@@ -119,6 +121,8 @@ class OuterStep:
         else:
             anchor, momentum = self._anchor[span], self._momentum[span]
             self._context.strategy.step(self._codec, published.encoded, anchor, momentum, after, velocity)
+        if self._velocity is self._momentum and self._digests:
+            return tensor_digest(after) + self._digests[number][32:]
         return part_state(after, velocity)
 
     def _alpha(self) -> float | None:
@@ -127,11 +131,13 @@ class OuterStep:
 
 
 def part_state(anchor: torch.Tensor, momentum: torch.Tensor) -> bytes:
-    """BLAKE3 over the bytes of a part's anchor, then its momentum: what the state root is made of."""
-    hasher = blake3(b"shoal tensors\0")
-    for tensor in (anchor, momentum):
-        hasher.update(bytes_of(tensor))
-    return hasher.digest()
+    """BLAKE3 of a part's anchor, then of its momentum: what the state root is made of."""
+    return tensor_digest(anchor) + tensor_digest(momentum)
+
+
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    """BLAKE3 over a flat tensor's bytes."""
+    return blake3(b"shoal tensors\0").update(bytes_of(tensor)).digest()
 
 
 def tensors_digest(parts: Sequence[bytes]) -> bytes:

@@ -121,7 +121,8 @@ class Replica:
         fragment = self._context.fragments[entry.fragment]
         anchor, momentum = self._anchors[fragment.index], self._momenta[fragment.index]
         scale = entry.scale if entry.lost else None
-        return OuterStep(self._context, fragment, codec_of(entry.published), anchor, momentum, scale)
+        codec, digests = codec_of(entry.published), self._digests[fragment.index]
+        return OuterStep(self._context, fragment, codec, anchor, momentum, digests, scale)
 
     def _settle(self, entry: Entry) -> list[Rebase]:
         """Of a re-entry: what of this process's part in the lost round is in the agreed state from now on."""
