@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shoal.compression import scales
-from shoal.compression.codec import Codec
+from shoal.compression.codec import Codec, CodecError
 from shoal.compression.registry import codec_by_tag
 
 fused = pytest.mark.parametrize("codec", [codec_by_tag(tag) for tag in FUSED_TAGS], ids=FUSED_TAGS)
@@ -50,6 +51,45 @@ def test_both_paths_agree_bit_for_bit(codec: Codec, count: int, seed: int, weigh
     assert same_bits(*decoded)
     assert torch.equal(*totals) or not bool(totals[0].isfinite().all())
     assert squares[0] == pytest.approx(squares[1], rel=1e-6)
+
+
+@fused
+@settings(deadline=None, max_examples=150)
+@given(count=sizes, seed=st.integers(0, 1 << 32), rate=st.floats(-4.0, 4.0, width=32), alone=st.booleans())
+def test_one_pass_over_a_difference_gives_the_bits_of_many(
+    codec: Codec, count: int, seed: int, rate: float, alone: bool
+) -> None:
+    values, minus, plus = gaussian(count, seed), gaussian(count, seed + 1), odd_values(count, seed)
+    x = values if alone else (values - minus).add_(plus)
+    with on("portable"):
+        encoded = encoded_or_refused(codec, x)
+    operands = () if alone else (minus, plus)
+    for path in ("compiled", "portable"):
+        with on(path):
+            if encoded is None:
+                with pytest.raises(CodecError):
+                    codec.encode_difference(values, *operands)
+                continue
+            left = torch.empty(count)
+            data, square = codec.encode_difference(values, *operands, remainder=left, decay=0.75)
+            decoded, stepped = codec.decode(data, count), torch.empty(count)
+            codec.subtract_decoded(data, values, rate, stepped)
+        assert bytes(data) == encoded
+        assert square == pytest.approx(float(x.double().square().sum()), rel=1e-5) or square == math.inf
+        assert same_bits(left, (x - decoded) * 0.75)
+        assert same_bits(stepped, values - decoded * rate)
+
+
+@fused
+def test_a_remainder_may_take_the_place_of_what_was_carried(codec: Codec) -> None:
+    values, carried = gaussian(5000), gaussian(5000, 1)
+    found = []
+    for path in ("compiled", "portable"):
+        with on(path):
+            found.append(carried.clone())
+            codec.encode_difference(values, None, found[-1], found[-1])
+    assert same_bits(*found)
+    assert not torch.equal(found[0], carried)
 
 
 @fused
