@@ -63,15 +63,15 @@ def test_one_pass_over_a_difference_gives_the_bits_of_many(
     x = values if alone else (values - minus).add_(plus)
     with on("portable"):
         encoded = encoded_or_refused(codec, x)
-    operands = () if alone else (minus, plus)
+    less, more = (None, None) if alone else (minus, plus)
     for path in ("compiled", "portable"):
         with on(path):
             if encoded is None:
                 with pytest.raises(CodecError):
-                    codec.encode_difference(values, *operands)
+                    codec.encode_difference(values, less, more)
                 continue
             left = torch.empty(count)
-            data, square = codec.encode_difference(values, *operands, remainder=left, decay=0.75)
+            data, square = codec.encode_difference(values, less, more, left, 0.75)
             decoded, stepped = codec.decode(data, count), torch.empty(count)
             codec.subtract_decoded(data, values, rate, stepped)
         assert bytes(data) == encoded

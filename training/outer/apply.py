@@ -122,12 +122,15 @@ class OuterStep:
             anchor, momentum = self._anchor[span], self._momentum[span]
             self._context.strategy.step(self._codec, published.encoded, anchor, momentum, after, velocity)
         if self._velocity is self._momentum and self._digests:
-            return tensor_digest(after) + self._digests[number][32:]
+            return tensor_digest(after) + self._digests[number][PART_STATE_BYTES // 2 :]
         return part_state(after, velocity)
 
     def _alpha(self) -> float | None:
         outer = self._context.spec.outer
         return outer.merge_alpha if outer.merge == "alpha" else None
+
+
+PART_STATE_BYTES = 64
 
 
 def part_state(anchor: torch.Tensor, momentum: torch.Tensor) -> bytes:

@@ -18,7 +18,7 @@ from shoal.protocol.errors import MessageInvalid, NotHere, ProtocolViolation, Sh
 from shoal.protocol.identity import PeerId
 from shoal.protocol.limits import MIB
 from shoal.protocol.transport import Channel, call
-from shoal.training.outer.apply import part_state, tensors_digest
+from shoal.training.outer.apply import PART_STATE_BYTES, part_state, tensors_digest
 from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
@@ -141,13 +141,13 @@ class Repairing:
                 StateRequest(target.head, target.state_root),
                 StateDigests,
                 timeout_s=DONOR_S,
-                max_payload_bytes=32 * len(self._parts),
+                max_payload_bytes=PART_STATE_BYTES * len(self._parts),
                 channel=Channel.BULK,
             )
             data = bytes(reply.payload)
-            digests = [data[i : i + 32] for i in range(0, len(data), 32)]
+            digests = [data[i : i + PART_STATE_BYTES] for i in range(0, len(data), PART_STATE_BYTES)]
             if (
-                len(data) != 32 * len(self._parts)
+                len(data) != PART_STATE_BYTES * len(self._parts)
                 or state_root(tensors_digest(digests), log_state) != target.state_root
             ):
                 raise MessageInvalid(f"the digests of {donor} do not make the state root that it announces")
