@@ -56,7 +56,9 @@ def serve_take(keeper: Keeper, stage: int, transport: Transport) -> None:
             while not (await asyncio.wait({writing}, timeout=_TELL_S))[0]:
                 await stream.send(StillWriting())
             taken = writing.result()
-            await stream.send(CheckpointManifest(bytes.fromhex(taken.digest)), taken.manifest.canonical())
+            await stream.send(
+                CheckpointManifest(bytes.fromhex(taken.digest)), await keeper.manifest_of(taken)
+            )
         finally:
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)

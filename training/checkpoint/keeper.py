@@ -108,6 +108,11 @@ class Keeper:
             )
             return self._newest
 
+    async def manifest_of(self, taken: Checkpoint) -> bytes:
+        """For whoever asked."""
+        data: bytes = await self._offload(taken.manifest_bytes)
+        return data
+
     async def own_moments(self) -> Moments | None:
         """After a restart: the inner moments of this peer's last checkpoint of the stage, if one is whole."""
         found: Moments | None = await self._offload(self._read_moments)

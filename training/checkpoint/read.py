@@ -58,6 +58,13 @@ class Checkpoint:
         """Whether it has every layer."""
         return is_whole(self.manifest, self.spec)
 
+    def manifest_bytes(self) -> bytes:
+        """As they were written. Raises StorageError."""
+        data = _bytes(self.path / MANIFEST, MANIFEST_BYTES)
+        if digest_of(data) != self.digest:
+            raise _refused(self.path / MANIFEST, "it has changed since it was opened")
+        return data
+
     def read(self, name: str) -> bytes:
         """A file, whole and as it was written. Raises StorageError."""
         entry = self.manifest.entry(name)

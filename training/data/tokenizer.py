@@ -90,6 +90,7 @@ class FileTokenizer:
                 " name the one that ends a document in data.end_of_document"
             )
         self.end_of_document = known[0]
+        self.end_name = next(name for name in names if ids.get(name) == known[0])
 
     def encode(self, text: str | bytes) -> np.ndarray:
         # By way of bytes, for a lone surrogate in a str would be refused by the library.
