@@ -23,10 +23,11 @@ from shoal.dht.liveness import Liveness
 from shoal.dht.table import Event
 from shoal.node.control import serve_control
 from shoal.node.events import Events
+from shoal.node.gathering import Gathering
 from shoal.node.hardware import Device, check_memory, choose_device, warm_up, warm_up_codecs
 from shoal.node.loop import LoopMeter, new_loop
 from shoal.node.owner.home import OwnerHome
-from shoal.node.paths import PeerFolder, run_folder
+from shoal.node.paths import PeerFolder, checkpoint_store, run_folder
 from shoal.node.presence import Listening, Presence, present
 from shoal.node.reachability import Reach, find_reach, say_hello
 from shoal.node.status import Status, stage_replicas, swarm_table, verdict
@@ -98,6 +99,7 @@ class Daemon:
         self._token = token
         self._folder = run_folder(folder.path, token.run_id)
         self._identity_path = folder.identity_path
+        self._store = checkpoint_store(folder.root)
         self._options = options
         self._events = events
         self._meter = meter
@@ -110,6 +112,7 @@ class Daemon:
         self._device: Device | None = None
         self._names: dict[str, str] = {}  # for the last event of a peer that is not in the view any more
         self._trainee: Trainee | None = None
+        self._gathering: Gathering | None = None
         self._reach = Reach("nobody else is here yet to try it", None)
 
     async def run(self) -> int:
@@ -122,6 +125,8 @@ class Daemon:
             "leave": self._answer_leave,
             "ledger": self._answer_ledger,
             "reload_revocations": self._answer_reload,
+            "checkpoint": self._answer_checkpoint,
+            "checkpoint_status": self._answer_checkpoint_status,
         }
         self._events("starting", {"peer": key.peer, "pid": os.getpid(), "data_dir": str(self._folder)})
         async with (
@@ -140,6 +145,7 @@ class Daemon:
             self._presence = presence
             if owner is not None:
                 presence.spec = owner.spec
+            self._gathering = Gathering(presence, self._folder, self._store, self._events)
             presence.members.on_event(self._member_changed)
             presence.make_beat = self._beat
             await self._live(presence)
@@ -154,6 +160,7 @@ class Daemon:
                 tasks.create_task(self._meter.watch_lag(), name="watch lag"),
                 tasks.create_task(self._leave_when_revoked(presence), name="watch revocations"),
                 tasks.create_task(self._test_reach(presence), name="test reach"),
+                tasks.create_task(self._gather_checkpoints(), name="gather checkpoints"),
             ]
             if self._owner is not None:
                 background.append(tasks.create_task(self._keep_addresses(presence, self._owner)))
@@ -179,7 +186,7 @@ class Daemon:
         check_memory(device, planned)
         self._tell_plan(presence, spec, stage, device)
         await asyncio.to_thread(warm_up_codecs, planned)
-        trainee = Trainee(presence, spec, stage, device, self._folder, self._events)
+        trainee = Trainee(presence, spec, stage, device, self._folder, self._store, self._events)
         async with trainee:
             self._trainee = trainee
             await trainee.recover()
@@ -289,6 +296,11 @@ class Daemon:
                 f"(the same token is in {path}; one volunteer, one token: shoal token create)",
             },
         )
+
+    async def _gather_checkpoints(self) -> None:
+        """When somebody asks; the owner's peer besides from time to time."""
+        if self._gathering is not None:
+            await self._gathering.run(from_time_to_time=self._owner is not None)
 
     async def _test_reach(self, presence: Presence) -> None:
         """The first peer of a swarm has nobody to ask at its start; ask when somebody is here."""
@@ -408,6 +420,17 @@ class Daemon:
     async def _answer_reload(self, request: Mapping[str, Any]) -> object:
         presence = self._presence
         return presence is not None and presence.membership.revocations.reload()
+
+    async def _answer_checkpoint(self, request: Mapping[str, Any]) -> object:
+        return self._checkpoints().ask()
+
+    async def _answer_checkpoint_status(self, request: Mapping[str, Any]) -> object:
+        return self._checkpoints().status()
+
+    def _checkpoints(self) -> Gathering:
+        if self._gathering is None:
+            raise NetworkError("this peer is still starting\ntry again in a moment")
+        return self._gathering
 
     # --- stopping
 

@@ -84,6 +84,11 @@ def _seconds(fields: Fields) -> str:
     return f"{float(str(fields['seconds'])):.2f} s"
 
 
+def _checkpoint(fields: Fields) -> str:
+    size = float(str(fields["bytes"])) / _MB
+    return f"checkpoint of {fields['what']}, {size:.1f} MB: {fields['path']}"
+
+
 _SENTENCES: dict[str, Callable[[Fields], str | None]] = {
     "round": _round,
     "peer_joined": _peer("joined"),
@@ -93,5 +98,7 @@ _SENTENCES: dict[str, Callable[[Fields], str | None]] = {
     "peer_back": _peer("is back"),
     "held-out": lambda fields: f"held-out loss {float(str(fields['loss'])):.3f}",
     "reroute": lambda fields: f"stage {fields['stage']}: another replica took over after {_seconds(fields)}",
+    "checkpoint": _checkpoint,
+    "checkpoint-refused": lambda fields: f"no checkpoint: {fields['why']}",
     "drain-cut": lambda fields: "not everything could be finished in time; what is left is dropped",
 }

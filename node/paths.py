@@ -1,10 +1,12 @@
 """Where a machine keeps what Shoal writes. Called by the daemon, the owner's commands and `shoal status`.
 
     <root>/                       --data-dir, else $SHOAL_DATA_DIR, else the user's data folder
+      checkpoints/                imported ones, from which runs start, and those put together by hand
       owner/                      never read by a volunteer's commands
         <run>/                    root key, spec, tokens, revocations, bootstrap addresses of one run
       peer-0/                     one peer of this machine: identity.key and the lock that says who uses it
-        <run>/                    one run as this peer knows it: spec, revocations, log, control socket
+        <run>/                    one run as this peer knows it: spec, revocations, log, checkpoints,
+                                  control socket
       peer-1/ ...                 the second daemon on the same machine
 
 Every folder is 0700. A peer folder is claimed by an exclusive lock that the kernel drops with the process,
@@ -50,6 +52,16 @@ def run_folder(parent: Path, run_id: bytes) -> Path:
     return _folder(parent / run_id.hex()[:16])
 
 
+def checkpoint_store(root: Path) -> Path:
+    """The folder of checkpoints that belong to no peer; it may not exist yet."""
+    return root / "checkpoints"
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """All folders of checkpoints under `root`: the store, and those of its peers' runs."""
+    return [checkpoint_store(root), *sorted(root.glob("peer-*/*/checkpoints"))]
+
+
 @dataclass
 class PeerFolder:
     """A claimed `peer-N` folder. A context manager: leaving it gives the claim back."""
@@ -70,6 +82,11 @@ class PeerFolder:
     @property
     def identity_path(self) -> Path:
         return self.path / "identity.key"
+
+    @property
+    def root(self) -> Path:
+        """The data folder that it lies in."""
+        return self.path.parent
 
     def __enter__(self) -> Self:
         return self

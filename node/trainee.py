@@ -33,13 +33,22 @@ class Trainee:
     """One Trainer and what it stands on. Use as `async with`."""
 
     def __init__(
-        self, presence: Presence, spec: RunSpec, stage: int, device: Device, folder: Path, events: Events
+        self,
+        presence: Presence,
+        spec: RunSpec,
+        stage: int,
+        device: Device,
+        folder: Path,
+        store: Path,
+        events: Events,
     ) -> None:
+        """`folder` takes what is written of the run, `store` has the imported checkpoints."""
         self.stage = stage
         self._presence = presence
         self._spec = spec
         self._device = device
         self._folder = folder
+        self._store = store
         self._events = events
         self._pool = ThreadPoolExecutor(_OFFLOAD_THREADS, thread_name_prefix="offload")
         self._trainer: Trainer | None = None
@@ -69,6 +78,7 @@ class Trainee:
             rng=random.Random(presence.rng.getrandbits(64)),
             device=self._device.torch_name,
             data_dir=self._folder,
+            imported=(self._store,),
         )
         await trainer.recover()
         self._trainer = trainer

@@ -164,6 +164,10 @@ def _pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def _no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 10**5)
+
+
 def _elsewhere(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "../../secrets.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -177,10 +181,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "heads of their own size": (_config(head_dim=16), "4 heads of 16 do not make a width of 32"),
     "no sizes": (_config(hidden_size=None), "does not say hidden_size"),
     "sizes that cannot be": (_config(num_key_value_heads=3), "heads must be a multiple of kv_heads"),
-    "a configuration that is none": (
-        lambda f: (f / "config.json").write_text("[" * 10**5) and None,
-        "not JSON",
-    ),
+    "a configuration that is none": (_no_json, "not JSON"),
     "a tensor that is missing": (_tensors(lambda t: t.pop("model.norm.weight")), "has no model.norm.weight"),
     "a tensor too many": (
         _tensors(lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)})),

@@ -94,9 +94,14 @@ def write_template(template: str, path: Path) -> None:
     """A commented `run.toml`. Raises UsageError for an unknown template or an existing file, StorageError."""
     if template not in TEMPLATES:
         raise UsageError(f"there is no template {template!r}; there are: {', '.join(TEMPLATES)}")
+    write(TEMPLATES[template], path)
+
+
+def write(spec: RunSpec, path: Path) -> None:
+    """A spec as a commented `run.toml`. Raises UsageError for an existing file, StorageError."""
     try:
         with path.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(render(TEMPLATES[template]))
+            file.write(render(spec))
     except FileExistsError as error:
         raise UsageError(f"{path} exists and is left as it is; name another file or remove it") from error
     except OSError as error:

@@ -7,6 +7,7 @@ say how to set a tokenizer and a corpus. Parameters: tiny 0.85M, small 11M, 125m
 from __future__ import annotations
 
 from shoal.training.spec import (
+    CheckpointSection,
     CompressionSection,
     InnerSection,
     LimitsSection,
@@ -58,6 +59,7 @@ _125M = RunSpec(
     ),
     outer=OuterSection(inner_steps=50, fragments=4, round_deadline_s=30.0, payload_budget_bytes=1 << 30),
     compression=CompressionSection(activations="bfloat16"),
+    checkpoint=CheckpointSection(every_s=1800.0),  # 2 GB of all stages each time
 )
 
 # The shape of Llama 3.2 1B; outer rates as in DiLoCo (arXiv 2311.08105) and INTELLECT-1 (H 100).
@@ -90,6 +92,7 @@ _1B = RunSpec(
         payload_budget_bytes=2 << 30,
     ),
     compression=CompressionSection(activations="bfloat16"),
+    checkpoint=CheckpointSection(every_s=7200.0),  # 16 GB
     limits=LimitsSection(undecided_ttl_s=120.0, hop_timeout_s=120.0),
 )
 

@@ -166,7 +166,7 @@ async def _leave(root: Path, wanted: str | None) -> list[str]:
     from shoal.node.control import ask
 
     left = []
-    for path, found in await _daemons(root, "status"):
+    for path, found in await daemons(root, "status"):
         if wanted is None or wanted in (found["name"], found["peer"]):
             await ask(path, "leave")
             left.append(str(found["name"]))
@@ -176,10 +176,10 @@ async def _leave(root: Path, wanted: str | None) -> list[str]:
 
 
 async def _ask_all(root: Path, do: str) -> list[dict[str, Any]]:
-    return [found for _, found in await _daemons(root, do)]
+    return [found for _, found in await daemons(root, do)]
 
 
-async def _daemons(root: Path, do: str) -> list[tuple[Path, dict[str, Any]]]:
+async def daemons(root: Path, do: str) -> list[tuple[Path, dict[str, Any]]]:
     """Each daemon's socket and answer. Raises PeerUnreachable when none answers."""
     from shoal.node.control import ask
 

@@ -101,7 +101,12 @@ class Gatherer:
                 raise
             await self._offload(prune, self._folder, KIND, self._spec.checkpoint.kept)
             heights = [part.height for part in found.manifest.parts]
-            fields = {"path": str(found.path), "heights": heights, "bytes": found.manifest.size_bytes}
+            fields = {
+                "what": "all stages",
+                "path": str(found.path),
+                "heights": heights,
+                "bytes": found.manifest.size_bytes,
+            }
             self._event("checkpoint", fields)
             return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from shoal.training.checkpoint.hf import (
 from shoal.training.checkpoint.hf_export import byte_tokenizer
 from shoal.training.checkpoint.manifest import SPEC, WEIGHTS, StagePart, slots_of
 from shoal.training.checkpoint.read import Checkpoint, Progress, open_checkpoint, silent, verify
+from shoal.training.checkpoint.share import find
 from shoal.training.checkpoint.write import Writer
 from shoal.training.data.tokenizer import FileTokenizer
 from shoal.training.model.layout import EMBEDDING, HEAD, Slot
@@ -74,7 +76,7 @@ def import_hf(source: Path, store: Path, stages: int, progress: Progress = silen
         except ShoalError:
             writer.discard()
             raise
-    return open_checkpoint(writer.path)
+    return _only_once(writer.path)
 
 
 def import_checkpoint(
@@ -102,7 +104,17 @@ def import_checkpoint(
     except ShoalError:
         writer.discard()
         raise
-    return open_checkpoint(writer.path)
+    return _only_once(writer.path)
+
+
+def _only_once(path: Path) -> Checkpoint:
+    """What was just written, or the same from an earlier import."""
+    made = open_checkpoint(path)
+    earlier = find([path.parent], made.digest)
+    if earlier == path:
+        return made
+    shutil.rmtree(path, ignore_errors=True)
+    return open_checkpoint(earlier)
 
 
 def _spec(source: Path, stages: int) -> RunSpec:

@@ -101,6 +101,7 @@ class Keeper:
             self._event(
                 "checkpoint",
                 {
+                    "what": f"stage {self._stage}",
                     "path": str(self._newest.path),
                     "height": snapshot.height,
                     "bytes": self._newest.manifest.size_bytes,

@@ -79,9 +79,9 @@ class Shelf:
 
 
 def find(folders: Sequence[Path], digest: str) -> Path:
-    """The checkpoint of a digest. Raises NotHere."""
+    """The checkpoint of a digest, the oldest if there are several. Raises NotHere."""
     for folder in folders:
-        for path in folder.glob(f"*/{DIGEST}"):
+        for path in sorted(folder.glob(f"*/{DIGEST}")):
             if not path.parent.name.startswith(".") and path.read_bytes()[:64] == digest.encode():
                 return path.parent
     raise NotHere(f"checkpoint {digest[:8]} is not here")
