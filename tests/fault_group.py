@@ -32,6 +32,7 @@ from shoal.training.spec import RunSpec
 SIZE = 1 << 18  # values: 1 MiB, in sixteen parts
 RUN = bytes(range(32))
 SEED = 1
+ANSWER_S = 5.0  # for workers to tell where their tasks wait, after something did not come
 
 
 def fault_spec(**sections: JsonObject) -> RunSpec:
@@ -188,7 +189,19 @@ class FaultGroup:
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
-            raise AssertionError(f"no {what} within {limit_s:g} s\n{self.story()}") from None
+            waiting = await self._waiting()
+            raise AssertionError(f"no {what} within {limit_s:g} s\n{self.story()}\n{waiting}") from None
+
+    async def _waiting(self) -> str:
+        """Where the tasks of everybody who is awake wait."""
+        awake = self.awake()
+        asked = [asyncio.wait_for(replica.ask("tasks"), ANSWER_S) for replica in awake]
+        said = await asyncio.gather(*asked, return_exceptions=True)
+        lines: list[str] = []
+        for replica, found in zip(awake, said, strict=True):
+            lines.append(f"{replica} waits at")
+            lines += [f"    {found!r}"] if isinstance(found, BaseException) else found["tasks"]
+        return "\n".join(lines)
 
     async def statuses(self, replicas: Sequence[Replica] | None = None) -> list[JsonObject]:
         """Of each."""

@@ -89,7 +89,9 @@ class Replica:
     def heard(self, line: JsonObject) -> None:
         """Take in what the worker says."""
         if "id" in line:
-            self._answers.pop(line["id"]).set_result(line)
+            answer = self._answers.pop(line["id"])
+            if not answer.done():  # its asker may have given up
+                answer.set_result(line)
             return
         match line["event"]:
             case "hello":
@@ -115,7 +117,7 @@ class Replica:
                 self.heard(json.loads(line))
                 told()
         self.ended = True
-        for answer in self._answers.values():
+        for answer in [answer for answer in self._answers.values() if not answer.done()]:
             answer.set_exception(ConnectionError(f"{self} ended"))
             answer.exception()  # nobody may be waiting any more
         told()

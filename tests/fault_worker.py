@@ -178,6 +178,10 @@ class Worker:
         """Write anchor and weights, [2, size] fp32."""
         await asyncio.to_thread(torch.save, torch.stack([self.outer.anchor, self.weights.weights]), path)
 
+    async def do_tasks(self) -> JsonObject:
+        """Where every task waits, for a failed test."""
+        return {"tasks": [f"    {task.get_name()}: {waits_at(task)}" for task in asyncio.all_tasks()]}
+
     # -- what it tells
 
     def _say(self, **said: object) -> None:
@@ -252,3 +256,14 @@ class Worker:
             steps_since_round=outer.steps_since_round,
             tokens_since_round=outer.tokens_since_round,
         )
+
+
+def waits_at(task: asyncio.Task[Any]) -> str:
+    """Functions and lines, from a task's coroutine down to what it awaits; `get_stack` has the first only."""
+    places: list[str] = []
+    waiting: object = task.get_coro()
+    while waiting is not None:
+        frame = getattr(waiting, "cr_frame", None) or getattr(waiting, "ag_frame", None)
+        places.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}" if frame else type(waiting).__name__)
+        waiting = getattr(waiting, "cr_await", None) or getattr(waiting, "ag_await", None)
+    return " > ".join(places)
