@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from fault_group import FaultGroup
 from fault_orders import JsonObject
+from fault_outcome import Fault, Outcome
 from fault_replica import Replica
 from fault_table import Case
 
@@ -22,19 +24,9 @@ STRUCK_S = 20.0  # a case whose point was not passed by then, since the machine 
 ATTEMPTS = 3
 COMMIT_S = 90.0  # for the others to commit; goals are measured, this only ends a case that hangs
 FORGETFUL: JsonObject = {"snapshot_every": 2, "payload_budget_bytes": 1}  # so that a joiner needs a snapshot
+_OF_ROUNDS = ("round", "contribute", "publish", "part")  # methods
 _LEADER_SENDS = {"Prepare", "Go", "Gone", "Commit"}
 _LEADER_RECEIVES = {"Answer", "Report", "Done"}
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a case came to."""
-
-    case: Case
-    struck: str  # which process
-    seconds: float  # from the blow until the last of the others had committed
-    bytes_ratio: float | None  # what the others sent in that round, by what they sent in a clean one
-    came_back: str  # the one that was struck: "in time", "replay", "snapshot" or "new process"
 
 
 @dataclass(slots=True)
@@ -45,7 +37,7 @@ class Scene:
     begin: Callable[[], Awaitable[object]]
     late: Replica | None = None  # who comes, or comes back, meanwhile: the round does not need it
     lost: Replica | None = None  # who has to die first
-    comparable: bool = True  # with a clean round, in bytes
+    along: Replica | None = None  # who is killed from outside at the moment of the blow
 
 
 class NotStruck(AssertionError):
@@ -54,14 +46,20 @@ class NotStruck(AssertionError):
 
 async def play(group: FaultGroup, case: Case) -> Outcome:
     """Raises AssertionError when a promise is broken; else the group is whole again, and goes on."""
+    if case.needs_joiner:
+        return await insist(group, lambda: _play_join(group, case))
+    return await insist(group, lambda: play_round(group, case, lambda: _scene(group, case)))
+
+
+async def insist(group: FaultGroup, playing: Callable[[], Awaitable[Outcome]]) -> Outcome:
+    """Begin again where nobody was struck."""
     numbers = [replica.number for replica in group.members]
-    playing = _play_join if case.needs_joiner else _play_round
     for _ in range(ATTEMPTS - 1):
         try:
-            return await playing(group, case)
+            return await playing()
         except NotStruck:
             await _make_whole(group, numbers)
-    return await playing(group, case)
+    return await playing()
 
 
 async def _make_whole(group: FaultGroup, numbers: Sequence[int]) -> None:
@@ -76,37 +74,43 @@ async def _make_whole(group: FaultGroup, numbers: Sequence[int]) -> None:
     await group.start(*(number for number in numbers if number not in here))
 
 
-async def _play_round(group: FaultGroup, case: Case) -> Outcome:
+async def play_round(group: FaultGroup, fault: Fault, scene_of: Callable[[], Awaitable[Scene]]) -> Outcome:
+    """A clean round, the fault in the next, the others' equal bits, everybody's return, two more rounds."""
     for replica in group.members:
         replica.blows.clear()
     sent = await _bytes_out(group)
     await group.rounds(1)
-    clean = _less(await _bytes_out(group), sent)
+    clean = await _spent(group, sent)
     before = {replica: await replica.ask("status") for replica in group.members}
-    scene = await _scene(group, case)
+    scene = await scene_of()
     sent = await _bytes_out(group)
     height = max(replica.height for replica in group.awake()) + 1
     await scene.begin()
-    victim = await _struck(group, case, scene.armed)
+    victim = await _struck(group, fault, scene)
     others = [r for r in group.awake() if r not in (victim, scene.late, scene.lost)]
     if scene.late is not None:
         await _step_for_all(group, others)
     await group.reach(height, others, COMMIT_S)
-    seconds = _seconds(others, height, victim.blows[case.arming])
-    ratio = None
-    if scene.comparable:
-        spent = _less(await _bytes_out(group), sent)
-        ratio = sum(spent[r] for r in others) / sum(clean[r] for r in others)
-    await _mend(group, victim, scene.lost)
+    seconds = _seconds(others, height, victim.blows[fault.arming])
+    spent = await _spent(group, sent)
+    await group.assert_equal(others)
+    woken_s = asyncio.get_running_loop().time() if victim.frozen else None
+    await _mend(group, victim, scene.lost, scene.along)
+    rejoined_s = None
+    if woken_s is not None:
+        await group.until(lambda: victim.head == others[0].head, f"head of the others at {victim}")
+        rejoined_s = max(0.0, victim.had_s[victim.head] - woken_s)
     await group.rounds(2)
-    await check(group, case)
-    return Outcome(case, str(victim), seconds, ratio, await _way_back(victim, before[victim]))
+    await check(group, fault)
+    methods = [m for m in _OF_ROUNDS if m != "part" or scene.late is None]  # who replays asks for parts, too
+    ratio = _sum(spent, others, methods) / _sum(clean, others, methods)
+    return Outcome(fault, str(victim), seconds, ratio, await _way_back(victim, before[victim]), rejoined_s)
 
 
-async def check(group: FaultGroup, case: Case) -> None:
+async def check(group: FaultGroup, fault: Fault) -> None:
     """P1 and P4."""
     await group.assert_equal()
-    if not case.tells_lies:
+    if not fault.tells_lies:
         await group.assert_every_step_is_in_once()
 
 
@@ -129,25 +133,23 @@ async def _scene(group: FaultGroup, case: Case) -> Scene:
         async def wake() -> None:
             last.signal(signal.SIGCONT)
 
-        return Scene(targets, wake, late=last, comparable=False)
+        return Scene(targets, wake, late=last)
     if case.needs_broken:
         donors = [replica for replica in group.members if replica is not last]
         targets = await armed(*([last] if case.strikes_asker else donors))
         await last.ask("spoil")
         await group.rounds(1)
-        return Scene(targets, _nothing, late=last, comparable=False)
+        return Scene(targets, _nothing, late=last)
     if case.message == "Gone":
         await group.arm("Contributing.sending kill", last)
-        return Scene(await armed(leader if case.sends else first), group.step, lost=last, comparable=False)
+        return Scene(await armed(leader if case.sends else first), group.step, lost=last)
     if case.message == "Tick":
         await group.arm("ContributedPart.sending delay seconds=0.7", first)
         return Scene(await armed(second), group.step)
     if case.message == "PartRequest":
         await group.arm(f"PublishedPart.sending drop remote={second.peer}", first)
         holders = [replica for replica in group.members if replica is not second]
-        return Scene(
-            await armed(*([second] if case.strikes_asker else holders)), group.step, comparable=False
-        )
+        return Scene(await armed(*([second] if case.strikes_asker else holders)), group.step)
     led = case.message in (_LEADER_SENDS if case.sends else _LEADER_RECEIVES)
     return Scene(await armed(leader if led else first), group.step)
 
@@ -170,12 +172,14 @@ async def _play_join(group: FaultGroup, case: Case) -> Outcome:
     joining = asyncio.create_task(group.start(number, arming=case.arming if asks else None))
     await group.until(lambda: len(group.members) > len(donors), "newcomer")
     joiner = group.members[-1]
-    victim = await _struck(group, case, [joiner] if asks else donors)
+    scene = Scene([joiner] if asks else donors, group.step)
+    victim = await _struck(group, case, scene)
     others = [replica for replica in donors if replica is not victim]
     height = max(replica.height for replica in others) + 1
     await _step_for_all(group, others)
     await group.reach(height, others, COMMIT_S)
     seconds = _seconds(others, height, victim.blows[case.arming])
+    await group.assert_equal(others)
     if victim.frozen:
         victim.signal(signal.SIGCONT)
     if asks and case.action is Action.KILL:
@@ -183,7 +187,7 @@ async def _play_join(group: FaultGroup, case: Case) -> Outcome:
         joiner = (await group.start(number))[0]
     else:
         await joining
-        await _mend(group, victim, None)
+        await _mend(group, victim)
     await group.rounds(2)
     await check(group, case)
     await group.kill(joiner)
@@ -192,14 +196,17 @@ async def _play_join(group: FaultGroup, case: Case) -> Outcome:
     return Outcome(case, str(victim), seconds, None, "new process" if case.action is Action.KILL else alive)
 
 
-async def _struck(group: FaultGroup, case: Case, armed: Sequence[Replica]) -> Replica:
+async def _struck(group: FaultGroup, fault: Fault, scene: Scene) -> Replica:
     """Who was; the others are disarmed."""
+    armed = scene.armed
     try:
-        await group.until(lambda: any(case.arming in r.blows for r in armed), "blow", STRUCK_S)
+        await group.until(lambda: any(fault.arming in r.blows for r in armed), "blow", STRUCK_S)
     except AssertionError as error:
         raise NotStruck(str(error)) from error
-    victim = next(replica for replica in armed if case.arming in replica.blows)
-    if case.action is Action.KILL:
+    if scene.along is not None:
+        await group.kill(scene.along)
+    victim = next(replica for replica in armed if fault.arming in replica.blows)
+    if fault.action is Action.KILL:
         await group.until(lambda: victim.ended, f"end of {victim}")
     await asyncio.gather(*(r.ask("disarm") for r in armed if r in group.awake()))
     return victim
@@ -215,13 +222,11 @@ async def _step_for_all(group: FaultGroup, replicas: Sequence[Replica]) -> None:
     await group.step(replicas, -(-2 * len(group.members) // len(replicas)))
 
 
-async def _mend(group: FaultGroup, victim: Replica, lost: Replica | None) -> None:
+async def _mend(group: FaultGroup, victim: Replica, *lost: Replica | None) -> None:
     """Everybody is there again."""
     if victim.frozen:
         victim.signal(signal.SIGCONT)
-    for replica in (victim, lost):
-        if replica is not None and replica.ended:
-            await group.start(replica.number)
+    await group.start(*(r.number for r in (victim, *lost) if r is not None and r.ended))
     await group.meet()
 
 
@@ -233,14 +238,23 @@ async def _way_back(victim: Replica, before: JsonObject) -> str:
         after["bytes_in"].get(m, 0) > before["bytes_in"].get(m, 0) for m in after["bytes_in"] if "chunks" in m
     ):
         return "snapshot"
+    if after["outer"]["switches"] > before["outer"]["switches"]:
+        return "switch"
     return "replay" if after["outer"]["caught_up"] > before["outer"]["caught_up"] else "in time"
 
 
-async def _bytes_out(group: FaultGroup) -> dict[Replica, int]:
-    """All that those who are awake have sent for rounds so far, frames and all."""
+async def _bytes_out(group: FaultGroup) -> dict[Replica, Counter[str]]:
+    """All that those who are awake have sent so far, frames and all, by method."""
     said = {replica: await replica.ask("status") for replica in group.awake()}
-    return {replica: sum(status["bytes_out"].values()) for replica, status in said.items()}
+    return {
+        replica: Counter({method.rpartition(".")[2]: n for method, n in status["bytes_out"].items()})
+        for replica, status in said.items()
+    }
 
 
-def _less(after: dict[Replica, int], before: dict[Replica, int]) -> dict[Replica, int]:
-    return {replica: sent - before.get(replica, 0) for replica, sent in after.items()}
+async def _spent(group: FaultGroup, before: dict[Replica, Counter[str]]) -> dict[Replica, Counter[str]]:
+    return {r: sent - before.get(r, Counter()) for r, sent in (await _bytes_out(group)).items()}
+
+
+def _sum(spent: dict[Replica, Counter[str]], replicas: Sequence[Replica], methods: Sequence[str]) -> int:
+    return sum(spent[replica][method] for replica in replicas for method in methods)

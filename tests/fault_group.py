@@ -209,9 +209,9 @@ class FaultGroup:
 
     # -- promises
 
-    async def assert_equal(self) -> None:
-        """P1: byte-equal heads, roots, anchors and momentum of all that are awake."""
-        said = await self.statuses()
+    async def assert_equal(self, replicas: Sequence[Replica] | None = None) -> None:
+        """P1: byte-equal heads, roots, anchors and momentum of these, or of all that are awake."""
+        said = await self.statuses(replicas)
         keys = ("height", "head", "state_root", "anchor", "momentum")
         assert len({tuple(status[key] for key in keys) for status in said}) == 1, self.story()
 

@@ -52,7 +52,8 @@ class Replica:
         self.peer: PeerId = key_of(seed, number).peer
         self.pid = 0
         self.height = 0
-        self.reached_s: dict[int, float] = {}  # height -> when, on the clock that all processes share
+        self.reached_s: dict[int, float] = {}  # height -> when first, on the clock that all processes share
+        self.had_s: dict[bytes, float] = {}  # head -> when first
         self.entries: dict[bytes, bytes] = {}  # all that it ever applied, by hash
         self.head = b""
         self.blows: dict[str, float] = {}  # what was armed here and struck -> when
@@ -98,7 +99,8 @@ class Replica:
                 self.pid = line["pid"]
             case "height":
                 self.height, self.head = line["height"], bytes.fromhex(line["head"])
-                self.reached_s[self.height] = line["at_s"]
+                self.reached_s.setdefault(self.height, line["at_s"])
+                self.had_s.setdefault(self.head, line["at_s"])
             case "round":
                 entry = bytes.fromhex(line["entry"])
                 self.entries[entry_hash(entry)] = entry

@@ -26,6 +26,7 @@ class Case:
 
     point: str
     action: Action
+    nth: int = 1
 
     @property
     def message(self) -> str:
@@ -71,10 +72,11 @@ class Case:
     def arming(self) -> str:
         """For `Arming.parse`."""
         delay = f" seconds={DELAY_S}" if self.action is Action.DELAY else ""
-        return f"{self.point} {self.action.value}{delay}"
+        nth = f" nth={self.nth}" if self.nth > 1 else ""
+        return f"{self.point} {self.action.value}{delay}{nth}"
 
     def __str__(self) -> str:
-        return f"{self.point} {self.action.value}"
+        return f"{self.point} {self.action.value}{f' nth={self.nth}' if self.nth > 1 else ''}"
 
 
 def all_cases() -> list[Case]:
@@ -83,6 +85,12 @@ def all_cases() -> list[Case]:
     names = sorted(n for n, kind in known if wire.is_message(n) and kind.__module__ == messages.__name__)
     points = [*(f"{name}.{place}" for name in names for place in PLACES), *STEPS]
     return [Case(point, action) for point in points for action in Action if _fits(point, action)]
+
+
+def mid_transfer() -> list[Case]:
+    """Kill and freeze amid the parts of a stream."""
+    points = [f"{name}.{place}" for name in ("ContributedPart", "PublishedPart") for place in PLACES]
+    return [Case(point, action, nth=3) for point in points for action in (Action.KILL, Action.FREEZE)]
 
 
 def _fits(point: str, action: Action) -> bool:

@@ -59,6 +59,7 @@ class Worker:
         self.transport = FaultyTransport(self._bare, self.faults)
         self.weights = MemoryWeights(self._genesis)
         self._state = "joining"
+        self._told = b""  # the head
         self._claims: dict[Arming, str] = {}  # the file that one has to be first to make
         self._tasks: set[asyncio.Task[None]] = set()
         self._membership = membership
@@ -193,8 +194,9 @@ class Worker:
 
     async def _tell_heights(self) -> None:
         while True:
+            self._told = self.outer.head
             self._say(event="height", **self._standing(), at_s=asyncio.get_running_loop().time())
-            await self.outer.wait_for_height(self.outer.height + 1)
+            await self.outer.wait_until(lambda: self.outer.head != self._told)
 
     def _event(self, kind: str, data: dict[str, object]) -> None:
         said: JsonObject = {"event": kind, "data": data, "at_s": asyncio.get_running_loop().time()}

@@ -79,6 +79,10 @@ class Node:
         self.world.live[self.name] = self
         self.task = asyncio.create_task(self.outer.run())
 
+    async def reach(self, height: int) -> None:
+        """Until the log is that high."""
+        await self.outer.wait_until(lambda: self.outer.height >= height)
+
     def step(self, tokens: int = 100) -> None:
         """One random inner step."""
         change = torch.randn(self.weights.size, generator=self.world.generator) * 0.01
@@ -186,7 +190,7 @@ class World:
     async def reach(self, height: int, nodes: Sequence[Node] | None = None, limit_s: float = 60.0) -> None:
         """Until the nodes' logs are that high."""
         async with asyncio.timeout(limit_s):
-            await asyncio.gather(*(n.outer.wait_for_height(height) for n in nodes or self.live.values()))
+            await asyncio.gather(*(node.reach(height) for node in nodes or self.live.values()))
 
     def everybody_steps(self) -> None:
         """One inner step each."""

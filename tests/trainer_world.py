@@ -81,6 +81,10 @@ class Replica:
     events: list[tuple[float, str, dict[str, object]]] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
 
+    async def reach(self, height: int) -> None:
+        """Until the log is that high."""
+        await self.trainer.outer.wait_until(lambda: self.trainer.outer.height >= height)
+
     def heard(self, kind: str) -> list[dict[str, object]]:
         return [data for _, found, data in self.events if found == kind]
 
@@ -231,5 +235,4 @@ class TrainerWorld:
     async def heights(self, height: int, timeout_s: float = 120.0) -> None:
         """Until every replica's log is that high."""
         async with asyncio.timeout(timeout_s):
-            for replica in list(self.replicas.values()):
-                await replica.trainer.outer.wait_for_height(height)
+            await asyncio.gather(*(replica.reach(height) for replica in self.replicas.values()))

@@ -1,9 +1,11 @@
 """Every fault point times every action, on real processes: `python tests/soak/fault_points.py --json`.
 
 A group of workers (mutual TLS on loopback, real membership, fp32 on the wire) plays one case after another:
-a clean round, the fault, the others' commit, everybody's return, two more rounds, then P1 and P4. A line a
-case: seconds from the blow to the others' COMMIT, their bytes by those of the clean round, and how the one
-that was struck came back. Goals: 3 s after a kill, 6 s after a freeze, 1.05 times the bytes.
+a clean round, the fault, the others' commit and equal bytes, everybody's return, two more rounds, then P1 and
+P4. A line a case: seconds from the blow to the others' COMMIT, their bytes by those of the clean round, how
+the one that was struck came back. Then kills and freezes of one of three in mid-transfer, and faults that
+come two at once. Goals: 3 s after a kill, 6 s after a freeze, 1.05 times the bytes, replay after a freeze.
+Exit status 1: a promise was broken (FAILED) or a goal missed (LATE, HEAVY, SNAPSHOT).
 """
 
 from __future__ import annotations
@@ -11,112 +13,135 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fault_cases import FORGETFUL, Outcome, play
+from fault_cases import FORGETFUL, play
+from fault_doubles import DOUBLES, Double, play_double
 from fault_group import FaultGroup, fault_spec
+from fault_orders import JsonObject
+from fault_outcome import Fault, Outcome, figures, table
 from fault_replica import Nursery
-from fault_table import Case, all_cases
+from fault_table import Case, all_cases, mid_transfer
 
 from shoal.protocol.faults import Action
-
-GOALS_S = {Action.KILL: 3.0, Action.FREEZE: 6.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A promise that was broken."""
 
-    case: Case
+    case: Fault
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Faults that one kind of group can play, one after another."""
+
+    faults: Sequence[Case | Double]
+    peers: int
+    mib: int  # fp32 bytes of the stage
+    durable: bool = True
+    outer: JsonObject | None = None
+
+    def group(self, folder: Path, nursery: Nursery) -> FaultGroup:
+        size = self.mib << 18
+        spec = fault_spec(outer={"part_bytes": max(1 << 16, size // 4), **(self.outer or {})})
+        return FaultGroup(folder, nursery, self.peers, spec, size=size, durable=self.durable)
+
+
+def rooms(options: argparse.Namespace) -> list[Room]:
+    """Who needs a snapshot may find neither one on its disk nor entries elsewhere."""
+
+    def wanted(faults: Sequence[Case | Double]) -> list[Case | Double]:
+        return [fault for fault in faults if options.only in str(fault)]
+
+    joining = [case for case in all_cases() if case.needs_joiner]
+    others = [case for case in all_cases() if not case.needs_joiner]
+    return [
+        Room(wanted(joining), options.peers, options.mib, durable=False, outer=FORGETFUL),
+        Room(wanted(others), options.peers, options.mib),
+        Room(wanted(mid_transfer()), 3, 16),
+        Room(wanted(DOUBLES), 5, options.mib),
+    ]
+
+
 class Sweep:
-    """Plays cases; a group that was broken, or told lies, is followed by a new one."""
+    """Plays faults; a group that was broken, or told lies, is followed by a new one."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._options = options
-        self.results: list[Outcome | Failure] = []
+    def __init__(self, nursery: Nursery, *, verbose: bool) -> None:
+        self._nursery = nursery
+        self._verbose = verbose
+        self.played: list[Outcome] = []
+        self.failed: list[Failure] = []
 
-    async def run(self, cases: Iterable[Case], nursery: Nursery) -> None:
-        cases = list(cases)
-        for fits in (lambda case: case.needs_joiner, lambda case: not case.needs_joiner):
-            waiting = [case for case in cases if fits(case)]
-            while waiting:
-                waiting = await self._run_group(waiting, nursery)
+    async def run(self, room: Room) -> None:
+        """All of a room."""
+        waiting = list(room.faults)
+        while waiting:
+            with tempfile.TemporaryDirectory() as folder:
+                async with room.group(Path(folder), self._nursery) as group:
+                    while waiting and await self._play(group, waiting.pop(0)):
+                        pass
 
-    async def _run_group(self, cases: list[Case], nursery: Nursery) -> list[Case]:
-        """Returns the cases that are left."""
-        size = self._options.mib << 18
-        outer = {"part_bytes": max(1 << 16, size // 4), **(FORGETFUL if cases[0].needs_joiner else {})}
-        with tempfile.TemporaryDirectory() as folder:
-            spec, peers = fault_spec(outer=outer), self._options.peers
-            durable = not cases[0].needs_joiner  # a joiner that comes again would have the snapshot
-            group = FaultGroup(Path(folder), nursery, peers, spec, size=size, durable=durable)
-            async with group:
-                for index, case in enumerate(cases):
-                    try:
-                        self._note(await play(group, case))
-                    except (AssertionError, TimeoutError, ConnectionError, RuntimeError) as error:
-                        self._note(Failure(case, f"{type(error).__name__}: {error}"))
-                        return cases[index + 1 :]
-                    if case.tells_lies:
-                        return cases[index + 1 :]
-        return []
+    async def _play(self, group: FaultGroup, fault: Case | Double) -> bool:
+        """Whether the group is good for another one."""
+        playing: Awaitable[Outcome] = (
+            play(group, fault) if isinstance(fault, Case) else play_double(group, fault)
+        )
+        try:
+            outcome = await playing
+        except (AssertionError, TimeoutError, ConnectionError, RuntimeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            self.failed.append(Failure(fault, why))
+            print(f"{fault!s:40} FAILED {why if self._verbose else why[:200]}", flush=True)
+            return False
+        self.played.append(outcome)
+        print(outcome, flush=True)
+        return not fault.tells_lies
 
-    def _note(self, result: Outcome | Failure) -> None:
-        self.results.append(result)
-        match result:
-            case Failure(case, why):
-                print(f"{case!s:36} FAILED {why if self._options.verbose else why[:200]}", flush=True)
-            case Outcome(case, struck, seconds, ratio, came_back):
-                late = " LATE" if seconds > GOALS_S.get(case.action, seconds) else ""
-                spent = f"{ratio:.3f}" if ratio is not None else "  -  "
-                print(
-                    f"{case!s:36} {struck:8} {seconds:6.2f} s{late:5} bytes {spent} {came_back}", flush=True
-                )
+    def summary(self) -> dict[str, object]:
+        """Figures by action, and what was not as promised."""
+        found: dict[str, object] = {"cases": len(self.played) + len(self.failed)}
+        for action in Action:
+            if of := [outcome for outcome in self.played if outcome.case.action is action]:
+                found[action.value] = figures(of)
+        found["missed"] = [f"{o.case}: {miss}" for o in self.played for miss in o.misses()]
+        found["failed"] = [str(failure.case) for failure in self.failed]
+        found["load_average"] = round(os.getloadavg()[1], 1)
+        return found
 
 
-def summary(results: Sequence[Outcome | Failure]) -> dict[str, object]:
-    """Figures by action, and what was not as promised."""
-    figures: dict[str, object] = {"cases": len(results)}
-    played = [result for result in results if isinstance(result, Outcome)]
-    for action in Action:
-        seconds = sorted(outcome.seconds for outcome in played if outcome.case.action is action)
-        if seconds:
-            figures[action.value] = {
-                "cases": len(seconds),
-                "seconds_median": round(seconds[len(seconds) // 2], 3),
-                "seconds_max": round(seconds[-1], 3),
-            }
-    ratios = [o.bytes_ratio for o in played if o.bytes_ratio is not None and o.case.action is Action.KILL]
-    figures["bytes_ratio_max_after_kill"] = round(max(ratios, default=0.0), 3)
-    figures["late"] = [str(o.case) for o in played if o.seconds > GOALS_S.get(o.case.action, o.seconds)]
-    figures["failed"] = [str(result.case) for result in results if isinstance(result, Failure)]
-    return figures
+async def sweep(nursery: Nursery, options: argparse.Namespace) -> Sweep:
+    """Everything that was asked for."""
+    sweep = Sweep(nursery, verbose=options.verbose)
+    for room in rooms(options):
+        await sweep.run(room)
+    return sweep
 
 
 def main() -> None:
-    """Play what was asked for; exits with 1 when a promise was broken."""
+    """Play what was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--peers", type=int, default=4)
     parser.add_argument("--mib", type=int, default=1, help="fp32 bytes of the stage")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="faults whose name contains this")
     parser.add_argument("--json", action="store_true", help="print the summary as the last line")
     parser.add_argument("--verbose", action="store_true", help="the whole story of a failure")
     options = parser.parse_args()
-    sweep = Sweep(options)
     with Nursery() as nursery:
-        asyncio.run(sweep.run((case for case in all_cases() if options.only in str(case)), nursery))
-    found = summary(sweep.results)
-    print(json.dumps(found) if options.json else f"failed: {found['failed']}\nlate: {found['late']}")
-    raise SystemExit(1 if found["failed"] else 0)
+        done = asyncio.run(sweep(nursery, options))
+    found = done.summary()
+    print("\n".join(table(done.played)))
+    print(json.dumps(found) if options.json else f"missed: {found['missed']}\nfailed: {found['failed']}")
+    raise SystemExit(1 if found["failed"] or found["missed"] else 0)
 
 
 if __name__ == "__main__":

@@ -268,9 +268,9 @@ class Outer:
         """An inner step was made: a round may be due."""
         self._change.notify()
 
-    async def wait_for_height(self, height: int) -> None:
-        """Returns when the log has reached a height."""
-        await self._change.until(lambda: self.height >= height, lambda: None)
+    async def wait_until(self, holds: Callable[[], bool]) -> None:
+        """Returns when something holds that depends on the log; it is looked at after each change."""
+        await self._change.until(holds, lambda: None)
 
     async def final_round(self) -> None:
         """Before a graceful leave: returns when the log holds all inner steps made until now.
