@@ -57,6 +57,7 @@ class FaultGroup:
         size: int = SIZE,
         seed: int = SEED,
         durable: bool = False,
+        upload_bytes_per_s: float | None = None,
     ) -> None:
         self.spec = spec or fault_spec()
         self.size = size
@@ -66,6 +67,7 @@ class FaultGroup:
         self._nursery = nursery
         self._replicas = replicas
         self._durable = durable
+        self._upload_bytes_per_s = upload_bytes_per_s
         self._news = asyncio.Event()
         self._claims = itertools.count()
         self._listening: set[asyncio.Task[None]] = set()
@@ -123,6 +125,7 @@ class FaultGroup:
                 spec=self.spec.model_dump(mode="json"),
                 size=self.size,
                 directory=str(self._folder / f"w{number}") if self._durable else None,
+                upload_bytes_per_s=self._upload_bytes_per_s,
             )
         )
         return replica

@@ -33,6 +33,7 @@ class Order:
     spec: JsonObject
     size: int
     directory: str | None = None  # of snapshots and journal
+    upload_bytes_per_s: float | None = None  # None: no limit
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"

@@ -68,14 +68,14 @@ class Replica:
     def __str__(self) -> str:
         return f"w{self.number}/{self.incarnation}"
 
-    async def ask(self, do: str, **arguments: object) -> JsonObject:
+    async def ask(self, do: str, *, limit_s: float = COMMAND_S, **arguments: object) -> JsonObject:
         """Have a command done. Raises ConnectionError when the process ended over it."""
         if self._writer is None or self.ended:
             raise ConnectionError(f"{self} has ended")
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         self._writer.write(json.dumps({"id": number, "do": do, "with": arguments}).encode() + b"\n")
-        async with asyncio.timeout(COMMAND_S):
+        async with asyncio.timeout(limit_s):
             found: JsonObject = await answer
         if "error" in found:
             raise RuntimeError(f"{self}: {do}: {found['error']}")

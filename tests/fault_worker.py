@@ -12,13 +12,14 @@ import json
 import os
 import random
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
 from fault_orders import JsonObject, Order, key_of, start_of, step_of, tokens_of
+from fault_weights import Course, LaneWeights
 
 from shoal.compression.codec import bytes_of
 from shoal.dht.beats import Beat, StageBeat
@@ -36,8 +37,8 @@ from shoal.protocol.faulty_transport import FaultyTransport
 from shoal.protocol.grpc_transport import GrpcTransport
 from shoal.protocol.identity import PeerId
 from shoal.protocol.wire import decode, encode
+from shoal.training.lane import ThreadLane
 from shoal.training.neighbours import group_members
-from shoal.training.outer.local import MemoryWeights
 from shoal.training.outer.service import Outer
 from shoal.training.spec import RunSpec
 
@@ -53,11 +54,12 @@ class Worker:
         self._genesis, self._pattern = start_of(order.seed, order.size)
         membership = Membership(JoinToken.parse(order.token), key_of(order.seed, order.number), time.time)
         contacts = ContactBook()
-        self._bare = GrpcTransport(membership, contacts, "127.0.0.1", 0)
+        self._bare = GrpcTransport(membership, contacts, "127.0.0.1", 0, order.upload_bytes_per_s)
         self._rng = random.Random(f"{order.seed}/{order.number}/{order.incarnation}")
         self.faults = Faults(permit=self._permit, tell=self._struck, seed=order.seed)
         self.transport = FaultyTransport(self._bare, self.faults)
-        self.weights = MemoryWeights(self._genesis)
+        self._lane = ThreadLane()
+        self.weights = LaneWeights(self._genesis, self._lane, self._change_of)
         self._state = "joining"
         self._told = b""  # the head
         self._claims: dict[Arming, str] = {}  # the file that one has to be first to make
@@ -105,6 +107,7 @@ class Worker:
                     task.cancel()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.transport.close()
+        await self._lane.close()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.add(asyncio.create_task(work))
@@ -139,17 +142,35 @@ class Worker:
 
     async def do_step(self, count: int) -> JsonObject:
         """Make inner steps."""
-        order = self.order
         for _ in range(count):
-            scale = step_of(order.seed, order.number, order.incarnation, self.weights.inner_steps)
-            self.weights.step(self._pattern * scale, tokens_of(order.number))
-            self.outer.stepped()
-        self.members.changed_now()
+            await self.weights.work()
+            self._stepped()
         return {"inner_steps": self.weights.inner_steps}
 
     async def do_spoil(self) -> None:
         """A value of the outer momentum changes, as in broken memory."""
         self.outer.momentum[0] += 1.0
+
+    async def do_train(self, **course: Any) -> JsonObject:
+        """Make the inner steps of a `Course` and tell what it measured."""
+        found = await Course(**course).run(self.weights, self._stepped, self._height_and_bytes)
+        return {"inner_steps": self.weights.inner_steps, **found}
+
+    async def do_hand_in(self) -> None:
+        """Return when the log holds all steps made until now."""
+        await self.outer.final_round()
+
+    def _stepped(self) -> None:
+        self.outer.stepped()
+        self.members.changed_now()
+
+    def _height_and_bytes(self) -> tuple[int, int]:
+        return self.outer.height, sum(of_rounds(self._bare.counters().bytes_out).values())
+
+    def _change_of(self, step: int) -> tuple[torch.Tensor, int]:
+        order = self.order
+        scale = step_of(order.seed, order.number, order.incarnation, step)
+        return self._pattern * scale, tokens_of(order.number)
 
     async def do_arm(self, arming: str, once: str) -> None:
         """Arm a fault point; of the processes armed `once` with the same file the first is struck."""
@@ -169,8 +190,8 @@ class Worker:
             "inner_steps": self.weights.inner_steps,
             "anchor": blake3(bytes_of(self.outer.anchor)).hexdigest(),
             "momentum": blake3(bytes_of(self.outer.momentum)).hexdigest(),
-            "bytes_out": {m: count for m, count in counters.bytes_out.items() if m.startswith("outer.")},
-            "bytes_in": {m: count for m, count in counters.bytes_in.items() if m.startswith("outer.")},
+            "bytes_out": of_rounds(counters.bytes_out),
+            "bytes_in": of_rounds(counters.bytes_in),
             "outer": self.outer.status(),
             "members": {m.peer: [m.liveness.value, m.reason] for m in self.members.view().members},
         }
@@ -258,6 +279,11 @@ class Worker:
             steps_since_round=outer.steps_since_round,
             tokens_since_round=outer.tokens_since_round,
         )
+
+
+def of_rounds(counted: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by method, of rounds and recovery."""
+    return {method: count for method, count in counted.items() if method.startswith("outer.")}
 
 
 def waits_at(task: asyncio.Task[Any]) -> str:
