@@ -36,6 +36,7 @@ class StageBeat:
     steps_since_round: Count = 0
     tokens_since_round: Count = 0
     uplink_bytes_per_s: BytesPerS = 0.0  # about what its uplink carries in bulk; 0: unknown
+    service_s: Seconds = 0.0  # lane time of one micro-batch, forward to weight gradient; 0: unknown
 
 
 @wire_message
@@ -50,7 +51,7 @@ class Beat:
     record_sequence: Count = 0  # of the sender's newest record
     revocation_version: Count = 0  # of the list the sender holds
     backlog_s: Seconds = 0.0  # compute queued on its lane
-    tokens_per_s: TokensPerS = 0.0  # what the lane manages, measured by itself
+    tokens_per_s: TokensPerS = 0.0  # committed of late; what it could do says `StageBeat.service_s`
     finished_work: Count = 0  # items its lane finished; stands still while the lane does
     draining: bool = False
     stages: Annotated[tuple[StageBeat, ...], Items(8)] = ()

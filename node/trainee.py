@@ -101,15 +101,7 @@ class Trainee:
         return start, stop - 1
 
     def beat(self) -> Beat:
-        if self._trainer is None:
-            return Beat()
-        load = self._trainer.load()
-        return Beat(
-            backlog_s=load.backlog_s,
-            tokens_per_s=self._trainer.tokens_per_s(),
-            finished_work=load.finished,
-            stages=self._trainer.beat(),
-        )
+        return self._trainer.heartbeat() if self._trainer is not None else Beat()
 
     def status(self) -> dict[str, object]:
         return self._trainer.status() if self._trainer is not None else {}

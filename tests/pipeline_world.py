@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.protocol.transport import Transport
-from shoal.training.lane import InlineLane, Work
+from shoal.training.lane import InlineLane, Lane, Work, paced
 from shoal.training.model.layout import StageLayout, genesis, stage_layout
 from shoal.training.model.stage import StageModel
 from shoal.training.partition import stage_ranges
@@ -61,19 +61,29 @@ class Peer:
     stage: int
     layout: StageLayout
     transport: Transport
+    lane: Lane
     weights: Weights
     ledger: Ledger
     driver: Driver | None = None
     hop: Hop | None = None
     events: list[tuple[str, dict[str, object]]] = field(default_factory=list)
     incarnation: int = 1
+    beat: Replica | None = None  # as others heard it last
 
 
 class World:
     """All peers; also the membership that the pipeline sees (`Replicas`), perfect but for `blind` peers."""
 
-    def __init__(self, spec: RunSpec, replicas: int, seed: int = 1) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        replicas: int,
+        seed: int = 1,
+        service_s: Callable[[int, int], float] | None = None,
+    ) -> None:
+        """`service_s`: of (stage, number in it), lane time of a micro-batch; SECONDS if it is not given."""
         self.spec = spec
+        self._service_s = service_s
         self.rng = random.Random(seed)
         self.network = MemoryNetwork(random.Random(seed + 1))
         self.dead: set[str] = set()
@@ -85,18 +95,19 @@ class World:
             for stage in range(spec.stages.count)
             for n in range(replicas)
         ]
-        self.peers = [self._peer(PeerId(name), i // replicas) for i, name in enumerate(names)]
+        self.peers = [self._peer(PeerId(name), *divmod(i, replicas)) for i, name in enumerate(names)]
 
-    def _peer(self, name: PeerId, stage: int) -> Peer:
+    def _peer(self, name: PeerId, stage: int, number: int) -> Peer:
         spec = self.spec
         layout = stage_layout(spec, stage_ranges(spec)[stage])
         transport = self.network.transport(name, frozenset({Role.TRAINER}))
-        lane = InlineLane(SECONDS.__getitem__)
+        pace = SECONDS.__getitem__ if self._service_s is None else paced(self._service_s(stage, number))
+        lane = InlineLane(pace)
         weights = Weights(spec, layout, genesis(spec, layout), lane, "cpu")
         compute = StageCompute(
             spec, StageModel(spec, layout), weights, "cpu", lambda: spec.inner.learning_rate
         )
-        peer = Peer(name, stage, layout, transport, weights, Ledger())
+        peer = Peer(name, stage, layout, transport, lane, weights, Ledger())
         rng = random.Random(self.rng.getrandbits(64))
 
         def event(kind: str, data: dict[str, object]) -> None:
@@ -104,10 +115,9 @@ class World:
 
         downstream = None
         if stage + 1 < spec.stages.count:
-            hidden_bytes = PayloadFormat.of(spec).hidden_bytes
-            downstream = Downstream(
-                range(stage + 1, spec.stages.count), transport, self, hidden_bytes, rng, event
-            )
+            form = PayloadFormat.of(spec)
+            behind = range(stage + 1, spec.stages.count)
+            downstream = Downstream(behind, transport, self, form, lane, rng, event)
         if stage == 0:
             peer.driver = Driver(
                 spec,
@@ -155,11 +165,15 @@ class World:
             await peer.transport.close()
 
     def of_stage(self, stage: int) -> Sequence[Replica]:
-        return [
-            Replica(peer.name, 0.001, 0.0)
-            for peer in self.peers
-            if peer.stage == stage and peer.name not in self.dead
-        ]
+        return [self._heard(peer) for peer in self.stage(stage) if peer.name not in self.dead]
+
+    def _heard(self, peer: Peer) -> Replica:
+        """The peer's last heartbeat: one a second."""
+        now = asyncio.get_running_loop().time()
+        if peer.beat is None or now - peer.beat.heard_s >= 1.0:
+            load = peer.lane.load()
+            peer.beat = Replica(peer.name, 0.002, load.backlog_s, load.service_s, now)
+        return peer.beat
 
     def suspect(self, peer: PeerId, reason: str) -> None:
         self.suspected.append((peer, reason))

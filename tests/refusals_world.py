@@ -102,8 +102,7 @@ class Peer:
 
         behind = range(stage + 1, spec.stages.count)
         if stage == 0:
-            sizes = self.format.hidden_bytes
-            self.downstream = Downstream(behind, self.transport, known, sizes, rng, event)
+            self.downstream = Downstream(behind, self.transport, known, self.format, lane, rng, event)
             self.driver = Driver(
                 spec,
                 me=self.me,
@@ -174,10 +173,12 @@ class Peer:
         return Propagate(**fields)  # type: ignore[arg-type]
 
     def payload(self, token: int = 1, value: float = 0.5, sequences: int = 2) -> bytes:
-        """Tokens and activations that are all the same number."""
+        """Tokens and float32 activations that are all the same number, any number."""
         length, width = self.format.length, self.format.width
         tokens = torch.full((sequences, length + 1), token)
-        return bytes(self.format.pack(tokens, torch.full((sequences, length, width), value)))
+        hidden = torch.full((sequences, length, width), value, dtype=torch.float32)
+        packed = self.format.pack(tokens, None, self.format.widest)
+        return bytes(packed) + hidden.view(torch.uint8).numpy().tobytes()
 
 
 class GroupPeer:

@@ -24,7 +24,9 @@ PURE_POLICIES = (
     "training/partition.py",
     "training/placement.py",
     "training/outer/policy.py",
+    "training/pipeline/link_codec.py",
     "training/pipeline/routing.py",
+    "training/pipeline/standing.py",
 )
 IMPURE = {"asyncio", "time", "torch", "socket", "os", "pathlib", "threading", "secrets", "grpc", "subprocess"}
 

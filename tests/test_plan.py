@@ -42,7 +42,7 @@ def test_the_templates_have_the_sizes_they_are_named_for() -> None:
     }
 
 
-@pytest.mark.parametrize("activations", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activations", ["float32", "bfloat16", "int8"])
 def test_a_hop_takes_the_bytes_that_the_pipeline_packs(activations: str) -> None:
     spec = RunSpec.model_validate(
         {"compression": {"activations": activations}, "inner": {"micro_batch_sequences": 2}}
@@ -51,8 +51,8 @@ def test_a_hop_takes_the_bytes_that_the_pipeline_packs(activations: str) -> None
     tokens = torch.zeros(2, spec.model.sequence + 1, dtype=torch.int64)
     hidden = torch.zeros(2, spec.model.sequence, spec.model.width)
     first, last = make_plan(spec).stages
-    assert first.hop_forward_bytes == form.pack(tokens, hidden).nbytes
-    assert first.hop_backward_bytes == form.pack_hidden(hidden).nbytes
+    assert first.hop_forward_bytes == form.pack(tokens, hidden, activations).nbytes
+    assert first.hop_backward_bytes == form.pack_hidden(hidden, activations).nbytes
     assert last.hop_forward_bytes == last.hop_backward_bytes == 0
 
 

@@ -122,6 +122,7 @@ from shoal.training.pipeline.messages import (
     APPLIED,
     TENTATIVE,
     UNKNOWN,
+    Activations,
     CommitChain,
     Gradient,
     Infer,
@@ -378,6 +379,12 @@ async def hop_and_caller(run: Run) -> AsyncIterator[tuple[Peer, Transport]]:
     yield hop, run.transport()
 
 
+async def ask_hop(caller: Transport, hop: Peer, request: Propagate, payload: bytes) -> object:
+    """A request and its activations."""
+    messages = ((request, b""), (Activations(), payload))
+    return await say(caller, hop.me, "propagate", *messages, reply=(Working, Gradient))
+
+
 def test_malformed_micro_batches_leave_no_trace_at_a_hop(tmp_path: Path) -> None:
     async def scene(run: Run) -> None:
         async with hop_and_caller(run) as (hop, caller):
@@ -391,8 +398,9 @@ def test_malformed_micro_batches_leave_no_trace_at_a_hop(tmp_path: Path) -> None
                 (hop.request(me), good[:50], MessageInvalid, "tokens alone take"),
                 (hop.request(me), b"", MessageInvalid, "tokens alone take"),
                 (hop.request(me), good + bytes(2), MessageTooLarge, "are allowed"),
-                (hop.request(me, sequences=1), good, MessageInvalid, "hidden states take"),
+                (hop.request(me, sequences=1), good, MessageTooLarge, "are allowed"),
                 (hop.request(me, sequences=3), good, MessageInvalid, "3 sequences"),
+                (hop.request(me, codec="int8"), good, MessageInvalid, "use float32, not int8"),
                 (hop.request(me), hop.payload(token=10**6), MessageInvalid, "outside the vocabulary"),
                 (hop.request(me), hop.payload(token=-1), MessageInvalid, "outside the vocabulary"),
                 (hop.request(me), hop.payload(value=nan), MessageInvalid, "NaN or infinity"),
@@ -405,7 +413,7 @@ def test_malformed_micro_batches_leave_no_trace_at_a_hop(tmp_path: Path) -> None
             )
             for request, payload, kind, words in cases:
                 with pytest.raises(kind, match=words):
-                    await say(caller, hop.me, "propagate", (request, payload), reply=(Working, Gradient))
+                    await ask_hop(caller, hop, request, payload)
                 assert hop.state() == before
             with pytest.raises(MessageInvalid, match="Note"):
                 await say(caller, hop.me, "propagate", (Note(1), b""), reply=(Gradient,))
@@ -421,9 +429,7 @@ def test_a_micro_batch_counts_once_and_a_hop_keeps_no_more_than_admission_grants
 
             async def propagate(number: int, **changes: object) -> object:
                 request = hop.request(me, number, **changes)
-                return await say(
-                    *(caller, hop.me, "propagate", (request, hop.payload())), reply=(Working, Gradient)
-                )
+                return await ask_hop(caller, hop, request, hop.payload())
 
             async def commit(number: int, attempt: int) -> object:
                 chain = (Link(0, me, 0), Link(1, hop.me, attempt))
@@ -489,10 +495,7 @@ def test_nobody_but_its_driver_decides_a_micro_batch(tmp_path: Path) -> None:
     async def scene(run: Run) -> None:
         async with hop_and_caller(run) as (hop, driver):
             meddler = run.transport()
-            await say(
-                *(driver, hop.me, "propagate", (hop.request(driver.me), hop.payload())),
-                reply=(Working, Gradient),
-            )
+            await ask_hop(driver, hop, hop.request(driver.me), hop.payload())
             before = hop.state()
             micro_batch = MicroBatch(driver.me, 1, 0)
             for attempt in (100, 1):
@@ -508,13 +511,14 @@ def test_nobody_but_its_driver_decides_a_micro_batch(tmp_path: Path) -> None:
     play_run(scene, tmp_path)
 
 
-def gradient(chain: tuple[Link, ...], payload: bytes) -> tuple[Gradient, bytes]:
-    return Gradient(chain, 1.0, 0.0, 0.01), payload
+def gradient(chain: tuple[Link, ...], payload: bytes) -> Answers:
+    return (Gradient(chain, 1.0, 0.0, 0.01), b""), (Activations(), payload)
 
 
-NAN = b"\xc0\x7f"  # bfloat16
+NAN = b"\xc0\x7f"  # the upper half of a float32
+Answers = tuple[tuple[object, bytes], ...]
 # What a broken replica may answer, given its own link and the bytes that a whole gradient has.
-GARBAGE: dict[str, Callable[[Link, int], tuple[object, bytes]]] = {
+GARBAGE: dict[str, Callable[[Link, int], Answers]] = {
     "a gradient too short": lambda own, size: gradient((own,), bytes(size - 2)),
     "a gradient too long": lambda own, size: gradient((own,), bytes(size + 2)),
     "no gradient": lambda own, size: gradient((own,), b""),
@@ -523,23 +527,26 @@ GARBAGE: dict[str, Callable[[Link, int], tuple[object, bytes]]] = {
     "another attempt": lambda own, size: gradient((replace(own, attempt=1),), bytes(size)),
     "another peer's chain": lambda own, size: gradient((replace(own, peer=PeerId("z" * 52)),), bytes(size)),
     "a chain too long": lambda own, size: gradient((own, replace(own, stage=2)), bytes(size)),
-    "another message": lambda own, size: (Note(1), bytes(size)),
-    "work without result": lambda own, size: (Working(1), b""),
+    "another message": lambda own, size: ((Note(1), bytes(size)),),
+    "work without result": lambda own, size: ((Working(1), b""),),
+    "no values": lambda own, size: gradient((own,), b"")[:1],
 }
 
 
 @pytest.mark.parametrize("wrong", GARBAGE.values(), ids=GARBAGE)
 def test_a_replica_that_answers_garbage_is_counted_and_another_one_asked(
-    tmp_path: Path, wrong: Callable[[Link, int], tuple[object, bytes]]
+    tmp_path: Path, wrong: Callable[[Link, int], Answers]
 ) -> None:
     async def scene(run: Run) -> None:
         spec = pipeline_spec()
         liar = run.transport()
 
         async def answer(stream: Stream) -> None:
-            message = await stream.receive(Propagate, max_payload_bytes=1 << 20)
-            size = honest.format.hidden_bytes(message.header.sequences)
-            await stream.send(*wrong(Link(1, liar.me, message.header.attempt), size))
+            asked: Propagate = (await stream.receive(Propagate)).header
+            await stream.receive(Activations, max_payload_bytes=1 << 20)
+            size = honest.format.hidden_bytes(asked.sequences, asked.codec)
+            for header, payload in wrong(Link(1, liar.me, asked.attempt), size):
+                await stream.send(header, payload)
 
         liar.serve("propagate", answer, ANYBODY)
         liar.serve("commit", never, ANYBODY)
@@ -553,7 +560,7 @@ def test_a_replica_that_answers_garbage_is_counted_and_another_one_asked(
             await driver.driver.train([tokens])
             await honest.hop.drained()
         assert [peer for peer, _ in known.suspected] == [liar.me], "and nobody else"
-        assert driver.downstream.retries == 1
+        assert driver.downstream.successors.retries == 1
         assert driver.driver.figures.restarted == 0, "the caller repairs it, the chain does not begin anew"
         assert [kind for kind, _ in driver.events] == ["retry", "reroute"]
         assert len(driver.ledger) == len(honest.ledger) == 1
@@ -570,7 +577,7 @@ def test_a_replica_that_works_for_ever_does_not_hold_a_micro_batch_for_ever(tmp_
         busybody = run.transport()
 
         async def work(stream: Stream) -> None:
-            await stream.receive(Propagate, max_payload_bytes=1 << 20)
+            await stream.receive(Propagate)
             while True:
                 await stream.send(Working(1))
                 await asyncio.sleep(0.1)

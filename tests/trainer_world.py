@@ -152,7 +152,7 @@ class TrainerWorld:
             )
 
         def beat() -> Beat:
-            return Beat(stages=found[0].trainer.beat()) if found and state[0] == "online" else Beat()
+            return found[0].trainer.heartbeat() if found and state[0] == "online" else Beat()
 
         members = Members(
             transport=transport,

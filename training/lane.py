@@ -24,6 +24,7 @@ T = TypeVar("T")
 WEIGHTS_WAITING = 2
 SERVE_EVERY = 8  # at most an eighth of a busy lane goes to inference and scoring
 _SMOOTHING = 0.1  # of the moving average of durations
+_LEAST_LEFT = 0.1  # of its usual duration, counted as left of work that runs longer than that
 
 
 class Work(enum.IntEnum):
@@ -36,14 +37,28 @@ class Work(enum.IntEnum):
     SERVE = 4
 
 
+_OF_MICRO_BATCH = (Work.FORWARD, Work.BACKWARD, Work.WEIGHT)
+
+
 @dataclass(frozen=True, slots=True)
 class LaneLoad:
     """What heartbeats and status tell about a lane."""
 
     queued: int
-    backlog_s: float  # expected time to empty the queue
+    backlog_s: float  # expected time to finish what runs and empty the queue
     finished: int  # pieces of work since the start: stands still when the lane does
     busy_s: float
+    service_s: float  # what a micro-batch takes of the lane, forward to weight gradient; 0: unknown
+
+
+def paced(micro_batch_s: float) -> Callable[[Work], float]:
+    """Least durations that make a micro-batch take so long: a third each for forward and both backwards.
+
+    Speed tests declare them well above the CPU's cost, so that two cores can stand for eight machines.
+    """
+    return {
+        kind: micro_batch_s / len(_OF_MICRO_BATCH) if kind in _OF_MICRO_BATCH else 0.0 for kind in Work
+    }.__getitem__
 
 
 def next_kind(waiting: Sequence[int], since_serve: int = 0) -> Work | None:
@@ -74,9 +89,14 @@ class _Durations:
         self.since_serve = 0 if kind is Work.SERVE else self.since_serve + 1
         self.busy_s += seconds
 
-    def load(self, waiting: Sequence[int]) -> LaneLoad:
+    def load(self, waiting: Sequence[int], running: tuple[Work, float] | None) -> LaneLoad:
+        """`running`: the kind of what runs, and since how many seconds."""
         backlog_s = sum(count * mean for count, mean in zip(waiting, self.mean_s, strict=True))
-        return LaneLoad(sum(waiting), backlog_s, self.finished, self.busy_s)
+        if running is not None:  # never zero: a lane that hangs in a piece of work has a backlog
+            mean_s = self.mean_s[running[0]]
+            backlog_s += max(mean_s - running[1], _LEAST_LEFT * mean_s)
+        service_s = sum(self.mean_s[kind] for kind in _OF_MICRO_BATCH)
+        return LaneLoad(sum(waiting), backlog_s, self.finished, self.busy_s, service_s)
 
 
 class Lane(ABC):
@@ -109,11 +129,14 @@ class _Job:
 class ThreadLane(Lane):
     """A worker thread with one queue for each kind of work."""
 
-    def __init__(self, name: str = "lane") -> None:
+    def __init__(self, name: str = "lane", least_s: Callable[[Work], float] = lambda kind: 0.0) -> None:
+        """`least_s`: a piece of work takes at least so long; the rest of it the thread sleeps (`paced`)."""
+        self._least_s = least_s
         self._queues: tuple[deque[_Job], ...] = tuple(deque() for _ in Work)
         self._wake = threading.Condition()
         self._closed = False
         self._durations = _Durations()
+        self._running: tuple[Work, float] | None = None  # since when, on the performance counter
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
@@ -135,7 +158,9 @@ class ThreadLane(Lane):
                 self._wake.notify()
 
     def load(self) -> LaneLoad:
-        return self._durations.load([len(queue) for queue in self._queues])
+        running = self._running
+        now_runs = None if running is None else (running[0], time.perf_counter() - running[1])
+        return self._durations.load([len(queue) for queue in self._queues], now_runs)
 
     async def close(self) -> None:
         with self._wake:
@@ -163,10 +188,14 @@ class ThreadLane(Lane):
             if job.future.cancelled():
                 continue
             begin = time.perf_counter()
+            self._running = kind, begin
             try:
                 outcome, failure = job.function(*job.arguments), None
             except Exception as error:  # the edge of the worker: the caller gets it, and decides
                 outcome, failure = None, error
+            if (rest_s := self._least_s(kind) - (time.perf_counter() - begin)) > 0:
+                time.sleep(rest_s)
+            self._running = None
             self._durations.record(kind, time.perf_counter() - begin)
             if not self._closed or not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(_settle, job.future, outcome, failure)
@@ -189,6 +218,7 @@ class InlineLane(Lane):
         self._duration_s = duration_s
         self._waiting: tuple[deque[asyncio.Future[None]], ...] = tuple(deque() for _ in Work)
         self._busy = False
+        self._running: tuple[Work, float] | None = None  # since when, in loop time
         self._durations = _Durations()
 
     async def run(self, kind: Work, function: Callable[..., T], *arguments: Any) -> T:
@@ -205,10 +235,12 @@ class InlineLane(Lane):
                 raise
         self._busy = True
         seconds = self._duration_s(kind)
+        self._running = kind, asyncio.get_running_loop().time()
         try:
             await asyncio.sleep(seconds)
             return function(*arguments)
         finally:
+            self._running = None
             self._durations.record(kind, seconds)
             self._hand_over()
 
@@ -216,7 +248,9 @@ class InlineLane(Lane):
         function(*arguments)  # functions run whole on the loop: none can be running now
 
     def load(self) -> LaneLoad:
-        return self._durations.load([len(queue) for queue in self._waiting])
+        running = self._running
+        now_runs = None if running is None else (running[0], asyncio.get_running_loop().time() - running[1])
+        return self._durations.load([len(queue) for queue in self._waiting], now_runs)
 
     async def close(self) -> None:
         for queue in self._waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from shoal.dht.beats import StageBeat
@@ -25,7 +26,13 @@ class MemberReplicas:
     def of_stage(self, stage: int) -> Sequence[Replica]:
         view = self._members.view()
         return [
-            Replica(m.peer, m.rtt_s if m.rtt_s is not None else _UNMEASURED_RTT_S, m.backlog_s)
+            Replica(
+                peer=m.peer,
+                rtt_s=m.rtt_s if m.rtt_s is not None else _UNMEASURED_RTT_S,
+                backlog_s=m.backlog_s,
+                service_s=progress.service_s if (progress := m.progress(stage)) else 0.0,
+                heard_s=m.heard_s if m.heard_s is not None else -math.inf,
+            )
             for m in view.online(stage)
             if m.peer != view.me
         ]

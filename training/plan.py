@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from shoal.training.outer.codecs import codec_of, round_codecs
 from shoal.training.outer.parts import cut
 from shoal.training.partition import layer_costs, stage_costs, stage_ranges
+from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.spec import RunSpec
 
 _BYTES = {"float32": 4, "bfloat16": 2}
-_TOKEN_BYTES = 4  # int32 on the wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class StagePlan:
     parameters: int
     compute_share: float  # of the model's compute; the largest one sets the pace
     memory: StageMemory
-    hop_forward_bytes: int  # to the next stage for a micro-batch: tokens and activations; 0 at the last
+    hop_forward_bytes: int  # to the next stage for a micro-batch, in the widest codec; 0 at the last
     hop_backward_bytes: int  # back from it: the gradient of the activations
     parts: int
     fragments: int  # a round moves one of them
@@ -129,8 +129,8 @@ def _stage(spec: RunSpec, stage: int, layers: range, compute_share: float) -> St
     fragments = cut(parameters, outer.part_bytes, codecs.block, outer.fragments)
     parts = [part for fragment in fragments for part in fragment.parts]
     last = layers.stop == spec.model.layers
-    hidden = spec.micro_batch_tokens * spec.model.width * _BYTES[codecs.activations]
-    tokens = spec.inner.micro_batch_sequences * (spec.model.sequence + 1) * _TOKEN_BYTES
+    form, sequences = PayloadFormat.of(spec), spec.inner.micro_batch_sequences
+    hidden, tokens = form.hidden_bytes(sequences, form.widest), form.token_bytes(sequences)
     after_warmup = round_codecs(codecs, codecs.warmup_rounds + 1, 0.0)
     contribution, published = (
         sum(codec_of(tag).encoded_bytes(part.count) for part in parts) for tag in after_warmup

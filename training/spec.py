@@ -206,8 +206,9 @@ class CompressionSection(_Section):
     """Below 8 bits: what rounding left out goes with the next contribution. false is there for tests."""
     feedback_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of that remainder which is kept from round to round."""
-    activations: Literal["float32", "bfloat16"] = "float32"
-    """Activations and their gradients between stages. bfloat16 halves the bytes of every hop."""
+    activations: Literal["auto", "float32", "bfloat16", "int8"] = "float32"
+    """Activations and their gradients between stages. bfloat16 halves the bytes of every hop, int8 quarters
+    them. auto: hop by hop the widest that the link carries while the device computes."""
 
 
 class CheckpointSection(_Section):

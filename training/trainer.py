@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.dht.beats import StageBeat
+from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.members import Members
 from shoal.protocol.errors import ShoalError, UsageError
 from shoal.protocol.identity import PeerId
@@ -26,7 +26,7 @@ from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, START_FOLDER
 from shoal.training.checkpoint.reshape import StageState
 from shoal.training.checkpoint.start import start_state
 from shoal.training.feed import Feed
-from shoal.training.lane import Lane, LaneLoad
+from shoal.training.lane import Lane
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.model.stage import StageModel
 from shoal.training.neighbours import MemberReplicas, group_members
@@ -34,11 +34,12 @@ from shoal.training.outer.service import GroupMember, Outer
 from shoal.training.outer.snapshot import Inherited
 from shoal.training.partition import stage_ranges
 from shoal.training.pipeline.compute import StageCompute
-from shoal.training.pipeline.downstream import Downstream, Event
+from shoal.training.pipeline.downstream import Downstream
 from shoal.training.pipeline.driver import Driver
 from shoal.training.pipeline.hop import Hop
 from shoal.training.pipeline.inference import InferenceHop
 from shoal.training.pipeline.ledger import Ledger
+from shoal.training.pipeline.successors import Event
 from shoal.training.spec import RunSpec
 from shoal.training.uplinks import UNKNOWN, claimed_uplink
 from shoal.training.weights import Weights, learning_rate
@@ -194,7 +195,8 @@ class Trainer:
                 range(self.stage + 1, self.spec.stages.count),
                 self._transport,
                 self._replicas,
-                compute.format.hidden_bytes,
+                compute.format,
+                self._lane,
                 random.Random(self._rng.getrandbits(64)),
                 self._pipeline_event,
             )
@@ -248,7 +250,7 @@ class Trainer:
     async def drain(self, deadline_s: float) -> None:
         """Leave in order: take nothing new, finish what is held, contribute the last delta."""
         if self._downstream is not None:
-            self._downstream.leave()
+            self._downstream.successors.leave()
         try:
             async with asyncio.timeout(deadline_s):
                 if self.driver is not None:
@@ -277,12 +279,19 @@ class Trainer:
                 steps_since_round=outer.steps_since_round,
                 tokens_since_round=outer.tokens_since_round,
                 uplink_bytes_per_s=self._uplink_bytes_per_s,
+                service_s=self._lane.load().service_s,
             ),
         )
 
-    def load(self) -> LaneLoad:
-        """The lane's load, for heartbeats."""
-        return self._lane.load()
+    def heartbeat(self) -> Beat:
+        """What neighbours hear of this replica."""
+        load = self._lane.load()
+        return Beat(
+            backlog_s=load.backlog_s,
+            tokens_per_s=self.tokens_per_s(),
+            finished_work=load.finished,
+            stages=self.beat(),
+        )
 
     def tokens_per_s(self) -> float:
         """Committed tokens a second over the last RATE_WINDOW_S."""
@@ -318,7 +327,7 @@ class Trainer:
             "duplicates_refused": self._ledger.duplicates_refused,
             "dropped": self._ledger.dropped,
             "undecided": self.hop.undecided if self.hop is not None else 0,
-            "retries": self._downstream.retries if self._downstream is not None else 0,
+            "retries": self._downstream.successors.retries if self._downstream is not None else 0,
             "reroutes_s": list(self.reroutes),
             "lane_queued": load.queued,
             "lane_backlog_s": load.backlog_s,

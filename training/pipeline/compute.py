@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shoal.training.lane import Lane, Work
 from shoal.training.model.split import Tape, note_embedding
 from shoal.training.model.stage import StageModel
 from shoal.training.pipeline.payload import PayloadFormat
@@ -18,12 +19,16 @@ from shoal.training.spec import RunSpec
 from shoal.training.weights import Version, Weights
 
 
+def _nothing() -> torch.Tensor:
+    return torch.empty(0, 1, dtype=torch.int64)
+
+
 @dataclass(slots=True, eq=False)
 class Passage:
     """One micro-batch on its way through this stage: what backward needs, then what commit needs."""
 
-    tokens: torch.Tensor  # int64 [B, T+1]
-    inputs: torch.Tensor | None  # hidden [B, T, width], None at the first stage; the leaf of the graph
+    tokens: torch.Tensor = field(default_factory=_nothing)  # int64 [B, T+1]
+    inputs: torch.Tensor | None = None  # hidden [B, T, width], None at the first stage; the leaf of the graph
     output: torch.Tensor | None = None  # hidden states, or the loss at the last stage
     version: Version | None = None
     tape: Tape = field(default_factory=Tape)
@@ -53,16 +58,16 @@ class StageCompute:
         slot = model.layout.slots[0]
         self._embedding = (slot.start, slot.count)
 
-    def receive(self, payload: memoryview, sequences: int) -> Passage:
-        """Begin a passage from a Propagate payload. Raises MessageInvalid."""
+    def receive(self, passage: Passage, payload: memoryview, sequences: int, codec: str) -> None:
+        """`forward` of the activations that came in this codec. Raises MessageInvalid."""
         columns = self.format.length + 1
         split = self.format.token_bytes(sequences, columns)
-        tokens = self.format.unpack_tokens(payload, sequences, columns).to(self.device)
-        hidden = self.format.unpack_hidden(payload[split:], sequences, columns - 1, self.device)
-        return Passage(tokens, hidden)
+        passage.tokens = self.format.unpack_tokens(payload, sequences, columns).to(self.device)
+        passage.inputs = self.format.unpack_hidden(payload[split:], sequences, codec, self.device)
+        self.forward(passage)
 
-    def forward(self, passage: Passage) -> memoryview | None:
-        """Run the stage; returns the payload for the next stage, None at the last, whose output is the loss.
+    def forward(self, passage: Passage) -> None:
+        """Run the stage; at the last one the output is the loss.
 
         Takes a weight version, which `backward` or `drop` gives back.
         """
@@ -74,15 +79,22 @@ class StageCompute:
         passage.inputs = hidden.to(self._dtype).detach().requires_grad_()
         output = self.model.blocks(flat, passage.inputs, passage.tape)
         if layout.last:
-            passage.output = self.model.loss(flat, output, tokens[:, 1:], passage.tape)
-            return None
+            output = self.model.loss(flat, output, tokens[:, 1:], passage.tape)
         passage.output = output
-        return self.format.pack(tokens, output)
 
-    def backward(self, passage: Passage, gradient: memoryview | None) -> tuple[memoryview | None, float]:
-        """The gradient for upstream (None at the first stage) and, at the last stage, the loss sum.
+    def pack(self, passage: Passage, codec: str) -> memoryview:
+        """What the next stage gets. Raises MessageInvalid for an output that is not finite."""
+        if passage.output is None:
+            raise RuntimeError("nothing to send of a passage that has ended")
+        return self.format.pack(passage.tokens, passage.output, codec)
 
-        `gradient` is a Gradient payload, None at the last stage. The weight gradient stays on the tape.
+    def backward(
+        self, passage: Passage, gradient: memoryview | None, arrived: str, upstream: str
+    ) -> tuple[memoryview, float]:
+        """The gradient for upstream (empty at the first stage) and, at the last stage, the loss sum.
+
+        `gradient` came from the next stage in the codec `arrived`, None at the last stage; what is answered
+        is in the codec `upstream`. The weight gradient stays on the tape.
         A loss of NaN says that the micro-batch overflows here: nobody else can do better with it.
         Raises MessageInvalid for a gradient that does not fit; the passage may then be tried again.
         """
@@ -94,15 +106,17 @@ class StageCompute:
         if gradient is None:
             loss = float(passage.output.detach())
         else:
-            batch, length, _ = passage.output.shape
-            output_gradient = self.format.unpack_hidden(gradient, batch, length, self.device).to(self._dtype)
+            batch = passage.output.shape[0]
+            output_gradient = self.format.unpack_hidden(gradient, batch, arrived, self.device).to(self._dtype)
         (input_gradient,) = torch.autograd.grad(passage.output, passage.inputs, output_gradient)
         if not bool(torch.isfinite(input_gradient).all()):
             loss = math.nan
         if layout.first:
             note_embedding(passage.tape, *self._embedding, passage.tokens[:, :-1], input_gradient)
         self.drop(passage)
-        return (None if layout.first else self.format.pack_hidden(input_gradient)), loss
+        if layout.first or math.isnan(loss):
+            return memoryview(b""), loss
+        return self.format.pack_hidden(input_gradient, upstream), loss
 
     def add(self, passage: Passage) -> bool:
         """CommitChain: add the weight gradient; make the inner step if it is due (True when it was made)."""
@@ -119,3 +133,23 @@ class StageCompute:
         if passage.version is not None:
             self.weights.release(passage.version)
             passage.version = None
+
+
+class Boundary:
+    """What a passage sends to the next stage, encoded once for each codec that a link asks for."""
+
+    def __init__(self, compute: StageCompute, lane: Lane, passage: Passage) -> None:
+        self._compute = compute
+        self._lane = lane
+        self._passage = passage
+        self._payloads: dict[str, memoryview] = {}
+
+    def prepare(self, codec: str) -> None:
+        """Encode now; on the lane."""
+        self._payloads[codec] = self._compute.pack(self._passage, codec)
+
+    async def payload(self, codec: str) -> memoryview:
+        """The bytes in a codec. Raises MessageInvalid for an output that is not finite."""
+        if codec not in self._payloads:
+            await self._lane.run(Work.UPDATE, self.prepare, codec)
+        return self._payloads[codec]

@@ -19,8 +19,9 @@ from shoal.protocol.errors import NetworkError, ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream, Transport, call
 from shoal.training.lane import Lane, Work
-from shoal.training.pipeline.compute import Passage, StageCompute
-from shoal.training.pipeline.downstream import Answer, Downstream, Event
+from shoal.training.pipeline.attempt import Answer, Journey
+from shoal.training.pipeline.compute import Boundary, Passage, StageCompute
+from shoal.training.pipeline.downstream import Downstream, Errand
 from shoal.training.pipeline.hop import TRAINERS
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.messages import (
@@ -34,6 +35,7 @@ from shoal.training.pipeline.messages import (
     Verdict,
 )
 from shoal.training.pipeline.replicas import Replicas
+from shoal.training.pipeline.successors import Event
 from shoal.training.spec import RunSpec
 
 _COMMIT_TIMEOUT_S = 2.0
@@ -115,7 +117,7 @@ class Driver:
         self.pause()
         self._leaving = True
         if self._downstream is not None:
-            self._downstream.leave()
+            self._downstream.successors.leave()
         while self._undecided or self._committing:
             self._progress.clear()
             await self._progress.wait()
@@ -185,20 +187,27 @@ class Driver:
     async def _through_chain(self, micro_batch: MicroBatch, tokens: torch.Tensor) -> tuple[Link, ...]:
         """Forward, chain, backward, and the decision: our own weight gradient. Returns the chain decided."""
         own = Link(0, self.me, 0)
-        passage = Passage(tokens, None)
+        passage = Passage(tokens)
+
+        boundary = Boundary(self._compute, self._lane, passage)
+
+        def forward() -> None:
+            self._compute.forward(passage)
+            if self._downstream is not None:
+                boundary.prepare(self._downstream.successors.usual_codec)
 
         async def backward(answer: Answer | None) -> float:
-            gradient = None if answer is None else answer.gradient
-            return (await self._lane.run(Work.BACKWARD, self._compute.backward, passage, gradient))[1]
+            gradient, arrived = (None, "") if answer is None else (answer.gradient, answer.codec)
+            run = self._lane.run(Work.BACKWARD, self._compute.backward, passage, gradient, arrived, "")
+            return (await run)[1]
 
         try:
-            payload = await self._lane.run(Work.FORWARD, self._compute.forward, passage)
+            await self._lane.run(Work.FORWARD, forward)
             chain: tuple[Link, ...] = (own,)
-            if self._downstream is not None and payload is not None:
+            if self._downstream is not None:
                 deadline = asyncio.get_running_loop().time() + self._spec.limits.hop_timeout_s
-                answer, _ = await self._downstream.propagate(
-                    micro_batch, chain, tokens.shape[0], payload, deadline, backward
-                )
+                errand = Errand(micro_batch, chain, tokens.shape[0], boundary, deadline, Journey(1))
+                answer, _ = await self._downstream.propagate(errand, backward)
                 chain, loss = (own, *answer.chain), answer.loss
             else:
                 loss = await backward(None)

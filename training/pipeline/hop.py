@@ -13,21 +13,24 @@ import logging
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from shoal.protocol.errors import Busy, MessageInvalid, NetworkError, ShoalError, Stale
 from shoal.protocol.identity import PeerId, Role
-from shoal.protocol.transport import Message, Stream, Transport, call
+from shoal.protocol.transport import Stream, Transport, call
 from shoal.training.lane import Lane, Work
-from shoal.training.pipeline.compute import Passage, StageCompute
-from shoal.training.pipeline.downstream import Answer, Downstream, Event
+from shoal.training.pipeline.attempt import WORKING_EVERY_S, Answer, Journey
+from shoal.training.pipeline.compute import Boundary, Passage, StageCompute
+from shoal.training.pipeline.downstream import Downstream, Errand
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.messages import (
     APPLIED,
     TENTATIVE,
     UNKNOWN,
+    Activations,
     CommitChain,
     Gradient,
+    HedgeSpent,
     Link,
     MicroBatch,
     Propagate,
@@ -37,10 +40,11 @@ from shoal.training.pipeline.messages import (
     spans,
 )
 from shoal.training.pipeline.replicas import Replicas
+from shoal.training.pipeline.routing import busy_for_s
+from shoal.training.pipeline.successors import Event
 from shoal.training.spec import RunSpec
 
 TRAINERS = frozenset({Role.TRAINER, Role.OWNER})
-_WORKING_EVERY_S = 0.5  # four times within a caller's patience of 2 s
 _ASK_AFTER_S = 3.0  # a commit is one message behind the answer; by now it is late
 _QUERY_TIMEOUT_S = 2.0
 T = TypeVar("T")
@@ -55,6 +59,18 @@ class Undecided:
     chain: tuple[Link, ...]
     since: float  # loop time
     asked: float
+
+
+@dataclass(slots=True, eq=False)
+class Done:
+    """What a hop has to answer."""
+
+    passage: Passage
+    chain: tuple[Link, ...]  # from here on
+    loss: float  # of the last stage
+    gradient: memoryview
+    received: float  # loop time at which the activations had arrived
+    waited_s: float  # for the stages behind
 
 
 class Hop:
@@ -114,24 +130,22 @@ class Hop:
             await asyncio.gather(*self._applying, return_exceptions=True)
 
     async def _propagate(self, stream: Stream) -> None:
-        cap = self._compute.format.token_bytes(self._largest_micro_batch) + self._compute.format.hidden_bytes(
-            self._largest_micro_batch
-        )
-        message = await stream.receive(Propagate, max_payload_bytes=cap)
-        request: Propagate = message.header
+        request: Propagate = (await stream.receive(Propagate)).header
         self._admit(request, stream.remote.peer)
+        journey = Journey(self.stage, request.hedged)
         self._working += 1
         try:
-            passage, answer, own_s = await _while_working(stream, self.stage, self._work(request, message))
+            done = await self._while_working(stream, journey, self._work(stream, request, journey))
         finally:
             self._working -= 1
             self._progress.set()
-        gradient, loss, chain = answer
-        now = asyncio.get_running_loop().time()
+        now, load = asyncio.get_running_loop().time(), self._lane.load()
         self._undecided[(request.micro_batch, request.attempt)] = Undecided(
-            passage, (*request.chain, *chain), now, now
+            done.passage, (*request.chain, *done.chain), now, now
         )
-        await stream.send(Gradient(chain, loss, self._lane.load().backlog_s, own_s), gradient)
+        held_s, waited_s = now - done.received, done.waited_s
+        await stream.send(Gradient(done.chain, done.loss, load.backlog_s, load.service_s, held_s, waited_s))
+        await stream.send(Activations(), done.gradient)
 
     def _admit(self, request: Propagate, caller: PeerId) -> None:
         """Refuse what is malformed, for another stage, applied already, or beyond the memory granted."""
@@ -151,51 +165,66 @@ class Hop:
         if self._ledger.has(request.micro_batch):
             self._ledger.duplicates_refused += 1
             raise Stale(f"micro-batch {request.micro_batch.number} is applied here already")
-        held = self._working + len(self._undecided)
+        held, load = self._working + len(self._undecided), self._lane.load()
         if self.draining or held >= self._limits.undecided_micro_batches:
-            backlog_s = self._lane.load().backlog_s
-            raise Busy(f"holds {held} micro-batches", retry_after_s=min(max(backlog_s / 2, 0.05), 5.0))
+            raise Busy(f"holds {held} micro-batches", retry_after_s=min(max(load.backlog_s / 2, 0.05), 5.0))
+        if (busy_s := busy_for_s(load.backlog_s, load.service_s)) > 0.0:
+            raise Busy(f"has {load.backlog_s:.1f} s of work queued", retry_after_s=busy_s)
 
-    async def _work(
-        self, request: Propagate, message: Message[Any]
-    ) -> tuple[Passage, tuple[memoryview, float, tuple[Link, ...]], float]:
+    async def _work(self, stream: Stream, request: Propagate, journey: Journey) -> Done:
         """Forward, the next stage, input gradient. Gives back everything if it fails or is cancelled."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        micro_batch, sequences = request.micro_batch, request.sequences
-        passage = await self._lane.run(Work.FORWARD, self._compute.receive, message.payload, sequences)
+        form, sequences = self._compute.format, request.sequences
+        size = form.token_bytes(sequences) + form.hidden_bytes(sequences, request.codec)
+        message = await stream.receive(Activations, max_payload_bytes=size)
+        received = loop.time()
+        listening = asyncio.create_task(_listen(stream, journey))
+        passage = Passage()
+        boundary = Boundary(self._compute, self._lane, passage)
         chain: tuple[Link, ...] = (Link(self.stage, self.me, request.attempt),)
+        forwarded, waited_s = received, 0.0
 
-        async def backward(answer: Answer | None) -> tuple[memoryview, float, float]:
-            resumed = loop.time()
-            received = None if answer is None else answer.gradient
-            gradient, loss = await self._lane.run(Work.BACKWARD, self._compute.backward, passage, received)
-            if gradient is None:
-                raise RuntimeError("a hop never is the first stage")
-            return gradient, loss, loop.time() - resumed
+        def forward(payload: memoryview) -> None:
+            self._compute.receive(passage, payload, sequences, request.codec)
+            if self._downstream is not None:
+                boundary.prepare(self._downstream.successors.usual_codec)
+
+        async def backward(answer: Answer | None) -> tuple[memoryview, float]:
+            nonlocal waited_s
+            journey.stage, waited_s = self.stage, loop.time() - forwarded
+            gradient, arrived = (None, "") if answer is None else (answer.gradient, answer.codec)
+            return await self._lane.run(
+                Work.BACKWARD, self._compute.backward, passage, gradient, arrived, request.codec
+            )
 
         try:
-            payload = await self._lane.run(Work.FORWARD, self._compute.forward, passage)
-            own_s = loop.time() - begun
-            if self._downstream is None or payload is None:
-                gradient, loss, backward_s = await backward(None)
+            await self._lane.run(Work.FORWARD, forward, message.payload)
+            del message
+            forwarded = loop.time()
+            if self._downstream is None:
+                gradient, loss = await backward(None)
                 total_loss = loss
             else:
+                journey.stage = self.stage + 1
                 deadline = begun + min(request.deadline_s, self._limits.hop_timeout_s)
-                answer, (gradient, loss, backward_s) = await self._downstream.propagate(
-                    micro_batch, (*request.chain, *chain), sequences, payload, deadline, backward
-                )
+                whole = (*request.chain, *chain)
+                errand = Errand(request.micro_batch, whole, sequences, boundary, deadline, journey)
+                answer, (gradient, loss) = await self._downstream.propagate(errand, backward)
                 chain, total_loss = (*chain, *answer.chain), answer.loss
             if not math.isfinite(loss):
                 raise MessageInvalid(
-                    f"micro-batch {micro_batch.number} overflows at stage {self.stage}: its activations are "
-                    "too large; the weights of a stage before may have diverged"
+                    f"micro-batch {request.micro_batch.number} overflows at stage {self.stage}: its "
+                    "activations are too large; the weights of a stage before may have diverged"
                 )
         except BaseException:
             self._lane.post(self._compute.drop, passage)
             self._ledger.dropped += 1
             raise
-        return passage, (gradient, total_loss, chain), own_s + backward_s
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+        return Done(passage, chain, total_loss, gradient, received, waited_s)
 
     async def _commit(self, stream: Stream) -> None:
         """Both CommitChain (decides) and QueryChain (asks); answered with what holds here now."""
@@ -282,6 +311,20 @@ class Hop:
             self._progress.set()
             self._event("dropped", {"micro_batch": micro_batch.number, "driver": micro_batch.driver})
 
+    async def _while_working(self, stream: Stream, journey: Journey, work: Awaitable[T]) -> T:
+        """The result of `work`, telling the caller Working as long as it takes."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=WORKING_EVERY_S))[0]:
+                finished = self._lane.load().finished
+                await stream.send(Working(journey.stage, finished, journey.hedged))
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, NetworkError):
+                    await task
+
     async def drained(self) -> None:
         """Returns when nothing is held, computed or being applied; admission must be closed before."""
         while self._working or self._undecided or self._applying:
@@ -289,15 +332,8 @@ class Hop:
             await self._progress.wait()
 
 
-async def _while_working(stream: Stream, stage: int, work: Awaitable[T]) -> T:
-    """The result of `work`, telling the caller Working as long as it takes."""
-    task = asyncio.ensure_future(work)
-    try:
-        while not (await asyncio.wait({task}, timeout=_WORKING_EVERY_S))[0]:
-            await stream.send(Working(stage))
-        return task.result()
-    finally:
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, NetworkError):
-                await task
+async def _listen(stream: Stream, journey: Journey) -> None:
+    """Whatever the caller still says while this hop works."""
+    with contextlib.suppress(ShoalError):
+        await stream.receive(HedgeSpent)
+        journey.hedged = True

@@ -50,7 +50,8 @@ class InferenceHop:
         self._lane = lane
         self._anchor = anchor
         self._rng = rng
-        self._format = PayloadFormat.of(spec)
+        self._format = PayloadFormat.of_inference(spec)
+        self._codec = self._format.widest
 
     def serve(self) -> None:
         """Register with the transport; before it starts."""
@@ -58,7 +59,7 @@ class InferenceHop:
 
     async def _infer(self, stream: Stream) -> None:
         most = self._spec.inner.micro_batch_sequences
-        cap = self._format.token_bytes(most) + self._format.hidden_bytes(most)
+        cap = self._format.token_bytes(most) + self._format.hidden_bytes(most, self._codec)
         message = await stream.receive(Infer, max_payload_bytes=cap)
         request: Infer = message.header
         if request.stage != self.stage:
@@ -75,7 +76,7 @@ class InferenceHop:
         total = 0.0
         for rows in torch.split(tokens, self._spec.inner.micro_batch_sequences):
             request = Infer(self.stage, rows.shape[0], rows.shape[1] - 1, True)
-            loss, _ = await self._answer(request, self._format.pack(rows, None))
+            loss, _ = await self._answer(request, self._format.pack(rows, None, self._codec))
             total += loss
         return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
@@ -99,11 +100,11 @@ class InferenceHop:
             else:
                 body = payload[self._format.token_bytes(request.sequences, columns) :]
                 hidden = self._format.unpack_hidden(
-                    body, request.sequences, request.length, str(device)
-                ).float()
+                    body, request.sequences, self._codec, str(device), request.length
+                )
             hidden = self._model.blocks(weights, hidden, None)
             if not self._model.layout.last:
-                return self._format.pack(tokens, hidden), 0.0, b""
+                return self._format.pack(tokens, hidden, self._codec), 0.0, b""
             if request.score:
                 return None, float(self._model.loss(weights, hidden, tokens[:, 1:].to(device), None)), b""
             logits = self._model.logits(weights, hidden[:, -1:], None)
@@ -154,7 +155,8 @@ async def infer_logits(
     transport: Transport, replicas: Replicas, spec: RunSpec, tokens: torch.Tensor, rng: random.Random
 ) -> torch.Tensor:
     """Logits fp32 [B, vocabulary] of the position after tokens int64 [B, T]. Raises StageEmpty."""
-    payload = PayloadFormat.of(spec).pack(tokens, None)
+    form = PayloadFormat.of_inference(spec)
+    payload = form.pack(tokens, None, form.widest)
     request = Infer(0, tokens.shape[0], tokens.shape[1], False)
     _, logits = await ask(transport, replicas, request, payload, spec, rng)
     return torch.frombuffer(bytearray(logits), dtype=torch.float32).view(tokens.shape[0], -1)

@@ -14,6 +14,8 @@ Sequences = Annotated[int, Bounds(1, 1 << 16)]
 Length = Annotated[int, Bounds(1, 1 << 20)]
 APPLIED, TENTATIVE, UNKNOWN = "applied", "tentative", "unknown"
 Decision = Annotated[str, OneOf(frozenset({APPLIED, TENTATIVE, UNKNOWN}))]
+HOP_CODECS = ("float32", "bfloat16", "int8")  # the widest first
+HopCodec = Annotated[str, OneOf(frozenset(HOP_CODECS))]
 
 
 @wire_message
@@ -47,9 +49,9 @@ class MicroBatch:
 @wire_message
 @dataclass(frozen=True, slots=True)
 class Propagate:
-    """Forward these activations and answer with their gradient.
+    """Forward what the Activations after this hold, and answer with their gradient.
 
-    Payload: tokens [B, T+1], hidden [B, T, width].
+    It comes without them, so that a replica refuses before it has read them, and knows their size.
     """
 
     micro_batch: MicroBatch
@@ -58,6 +60,14 @@ class Propagate:
     chain: Chain  # the hops before this one, the driver first
     sequences: Sequences
     deadline_s: Seconds  # left of the whole chain's time
+    codec: HopCodec = "float32"  # of the hidden states there and of their gradient back
+    hedged: bool = False  # the chain's one hedge is spent
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Its payload follows a Propagate (tokens [B, T+1], hidden [B, T, width]) or a Gradient (its values)."""
 
 
 @wire_message
@@ -65,18 +75,28 @@ class Propagate:
 class Working:
     """Sent while a hop computes or waits for the hops behind it: silence means trouble, slowness does not."""
 
-    stage: StageIndex
+    stage: StageIndex  # that has the micro-batch now, as far as is known here
+    finished: Count = 0  # pieces of work that the sender's lane has finished
+    hedged: bool = False  # behind here the chain's hedge was spent
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class HedgeSpent:
+    """The caller has asked another replica, too: nobody behind here may."""
 
 
 @wire_message
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """The answer to Propagate. Payload: gradient of the loss sum with respect to hidden [B, T, width]."""
+    """The answer to Propagate; the gradient of the loss sum with respect to hidden [B, T, width] follows."""
 
     chain: Chain  # this hop and those behind it
     loss: Finite  # summed over tokens, nats
     backlog_s: Seconds
-    service_s: Seconds  # this hop's own compute time for the micro-batch
+    service_s: Seconds  # lane time that a micro-batch takes here
+    held_s: Seconds = 0.0  # from the last byte of the activations to this answer
+    waited_s: Seconds = 0.0  # of that, for the stages behind
 
 
 @wire_message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,11 +12,13 @@ from shoal.protocol.identity import PeerId
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A live replica of a stage."""
+    """A live replica of a stage; load and rate as its last heartbeat claims them."""
 
     peer: PeerId
     rtt_s: float
-    backlog_s: float
+    backlog_s: float = 0.0
+    service_s: float = 0.0  # lane time of a micro-batch; 0: unknown
+    heard_s: float = -math.inf  # loop time of that heartbeat
 
 
 class Replicas(Protocol):

@@ -1,22 +1,35 @@
-"""Which replica of the next stage gets a micro-batch: a pure policy.
+"""Which replica of the next stage gets a micro-batch, and when a second one is asked: pure policies.
 
-Expected finish of work w at replica p (notes: pipeline.md, D1; SWARM's rule without its faults):
+Expected finish of work w, of so many bytes there and back, at replica p (notes: pipeline.md, D1; SWARM's
+rule without its faults):
 
-    E_p(w) = rtt_p / 2 + bytes / bandwidth_p + backlog_p + (own in flight + 1) · service_p
+    E_p(w) = rtt_p + bytes / bandwidth_p + backlog_p + w / rate_p
 
-Backlog is what p last reported; our own micro-batches in flight there since are added, since no report
-covers them. A few candidates are drawn in proportion to their rate, and the one that finishes first is
-taken: with all drivers looking at the same numbers, taking the best of all would send everyone to one.
+Backlog is what p last reported, less the time since, and what we have sent there since. Two things differ
+when replicas are compared. All of ours under way there count, since each comes back for its backward; and
+w / rate counts half: all of it gives this micro-batch its earliest finish, none gives the swarm most work
+done, for few are in flight and whatever waits at a fast replica while a slow one idles is wasted. (Virtual
+time, a replica 4 times slower, 8 in flight: share of that one 0.04 by E_p, 0.17 so, 0.2 its speed's.)
+
+A few candidates are drawn in proportion to their rate, and the best of them is taken: with all callers
+looking at the same numbers, taking the best of all would send everyone to one.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 SAMPLED = 3
-_UNKNOWN_SERVICE_S = 0.05  # of a replica never measured; a guess that its first answer replaces
+OWN_WORK_OFF = 0.5
+BUSY_SERVICES = 4.0  # micro-batches queued
+HEDGE_QUANTILE = 0.95
+HEDGE_SAMPLES = 20  # fewer say nothing about a 95th percentile
+HEDGE_GRACE_S = 0.1  # scheduling noise: below it a second call costs more than it saves
+LANE_STALL_S = 5.0  # a lane that finishes nothing for so long, and ...
+LANE_STALL_SERVICES = 4.0  # ... for so many of its usual micro-batches, stands still though its loop answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +38,66 @@ class Candidate:
 
     peer: str
     rtt_s: float
-    backlog_s: float
-    in_flight: int  # ours, unanswered
-    service_s: float  # measured time for one micro-batch; 0: unknown
+    seconds_per_byte: float  # of the link, there and back; 0: unknown, or too fast to matter
+    backlog_s: float  # reported, less the time since
+    in_flight: int  # our micro-batches under way there
+    sent_since: int  # of these, sent after that report
+    service_s: float  # lane time of one micro-batch, above 0
 
 
-def expected_finish_s(candidate: Candidate) -> float:
-    service_s = candidate.service_s or _UNKNOWN_SERVICE_S
-    return candidate.rtt_s / 2 + candidate.backlog_s + (candidate.in_flight + 1) * service_s
+def expected_finish_s(candidate: Candidate, payload_bytes: int) -> float:
+    """Seconds until the replica has done its own part of a micro-batch of so many bytes, there and back."""
+    transfer_s = candidate.rtt_s + payload_bytes * candidate.seconds_per_byte
+    return transfer_s + candidate.backlog_s + (candidate.sent_since + 1) * candidate.service_s
 
 
-def choose(candidates: Sequence[Candidate], rng: random.Random) -> Candidate | None:
+def cost_s(candidate: Candidate, payload_bytes: int) -> float:
+    """What replicas are compared by; see the module."""
+    finish_s = expected_finish_s(candidate, payload_bytes)
+    unseen = candidate.in_flight - candidate.sent_since
+    committed_s = max(candidate.backlog_s, unseen * candidate.service_s)
+    return finish_s - candidate.backlog_s + committed_s - OWN_WORK_OFF * candidate.service_s
+
+
+def choose(candidates: Sequence[Candidate], payload_bytes: int, rng: random.Random) -> Candidate | None:
     """The replica to ask, or None without candidates. Equal inputs and rng state give equal answers."""
     if not candidates:
         return None
-    pool = sorted(candidates, key=lambda candidate: candidate.peer)
-    rates = [1.0 / (candidate.service_s or _UNKNOWN_SERVICE_S) for candidate in pool]
-    drawn = rng.choices(pool, weights=rates, k=min(SAMPLED, len(pool)))
-    return min(drawn, key=expected_finish_s)
+
+    def draw(candidate: Candidate) -> float:
+        """Smallest first: sampling without replacement, weights the rates (Efraimidis and Spirakis 2006)."""
+        return -math.log(1.0 - rng.random()) * candidate.service_s
+
+    in_order = sorted(candidates, key=lambda candidate: candidate.peer)
+    sampled = sorted(((draw(candidate), candidate) for candidate in in_order), key=lambda pair: pair[0])
+    return min(
+        (candidate for _, candidate in sampled[:SAMPLED]),
+        key=lambda candidate: cost_s(candidate, payload_bytes),
+    )
+
+
+def busy_for_s(backlog_s: float, service_s: float) -> float:
+    """What a replica answers that is full: seconds until its queue is shorter again; 0: it takes more.
+
+    A queue of BUSY_SERVICES keeps a lane busy until the next micro-batch comes; what waits longer had better
+    wait where it can still go elsewhere.
+    """
+    excess_s = backlog_s - BUSY_SERVICES * service_s
+    return excess_s + service_s / 2 if service_s > 0.0 and excess_s > 0.0 else 0.0
+
+
+def hedge_after_s(expected_s: float, ratios: Sequence[float]) -> float:
+    """How long a replica's own part may take before another one is asked, too; inf while too little is known.
+
+    `ratios`: of the latest answers, what their replicas' own parts took to what was expected.
+    """
+    if len(ratios) < HEDGE_SAMPLES:
+        return math.inf
+    ordered = sorted(ratios)
+    late = ordered[min(len(ordered) - 1, math.ceil(HEDGE_QUANTILE * len(ordered)) - 1)]
+    return expected_s * max(late, 1.0) + HEDGE_GRACE_S
+
+
+def stands_still(idle_s: float, service_s: float) -> bool:
+    """Whether a lane with work is stuck, given for how long its count of finished work has not grown."""
+    return idle_s >= max(LANE_STALL_S, LANE_STALL_SERVICES * service_s)

@@ -1,0 +1,179 @@
+"""One replica asked for one micro-batch: sends, listens, measures, and notices silence and standstill.
+
+`Downstream` makes attempts, one and at most one more for a micro-batch. An attempt tells apart what the
+replica itself takes from what the stages behind it take: only its direct caller may hold it against it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from shoal.protocol.errors import MessageInvalid, PeerSilent, StreamBroken
+from shoal.protocol.identity import PeerId
+from shoal.protocol.limits import SUSPECT_AFTER_S
+from shoal.protocol.transport import Channel, Stream, Transport
+from shoal.training.pipeline.messages import (
+    Activations,
+    Gradient,
+    HedgeSpent,
+    Link,
+    Propagate,
+    Working,
+    spans,
+)
+from shoal.training.pipeline.routing import stands_still
+from shoal.training.pipeline.standing import Report
+
+WORKING_EVERY_S = 0.5  # four times within SUSPECT_AFTER_S
+_MISSED_S = 2 * WORKING_EVERY_S  # of silence: enough to hedge, not to give up
+
+
+@dataclass(slots=True)
+class Journey:
+    """What one hop knows of a micro-batch that it has passed on."""
+
+    stage: int  # that has it now
+    hedged: bool = False  # the chain's one hedge is spent
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A replica to ask now, in which codec, and what is expected of it."""
+
+    peer: PeerId
+    codec: str
+    rtt_s: float
+    service_s: float  # lane time of a micro-batch
+    expected_s: float  # for its own part, transfers included
+    hedge_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The gradient of a micro-batch and the chain that made it."""
+
+    chain: tuple[Link, ...]
+    loss: float
+    gradient: memoryview
+    codec: str  # of the gradient
+    report: Report
+    own_s: float  # what the replica and the link to it took, without the stages behind
+    waited_s: float  # for those
+
+
+class Attempt:
+    """See the module. One use; `run` is the work, `stalled` is set when a hedge would be in place."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        request: Propagate,
+        stages: range,
+        journey: Journey,
+        pick: Pick,
+    ) -> None:
+        self.peer = pick.peer
+        self.sent_s = self._now()
+        self.stalled = asyncio.Event()
+        self._transport = transport
+        self._request = request
+        self._stages = stages
+        self._journey = journey
+        self._pick = pick
+        self._stream: Stream | None = None
+        self._heard_s = self.sent_s
+        self._own_since_s: float | None = self.sent_s  # None: it waits for the stages behind
+        self._own_before_s = 0.0
+        self._finished = -1
+        self._finished_s = self.sent_s
+
+    async def run(self, payload: memoryview, gradient_bytes: int, deadline: float) -> Answer:
+        """The answer. Raises Busy, PeerSilent after `deadline` (loop time), and what streams raise."""
+        try:
+            async with (
+                asyncio.timeout_at(deadline),  # Working keeps a caller patient, but not for ever
+                self._transport.open(self.peer, "propagate", Channel.BULK) as self._stream,
+            ):
+                await self._stream.send(self._request)
+                await self._stream.send(Activations(), payload)
+                self._heard_s = self._now()
+                header = await self._listen(self._stream)
+                self._check(header)
+                message = await self._stream.receive(Activations, max_payload_bytes=gradient_bytes)
+        except TimeoutError:
+            raise PeerSilent(f"{self.peer} was still at it when the micro-batch's time was over") from None
+        elapsed_s = self._now() - self.sent_s
+        transfer_s = max(0.0, elapsed_s - header.held_s - self._pick.rtt_s)
+        report = Report(
+            header.service_s, header.backlog_s, transfer_s / (payload.nbytes + message.payload.nbytes)
+        )
+        own_s = max(0.0, elapsed_s - header.waited_s)
+        return Answer(
+            header.chain, header.loss, message.payload, self._request.codec, report, own_s, header.waited_s
+        )
+
+    async def tell_hedge(self) -> None:
+        """Another replica is asked, too: nobody behind this one may do the same."""
+        if self._stream is not None:
+            try:
+                await self._stream.send(HedgeSpent())
+            except StreamBroken:
+                return  # `run` hears of it, too
+
+    async def _listen(self, stream: Stream) -> Gradient:
+        while True:
+            silent_s = self._heard_s + SUSPECT_AFTER_S + self._pick.rtt_s
+            try:
+                async with asyncio.timeout_at(min(silent_s, self._hedge_s())):
+                    message = await stream.receive(Working, Gradient)
+            except TimeoutError:
+                if self._now() >= silent_s:
+                    raise PeerSilent(
+                        f"{self.peer} said nothing for {SUSPECT_AFTER_S:.1f} s while computing"
+                    ) from None
+                self.stalled.set()
+                continue
+            self._heard_s = self._now()
+            if isinstance(message.header, Gradient):
+                return message.header
+            self._working(message.header)
+
+    def _hedge_s(self) -> float:
+        """When to speak up though nothing is heard: past the percentile, and Working is overdue."""
+        if self.stalled.is_set() or self._own_since_s is None:
+            return float("inf")
+        return max(
+            self._own_since_s + self._pick.hedge_after_s - self._own_before_s, self._heard_s + _MISSED_S
+        )
+
+    def _working(self, word: Working) -> None:
+        now = self._now()
+        self._journey.stage = word.stage
+        self._journey.hedged |= word.hedged
+        if word.finished != self._finished:
+            self._finished, self._finished_s = word.finished, now
+        if word.stage > self._request.stage:
+            if self._own_since_s is not None:
+                self._own_before_s += now - self._own_since_s
+                self._own_since_s = None
+            return
+        if self._own_since_s is None:
+            self._own_since_s = self._finished_s = now
+        idle_s = now - self._finished_s
+        if stands_still(idle_s, self._pick.service_s):
+            raise PeerSilent(f"{self.peer} answers, but its lane finished nothing for {idle_s:.1f} s")
+        if self._own_before_s + now - self._own_since_s >= self._pick.hedge_after_s:
+            self.stalled.set()
+
+    def _check(self, header: Gradient) -> None:
+        own = Link(self._request.stage, self.peer, self._request.attempt)
+        if not spans(header.chain, self._stages) or header.chain[0] != own:
+            raise MessageInvalid(
+                f"{self.peer} answered with a chain that does not lead from it over stages "
+                f"{self._stages.start} to {self._stages.stop - 1}"
+            )
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

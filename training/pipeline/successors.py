@@ -1,0 +1,188 @@
+"""The replicas of the next stage as one caller knows them: measured, admitted or not, and picked.
+
+The state behind `routing`, `standing` and `link_codec`, which are pure; `Downstream` does the asking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.protocol.errors import Busy, ShoalError, StageEmpty
+from shoal.protocol.identity import PeerId
+from shoal.training.lane import Lane
+from shoal.training.pipeline.attempt import Answer, Attempt, Pick
+from shoal.training.pipeline.link_codec import LinkCodec, widest_in_time
+from shoal.training.pipeline.payload import PayloadFormat
+from shoal.training.pipeline.replicas import Replica, Replicas
+from shoal.training.pipeline.routing import Candidate, choose, expected_finish_s, hedge_after_s
+from shoal.training.pipeline.standing import Standing
+
+RATIOS_KEPT = 128  # answers whose lateness the hedges go by
+_FORGET_S = 600.0  # a replica that is away for so long is new when it comes back
+Event = Callable[[str, dict[str, object]], None]
+
+
+@dataclass(slots=True)
+class _Known:
+    """One replica."""
+
+    codec: LinkCodec
+    standing: Standing
+    attempts: set[Attempt] = field(default_factory=set)
+    seen_s: float = 0.0
+
+    def has_room(self, now: float, *, alone: bool = False) -> bool:
+        return self.standing.admits(now, len(self.attempts), alone=alone)
+
+
+class Successors:
+    """See the module."""
+
+    def __init__(
+        self,
+        stage: int,
+        replicas: Replicas,
+        form: PayloadFormat,
+        lane: Lane,
+        rng: random.Random,
+        event: Event,
+    ) -> None:
+        """`lane`: this peer's own; sending a micro-batch may take about as long as it does."""
+        self.stage = stage
+        self._replicas = replicas
+        self._form = form
+        self._lane = lane
+        self._rng = rng
+        self._event = event
+        self._known: dict[PeerId, _Known] = {}
+        self._ratios: deque[float] = deque(maxlen=RATIOS_KEPT)
+        self._leaving = asyncio.Event()
+        self._freed = asyncio.Event()  # pulsed when an attempt ends
+        self.usual_codec = form.widest  # the last one picked
+        self.retries = 0
+
+    def leave(self) -> None:
+        """This peer is going: from now on nothing waits for a replica where there is none."""
+        self._leaving.set()
+
+    def pick(self, sequences: int, besides: Collection[PeerId] = ()) -> Pick | None:
+        """Whom to ask now, but for those who are asked already; None while nobody has room."""
+        now = asyncio.get_running_loop().time()
+        listed = [replica for replica in self._look(now) if replica.peer not in besides]
+        roomy = [replica for replica in listed if self._known[replica.peer].has_room(now)]
+        if not roomy and not besides:  # a slow start is for when others can do the work
+            roomy = [replica for replica in listed if self._known[replica.peer].has_room(now, alone=True)]
+        sizes = {codec: self._form.hidden_bytes(sequences, codec) for codec in self._form.codecs}
+        chosen = choose(self._candidates(roomy, now), 2 * sizes[self.usual_codec], self._rng)
+        if chosen is None:
+            return None
+        peer = PeerId(chosen.peer)
+        known = self._known[peer]
+        wanted = widest_in_time(sizes, chosen.seconds_per_byte, self._lane.load().service_s)
+        known.codec = known.codec.wanting(wanted)
+        self.usual_codec = codec = known.codec.codec
+        expected_s = expected_finish_s(chosen, 2 * sizes[codec])
+        hedge_s = hedge_after_s(expected_s, self._ratios)
+        return Pick(peer, codec, chosen.rtt_s, chosen.service_s, expected_s, hedge_s)
+
+    def began(self, attempt: Attempt) -> None:
+        self._known[attempt.peer].attempts.add(attempt)
+
+    def ended(self, attempt: Attempt) -> None:
+        """It is over, one way or the other."""
+        self._known[attempt.peer].attempts.discard(attempt)
+        self._freed.set()
+        self._freed = asyncio.Event()
+
+    def answered(self, attempt: Attempt, answer: Answer, expected_s: float) -> None:
+        """It answered, and the answer was of use."""
+        self._ratios.append(answer.own_s / expected_s)
+        known = self._known[attempt.peer]
+        known.standing = known.standing.answered(asyncio.get_running_loop().time(), answer.report)
+
+    def outrun(self, attempt: Attempt) -> None:
+        """The other of two answered first."""
+        known = self._known[attempt.peer]
+        known.standing = known.standing.outrun()
+
+    def failed(self, attempt: Attempt, error: ShoalError) -> None:
+        """Open the breaker and let the membership look into it; who is busy just gets its time."""
+        known, now = self._known[attempt.peer], asyncio.get_running_loop().time()
+        if isinstance(error, Busy):
+            known.standing = known.standing.busy(now, error.retry_after_s, self._rng)
+            return
+        self.retries += 1
+        known.standing = known.standing.failed(now, self._rng)
+        self._replicas.suspect(attempt.peer, f"propagate: {error}")
+        self._event("retry", {"stage": self.stage, "peer": attempt.peer, "reason": str(error)})
+
+    async def room(self, now: float, deadline: float) -> None:
+        """Until a replica appears, one has room, a breaker half-opens, or StageEmpty at the deadline."""
+        listed = [self._known[replica.peer] for replica in self._look(now)]
+        if self._leaving.is_set() and not listed:
+            raise StageEmpty(f"stage {self.stage} has no replica, and this peer is leaving")
+        openings = [k.standing.closed_until_s for k in listed if k.standing.closed_until_s > now]
+        until = min([deadline, *openings])
+        reasons: list[asyncio.Task[Any]] = [
+            asyncio.create_task(self._replicas.changed()),
+            asyncio.create_task(self._freed.wait()),
+        ]
+        if not self._leaving.is_set():
+            reasons.append(asyncio.create_task(self._leaving.wait()))
+        try:
+            wait_s = max(until - now, 0.001)
+            woken, _ = await asyncio.wait(reasons, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for reason in reasons:
+                reason.cancel()
+            await asyncio.gather(*reasons, return_exceptions=True)
+        if not woken and until >= deadline:
+            raise StageEmpty(
+                f"stage {self.stage} has no replica to ask ({len(listed)} known); waiting for one to join"
+            )
+
+    def status(self) -> list[dict[str, object]]:
+        """What this caller knows of each, for `shoal status`."""
+        now = asyncio.get_running_loop().time()
+        return [
+            {
+                "peer": peer,
+                "service_s": known.standing.service_s,
+                "bytes_per_s": 1.0 / slow if (slow := known.standing.seconds_per_byte) else None,
+                "codec": known.codec.codec,
+                "in_flight": len(known.attempts),
+                "window": known.standing.window,
+                "failures": known.standing.failures,
+                "closed_s": max(0.0, known.standing.closed_until_s - now),
+            }
+            for peer, known in self._known.items()
+            if not known.standing.away
+        ]
+
+    def _look(self, now: float) -> list[Replica]:
+        """Who is listed; notes who came, who went and who is back."""
+        listed = list(self._replicas.of_stage(self.stage))
+        for replica in listed:
+            self._known.setdefault(
+                replica.peer, _Known(LinkCodec(self._form.widest), Standing())
+            ).seen_s = now
+        for peer, known in list(self._known.items()):
+            known.standing = known.standing.listed(known.seen_s == now)
+            if now - known.seen_s > _FORGET_S and not known.attempts:
+                del self._known[peer]
+        return listed
+
+    def _candidates(self, replicas: list[Replica], now: float) -> list[Candidate]:
+        measured = [known.standing.service_s for known in self._known.values() if known.standing.service_s]
+        typical_s = sum(measured) / len(measured) if measured else 0.0
+        candidates = []
+        for replica in replicas:
+            known = self._known[replica.peer]
+            sent_s = [attempt.sent_s for attempt in known.attempts]
+            candidates.append(known.standing.candidate(replica, sent_s, now, typical_s))
+        return candidates
