@@ -118,7 +118,10 @@ class StagesSection(_Section):
     first_layers: tuple[Annotated[int, Field(ge=0, le=511)], ...] = ()
     """First layer of each stage, for instance [0, 3]. Empty: balanced by cost, embedding and head counted."""
     minimum_replicas: Positive = 1
-    """A replica may not leave a stage that would have fewer."""
+    """A replica may not move away from a stage that would have fewer."""
+    rebalance_window_s: Annotated[float, Field(ge=0)] = 15.0
+    """Peers look so often whether one of them would help more at another stage; a plan has to win two
+    windows in a row. 0: peers stay where they are."""
 
 
 class InnerSection(_Section):

@@ -85,6 +85,7 @@ class Entry:
     tokens: Count = 0  # of all contributions since genesis; n fragments count each token n times
     lost: Annotated[bytes, Length(0, LOST_BYTES)] = b""  # of a re-entry: the entry that it brings back
     scale: Annotated[float, Bounds(0.0, 1.0)] = 0.0  # of a re-entry: on the mean
+    leaving: Annotated[str, Length(0, 64)] = ""  # LEAVE: a peer that may go from here on
 
     def __post_init__(self) -> None:
         peers = [seat.peer for seat in self.roster]
@@ -100,6 +101,8 @@ class Entry:
                 raise ValueError(f"seat {row.seat} contributes nothing")
         if len(self.digests) % 32 or len(self.listed) != (0 if self.lost else self.parts * self.bitmap_bytes):
             raise ValueError(f"{len(self.digests)} bytes of digests, {len(self.listed)} of bitmaps")
+        if self.leaving and self.leaving not in {self.roster[seat].peer for seat in self.present()}:
+            raise ValueError("who may leave is not present")
         if bool(self.lost) != (self.scale > 0.0) or (self.lost and self.contributors):
             raise ValueError("a re-entry has a scale and no contributors, and nothing else has a scale")
 

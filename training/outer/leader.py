@@ -24,7 +24,14 @@ from shoal.training.outer.line import LEADER_SILENCE_S, MEMBER_SILENCE_S, TICK_S
 from shoal.training.outer.log import Log
 from shoal.training.outer.lost import LostEntry
 from shoal.training.outer.messages import Answer, Commit, Done, Go, Gone, Prepare, Report
-from shoal.training.outer.policy import GroupMember, clip_factors, closes_at, holds_quorum, slowest_uplink
+from shoal.training.outer.policy import (
+    GroupMember,
+    clip_factors,
+    closes_at,
+    holds_quorum,
+    may_leave,
+    slowest_uplink,
+)
 
 COMMIT_S = 5.0  # for members to apply the entry; after that they are on their own, and catch up
 _REPORT_SLACK_S = 2.0
@@ -312,7 +319,16 @@ class Leader:
         for (_, answer), clip in zip(given, clips, strict=True):
             if clip < 1.0:
                 self._context.event("clipped", {"norm": answer.norm, "factor": clip})
-        return dataclasses.replace(self._plain, roster=self._roster_present(), contributors=tuple(rows))
+        answers = self._answers
+        leaving = may_leave(
+            [peer for peer, answer in answers.items() if answer.leaves],
+            list(answers),
+            self._log.leaving,
+            self._context.spec.stages.minimum_replicas,
+        )
+        return dataclasses.replace(
+            self._plain, roster=self._roster_present(), contributors=tuple(rows), leaving=leaving
+        )
 
     async def _gather_reports(self, draft: Entry, data: bytes) -> list[tuple[bytes, bytes] | None]:
         """GO, then wait for the report of everybody present who is not lost."""

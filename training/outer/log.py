@@ -37,6 +37,7 @@ ENDS_KEPT = 4 * limits.ROSTER  # processes whose last step is remembered, least 
 FRAGMENTS = 32  # the spec's most
 STREAMS_KEPT = 4 * limits.ROSTER
 ENTRIES_BYTES = 64 * limits.MIB  # of entries kept beyond the last snapshot, payloads not counted
+LEAVE_HEIGHTS = 8  # entries that a peer which was let go has to be gone after; then another may
 LOG_STATE_BYTES = 2 * limits.MIB
 
 
@@ -53,6 +54,15 @@ class StepsEnd:
 
 @wire_message
 @dataclass(frozen=True, slots=True)
+class Leaver:
+    """Who was let go, and by the entry of which height."""
+
+    peer: PeerIdText
+    height: Count
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
 class LogState:
     """All that the entries up to a height leave behind."""
 
@@ -63,6 +73,7 @@ class LogState:
     quorum: Annotated[tuple[PeerIdText, ...], Items(limits.ROSTER)]  # who took part in the last round
     ends: Annotated[tuple[StepsEnd, ...], Items(ENDS_KEPT)]
     positions: Annotated[tuple[StreamPosition, ...], Items(STREAMS_KEPT)]
+    leaving: Annotated[tuple[Leaver, ...], Items(LEAVE_HEIGHTS)] = ()
 
 
 def state_root(tensors: bytes, state: LogState) -> bytes:
@@ -85,6 +96,7 @@ class Log:
         self.head = state.head
         self.counted_tokens = state.tokens
         self.quorum = state.quorum
+        self._leaving = state.leaving
         self._fragments = fragments
         self._ends = OrderedDict(((end.peer, end.incarnation), end) for end in state.ends)
         self._positions = OrderedDict((p.stream, p.samples) for p in state.positions)
@@ -115,7 +127,13 @@ class Log:
             self.quorum,
             tuple(self._ends.values()),
             tuple(StreamPosition(stream, samples) for stream, samples in self._positions.items()),
+            self._leaving,
         )
+
+    @property
+    def leaving(self) -> list[PeerId]:
+        """Who may leave the stage, and is still here."""
+        return [PeerId(leaver.peer) for leaver in self._leaving]
 
     def end_of(self, peer: PeerId, incarnation: int, fragment: int = 0) -> tuple[int, int]:
         """(step, tokens) up to which the log holds the work of a process in a fragment."""
@@ -165,6 +183,9 @@ class Log:
             codec_of(tag)
         self._check_parts(entry)
         self._check_contributors(entry)
+        present = {entry.roster[seat].peer for seat in entry.present()}
+        if entry.leaving and present & {*self.leaving}:
+            raise MessageInvalid(f"entry {entry.height}: lets {entry.leaving} go before another has gone")
 
     def append(self, data: bytes) -> Entry:
         """Take an entry in after `check`. Returns it."""
@@ -172,6 +193,13 @@ class Log:
         self.check(entry)
         self.height, self.head, self.counted_tokens = entry.height, entry_hash(data), entry.tokens
         self.quorum = tuple(entry.roster[seat].peer for seat in entry.present())
+        self._leaving = tuple(
+            leaver
+            for leaver in self._leaving
+            if leaver.peer in self.quorum and entry.height - leaver.height < LEAVE_HEIGHTS
+        )
+        if entry.leaving:
+            self._leaving += (Leaver(PeerId(entry.leaving), entry.height),)
         for seat, row, tokens in self._news_of(entry):
             key = (seat.peer, seat.incarnation)
             ends = self.ends_of(*key)

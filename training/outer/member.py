@@ -52,6 +52,7 @@ class Member:
         self.replica = replica
         self.change = change  # notified at GO, at every COMMIT, and when a leader is lost
         self.promises = promises
+        self.leaves = False  # it asks the group to be let go
         self.engaged_with: PeerId | None = None  # the leader of the round under way ...
         self._engaged_height = 0  # ... and the height it is about
         self.undecided_since_s: float | None = None  # since when a round stands without leader
@@ -117,9 +118,7 @@ class Member:
         draft = self.round.data if self.round is not None else b""
         entry = self._unapplied or b""
         from_step, from_tokens = log.end_of(context.me, context.incarnation, log.next_fragment.index)
-        answer = Answer(
-            log.height, from_step, from_step, 0, 0.0, (), draft_bytes=len(draft), entry_bytes=len(entry)
-        )
+        answer = Answer(log.height, from_step, from_step, 0, 0.0, (), 0, len(draft), len(entry), self.leaves)
         if mine is not None:
             if math.isfinite(mine.norm) and mine.norm <= NORM_MOST:
                 answer = dataclasses.replace(

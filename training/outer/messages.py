@@ -47,6 +47,7 @@ class Answer:
     promised: Count = 0  # a higher ballot that the member has promised: it refuses
     draft_bytes: PayloadBytes = 0
     entry_bytes: PayloadBytes = 0
+    leaves: bool = False  # asks to be let go to another stage
 
 
 @wire_message

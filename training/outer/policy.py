@@ -151,6 +151,15 @@ def clip_factors(norms: Sequence[float], tokens: Sequence[int]) -> list[float]:
     return [min(1.0, bound / rate) if rate > 0 and bound > 0 else 1.0 for rate in rates]
 
 
+def may_leave(
+    asking: Sequence[PeerId], present: Sequence[PeerId], leaving: Sequence[PeerId], minimum_replicas: int
+) -> PeerId:
+    """Whom an entry lets go; empty for nobody. One at a time, and never so that too few stay."""
+    if not asking or set(leaving) & set(present) or len(present) - 1 < minimum_replicas:
+        return PeerId("")
+    return min(asking)
+
+
 def closes_at(opened_s: float, quorum_s: float | None, deadline_s: float) -> float:
     """When to stop waiting: at the deadline, or after an adaptive grace once half of the weight is in."""
     if quorum_s is None:

@@ -285,6 +285,18 @@ class Outer:
         finally:
             self._urgent = False
 
+    async def permission(self) -> None:
+        """Returns when an entry lets this replica go to another stage (LEAVE, design section 10).
+
+        `run` has to be running; the caller sets the limit, and stays if it cancels.
+        """
+        me = self._context.me
+        self._member.leaves = True
+        try:
+            await self._change.until(lambda: me in self._replica.log.leaving, lambda: None)
+        finally:
+            self._member.leaves = False
+
     # -- the loop
 
     async def _act(self) -> None:
