@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from outer_faults import Faults
 from trainer_world import RandomFeed, Replica, TrainerWorld, round_spec
 
 from shoal.protocol import virtual_time
+from shoal.protocol.errors import StageEmpty, StorageError
+from shoal.protocol.faults import Action, Arming
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Buffer
 from shoal.training.checkpoint.gather import Gatherer
 from shoal.training.checkpoint.keeper import Keeper
-from shoal.training.checkpoint.read import Checkpoint, verify
+from shoal.training.checkpoint.manifest import numbered
+from shoal.training.checkpoint.messages import FileChunk
+from shoal.training.checkpoint.read import Checkpoint, open_checkpoint, verify
 from shoal.training.checkpoint.reshape import load_stage
 from shoal.training.model.layout import stage_layout
 from shoal.training.spec import RunSpec
 
 
 def adam_spec(stages: int, **checkpoint: object) -> RunSpec:
-    spec = round_spec(stages, optimizer="adamw", learning_rate=0.01)
+    spec = round_spec(stages, outer={"fragments": 2}, optimizer="adamw", learning_rate=0.01)
     return RunSpec.model_validate(spec.model_dump() | {"checkpoint": {"every_s": 0.0, **checkpoint}})
 
 
@@ -156,5 +166,211 @@ def test_a_run_starts_from_a_checkpoint_cut_otherwise_and_goes_on(
             joiner = await world.add(20, 0)
             await world.heights(max(r.trainer.outer.height for r in world.group(0)) + 2)
             assert joiner.heard("start-fetched")
+
+    virtual_time.run(start)
+
+
+# --- beside training
+
+
+def test_each_peer_writes_its_stage_from_time_to_time_and_keeps_a_few(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with TrainerWorld(adam_spec(2, every_s=5.0, kept=2), slower=8.0, disk=tmp_path) as world:
+            await trained(world, 2, 1)
+            await asyncio.sleep(31.0)
+            for number, replica in world.replicas.items():
+                assert len(replica.heard("checkpoint")) == 6
+                kept = [path for _, path in numbered(tmp_path / str(number) / "checkpoints")]
+                assert [path.name for path in kept] == [f"{n:06d}-stage-{number}" for n in (5, 6)]
+                for path in kept:
+                    verify(open_checkpoint(path))
+                assert replica.trainer.status()["checkpoint"]["path"] == str(kept[-1])  # type: ignore[index]
+
+    virtual_time.run(main)
+
+
+def test_nothing_new_is_not_written_again(tmp_path: Path) -> None:
+    """A driver whose next stage is empty makes no rounds. (It once looked again without ever pausing.)"""
+
+    async def main() -> None:
+        async with TrainerWorld(adam_spec(2, every_s=1.0), disk=tmp_path) as world:
+            replica = await world.add(0, 0)
+            await asyncio.sleep(20.0)
+            assert len(replica.heard("checkpoint")) == 1
+
+    virtual_time.run(main)
+
+
+@contextmanager
+def disk_of(most_bytes: int) -> Iterator[None]:
+    """Files that reach this size are refused by the kernel, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_and_training_goes_on_untouched(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with TrainerWorld(adam_spec(1), disk=tmp_path) as world:
+            replica = await world.add(0, 0)
+            await world.heights(2)
+            keeper = keeper_of(replica)
+            before = await keeper.take()
+            height = replica.trainer.outer.height
+            await world.heights(height + 1)
+            with disk_of(4096), pytest.raises(StorageError, match="as they were"):
+                await keeper.take()
+            assert "File too large" in str(replica.heard("checkpoint-refused")[-1]["why"])
+            assert "File too large" in str(keeper.status()["refused"])
+            verify(before)
+            assert [path.name for path in keeper.folder.iterdir()] == [before.path.name]
+            await world.heights(height + 3)
+            after = await keeper.take()
+            assert after.manifest.parts[0].height >= height + 3
+
+    virtual_time.run(main)
+
+
+@pytest.mark.parametrize("point", ["checkpoint.writing", "checkpoint.sealing"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_who_is_killed_while_it_writes_comes_back_with_the_moments_of_the_one_before(
+    tmp_path: Path, point: str, nth: int
+) -> None:
+    faults = Faults()
+
+    async def main() -> None:
+        async with TrainerWorld(adam_spec(1), disk=tmp_path, wrap=faults.wrap) as world:
+            await world.add(0, 0)
+            victim = await world.add(1, 0)
+            await world.heights(2)
+            before = await keeper_of(victim).take()
+            moments = load_stage(before, world.spec, victim.trainer.layout).moments
+            await world.heights(victim.trainer.outer.height + 1)
+            faults.arm_also(Arming(point, Action.KILL, nth=nth if "writing" in point else 1, who=victim.peer))
+            writing = asyncio.create_task(keeper_of(victim).take())
+            await asyncio.sleep(0.5)
+            assert faults.hit == victim.peer
+            await world.kill(1)
+            writing.cancel()
+            folder = tmp_path / "1" / "checkpoints"
+            assert [path.name for _, path in numbered(folder)] == [before.path.name]
+            verify(open_checkpoint(before.path))
+            again = await world.add(1, 0, run=False)
+            restored = await again.trainer.weights.moments(_inline)
+            assert restored is not None
+            assert moments is not None
+            assert restored.steps == moments.steps
+            assert torch.equal(restored.square, moments.square)
+            assert torch.equal(restored.mean, moments.mean)
+            again.task = asyncio.create_task(again.trainer.run())
+            await keeper_of(again).take()
+            names = sorted(path.name for path in folder.iterdir())
+            assert names == ["000001-stage-0", "000002-stage-0"], "what was begun is cleared away"
+
+    virtual_time.run(main)
+
+
+# --- from peers that die, lie, or stand still
+
+
+def test_gathering_goes_to_the_next_replica_when_one_dies(tmp_path: Path) -> None:
+    faults = Faults()
+
+    async def main() -> None:
+        async with TrainerWorld(adam_spec(2), disk=tmp_path, wrap=faults.wrap) as world:
+            await trained(world, 2, 2, replicas=2)
+
+            def strike(peer: PeerId) -> None:
+                world.network.kill(peer)
+
+            faults.arm(FileChunk, "after", strike, count=5)
+            checkpoint = await gatherer(world, world.replicas[0], tmp_path / "all").gather()
+            assert faults.hit is not None
+            verify(checkpoint)
+            assert checkpoint.whole
+            assert str(faults.hit) not in {part.peer for part in checkpoint.manifest.parts}
+
+    virtual_time.run(main)
+
+
+def lies(faults: Faults, liars: set[PeerId]) -> None:
+    def tamper(peer: PeerId, header: object, payload: Buffer) -> tuple[object, Buffer]:
+        if peer in liars and isinstance(header, FileChunk) and payload:
+            return header, bytes(payload)[:-1] + bytes([bytes(payload)[-1] ^ 1])
+        return header, payload
+
+    faults.tamper = tamper
+
+
+def test_gathering_goes_to_the_next_replica_when_one_lies(tmp_path: Path) -> None:
+    faults = Faults()
+
+    async def main() -> None:
+        async with TrainerWorld(adam_spec(1), disk=tmp_path, wrap=faults.wrap) as world:
+            await trained(world, 1, 2, replicas=2)
+            liar, honest = world.replicas[0], world.replicas[1]
+            lies(faults, {liar.peer})
+            for _ in range(3):  # the order of replicas is drawn
+                checkpoint = await gatherer(world, honest, tmp_path / "all").gather()
+                verify(checkpoint)
+                assert checkpoint.manifest.parts[0].peer == honest.peer
+            lies(faults, {liar.peer, honest.peer})
+            kept = list((tmp_path / "all").iterdir())
+            with pytest.raises(StageEmpty, match="does not fit its hash"):
+                await gatherer(world, honest, tmp_path / "all").gather()
+            assert list((tmp_path / "all").iterdir()) == kept, "nothing of it stays"
+
+    virtual_time.run(main)
+
+
+def test_a_start_is_fetched_from_who_tells_the_truth_or_not_at_all(tmp_path: Path) -> None:
+    faults = Faults()
+
+    async def save() -> Checkpoint:
+        async with TrainerWorld(adam_spec(1), disk=tmp_path / "before") as world:
+            await trained(world, 1, 2)
+            return await gatherer(world, world.replicas[0], tmp_path / "store").gather()
+
+    checkpoint = virtual_time.run(save)
+    spec = adam_spec(1, start=checkpoint.digest)
+
+    async def start() -> None:
+        async with TrainerWorld(spec, disk=tmp_path / "after", wrap=faults.wrap) as world:
+            first = await world.add(0, 0, run=False, imported=tmp_path / "store")
+            second = await world.add(1, 0, run=False, imported=tmp_path / "store")
+            lies(faults, {first.peer})
+            third = await world.add(2, 0, run=False)
+            assert state_of([third]) == whole_state(checkpoint)
+            lies(faults, {first.peer, second.peer, third.peer})
+            with pytest.raises(StageEmpty, match="nobody hands it over"):
+                await world.add(3, 0, run=False)
+
+    virtual_time.run(start)
+
+
+def test_a_fetched_start_that_was_damaged_since_is_fetched_again(tmp_path: Path) -> None:
+    async def save() -> Checkpoint:
+        async with TrainerWorld(adam_spec(1), disk=tmp_path / "before") as world:
+            await trained(world, 1, 2)
+            return await gatherer(world, world.replicas[0], tmp_path / "store").gather()
+
+    checkpoint = virtual_time.run(save)
+
+    async def start() -> None:
+        spec = adam_spec(1, start=checkpoint.digest)
+        async with TrainerWorld(spec, disk=tmp_path / "after") as world:
+            await world.add(0, 0, run=False, imported=tmp_path / "store")
+            await world.add(1, 0, run=False)
+            await world.kill(1)
+            (file,) = (tmp_path / "after" / "1" / "start").glob("*/layers.0.attention.q.safetensors")
+            data = bytearray(file.read_bytes())
+            data[-3] ^= 4
+            file.write_bytes(data)
+            again = await world.add(1, 0, run=False)
+            assert again.heard("start-fetched")
+            assert state_of([again]) == whole_state(checkpoint)
 
     virtual_time.run(start)

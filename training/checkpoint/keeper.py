@@ -8,6 +8,7 @@ on whatever the disk says. One at a time: whoever asks while one is written gets
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Keeper:
         *,
         transport: Transport,
         folder: Path,
-        snapshot: Callable[[], Snapshot],
+        snapshot: Callable[[], Awaitable[Snapshot]],
         moments: Callable[[], Awaitable[Moments | None]],
         offload: Offload,
         event: Event,
@@ -71,26 +72,24 @@ class Keeper:
 
     async def run(self) -> None:
         """Until cancelled."""
-        every_s = self._spec.checkpoint.every_s
-        loop = asyncio.get_running_loop()
-        begun_s = loop.time()
+        every_s, loop = self._spec.checkpoint.every_s, asyncio.get_running_loop()
+        looked_s = loop.time()
         while every_s > 0:
-            due_s = every_s + (begun_s if self._taken_s is None else self._taken_s)
-            if loop.time() < due_s:
+            due_s = max(looked_s, self._taken_s or looked_s) + every_s  # one that was asked for counts
+            if due_s > loop.time():
                 await asyncio.sleep(due_s - loop.time())
                 continue
-            try:
+            looked_s = loop.time()
+            with contextlib.suppress(StorageError):  # told already; the next time then
                 await self.take()
-            except StorageError:
-                self._taken_s = loop.time()  # told already; tried again when the next one is due
 
     async def take(self) -> Checkpoint:
         """A checkpoint of the log's head as it is now. Raises StorageError, and training goes on."""
         async with self._writing:
-            snapshot = self._snapshot()
-            head = snapshot.state.head.hex()
-            if self._newest is not None and self._newest.manifest.parts[0].head == head:
-                return self._newest
+            snapshot = await self._snapshot()
+            newest, head = self._newest, snapshot.state.head.hex()
+            if newest is not None and newest.manifest.parts[0].head == head and newest.path.exists():
+                return newest
             try:
                 self._newest = await self._write(snapshot)
             except StorageError as error:

@@ -63,6 +63,10 @@ class Replica:
         """Of the whole stage [size] fp32 CPU."""
         return self._joined()[2]
 
+    def pieces(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Anchor and momentum as they are, one tensor a fragment."""
+        return tuple(self._anchors), tuple(self._momenta)
+
     def anchor_of(self, fragment: int) -> torch.Tensor:
         """Of one fragment."""
         return self._anchors[fragment]

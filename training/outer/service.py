@@ -168,9 +168,13 @@ class Outer:
         """The outer momentum [size] fp32 CPU; never changed in place."""
         return self._replica.momentum
 
-    def snapshot(self) -> Snapshot:
-        """The agreed state as it is now; its tensors are never changed in place."""
-        return Snapshot(self._replica.log.state(), self.anchor, self.momentum, self.state_root)
+    async def snapshot(self) -> Snapshot:
+        """The agreed state as it is now, joined off the loop; its tensors are never changed in place."""
+        state, root, pieces = self._replica.log.state(), self._replica.state_root, self._replica.pieces()
+        if len(pieces[0]) == 1:
+            return Snapshot(state, pieces[0][0], pieces[1][0], root)
+        anchor, momentum = [await self._context.offload(torch.cat, piece) for piece in pieces]
+        return Snapshot(state, anchor, momentum, root)
 
     @property
     def steps_since_round(self) -> int:
