@@ -89,6 +89,7 @@ class World:
         self.dead: set[str] = set()
         self.gone: set[str] = set()  # silent for long, as the membership sees it
         self.suspected: list[tuple[str, str]] = []
+        self.slower: dict[str, float] = {}  # by how much the lane of a peer has become slower
         self._change = asyncio.Event()
         names = [
             f"12D3KooW{'s'}{stage}r{n}".ljust(52, "1")
@@ -102,7 +103,7 @@ class World:
         layout = stage_layout(spec, stage_ranges(spec)[stage])
         transport = self.network.transport(name, frozenset({Role.TRAINER}))
         pace = SECONDS.__getitem__ if self._service_s is None else paced(self._service_s(stage, number))
-        lane = InlineLane(pace)
+        lane = InlineLane(lambda kind: pace(kind) * self.slower.get(name, 1.0))
         weights = Weights(spec, layout, genesis(spec, layout), lane, "cpu")
         compute = StageCompute(
             spec, StageModel(spec, layout), weights, "cpu", lambda: spec.inner.learning_rate
@@ -154,13 +155,13 @@ class World:
     async def __aenter__(self) -> World:
         for peer in self.peers:
             await peer.transport.start()
-        self._tasks = [asyncio.create_task(peer.hop.run()) for peer in self.peers if peer.hop]
+        self._tasks = {p.name: asyncio.create_task(p.hop.run()) for p in self.peers if p.hop}
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for peer in self.peers:
             await peer.transport.close()
 
@@ -178,10 +179,10 @@ class World:
     def suspect(self, peer: PeerId, reason: str) -> None:
         self.suspected.append((peer, reason))
 
-    def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
+    def is_gone(self, peer: PeerId) -> bool:
         return peer in self.dead | self.gone
 
-    def has_departed(self, peer: PeerId, incarnation: int) -> bool:
+    def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
         return peer in self.dead
 
     async def changed(self) -> None:
@@ -190,6 +191,8 @@ class World:
     def kill(self, peer: Peer) -> None:
         """The process is gone: its streams break at once and everybody knows."""
         self.network.kill(peer.name)
+        if peer.name in self._tasks:
+            self._tasks[peer.name].cancel()
         self.dead.add(peer.name)
         self._change.set()
         self._change = asyncio.Event()

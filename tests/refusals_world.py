@@ -69,11 +69,11 @@ class Known:
         self._change.set()
         self._change = asyncio.Event()
 
-    def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
+    def is_gone(self, peer: PeerId) -> bool:
         return False
 
-    def has_departed(self, peer: PeerId, incarnation: int) -> bool:
-        return self.is_gone(peer, incarnation)
+    def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
+        return False
 
     async def changed(self) -> None:
         await self._change.wait()

@@ -26,6 +26,7 @@ PURE_POLICIES = (
     "training/outer/policy.py",
     "training/pipeline/link_codec.py",
     "training/pipeline/routing.py",
+    "training/pipeline/settlement.py",
     "training/pipeline/standing.py",
 )
 IMPURE = {"asyncio", "time", "torch", "socket", "os", "pathlib", "threading", "secrets", "grpc", "subprocess"}

@@ -104,7 +104,7 @@ def test_a_killed_replica_takes_nothing_but_its_own_along(at_s: float) -> None:
                     assert set(numbers) <= set(range(decided[driver]))
                 missing = len(everything) - sum(map(len, applied.values()))
                 if stage == 1:  # decided chains whose commit the dead replica did not live to see
-                    assert missing == sum(driver.figures.unacknowledged for driver in world.drivers())
+                    assert missing == sum(driver.commits.lost for driver in world.drivers())
                 else:
                     assert missing == 0
 

@@ -134,6 +134,7 @@ from shoal.training.pipeline.messages import (
     Verdict,
     Working,
 )
+from shoal.training.pipeline.settlement import admits
 from shoal.training.spec import RunSection, RunSpec
 
 HOUR = 3600.0
@@ -452,20 +453,26 @@ def test_a_micro_batch_counts_once_and_a_hop_keeps_no_more_than_admission_grants
             assert hop.state() == applied
             assert hop.ledger.duplicates_refused == 1
 
-            most = hop.spec.limits.undecided_micro_batches
+            limit = hop.spec.limits.undecided_micro_batches
+            most = next(n for n in range(limit) if not admits(n, n, limit))
             for number in range(1, most + 1):
                 await propagate(number)
-            with pytest.raises(Busy, match=f"holds {most} micro-batches"):
+            with pytest.raises(Busy, match=f"holds {most} micro-batches, {most} of this caller"):
                 await propagate(most + 1)
             assert hop.hop.undecided == most
+            other = run.transport()
+            request = hop.request(other.me)
+            await ask_hop(other, hop, request, hop.payload())  # there is room for whoever comes next
+            decision = CommitChain(request.micro_batch, (Link(0, other.me, 0),))
+            await call(other, hop.me, "commit", decision, Verdict, timeout_s=10)
 
-            dropped = hop.ledger.dropped
-            for number in range(1, most + 1):  # a chain that does not name this attempt: dropped, counted
+            abandoned = hop.ledger.abandoned
+            for number in range(1, most + 1):  # a chain that does not name this attempt
                 decided = await commit(number, 1)
                 assert isinstance(decided, Verdict)
                 assert decided.decision == UNKNOWN
             assert hop.state() == applied
-            assert hop.ledger.dropped == dropped + most
+            assert hop.ledger.abandoned == abandoned + most
 
     play_run(scene, tmp_path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pipeline_world import batches
 from reference_llama import Reference, summed_loss
 from trainer_world import RandomFeed, Replica, TrainerWorld, round_spec
 
+from shoal.node.cli.status_view import micro_batches_text
 from shoal.protocol import virtual_time
 
 
@@ -107,6 +109,36 @@ def test_after_a_kill_training_goes_on_within_seconds_and_a_joiner_contributes(s
             assert int(str(joiner.trainer.outer.status()["listed"])) > 0
             for stage in (0, 1):
                 same_bits(world.group(stage))
+
+    virtual_time.run(main)
+
+
+def test_what_counted_and_what_did_not_is_shown() -> None:
+    """P2 in `shoal status`: every micro-batch that was decided is applied, or counted as lost."""
+
+    async def main() -> None:
+        async with TrainerWorld(round_spec(2)) as world:
+            for number in range(4):
+                await world.add(number, number % 2)
+            await world.heights(3)
+            died = await world.kill(3)
+            await asyncio.sleep(10.0)
+            for r in world.group(0):
+                assert r.trainer.driver is not None
+                r.trainer.driver.pause()
+            await asyncio.sleep(5.0)
+            drivers = [json.loads(json.dumps(r.trainer.status())) for r in world.group(0)]
+            hops = [r.trainer.status() for r in (*world.group(1), died)]
+            decided = sum(int(status["micro_batches"]) for status in drivers)
+            applied = sum(int(str(status["micro_batches"])) for status in hops)
+            lost = sum(int(status["lost"]) for status in drivers)
+            assert decided == applied + lost
+            assert sum(status["retries"] for status in drivers) > 0
+            for status in drivers:
+                assert [known["codec"] for known in status["next_stage"]] == ["float32"]
+                text = micro_batches_text(status)
+                assert f"{status['micro_batches']:,} applied" in text
+                assert f"{status['lost']} lost" in text
 
     virtual_time.run(main)
 

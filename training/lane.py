@@ -235,14 +235,19 @@ class InlineLane(Lane):
                 raise
         self._busy = True
         seconds = self._duration_s(kind)
-        self._running = kind, asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        self._running = kind, begin
         try:
             await asyncio.sleep(seconds)
             return function(*arguments)
-        finally:
-            self._running = None
-            self._durations.record(kind, seconds)
-            self._hand_over()
+        finally:  # at once; for a caller that gave up, when a thread would be through with it
+            loop.call_at(begin + seconds, self._finished, kind, seconds)
+
+    def _finished(self, kind: Work, seconds: float) -> None:
+        self._running = None
+        self._durations.record(kind, seconds)
+        self._hand_over()
 
     def post(self, function: Callable[..., object], *arguments: Any) -> None:
         function(*arguments)  # functions run whole on the loop: none can be running now

@@ -40,12 +40,12 @@ class MemberReplicas:
     def suspect(self, peer: PeerId, reason: str) -> None:
         self._members.suspect(peer, reason)
 
-    def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
-        return self._members.view().is_gone(peer, incarnation)
+    def is_gone(self, peer: PeerId) -> bool:
+        return self._members.view().is_gone(peer)
 
-    def has_departed(self, peer: PeerId, incarnation: int) -> bool:
+    def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
         member = self._members.view().get(peer)
-        return member is None or member.departed or member.incarnation != incarnation
+        return member is None or member.departed or incarnation not in (None, member.incarnation)
 
     async def changed(self) -> None:
         await self._members.changed()

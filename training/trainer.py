@@ -325,9 +325,12 @@ class Trainer:
             "tokens_per_s": self.tokens_per_s(),
             "micro_batches": len(self._ledger),
             "duplicates_refused": self._ledger.duplicates_refused,
+            "abandoned": self._ledger.abandoned,
             "dropped": self._ledger.dropped,
             "undecided": self.hop.undecided if self.hop is not None else 0,
             "retries": self._downstream.successors.retries if self._downstream is not None else 0,
+            "hedges": self._downstream.hedges if self._downstream is not None else 0,
+            "next_stage": self._downstream.successors.status() if self._downstream is not None else [],
             "reroutes_s": list(self.reroutes),
             "lane_queued": load.queued,
             "lane_backlog_s": load.backlog_s,
@@ -343,7 +346,8 @@ class Trainer:
                 "loss": _number(driver.loss),
                 "chain_s": driver.chain_s,
                 "restarted": driver.restarted,
-                "unacknowledged": driver.unacknowledged,
+                "lost": self.driver.commits.lost,
+                "owed": self.driver.commits.owed,
                 "in_flight": self.driver.in_flight,
             }
         return figures

@@ -32,10 +32,22 @@ def _own(status: Mapping[str, Any]) -> RenderableType:
         table.add_row("training", f"round {training['height']}, {training['inner_steps']} steps, "
                       f"{training['tokens']:,} tokens, {training['tokens_per_s']:,.0f} tok/s"
                       + (f", loss {loss:.3f}" if loss else ""))  # fmt: skip
+        table.add_row("micro-batches", micro_batches_text(training))
     loop = status["loop"]
     table.add_row("loop", f"lag p99 {loop['lag_p99_ms']:.1f} ms, longest callback "
                   f"{loop['callback_worst_ms']:.1f} ms CPU ({escape(loop['callback_worst'])})")  # fmt: skip
     return Group(head, table)
+
+
+def micro_batches_text(training: Mapping[str, Any]) -> str:
+    """Promise P2 in figures: what counted, and whatever did not."""
+    text = (
+        f"{training['micro_batches']:,} applied, {training['duplicates_refused']} duplicates refused, "
+        f"{training['dropped']} dropped undecided"
+    )
+    if "lost" in training:  # of a driver
+        text += f", {training['lost']} lost at other stages"
+    return text + f"; {training['retries']} retries, {training['hedges']} hedges"
 
 
 def _uplink(measured_bytes_per_s: float | None, limit_bytes_per_s: float | None) -> str:

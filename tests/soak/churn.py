@@ -218,7 +218,7 @@ class Churn:
 
         for driver in swarm.replicas(0):
             hidden = sum(id_[0].startswith(driver.peer_id) for id_ in swarm.hidden)
-            if hidden > int(driver.last_status["training"]["unacknowledged"]):
+            if hidden > int(driver.last_status["training"]["lost"]):
                 self._problem(f"{hidden} micro-batches of {driver.name} were dropped, and it has not noticed")
 
     def _judge_leaver(self, peer: Peer) -> None:

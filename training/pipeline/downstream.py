@@ -156,7 +156,8 @@ class Downstream:
         errand.journey.hedged = True
         self._hedges_saved -= 1.0
         self.hedges += 1
-        self._event("hedge", {"stage": self.stage, "peer": stalled.attempt.peer, "to": pick.peer})
+        told: dict[str, object] = {"stage": self.stage, "peer": stalled.attempt.peer, "to": pick.peer}
+        self._event("hedge", {**told, "micro_batch": errand.micro_batch.number})
         return self._start(errand, pick, await errand.boundary.payload(pick.codec))
 
     def _start(self, errand: Errand, pick: Pick, payload: memoryview) -> _Runner:

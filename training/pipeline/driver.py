@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.protocol.errors import NetworkError, ShoalError
+from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
-from shoal.protocol.transport import Stream, Transport, call
+from shoal.protocol.transport import Stream, Transport
 from shoal.training.lane import Lane, Work
 from shoal.training.pipeline.attempt import Answer, Journey
+from shoal.training.pipeline.commits import Commits
 from shoal.training.pipeline.compute import Boundary, Passage, StageCompute
 from shoal.training.pipeline.downstream import Downstream, Errand
 from shoal.training.pipeline.hop import TRAINERS
@@ -38,8 +39,6 @@ from shoal.training.pipeline.replicas import Replicas
 from shoal.training.pipeline.successors import Event
 from shoal.training.spec import RunSpec
 
-_COMMIT_TIMEOUT_S = 2.0
-_COMMITS_PENDING = 64
 _SMOOTHING = 0.05
 
 NextBatch = Callable[[], Awaitable[torch.Tensor]]  # tokens int64 [B, T+1]
@@ -54,7 +53,6 @@ class DriverFigures:
     last_loss: float = math.nan
     chain_s: float = 0.0  # moving average of one micro-batch, forward to decision
     restarted: int = 0  # micro-batches begun again after their chain failed
-    unacknowledged: int = 0  # commits given up, or too late: that hop's gradient is missing
 
 
 class Driver:
@@ -90,11 +88,10 @@ class Driver:
         self._rng = rng
         self._number = 0
         self._undecided: set[MicroBatch] = set()
-        self._commit_slots = asyncio.Semaphore(_COMMITS_PENDING)
+        self.commits = Commits(transport, replicas, spec.limits.undecided_ttl_s, rng, event)
         self._running = asyncio.Event()
         self._running.set()
-        self._progress = asyncio.Event()  # pulsed when a micro-batch or its commits are done
-        self._committing = 0
+        self._progress = asyncio.Event()  # pulsed when a micro-batch is decided or given up
         self._leaving = False
         self.figures = DriverFigures()
 
@@ -118,9 +115,10 @@ class Driver:
         self._leaving = True
         if self._downstream is not None:
             self._downstream.successors.leave()
-        while self._undecided or self._committing:
+        while self._undecided:
             self._progress.clear()
             await self._progress.wait()
+        await self.commits.settled(leaving=True)
 
     @property
     def in_flight(self) -> int:
@@ -128,36 +126,43 @@ class Driver:
 
     async def run(self, next_batch: NextBatch) -> None:
         """Train until cancelled, `in_flight` micro-batches at a time."""
-        inner = self._spec.inner
-        if inner.mode == "flush":
-            group = math.ceil(inner.inner_tokens / self._spec.micro_batch_tokens)
-            while True:
-                await self._running.wait()
-                await self.train([await next_batch() for _ in range(group)])
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(inner.in_flight):
-                tasks.create_task(self._feed(next_batch, tasks))
+        try:
+            if self._spec.inner.mode == "flush":
+                await self._flush(next_batch)
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(self._spec.inner.in_flight):
+                    tasks.create_task(self._feed(next_batch))
+        finally:
+            await self.commits.close()
+
+    async def _flush(self, next_batch: NextBatch) -> None:
+        """A step's micro-batches, then drain, for ever."""
+        group = math.ceil(self._spec.inner.inner_tokens / self._spec.micro_batch_tokens)
+        while True:
+            await self._running.wait()
+            await self.train([await next_batch() for _ in range(group)])
 
     async def train(self, batches: list[torch.Tensor]) -> None:
         """Take these micro-batches through, at most `in_flight` at a time; returns with all acknowledged."""
         slots = asyncio.Semaphore(self._spec.inner.in_flight)
 
-        async def one(tokens: torch.Tensor, tasks: asyncio.TaskGroup) -> None:
+        async def one(tokens: torch.Tensor) -> None:
             async with slots:
-                await self._micro_batch(tokens, tasks)
+                await self._micro_batch(tokens)
 
         async with asyncio.TaskGroup() as tasks:
             for tokens in batches:
-                tasks.create_task(one(tokens, tasks))
+                tasks.create_task(one(tokens))
+        await self.commits.settled()
 
-    async def _feed(self, next_batch: NextBatch, tasks: asyncio.TaskGroup) -> None:
+    async def _feed(self, next_batch: NextBatch) -> None:
         while True:
             tokens = await next_batch()
             await self._running.wait()
-            await self._micro_batch(tokens, tasks)
+            await self._micro_batch(tokens)
 
-    async def _micro_batch(self, tokens: torch.Tensor, tasks: asyncio.TaskGroup) -> None:
-        """One micro-batch to its decision, however many chains that takes; commits go on in `tasks`."""
+    async def _micro_batch(self, tokens: torch.Tensor) -> None:
+        """One micro-batch to its decision, however many chains that takes; its commits go on behind."""
         micro_batch = MicroBatch(self.me, self._incarnation, self._number)
         self._number += 1
         self._undecided.add(micro_batch)
@@ -166,7 +171,6 @@ class Driver:
             while True:
                 try:
                     chain = await self._through_chain(micro_batch, tokens)
-                    self._committing += 1
                     break
                 except ShoalError as error:
                     if self._leaving:
@@ -181,8 +185,7 @@ class Driver:
         chain_s = asyncio.get_running_loop().time() - begun
         known = self.figures.chain_s
         self.figures.chain_s = chain_s if known == 0.0 else known + _SMOOTHING * (chain_s - known)
-        await self._commit_slots.acquire()
-        tasks.create_task(self._commit_all(CommitChain(micro_batch, chain)))
+        await self.commits.deliver(CommitChain(micro_batch, chain))
 
     async def _through_chain(self, micro_batch: MicroBatch, tokens: torch.Tensor) -> tuple[Link, ...]:
         """Forward, chain, backward, and the decision: our own weight gradient. Returns the chain decided."""
@@ -228,45 +231,14 @@ class Driver:
             figures.loss = figures.last_loss
         figures.loss += _SMOOTHING * (figures.last_loss - figures.loss)
 
-    async def _commit_all(self, commit: CommitChain) -> None:
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for link in commit.chain[1:]:
-                    tasks.create_task(self._commit(commit, PeerId(link.peer)))
-        finally:
-            self._committing -= 1
-            self._progress.set()
-            self._commit_slots.release()
-
-    async def _commit(self, commit: CommitChain, peer: PeerId) -> None:
-        """Until acknowledged, for as long as the hop may hold the micro-batch."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self._spec.limits.undecided_ttl_s
-        pause_s = 0.05
-        while True:
-            try:
-                reply = await call(
-                    self._transport, peer, "commit", commit, Verdict, timeout_s=_COMMIT_TIMEOUT_S
-                )
-                self.figures.unacknowledged += reply.header.decision != APPLIED
-                return
-            except NetworkError as error:
-                self._replicas.suspect(peer, f"commit: {error}")
-                if self._replicas.is_gone(peer) or loop.time() >= until:
-                    self.figures.unacknowledged += 1
-                    return
-            except ShoalError as error:
-                self._event("commit-refused", {"peer": peer, "reason": str(error)})
-                self.figures.unacknowledged += 1
-                return
-            await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.5))
-            pause_s = min(pause_s * 2, 1.0)
-
     async def _query(self, stream: Stream) -> None:
         """A hop asks what became of a micro-batch of ours."""
         message = await stream.receive(QueryChain)
         micro_batch = message.header.micro_batch
         if self._ledger.has(micro_batch):
-            await stream.send(Verdict(APPLIED, self._ledger.chain(micro_batch)))
+            chain = self._ledger.chain(micro_batch)
+            if any(link.peer == stream.remote.peer for link in chain):
+                self.commits.asked(micro_batch, stream.remote.peer)
+            await stream.send(Verdict(APPLIED, chain))
         else:
             await stream.send(Verdict(TENTATIVE if micro_batch in self._undecided else UNKNOWN, ()))

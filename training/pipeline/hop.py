@@ -1,8 +1,7 @@
 """One replica's part in everybody's micro-batches: answer `propagate`, remember, apply on commit.
 
 A hop forwards, asks the next stage, answers its caller with the input gradient, and then holds the weight
-gradient undecided until the driver's commit. Left undecided, it asks the other hops of the chain: one that
-applied this very chain settles it; a driver that is gone or decided otherwise lets it drop.
+gradient `undecided` until the driver's commit.
 """
 
 from __future__ import annotations
@@ -11,54 +10,40 @@ import asyncio
 import contextlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from shoal.protocol.errors import Busy, MessageInvalid, NetworkError, ShoalError, Stale
 from shoal.protocol.identity import PeerId, Role
-from shoal.protocol.transport import Stream, Transport, call
+from shoal.protocol.transport import Stream, Transport
 from shoal.training.lane import Lane, Work
 from shoal.training.pipeline.attempt import WORKING_EVERY_S, Answer, Journey
 from shoal.training.pipeline.compute import Boundary, Passage, StageCompute
 from shoal.training.pipeline.downstream import Downstream, Errand
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.messages import (
-    APPLIED,
-    TENTATIVE,
-    UNKNOWN,
     Activations,
     CommitChain,
     Gradient,
     HedgeSpent,
     Link,
-    MicroBatch,
     Propagate,
     QueryChain,
-    Verdict,
     Working,
     spans,
 )
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.pipeline.routing import busy_for_s
+from shoal.training.pipeline.settlement import admits
 from shoal.training.pipeline.successors import Event
+from shoal.training.pipeline.undecided import Undecided
 from shoal.training.spec import RunSpec
 
 TRAINERS = frozenset({Role.TRAINER, Role.OWNER})
-_ASK_AFTER_S = 3.0  # a commit is one message behind the answer; by now it is late
-_QUERY_TIMEOUT_S = 2.0
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Undecided:
-    """A micro-batch answered, not committed yet."""
-
-    passage: Passage
-    chain: tuple[Link, ...]
-    since: float  # loop time
-    asked: float
 
 
 @dataclass(slots=True, eq=False)
@@ -103,10 +88,20 @@ class Hop:
         self._downstream = downstream
         self._stepped = stepped
         self._event = event
-        self._undecided: dict[tuple[MicroBatch, int], Undecided] = {}
-        self._working = 0
-        self._applying: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()  # pulsed when something held here is settled
+        self._undecided = Undecided(
+            stage,
+            me,
+            spec.limits.undecided_ttl_s,
+            transport,
+            replicas,
+            ledger,
+            self._start_applying,
+            self._progress.set,
+            event,
+        )
+        self._working: Counter[PeerId] = Counter()  # by caller
+        self._applying: set[asyncio.Task[None]] = set()
         self.draining = False
 
     def serve(self) -> None:
@@ -123,7 +118,7 @@ class Hop:
         try:
             while True:
                 await asyncio.sleep(1.0)
-                await self.settle()
+                await self._undecided.settle()
         finally:
             for task in self._applying:
                 task.cancel()
@@ -131,19 +126,20 @@ class Hop:
 
     async def _propagate(self, stream: Stream) -> None:
         request: Propagate = (await stream.receive(Propagate)).header
-        self._admit(request, stream.remote.peer)
+        caller = stream.remote.peer
+        self._admit(request, caller)
         journey = Journey(self.stage, request.hedged)
-        self._working += 1
+        self._working[caller] += 1
         try:
             done = await self._while_working(stream, journey, self._work(stream, request, journey))
+            chain = (*request.chain, *done.chain)
+            self._undecided.hold(request.micro_batch, request.attempt, done.passage, caller, chain)
         finally:
-            self._working -= 1
+            self._working[caller] -= 1
+            self._working += Counter()  # forgets callers at zero
             self._progress.set()
-        now, load = asyncio.get_running_loop().time(), self._lane.load()
-        self._undecided[(request.micro_batch, request.attempt)] = Undecided(
-            done.passage, (*request.chain, *done.chain), now, now
-        )
-        held_s, waited_s = now - done.received, done.waited_s
+        load = self._lane.load()
+        held_s, waited_s = asyncio.get_running_loop().time() - done.received, done.waited_s
         await stream.send(Gradient(done.chain, done.loss, load.backlog_s, load.service_s, held_s, waited_s))
         await stream.send(Activations(), done.gradient)
 
@@ -165,11 +161,19 @@ class Hop:
         if self._ledger.has(request.micro_batch):
             self._ledger.duplicates_refused += 1
             raise Stale(f"micro-batch {request.micro_batch.number} is applied here already")
-        held, load = self._working + len(self._undecided), self._lane.load()
-        if self.draining or held >= self._limits.undecided_micro_batches:
-            raise Busy(f"holds {held} micro-batches", retry_after_s=min(max(load.backlog_s / 2, 0.05), 5.0))
+        self._admit_memory(caller)
+        load = self._lane.load()
         if (busy_s := busy_for_s(load.backlog_s, load.service_s)) > 0.0:
             raise Busy(f"has {load.backlog_s:.1f} s of work queued", retry_after_s=busy_s)
+
+    def _admit_memory(self, caller: PeerId) -> None:
+        held = self._working.total() + len(self._undecided) + len(self._applying)
+        of_caller = self._working[caller] + self._undecided.of_caller(caller)
+        if self.draining or not admits(of_caller, held, self._limits.undecided_micro_batches):
+            raise Busy(
+                f"holds {held} micro-batches, {of_caller} of this caller",
+                retry_after_s=min(max(self._lane.load().backlog_s / 2, 0.05), 5.0),
+            )
 
     async def _work(self, stream: Stream, request: Propagate, journey: Journey) -> Done:
         """Forward, the next stage, input gradient. Gives back everything if it fails or is cancelled."""
@@ -219,7 +223,7 @@ class Hop:
                 )
         except BaseException:
             self._lane.post(self._compute.drop, passage)
-            self._ledger.dropped += 1
+            self._ledger.abandoned += 1
             raise
         finally:
             listening.cancel()
@@ -236,28 +240,13 @@ class Hop:
                     f"a commit of {request.micro_batch.driver}'s micro-batch came from {stream.remote.peer}; "
                     "only its driver decides it"
                 )
-            self._decide(request.micro_batch, request.chain)
-        await stream.send(self.verdict(request.micro_batch))
+            self._undecided.decide(request.micro_batch, request.chain)
+        await stream.send(self._undecided.verdict(request.micro_batch))
 
-    def verdict(self, micro_batch: MicroBatch) -> Verdict:
-        """What this replica knows of a micro-batch."""
-        if self._ledger.has(micro_batch):
-            return Verdict(APPLIED, self._ledger.chain(micro_batch))
-        tentative = any(key[0] == micro_batch for key in self._undecided)
-        return Verdict(TENTATIVE if tentative else UNKNOWN, ())
-
-    def _decide(self, micro_batch: MicroBatch, chain: tuple[Link, ...]) -> None:
-        """Apply the attempt that `chain` names; drop this micro-batch's other attempts. Idempotent."""
-        attempts = [key for key in self._undecided if key[0] == micro_batch]
-        for key in attempts:
-            undecided = self._undecided.pop(key)
-            if Link(self.stage, self.me, key[1]) not in chain:
-                self._ledger.dropped += 1
-                self._progress.set()
-            elif self._ledger.apply(micro_batch, chain, undecided.passage.token_count):
-                task = asyncio.create_task(self._apply(undecided.passage))
-                self._applying.add(task)
-                task.add_done_callback(self._applied)
+    def _start_applying(self, passage: Passage) -> None:
+        task = asyncio.create_task(self._apply(passage))
+        self._applying.add(task)
+        task.add_done_callback(self._applied)
 
     def _applied(self, task: asyncio.Task[None]) -> None:
         self._applying.discard(task)
@@ -268,48 +257,6 @@ class Hop:
     async def _apply(self, passage: Passage) -> None:
         if await self._lane.run(Work.WEIGHT, self._compute.add, passage):
             self._stepped()
-
-    async def settle(self) -> None:
-        """Ask the other hops about everything undecided for long; drop what nobody will decide."""
-        now = asyncio.get_running_loop().time()
-        due = [(key, item) for key, item in self._undecided.items() if now - item.asked >= _ASK_AFTER_S]
-        for key, item in due:
-            item.asked = now
-            await self._settle(key, item)
-
-    async def _settle(self, key: tuple[MicroBatch, int], item: Undecided) -> None:
-        micro_batch, attempt = key
-        own = Link(self.stage, self.me, attempt)
-        driver_gone = self._replicas.has_departed(PeerId(micro_batch.driver), micro_batch.incarnation)
-        driver_waits = False  # it is still on the way to its decision: however long that takes, hold on
-        for link in item.chain:
-            if link.peer == self.me or self._replicas.is_gone(PeerId(link.peer)):
-                continue
-            with contextlib.suppress(ShoalError):
-                reply = await call(
-                    self._transport,
-                    PeerId(link.peer),
-                    "commit",
-                    QueryChain(micro_batch),
-                    Verdict,
-                    timeout_s=_QUERY_TIMEOUT_S,
-                )
-                verdict: Verdict = reply.header
-                if verdict.decision == APPLIED and own in verdict.chain:
-                    self._decide(micro_batch, verdict.chain)
-                    return
-                driver_waits |= link.peer == micro_batch.driver and verdict.decision == TENTATIVE
-                decided_elsewhere = verdict.decision == APPLIED and verdict.chain
-                forgotten = link.peer == micro_batch.driver and verdict.decision == UNKNOWN
-                if decided_elsewhere or forgotten:
-                    driver_gone = True  # for our purposes: no commit of this attempt will ever come
-                    break
-        age_s = asyncio.get_running_loop().time() - item.since
-        hopeless = driver_gone or (age_s >= self._limits.undecided_ttl_s and not driver_waits)
-        if hopeless and self._undecided.pop(key, None) is not None:
-            self._ledger.dropped += 1
-            self._progress.set()
-            self._event("dropped", {"micro_batch": micro_batch.number, "driver": micro_batch.driver})
 
     async def _while_working(self, stream: Stream, journey: Journey, work: Awaitable[T]) -> T:
         """The result of `work`, telling the caller Working as long as it takes."""
@@ -327,7 +274,7 @@ class Hop:
 
     async def drained(self) -> None:
         """Returns when nothing is held, computed or being applied; admission must be closed before."""
-        while self._working or self._undecided or self._applying:
+        while self._working or len(self._undecided) or self._applying:
             self._progress.clear()
             await self._progress.wait()
 

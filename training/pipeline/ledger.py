@@ -45,8 +45,9 @@ class Ledger:
     def __init__(self) -> None:
         self._applied: dict[tuple[str, int], Intervals] = {}
         self._chains: OrderedDict[MicroBatch, tuple[Link, ...]] = OrderedDict()
-        self.duplicates_refused = 0
-        self.dropped = 0
+        self.duplicates_refused = 0  # propagates and commits of what was applied before
+        self.abandoned = 0  # attempts that failed, or that the decision did not name: nothing is missing
+        self.dropped = 0  # undecided for too long: their gradients may be missing here
         self.tokens = 0
 
     def has(self, micro_batch: MicroBatch) -> bool:

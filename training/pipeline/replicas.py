@@ -30,11 +30,12 @@ class Replicas(Protocol):
     def suspect(self, peer: PeerId, reason: str) -> None:
         """A call to this peer failed."""
 
-    def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
-        """Whether the peer departed, or runs under another incarnation by now."""
+    def is_gone(self, peer: PeerId) -> bool:
+        """Whether the peer departed or is silent: calling it is a waste of time."""
 
-    def has_departed(self, peer: PeerId, incarnation: int) -> bool:
-        """Whether that process is certainly over: it said goodbye, refuses connections, or was replaced.
+    def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
+        """Whether that process (None: any of that peer) is certainly over: it said goodbye, refuses
+        connections, or was replaced.
 
         A silent peer may only be frozen, and decide after all when it wakes.
         """

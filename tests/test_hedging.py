@@ -1,0 +1,174 @@
+"""Slow, stuck and frozen replicas: one hedge a chain, by the direct caller; nothing waits or counts twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import torch
+from pipeline_world import Peer, World, batches, small_spec
+
+from shoal.protocol import virtual_time
+from shoal.training.pipeline.routing import LANE_STALL_S
+from shoal.training.spec import RunSpec
+
+SERVICE_S = 0.03
+STUCK = 1e5  # times slower: a piece of work takes longer than the test
+KNOWN = 60  # micro-batches after which callers know what is usual
+
+
+def spec_of(stages: int) -> RunSpec:
+    return small_spec(stages, mode="stream", in_flight=4)
+
+
+async def trained(world: World, count: int) -> None:
+    """Some micro-batches of all drivers, decided; commits to the stuck may be missing."""
+    (tokens,) = batches(world.spec, 1)
+    for driver in world.drivers():
+        before = len(driver._ledger)
+        feeding = asyncio.create_task(driver.run(lambda: _endless(tokens)))
+        while len(driver._ledger) < before + count:
+            await asyncio.sleep(0.05)
+        driver.pause()
+        while driver.in_flight:
+            await asyncio.sleep(0.05)
+        feeding.cancel()
+        await asyncio.gather(feeding, return_exceptions=True)
+        driver.resume()
+
+
+async def _endless(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens
+
+
+def hedges(peers: list[Peer]) -> list[dict[str, object]]:
+    return [data for peer in peers for kind, data in peer.events if kind == "hedge"]
+
+
+def applied_twice(world: World) -> list[object]:
+    counts = Counter(
+        (peer.stage, driver, n)
+        for peer in world.peers
+        for driver, spans in peer.ledger.applied().items()
+        for start, stop in spans
+        for n in range(start, stop)
+    )
+    return [name for name, count in counts.items() if count > 1]
+
+
+def test_a_stalled_replica_is_hedged_once_by_its_direct_caller_only() -> None:
+    async def main() -> None:
+        async with World(spec_of(3), 2, service_s=lambda stage, number: SERVICE_S) as world:
+            await trained(world, KNOWN)
+            before = len(hedges(world.peers))
+            stuck = world.stage(2)[0]
+            world.slower[stuck.name] = STUCK
+            await trained(world, 8)
+            made = hedges(world.peers)[before:]
+            to_stuck = [found for found in made if found["peer"] == stuck.name]
+            assert to_stuck, "somebody waited for it"
+            assert all(found["stage"] == 2 for found in to_stuck), "only stage 1 calls stage 2"
+            by_driver = hedges(world.stage(0))
+            assert not [found for found in by_driver if found in made], (
+                "its stage was not the one that stalled"
+            )
+            per_chain = Counter(found["micro_batch"] for found in to_stuck)
+            assert max(per_chain.values()) <= len(world.drivers()), "one for each chain"
+            assert applied_twice(world) == []
+            for stage in (0, 1):
+                assert sum(len(peer.ledger) for peer in world.stage(stage)) == sum(
+                    len(peer.ledger) for peer in world.stage(0)
+                )
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
+def test_a_chain_has_one_hedge_though_two_of_its_stages_stall() -> None:
+    async def main() -> None:
+        async with World(spec_of(3), 2, service_s=lambda stage, number: SERVICE_S) as world:
+            await trained(world, KNOWN)
+            for stage in (1, 2):
+                world.slower[world.stage(stage)[0].name] = 40.0  # slow, not stuck: lanes move
+            before = len(hedges(world.peers))
+            await trained(world, 12)
+            made = hedges(world.peers)[before:]
+            assert {found["stage"] for found in made} == {1, 2}, "both stages had to hedge"
+            drivers = {peer.name for peer in world.stage(0)}
+            # The numbers of two drivers coincide: so many chains have that number.
+            assert max(Counter(found["micro_batch"] for found in made).values()) <= len(drivers)
+            assert applied_twice(world) == []
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
+def test_a_lane_that_stands_still_while_its_loop_answers_is_given_up() -> None:
+    """Before anybody knows what is usual there are no hedges; the count of finished work tells."""
+
+    async def main() -> None:
+        async with World(spec_of(2), 2, service_s=lambda stage, number: SERVICE_S) as world:
+            stuck = world.stage(1)[0]
+            world.slower[stuck.name] = STUCK
+            loop = asyncio.get_running_loop()
+            training = asyncio.create_task(trained(world, 6))
+            while not world.suspected:
+                await asyncio.sleep(0.05)
+            assert loop.time() < LANE_STALL_S + 2.0
+            await training
+            assert not hedges(world.peers)
+            assert {peer for peer, _ in world.suspected} == {stuck.name}
+            assert all("its lane finished nothing" in reason for _, reason in world.suspected)
+            assert len(world.suspected) < 16, "asked ever more rarely"
+            assert applied_twice(world) == []
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
+def test_a_frozen_replica_is_hedged_before_it_counts_as_silent() -> None:
+    """Re-routed within two seconds of the freeze."""
+
+    async def main() -> None:
+        async with World(spec_of(2), 2, service_s=lambda stage, number: SERVICE_S) as world:
+            await trained(world, KNOWN)
+            frozen = world.stage(1)[0]
+            driver = world.stage(0)[0]
+            assert driver.driver is not None
+            loop = asyncio.get_running_loop()
+            world.network.freeze(frozen.name)
+            begun, before = loop.time(), len(driver.ledger)
+            (tokens,) = batches(world.spec, 1)
+            training = asyncio.create_task(driver.driver.train([tokens] * 4))
+            while len(driver.ledger) < before + 4:
+                await asyncio.sleep(0.01)
+            print(f"decided {loop.time() - begun:.2f} s after the freeze")
+            assert loop.time() - begun < 2.0
+            training.cancel()
+            await asyncio.gather(training, return_exceptions=True)
+            await driver.driver.commits.close()
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
+def test_a_replica_ten_times_slower_gets_a_tenth_and_slows_nobody() -> None:
+    async def main() -> None:
+        async with World(spec_of(2), 3, service_s=lambda stage, number: SERVICE_S) as world:
+            loop = asyncio.get_running_loop()
+
+            async def rate() -> float:
+                begun, before = loop.time(), sum(len(peer.ledger) for peer in world.stage(0))
+                await trained(world, 100)
+                return (sum(len(p.ledger) for p in world.stage(0)) - before) / (loop.time() - begun)
+
+            await trained(world, KNOWN)
+            world.kill(world.stage(1)[2])
+            without = await rate()
+            world.slower[world.stage(1)[1].name] = 10.0
+            await trained(world, 30)
+            slow = world.stage(1)[1]
+            before, decided = len(slow.ledger), sum(len(peer.ledger) for peer in world.stage(0))
+            with_slow = await rate()
+            share = (len(slow.ledger) - before) / (sum(len(p.ledger) for p in world.stage(0)) - decided)
+            print(f"{without:.1f} a second before, {with_slow:.1f} with a slow one, which did {share:.3f}")
+            assert share < 0.2
+            assert with_slow >= 0.9 * without / 2, "the other one alone makes half"
+
+    virtual_time.run(main, limit_s=3600.0)
