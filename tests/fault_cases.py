@@ -38,6 +38,7 @@ class Scene:
     late: Replica | None = None  # who comes, or comes back, meanwhile: the round does not need it
     lost: Replica | None = None  # who has to die first
     along: Replica | None = None  # who is killed from outside at the moment of the blow
+    refetches: bool = False  # somebody asks for parts besides, whether anybody is struck or not
 
 
 class NotStruck(AssertionError):
@@ -102,7 +103,7 @@ async def play_round(group: FaultGroup, fault: Fault, scene_of: Callable[[], Awa
         rejoined_s = max(0.0, victim.had_s[victim.head] - woken_s)
     await group.rounds(2)
     await check(group, fault)
-    methods = [m for m in _OF_ROUNDS if m != "part" or scene.late is None]  # who replays asks for parts, too
+    methods = [m for m in _OF_ROUNDS if m != "part" or not scene.refetches]
     ratio = _sum(spent, others, methods) / _sum(clean, others, methods)
     return Outcome(fault, str(victim), seconds, ratio, await _way_back(victim, before[victim]), rejoined_s)
 
@@ -133,13 +134,13 @@ async def _scene(group: FaultGroup, case: Case) -> Scene:
         async def wake() -> None:
             last.signal(signal.SIGCONT)
 
-        return Scene(targets, wake, late=last)
+        return Scene(targets, wake, late=last, refetches=True)
     if case.needs_broken:
         donors = [replica for replica in group.members if replica is not last]
         targets = await armed(*([last] if case.strikes_asker else donors))
         await last.ask("spoil")
         await group.rounds(1)
-        return Scene(targets, _nothing, late=last)
+        return Scene(targets, _nothing, late=last, refetches=True)
     if case.message == "Gone":
         await group.arm("Contributing.sending kill", last)
         return Scene(await armed(leader if case.sends else first), group.step, lost=last)
@@ -149,7 +150,8 @@ async def _scene(group: FaultGroup, case: Case) -> Scene:
     if case.message == "PartRequest":
         await group.arm(f"PublishedPart.sending drop remote={second.peer}", first)
         holders = [replica for replica in group.members if replica is not second]
-        return Scene(await armed(*([second] if case.strikes_asker else holders)), group.step)
+        targets = await armed(*([second] if case.strikes_asker else holders))
+        return Scene(targets, group.step, refetches=True)
     led = case.message in (_LEADER_SENDS if case.sends else _LEADER_RECEIVES)
     return Scene(await armed(leader if led else first), group.step)
 
