@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from fault_group import FaultGroup
+from fault_measures import (
+    OF_ROUNDS,
+    bytes_out,
+    longest_stall_s,
+    seconds_of,
+    spent_since,
+    total,
+    way_back,
+)
 from fault_orders import JsonObject
 from fault_outcome import Fault, Outcome
 from fault_replica import Replica
@@ -24,7 +32,6 @@ STRUCK_S = 20.0  # a case whose point was not passed by then, since the machine 
 ATTEMPTS = 3
 COMMIT_S = 90.0  # for the others to commit; goals are measured, this only ends a case that hangs
 FORGETFUL: JsonObject = {"snapshot_every": 2, "payload_budget_bytes": 1}  # so that a joiner needs a snapshot
-_OF_ROUNDS = ("round", "contribute", "publish", "part")  # methods
 _LEADER_SENDS = {"Prepare", "Go", "Gone", "Commit"}
 _LEADER_RECEIVES = {"Answer", "Report", "Done"}
 
@@ -53,11 +60,13 @@ async def play(group: FaultGroup, case: Case) -> Outcome:
 
 
 async def insist(group: FaultGroup, playing: Callable[[], Awaitable[Outcome]]) -> Outcome:
-    """Begin again where nobody was struck."""
+    """Begin again where nobody was struck, or where a goal was missed while the machine stood still."""
     numbers = [replica.number for replica in group.members]
     for _ in range(ATTEMPTS - 1):
         try:
-            return await playing()
+            outcome = await playing()
+            if not (outcome.stalled_s and outcome.misses()):
+                return outcome
         except NotStruck:
             await _make_whole(group, numbers)
     return await playing()
@@ -77,14 +86,13 @@ async def _make_whole(group: FaultGroup, numbers: Sequence[int]) -> None:
 
 async def play_round(group: FaultGroup, fault: Fault, scene_of: Callable[[], Awaitable[Scene]]) -> Outcome:
     """A clean round, the fault in the next, the others' equal bits, everybody's return, two more rounds."""
-    for replica in group.members:
-        replica.blows.clear()
-    sent = await _bytes_out(group)
+    _forget(group)
+    sent = await bytes_out(group)
     await group.rounds(1)
-    clean = await _spent(group, sent)
+    clean = await spent_since(group, sent)
     before = {replica: await replica.ask("status") for replica in group.members}
     scene = await scene_of()
-    sent = await _bytes_out(group)
+    sent = await bytes_out(group)
     height = max(replica.height for replica in group.awake()) + 1
     await scene.begin()
     victim = await _struck(group, fault, scene)
@@ -92,9 +100,10 @@ async def play_round(group: FaultGroup, fault: Fault, scene_of: Callable[[], Awa
     if scene.late is not None:
         await _step_for_all(group, others)
     await group.reach(height, others, COMMIT_S)
-    seconds = _seconds(others, height, victim.blows[fault.arming])
-    spent = await _spent(group, sent)
+    seconds = seconds_of(others, height, victim.blows[fault.arming])
+    spent = await spent_since(group, sent)
     await group.assert_equal(others)
+    stalled_s = longest_stall_s(others if victim is scene.late else [*others, victim])
     woken_s = asyncio.get_running_loop().time() if victim.frozen else None
     await _mend(group, victim, scene.lost, scene.along)
     rejoined_s = None
@@ -103,9 +112,17 @@ async def play_round(group: FaultGroup, fault: Fault, scene_of: Callable[[], Awa
         rejoined_s = max(0.0, victim.had_s[victim.head] - woken_s)
     await group.rounds(2)
     await check(group, fault)
-    methods = [m for m in _OF_ROUNDS if m != "part" or not scene.refetches]
-    ratio = _sum(spent, others, methods) / _sum(clean, others, methods)
-    return Outcome(fault, str(victim), seconds, ratio, await _way_back(victim, before[victim]), rejoined_s)
+    methods = [m for m in OF_ROUNDS if m != "part" or not scene.refetches]
+    ratio = total(spent, others, methods) / total(clean, others, methods)
+    came_back = await way_back(victim, before[victim])
+    return Outcome(fault, str(victim), seconds, ratio, came_back, rejoined_s, stalled_s)
+
+
+def _forget(group: FaultGroup) -> None:
+    """What happened in earlier cases."""
+    for replica in group.members:
+        replica.blows.clear()
+        replica.stalls.clear()
 
 
 async def check(group: FaultGroup, fault: Fault) -> None:
@@ -162,8 +179,7 @@ async def _nothing() -> None:
 
 async def _play_join(group: FaultGroup, case: Case) -> Outcome:
     """A newcomer takes a snapshot while something happens to it, or to a donor; then it is sent away."""
-    for replica in group.members:
-        replica.blows.clear()
+    _forget(group)
     height = group.members[0].height
     await group.rounds(max(3, height | 1) - height)  # there is a snapshot, and an entry after it
     donors = group.members
@@ -180,8 +196,9 @@ async def _play_join(group: FaultGroup, case: Case) -> Outcome:
     height = max(replica.height for replica in others) + 1
     await _step_for_all(group, others)
     await group.reach(height, others, COMMIT_S)
-    seconds = _seconds(others, height, victim.blows[case.arming])
+    seconds = seconds_of(others, height, victim.blows[case.arming])
     await group.assert_equal(others)
+    stalled_s = longest_stall_s(others)
     if victim.frozen:
         victim.signal(signal.SIGCONT)
     if asks and case.action is Action.KILL:
@@ -195,7 +212,8 @@ async def _play_join(group: FaultGroup, case: Case) -> Outcome:
     await group.kill(joiner)
     await group.meet()
     alive = "snapshot" if asks else "in time"
-    return Outcome(case, str(victim), seconds, None, "new process" if case.action is Action.KILL else alive)
+    came_back = "new process" if case.action is Action.KILL else alive
+    return Outcome(case, str(victim), seconds, None, came_back, stalled_s=stalled_s)
 
 
 async def _struck(group: FaultGroup, fault: Fault, scene: Scene) -> Replica:
@@ -214,11 +232,6 @@ async def _struck(group: FaultGroup, fault: Fault, scene: Scene) -> Replica:
     return victim
 
 
-def _seconds(others: Sequence[Replica], height: int, struck_s: float) -> float:
-    """From the blow to the last COMMIT; none if that was first."""
-    return max(0.0, *(replica.reached_s[height] - struck_s for replica in others))
-
-
 async def _step_for_all(group: FaultGroup, replicas: Sequence[Replica]) -> None:
     """As many steps as make a round due whoever else counts as a member by now."""
     await group.step(replicas, -(-2 * len(group.members) // len(replicas)))
@@ -230,33 +243,3 @@ async def _mend(group: FaultGroup, victim: Replica, *lost: Replica | None) -> No
         victim.signal(signal.SIGCONT)
     await group.start(*(r.number for r in (victim, *lost) if r is not None and r.ended))
     await group.meet()
-
-
-async def _way_back(victim: Replica, before: JsonObject) -> str:
-    if victim.ended:
-        return "new process"
-    after = await victim.ask("status")
-    if any(
-        after["bytes_in"].get(m, 0) > before["bytes_in"].get(m, 0) for m in after["bytes_in"] if "chunks" in m
-    ):
-        return "snapshot"
-    if after["outer"]["switches"] > before["outer"]["switches"]:
-        return "switch"
-    return "replay" if after["outer"]["caught_up"] > before["outer"]["caught_up"] else "in time"
-
-
-async def _bytes_out(group: FaultGroup) -> dict[Replica, Counter[str]]:
-    """All that those who are awake have sent so far, frames and all, by method."""
-    said = {replica: await replica.ask("status") for replica in group.awake()}
-    return {
-        replica: Counter({method.rpartition(".")[2]: n for method, n in status["bytes_out"].items()})
-        for replica, status in said.items()
-    }
-
-
-async def _spent(group: FaultGroup, before: dict[Replica, Counter[str]]) -> dict[Replica, Counter[str]]:
-    return {r: sent - before.get(r, Counter()) for r, sent in (await _bytes_out(group)).items()}
-
-
-def _sum(spent: dict[Replica, Counter[str]], replicas: Sequence[Replica], methods: Sequence[str]) -> int:
-    return sum(spent[replica][method] for replica in replicas for method in methods)

@@ -22,6 +22,7 @@ import torch
 from fault_ledger import ScalarLedger
 from fault_orders import LINE_BYTES, JsonObject, Order
 from fault_replica import Nursery, Replica
+from fault_story import story, waits
 
 from shoal.protocol.admission import OwnerKey
 from shoal.protocol.identity import Role
@@ -32,7 +33,6 @@ from shoal.training.spec import RunSpec
 SIZE = 1 << 18  # values: 1 MiB, in sixteen parts
 RUN = bytes(range(32))
 SEED = 1
-ANSWER_S = 5.0  # for workers to tell where their tasks wait, after something did not come
 
 
 def fault_spec(**sections: JsonObject) -> RunSpec:
@@ -192,19 +192,8 @@ class FaultGroup:
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
-            waiting = await self._waiting()
+            waiting = await waits(self.awake())
             raise AssertionError(f"no {what} within {limit_s:g} s\n{self.story()}\n{waiting}") from None
-
-    async def _waiting(self) -> str:
-        """Where the tasks of everybody who is awake wait."""
-        awake = self.awake()
-        asked = [asyncio.wait_for(replica.ask("tasks"), ANSWER_S) for replica in awake]
-        said = await asyncio.gather(*asked, return_exceptions=True)
-        lines: list[str] = []
-        for replica, found in zip(awake, said, strict=True):
-            lines.append(f"{replica} waits at")
-            lines += [f"    {found!r}"] if isinstance(found, BaseException) else found["tasks"]
-        return "\n".join(lines)
 
     async def statuses(self, replicas: Sequence[Replica] | None = None) -> list[JsonObject]:
         """Of each."""
@@ -213,8 +202,15 @@ class FaultGroup:
     # -- promises
 
     async def assert_equal(self, replicas: Sequence[Replica] | None = None) -> None:
-        """P1: byte-equal heads, roots, anchors and momentum of these, or of all that are awake."""
-        said = await self.statuses(replicas)
+        """P1: byte-equal heads, roots, anchors and momentum of these, or of all that are awake.
+
+        A round may be under way still, where a machine that stood still left somebody's steps to it.
+        """
+        asked = replicas or self.awake()
+        said: list[JsonObject] = []
+        while len({status["head"] for status in said}) != 1:
+            await self.until(lambda: len({replica.head for replica in asked}) == 1, "common head")
+            said = await self.statuses(asked)
         keys = ("height", "head", "state_root", "anchor", "momentum")
         assert len({tuple(status[key] for key in keys) for status in said}) == 1, self.story()
 
@@ -242,14 +238,7 @@ class FaultGroup:
 
     def story(self) -> str:
         """For a failed test."""
-        lines = []
-        for replica in self.lives:
-            state = "ended" if replica.ended else "frozen" if replica.frozen else "alive"
-            lines.append(f"{replica} {replica.peer} {state}, height {replica.height}, {replica.steps} steps")
-            lines += [f"    {json.dumps(event)[:300]}" for event in replica.events[-12:]]
-        for path in sorted(self._folder.glob("*.errors")):
-            lines.append(f"{path.name}: {path.read_text()[-2000:]}")
-        return "\n".join(lines)
+        return story(self.lives, self._folder)
 
     # -- the line
 

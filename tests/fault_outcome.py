@@ -42,6 +42,7 @@ class Outcome:
         str  # the one that was struck: "in time", "replay", "switch" of chains, "snapshot", "new process"
     )
     rejoined_s: float | None = None  # from its wake until it had the others' head
+    stalled_s: float = 0.0  # the longest that the machine let one of the others stand still meanwhile
 
     def misses(self) -> list[str]:
         """What was promised otherwise."""
@@ -58,6 +59,7 @@ class Outcome:
         spent = "    -" if self.bytes_ratio is None else f"{self.bytes_ratio:5.3f}"
         back = "" if self.rejoined_s is None else f", {self.rejoined_s:.2f} s after its wake"
         missed = "".join(f"  {miss}" for miss in self.misses())
+        missed += f"  (the machine stood still for {self.stalled_s:.1f} s)" if self.stalled_s else ""
         measured = f"{self.seconds:6.2f} s  bytes {spent}"
         return f"{self.case!s:40} {self.struck:7} {measured}  {self.came_back}{back}{missed}"
 

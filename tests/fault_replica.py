@@ -59,6 +59,7 @@ class Replica:
         self.blows: dict[str, float] = {}  # what was armed here and struck -> when
         self.events: list[JsonObject] = []
         self.steps = 0  # inner steps made
+        self.stalls: list[float] = []  # seconds each, in which the machine did not let it run
         self.frozen = False
         self.ended = False
         self._answers: dict[int, asyncio.Future[JsonObject]] = {}
@@ -104,6 +105,8 @@ class Replica:
             case "round":
                 entry = bytes.fromhex(line["entry"])
                 self.entries[entry_hash(entry)] = entry
+            case "stalled":
+                self.stalls.append(line["seconds"])
             case "struck":
                 self.blows[line["arming"]] = line["at_s"]
                 self.frozen |= " freeze" in line["arming"]

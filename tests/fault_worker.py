@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 from fault_orders import JsonObject, Order, key_of, start_of, step_of, tokens_of
+from fault_watch import tell_stalls, waits_at
 from fault_weights import Course, LaneWeights
 
 from shoal.compression.codec import bytes_of
@@ -99,6 +100,7 @@ class Worker:
         await self.transport.start()
         async with self.members:
             self._say(event="hello", pid=os.getpid())
+            self._start(tell_stalls(lambda seconds: self._say(event="stalled", seconds=seconds)))
             try:
                 while line := await reader.readline():
                     self._start(self._obey(json.loads(line)))
@@ -284,14 +286,3 @@ class Worker:
 def of_rounds(counted: Mapping[str, int]) -> dict[str, int]:
     """Bytes by method, of rounds and recovery."""
     return {method: count for method, count in counted.items() if method.startswith("outer.")}
-
-
-def waits_at(task: asyncio.Task[Any]) -> str:
-    """Functions and lines, from a task's coroutine down to what it awaits; `get_stack` has the first only."""
-    places: list[str] = []
-    waiting: object = task.get_coro()
-    while waiting is not None:
-        frame = getattr(waiting, "cr_frame", None) or getattr(waiting, "ag_frame", None)
-        places.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}" if frame else type(waiting).__name__)
-        waiting = getattr(waiting, "cr_await", None) or getattr(waiting, "ag_await", None)
-    return " > ".join(places)
