@@ -62,6 +62,7 @@ class PeerOptions:
     name: str = ""
     stage: int | None = None  # None: where the swarm needs it most
     train: bool = True
+    pace_s: float = 0.0  # a micro-batch takes at least so long, for speed tests: `training.lane.paced`
     listening: Listening = field(default_factory=Listening)
 
 
@@ -186,7 +187,8 @@ class Daemon:
         check_memory(device, planned)
         self._tell_plan(presence, spec, stage, device)
         await asyncio.to_thread(warm_up_codecs, planned)
-        trainee = Trainee(presence, spec, stage, device, self._folder, self._store, self._events)
+        pace_s = self._options.pace_s
+        trainee = Trainee(presence, spec, stage, device, self._folder, self._store, self._events, pace_s)
         async with trainee:
             self._trainee = trainee
             await trainee.recover()

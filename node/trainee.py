@@ -21,7 +21,7 @@ from shoal.node.hardware import Device
 from shoal.node.paths import cache_root
 from shoal.node.presence import Presence
 from shoal.training.feed import CorpusFeed, Feed
-from shoal.training.lane import ThreadLane
+from shoal.training.lane import ThreadLane, paced
 from shoal.training.spec import RunSpec
 from shoal.training.trainer import Trainer
 
@@ -41,8 +41,12 @@ class Trainee:
         folder: Path,
         store: Path,
         events: Events,
+        pace_s: float = 0.0,
     ) -> None:
-        """`folder` takes what is written of the run, `store` has the imported checkpoints."""
+        """`folder` takes what is written of the run, `store` has the imported checkpoints.
+
+        A micro-batch takes at least `pace_s` of the lane.
+        """
         self.stage = stage
         self._presence = presence
         self._spec = spec
@@ -50,11 +54,12 @@ class Trainee:
         self._folder = folder
         self._store = store
         self._events = events
+        self._pace_s = pace_s
         self._pool = ThreadPoolExecutor(_OFFLOAD_THREADS, thread_name_prefix="offload")
         self._trainer: Trainer | None = None
 
     async def __aenter__(self) -> Self:
-        self._lane = ThreadLane()
+        self._lane = ThreadLane(least_s=paced(self._pace_s))
         return self
 
     async def __aexit__(self, *_: object) -> None:

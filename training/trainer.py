@@ -335,6 +335,7 @@ class Trainer:
             "lane_queued": load.queued,
             "lane_backlog_s": load.backlog_s,
             "lane_busy_s": load.busy_s,
+            "lane_service_s": load.service_s,
             "lane_finished": load.finished,
             "held_out_loss": _number(self._held_out_loss),
             "outer": outer.status(),

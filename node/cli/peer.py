@@ -46,6 +46,7 @@ DhtPort = Annotated[int, typer.Option(min=0, max=65535, help="TCP port of the di
 Announce = Annotated[
     list[str] | None, typer.Option(help="Host under which others reach you.", show_default=False)
 ]
+Pace = Annotated[float, typer.Option(min=0.0, hidden=True, help="Seconds a micro-batch takes, at least.")]
 NoTrain = Annotated[bool, typer.Option("--no-train", help="Take part without a stage.")]
 
 
@@ -62,6 +63,7 @@ def up(
     name: Name = "owner",
     stage: Stage = None,
     no_train: NoTrain = False,
+    pace: Pace = 0.0,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -73,7 +75,7 @@ def up(
     from shoal.node.owner.home import OwnerHome
 
     options = _options(
-        device, memory, threads, upload, name, stage, no_train, listen, port, dht_port, announce
+        device, memory, threads, upload, name, stage, no_train, listen, port, dht_port, announce, pace
     )
     root = data_root(data_dir)
     home = OwnerHome.of_run(root, spec, time.time())
@@ -100,6 +102,7 @@ def join(
     name: Name = "",
     stage: Stage = None,
     no_train: NoTrain = False,
+    pace: Pace = 0.0,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -115,7 +118,7 @@ def join(
     if listen is None:
         listen = LOOPBACK if all(map(on_loopback, parsed.bootstrap)) else EVERYWHERE
     options = _options(
-        device, memory, threads, upload, name, stage, no_train, listen, port, dht_port, announce
+        device, memory, threads, upload, name, stage, no_train, listen, port, dht_port, announce, pace
     )
     with PeerFolder.claim(data_root(data_dir)) as folder:
         code = run_daemon(parsed, folder, options, _events(as_json))
@@ -218,6 +221,7 @@ def _options(
     port: int,
     dht_port: int,
     announce: list[str] | None,
+    pace_s: float,
 ) -> PeerOptions:
     memory_bytes = None if memory is None else size_bytes(memory)
     upload_bytes_per_s = None if upload is None else rate_bytes_per_s(upload)
@@ -237,6 +241,7 @@ def _options(
         name=name,
         stage=stage,
         train=not no_train,
+        pace_s=pace_s,
         listening=listening,
     )
 
