@@ -1,4 +1,4 @@
-"""What codecs between stages cost in loss: `python tests/benchmarks/hop_codecs.py [--tokens 460800] [--json]`.
+"""What codecs between stages cost in loss: `python tests/benchmarks/hop_codecs.py [--tokens N] [--json]`.
 
 The tiny template in four stages (three boundaries), bytes of the standard library, trained micro-batch by
 micro-batch through the stages' real compute and the real bytes of every hop; held-out loss is scored through
