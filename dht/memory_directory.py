@@ -45,6 +45,7 @@ class MemoryDirectoryHub:
         self.delay_s = delay_s
         self.loss = loss  # share of the calls that get no answer
         self.call_deadline_s = call_deadline_s  # what a call without an answer costs
+        self.bytes = 0  # of values, published and found
         self.gate = RecordGate(membership, clock, lowest_port)
         self._membership = membership
         self._values: OrderedDict[PeerId, tuple[bytes, float]] = OrderedDict()
@@ -124,14 +125,16 @@ class MemoryDirectory(Directory):
         await hub.call(self._peer, membership)
         expires_unix_s = max(expires_unix_s, self._last_expiry_unix_s + 1e-3)
         hub.store(self._peer, value, expires_unix_s)
+        hub.bytes += len(value)
         self._last_expiry_unix_s = expires_unix_s
 
     async def lookup(self) -> tuple[SignedRecord, ...]:
         if self._closed:
             raise TransportLost("the directory is closed")
         await self._hub.call(self._peer, self._membership)
-        gate = self._hub.gate
-        return tuple(gate.open(peer, *held) for peer, held in sorted(self._hub.values().items()))
+        gate, found = self._hub.gate, sorted(self._hub.values().items())
+        self._hub.bytes += sum(len(value) for _, (value, _) in found)
+        return tuple(gate.open(peer, *held) for peer, held in found)
 
     def bootstrap_addresses(self) -> tuple[str, ...]:
         return (f"/memory/{self._peer}",)

@@ -1,7 +1,7 @@
 """One peer: joins, takes a stage, trains until it is told to leave, and tells what it does on the way.
 
 `shoal up` and `shoal join` run it through `run_daemon`. It composes; the deciding is done elsewhere: which
-stage (`training.placement`), who is alive (`dht.members`), what to compute (`training.trainer`).
+stage (`placing`), who is alive (`dht.members`), what to compute (`training.trainer`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from shoal.node.hardware import Device, check_memory, choose_device, warm_up, wa
 from shoal.node.loop import LoopMeter, new_loop
 from shoal.node.owner.home import OwnerHome
 from shoal.node.paths import PeerFolder, checkpoint_store, run_folder
+from shoal.node.placing import take_stage
 from shoal.node.presence import Listening, Presence, present
 from shoal.node.reachability import Reach, find_reach, say_hello
 from shoal.node.status import Status, stage_replicas, swarm_table, verdict
@@ -36,15 +37,11 @@ from shoal.protocol.admission import JoinToken
 from shoal.protocol.allocator import keep_freed_memory
 from shoal.protocol.errors import Busy, NetworkError, ProtocolViolation, ShoalError, TokenRevoked, UsageError
 from shoal.protocol.identity import PeerId, PeerKey
-from shoal.training.placement import place
 from shoal.training.plan import make_plan
 from shoal.training.spec import RunSpec
 
 DRAIN_S = 20.0
 ALL_THREADS: int | None = None
-_MEET_S = 1.0  # a new peer looks around this long before it chooses a stage ...
-_SETTLE_S = 0.6  # ... and once more after each change, since others may be choosing at the same time
-_SETTLE_LOOKS = 6
 _ASKED_WHEN_ALONE = 4
 _ADDRESSES_EVERY_S = 10.0
 _OWN_IN_TOKEN, _OTHERS_IN_TOKEN = 5, 3
@@ -215,29 +212,14 @@ class Daemon:
         spec = (presence.spec or await presence.learn_spec(self._folder)).spec
         wanted = self._options.stage
         if wanted is None:
-            return spec, await self._take_stage(presence, spec)
+            members, announce, first = presence.members, presence.announce, not self._token.bootstrap
+            return spec, await take_stage(members, announce, spec.stages.count, first=first)
         if wanted >= spec.stages.count:
             raise UsageError(
                 f"the run has the stages 0 to {spec.stages.count - 1}, so --stage {wanted} is none"
             )
         presence.announce("joining", (wanted,))
         return spec, wanted
-
-    async def _take_stage(self, presence: Presence, spec: RunSpec) -> int:
-        """Choose, announce, and look again until the choice holds (`placement` says why)."""
-        view = presence.members.view
-        if self._token.bootstrap:
-            await asyncio.sleep(_MEET_S)
-        stage = place(view(), presence.transport.me, spec.stages.count)
-        presence.announce("joining", (stage,))
-        for _ in range(_SETTLE_LOOKS if self._token.bootstrap else 0):
-            await asyncio.sleep(_SETTLE_S)
-            again = place(view(), presence.transport.me, spec.stages.count)
-            if again == stage:
-                break
-            stage = again
-            presence.announce("joining", (stage,))
-        return stage
 
     async def _drain(self, presence: Presence) -> None:
         self._events("draining", {"text": f"leaving ({self._stop_reason}): finishing what is held"})

@@ -68,6 +68,17 @@ def kind_of(frame: bytes) -> FrameKind | None:
         return None
 
 
+def payload_bytes_of(frame: bytes) -> int:
+    """How much payload a whole frame carries, unchecked: what is left of it without its headers."""
+    match kind_of(frame):
+        case FrameKind.HEAD:
+            name, header, _ = _HEAD.unpack_from(frame, _BODY)
+            return len(frame) - _BODY - _HEAD.size - int(name) - int(header)
+        case FrameKind.DATA:
+            return len(frame) - _BODY
+    return 0
+
+
 class FrameEncoder:
     """The sending half of one stream."""
 

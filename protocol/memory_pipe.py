@@ -27,7 +27,16 @@ class MemoryPipe(FramePipe):
 
     other: MemoryPipe
 
-    def __init__(self, network: Network, here: PeerId, there: PeerId, channel: Channel, method: str) -> None:
+    def __init__(
+        self,
+        network: Network,
+        here: PeerId,
+        there: PeerId,
+        channel: Channel,
+        method: str,
+        moved: Callable[[], None],
+    ) -> None:
+        """`moved` is called for each piece of a large frame that has crossed."""
         self.here = here
         self.there = there
         self.broken: str | None = None
@@ -35,6 +44,7 @@ class MemoryPipe(FramePipe):
         """Called when the other side gave up or was lost; not when this side breaks off."""
         self._network = network
         self._method = method
+        self._moved = moved
         self._out = network.route(here, there, channel)
         self._inbox: deque[bytes] = deque()
         self._outstanding_bytes = 0
@@ -45,9 +55,18 @@ class MemoryPipe(FramePipe):
         self._stirred = asyncio.Event()
 
     @classmethod
-    def pair(cls, network: Network, here: PeerId, there: PeerId, channel: Channel, method: str) -> MemoryPipe:
+    def pair(
+        cls,
+        network: Network,
+        here: PeerId,
+        there: PeerId,
+        channel: Channel,
+        method: str,
+        moved: Callable[[], None],
+    ) -> MemoryPipe:
         """The near end of a new pipe."""
-        near, far = cls(network, here, there, channel, method), cls(network, there, here, channel, method)
+        near = cls(network, here, there, channel, method, moved)
+        far = cls(network, there, here, channel, method, moved)
         near.other, far.other, far._serving = far, near, True
         return near
 
@@ -64,7 +83,10 @@ class MemoryPipe(FramePipe):
                 return
             frame = tampered
         self._outstanding_bytes += len(frame)
-        left_s = self._out.push(len(frame), partial(self.other._arrive, frame))
+        *before, last = self._network.pieces(self.here, self.there, self._method, frame)
+        for size in before:
+            self._out.push(size, self._moved)
+        left_s = self._out.push(last, partial(self.other._arrive, frame))
         loop = asyncio.get_running_loop()
         if loop.time() < left_s:  # the link takes its time; a small socket buffer would change little
             loop.call_at(left_s, self._stirred.set)

@@ -172,7 +172,7 @@ class MemoryTransport(Transport):
     @asynccontextmanager
     async def _open(self, peer: PeerId, method: str, channel: Channel) -> AsyncIterator[Stream]:
         remote, pulse = await self._connect(peer, channel)
-        pipe = MemoryPipe.pair(self._network, self.me, peer, channel, method)
+        pipe = MemoryPipe.pair(self._network, self.me, peer, channel, method, pulse.moved)
         request = partial(self._request, pipe, method, pulse, channel)
         self._network.route(self.me, peer, channel).push(_OPEN_BYTES, request)
         traffic = self._service.traffic(method, opened_here=True)

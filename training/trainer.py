@@ -303,6 +303,11 @@ class Trainer:
         elapsed_s = now - then
         return (tokens - before) / elapsed_s if elapsed_s > 0 else 0.0
 
+    @property
+    def decisions(self) -> Ledger:
+        """What was decided here, for whoever checks it from outside."""
+        return self._ledger
+
     def ledger(self) -> dict[str, list[tuple[int, int]]]:
         """Applied micro-batches, `driver/incarnation` -> intervals."""
         return self._ledger.applied()

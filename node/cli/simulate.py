@@ -1,0 +1,81 @@
+"""`shoal simulate`: what a run would make of a swarm of so many peers that come and go, in virtual time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shoal.node.cli.console import note, out, print_json
+from shoal.node.cli.units import duration_s
+
+if TYPE_CHECKING:
+    from shoal.node.simulate.outcome import Outcome
+
+
+def simulate(
+    path: Annotated[Path, typer.Argument(metavar="RUN.TOML")],
+    peers: Annotated[int, typer.Option(min=1, max=1000, help="Peers at any time.")] = 20,
+    hours: Annotated[float, typer.Option(min=0.001, help="Virtual time that is measured.")] = 0.1,
+    session: Annotated[str, typer.Option(help="How long a peer stays on average.")] = "30m",
+    seed: Annotated[int, typer.Option(min=0, help="Draws machines, links and everything else.")] = 1,
+    speed_spread: Annotated[float, typer.Option(min=1, help="Fastest peer to slowest.")] = 8.0,
+    micro_batch: Annotated[str, typer.Option(help="Mean lane time of a micro-batch at a stage.")] = "2s",
+    warmup: Annotated[str, typer.Option(help="Before measuring. Default: until the pipeline is full.")] = "",
+    killed: Annotated[float, typer.Option(min=0, max=1, help="Share of peers that go without a word.")] = 0.5,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as one line of JSON.")] = False,
+) -> None:
+    """Simulate a swarm in virtual time. The same seed gives the same trace."""
+    from shoal.node.cli.progress import progress_bar
+    from shoal.node.simulate.options import Options, filled_s
+    from shoal.node.simulate.run import simulate_run
+    from shoal.training import spec_file
+
+    spec = spec_file.load(path)
+    micro_batch_s = duration_s(micro_batch)
+    chain_s = filled_s(spec.stages.count, micro_batch_s)
+    options = Options(
+        peers=peers,
+        duration_s=hours * 3600,
+        warmup_s=duration_s(warmup) if warmup else chain_s,
+        seed=seed,
+        session_s=duration_s(session),
+        micro_batch_s=micro_batch_s,
+        speed_spread=speed_spread,
+        kill_share=killed,
+    )
+    if chain_s > spec.limits.hop_timeout_s:
+        note(
+            f"a micro-batch may take {chain_s:.0f} s through {spec.stages.count} stages, and "
+            f"limits.hop_timeout_s = {spec.limits.hop_timeout_s:g} sends it another way before"
+        )
+    with progress_bar("simulating", of_bytes=False) as progress:
+        outcome = simulate_run(spec, options, progress)
+    if as_json:
+        print_json(outcome.to_json())
+    else:
+        out.print(_text(outcome), soft_wrap=True)
+
+
+def _text(outcome: Outcome) -> str:
+    figures = outcome.to_json()
+    percent = f"{outcome.throughput_of_ideal:.1%}"
+    return "\n".join(
+        (
+            f"throughput   {percent} of the ideal assignment ({figures['tokens_per_s']:,} tokens/s), "
+            f"{outcome.throughput_of_placement:.1%} of what the slowest stage allowed",
+            f"stages       the slowest had {outcome.stage_balance:.1%} of the mean capacity",
+            f"peers        {outcome.joins} joined, {outcome.kills} were lost, {outcome.leaves} left, "
+            f"{outcome.moves} moved to another stage",
+            f"re-routed    {figures['reroutes']} times: median {figures['reroute_p50_s']} s, "
+            f"95 % within {figures['reroute_p95_s']} s",
+            f"micro-batches {outcome.micro_batches:,}: {outcome.lost} lost with a peer at some stage, "
+            f"{outcome.unexplained} lost otherwise, {outcome.duplicated} counted twice",
+            f"rounds       {', '.join(map(str, outcome.rounds))} of the stages; "
+            f"{len(outcome.setbacks)} times a stage lost its state with its last replica",
+            f"trace        {outcome.trace}",
+            f"simulated    {outcome.options.end_s:,.0f} s in {outcome.wall_s:.1f} s "
+            f"({outcome.cpu_s:.1f} s of CPU)",
+        )
+    )

@@ -1,0 +1,212 @@
+"""One peer in virtual time: members, trainer and all they run on, over memory links.
+
+The twin of daemon, presence and trainee in one: `swarm` starts, kills and sends away many of them, tests a
+few. It knows nothing of churn or measurements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.dht.beats import Beat
+from shoal.dht.directory import PeerRecord
+from shoal.dht.members import Members
+from shoal.dht.memory_directory import MemoryDirectoryHub
+from shoal.dht.neighbours import SMALL_SWARM
+from shoal.dht.records import RecordBook
+from shoal.node.placing import take_stage
+from shoal.protocol.admission import Membership
+from shoal.protocol.contacts import ContactBook
+from shoal.protocol.limits import RECORD_TTL_S
+from shoal.protocol.memory_transport import MemoryNetwork
+from shoal.protocol.transport import Transport
+from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, START_FOLDER
+from shoal.training.checkpoint.share import Shelf
+from shoal.training.feed import Feed
+from shoal.training.lane import InlineLane, Work
+from shoal.training.spec import RunSpec
+from shoal.training.trainer import Trainer
+
+EPOCH = 1_800_000_000.0  # Unix time at which virtual time begins
+
+
+def wall() -> float:
+    """Unix seconds of the simulated world, moving with the virtual clock."""
+    return EPOCH + asyncio.get_running_loop().time()
+
+
+async def inline(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A trainer's `offload`: virtual time has no threads, and other work takes none of it."""
+    return function(*arguments)
+
+
+def same_transport(transport: Transport) -> Transport:
+    return transport
+
+
+class SimulatedPeer:
+    """One process: `start`, `settle` or any stage, `train_at`, `run`; in the end `kill` or `leave`."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        number: int,
+        *,
+        membership: Membership,
+        network: MemoryNetwork,
+        hub: MemoryDirectoryHub,
+        incarnation: int,
+        rng: random.Random,
+        clock: Callable[[], float] = wall,
+        wrap: Callable[[Transport], Transport] = same_transport,
+        neighbour_limit: int = SMALL_SWARM,
+    ) -> None:
+        """`number` names it for people."""
+        self.number = number
+        self.peer = membership.key.peer
+        self.incarnation = incarnation
+        self.state = "joining"
+        self.stages: tuple[int, ...] = ()
+        self.events: list[tuple[float, str, dict[str, object]]] = []
+        self.trainer: Trainer
+        self.task: asyncio.Task[None] | None = None
+        self._spec = spec
+        self._membership = membership
+        self._network = network
+        self._rng = rng
+        self.transport = wrap(network.transport(self.peer, membership.me.roles))
+        self.members = Members(
+            transport=self.transport,
+            directory=hub.directory(self.peer, membership),
+            membership=membership,
+            contacts=ContactBook(),
+            record_book=RecordBook(membership),
+            make_record=self._record,
+            make_beat=self._beat,
+            clock=clock,
+            rng=random.Random(rng.getrandbits(64)),
+            neighbour_limit=neighbour_limit,
+        )
+
+    @property
+    def stage(self) -> int:
+        """Held, or being joined."""
+        return self.stages[0]
+
+    @property
+    def online(self) -> bool:
+        return self.state == "online"
+
+    @property
+    def served(self) -> bool:
+        """Whether it ever came to hold its stage."""
+        return self.state in ("online", "draining")
+
+    def announce(self, state: str, stages: tuple[int, ...]) -> None:
+        """Tell everybody what this peer does from now on."""
+        self.state, self.stages = state, stages
+        self.members.changed_now()
+
+    async def start(self, stage: int | None = None) -> None:
+        """Be there; `stage`: announced from the beginning."""
+        self.stages = () if stage is None else (stage,)
+        await self.transport.start()
+        await self.members.start()
+
+    async def settle(self, *, first: bool) -> int:
+        """Find the stage that needs it most."""
+        return await take_stage(self.members, self.announce, self._spec.stages.count, first=first)
+
+    async def train_at(
+        self,
+        stage: int,
+        duration_s: Callable[[Work], float],
+        feed: Feed | None,
+        data_dir: Path | None = None,
+        imported: Sequence[Path] = (),
+    ) -> None:
+        """Reach the stage's state and serve. `duration_s`: what each kind of work takes of the lane.
+
+        `data_dir`: its folder; without it nothing is written. Raises StageEmpty.
+        """
+        trainer = Trainer(
+            self._spec,
+            stage,
+            transport=self.transport,
+            members=self.members,
+            lane=InlineLane(duration_s),
+            offload=inline,
+            feed=feed if stage == 0 else None,
+            me=self.peer,
+            incarnation=self.incarnation,
+            event=self._note,
+            rng=random.Random(self._rng.getrandbits(64)),
+            data_dir=data_dir,
+            imported=imported,
+        )
+        if data_dir is not None:
+            folders = [*imported, data_dir / CHECKPOINTS_FOLDER, data_dir / START_FOLDER]
+            Shelf(folders, inline).serve(self.transport)
+        self.trainer = trainer
+        await trainer.recover()
+        self.announce("online", (stage,))
+
+    async def run(self) -> None:
+        """Train until cancelled."""
+        await self.trainer.run()
+
+    async def leave(self, drain_s: float) -> None:
+        """Finish what is held, say goodbye and go; `run` goes on meanwhile."""
+        if self.online:
+            self.announce("draining", self.stages)
+            await self.trainer.drain(drain_s)
+        await self._stop()
+        await self.members.leave()
+        await self.members.close()
+        await self.transport.close()
+
+    async def kill(self) -> None:
+        """SIGKILL: connections break, nothing is said."""
+        self._network.kill(self.peer)
+        await self._stop()
+        await self.members.close()
+
+    async def reach(self, height: int) -> None:
+        """Until the log is that high."""
+        await self.trainer.outer.wait_until(lambda: self.trainer.outer.height >= height)
+
+    def heard(self, kind: str) -> list[dict[str, object]]:
+        """What the trainer told of this kind."""
+        return [data for _, found, data in self.events if found == kind]
+
+    async def _stop(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
+
+    def _note(self, kind: str, data: dict[str, object]) -> None:
+        self.events.append((asyncio.get_running_loop().time(), kind, data))
+
+    def _beat(self) -> Beat:
+        return self.trainer.heartbeat() if self.served else Beat()
+
+    def _record(self) -> PeerRecord:
+        return PeerRecord(
+            peer=self.peer,
+            incarnation=self.incarnation,
+            sequence=0,
+            issued_unix_s=0.0,
+            ttl_s=RECORD_TTL_S,
+            state=self.state,
+            stages=self.stages,
+            name=f"p{self.number}",
+            addresses=("127.0.0.1:5000",),
+            chain=self._membership.chain,
+            device="cpu",
+            tokens_per_s=0.0,
+            version="0",
+        )
