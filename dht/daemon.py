@@ -275,7 +275,9 @@ def _socket_directory(state_dir: Path) -> tempfile.TemporaryDirectory[str]:
         shutil.rmtree(stale, ignore_errors=True)
     longest = _SOCKET_PATH_BYTES - _SOCKET_NAME_BYTES - len("/p2pd-12345678")
     absolute = str(state_dir.absolute())
-    parent = absolute if len(os.fsencode(absolute)) <= longest else None
+    # A deep data folder or TMPDIR is too long for a socket.
+    places = (absolute, tempfile.gettempdir(), "/tmp")
+    parent = next((place for place in places if len(os.fsencode(place)) <= longest), None)
     try:
         return tempfile.TemporaryDirectory(prefix="p2pd-", dir=parent, ignore_cleanup_errors=True)
     except OSError as error:

@@ -12,7 +12,7 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -39,8 +39,8 @@ from shoal.protocol.errors import Busy, NetworkError, ProtocolViolation, ShoalEr
 from shoal.protocol.identity import PeerId, PeerKey
 from shoal.training.plan import make_plan
 from shoal.training.spec import RunSpec
+from shoal.training.tenure import DRAIN_S, Tenure
 
-DRAIN_S = 20.0
 ALL_THREADS: int | None = None
 _ASKED_WHEN_ALONE = 4
 _ADDRESSES_EVERY_S = 10.0
@@ -110,6 +110,7 @@ class Daemon:
         self._device: Device | None = None
         self._names: dict[str, str] = {}  # for the last event of a peer that is not in the view any more
         self._trainee: Trainee | None = None
+        self._tenure: Tenure | None = None
         self._gathering: Gathering | None = None
         self._reach = Reach("nobody else is here yet to try it", None)
 
@@ -180,18 +181,40 @@ class Daemon:
         device, (spec, stage) = preparing.result(), choosing.result()
         if others := self._others(presence):
             self._reach = await find_reach(presence.transport, others, presence.rng)
+        self._tenure = Tenure(
+            spec,
+            view=presence.members.view,
+            begin=lambda at: self._begin(presence, spec, at, device),
+            announce=presence.announce,
+            prefetch=self._prefetch,
+            fits=lambda at: make_plan(spec).stages[at].memory.total <= device.memory_bytes,
+            event=self._tell_tenure,
+            rng=presence.rng,
+            moves=self._options.stage is None,
+        )
+        await self._tenure.run(stage)
+
+    @contextlib.asynccontextmanager
+    async def _begin(
+        self, presence: Presence, spec: RunSpec, stage: int, device: Device
+    ) -> AsyncIterator[Trainee]:
+        """A replica of a stage; a later one is another incarnation, with its own steps and micro-batches."""
+        if self._trainee is not None:
+            presence.incarnation = time.time_ns()
         planned = make_plan(spec).stages[stage]
         check_memory(device, planned)
         self._tell_plan(presence, spec, stage, device)
         await asyncio.to_thread(warm_up_codecs, planned)
         pace_s = self._options.pace_s
-        trainee = Trainee(presence, spec, stage, device, self._folder, self._store, self._events, pace_s)
-        async with trainee:
+        async with Trainee(
+            presence, spec, stage, device, self._folder, self._store, self._events, pace_s
+        ) as trainee:
             self._trainee = trainee
-            await trainee.recover()
-            presence.announce("online", (stage,))
-            self._events("online", {"stage": stage, "text": f"online at stage {stage}", **trainee.heads()})
-            await trainee.run()
+            yield trainee
+
+    async def _prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
+        if self._trainee is not None:
+            await self._trainee.prefetch(stage, donors)
 
     async def _watch(self, presence: Presence) -> None:
         """Take part without a stage, until cancelled."""
@@ -224,8 +247,8 @@ class Daemon:
     async def _drain(self, presence: Presence) -> None:
         self._events("draining", {"text": f"leaving ({self._stop_reason}): finishing what is held"})
         presence.announce("draining", presence.stages)
-        if self._trainee is not None:
-            await self._trainee.drain(DRAIN_S)
+        if self._tenure is not None and self._tenure.term is not None:
+            await self._tenure.term.drain(DRAIN_S)
 
     async def _leave_when_revoked(self, presence: Presence) -> None:
         """Raises TokenRevoked once the owner's list names this peer.
@@ -331,6 +354,10 @@ class Daemon:
             "reachable": self._reach.reachable,
         }
         self._events("plan", {**fields, "text": text})
+
+    def _tell_tenure(self, kind: str, fields: dict[str, object]) -> None:
+        heads = self._trainee.heads() if kind == "online" and self._trainee is not None else {}
+        self._events(kind, {**fields, **heads})
 
     def _member_changed(self, event: Event) -> None:
         presence = self._presence

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self, TypeVar
@@ -20,8 +20,13 @@ from shoal.node.events import Events
 from shoal.node.hardware import Device
 from shoal.node.paths import cache_root
 from shoal.node.presence import Presence
+from shoal.protocol.identity import PeerId
 from shoal.training.feed import CorpusFeed, Feed
 from shoal.training.lane import ThreadLane, paced
+from shoal.training.model.layout import stage_layout
+from shoal.training.outer.context import Context
+from shoal.training.partition import stage_ranges
+from shoal.training.recovery.prefetch import prefetch
 from shoal.training.spec import RunSpec
 from shoal.training.trainer import Trainer
 
@@ -60,9 +65,12 @@ class Trainee:
 
     async def __aenter__(self) -> Self:
         self._lane = ThreadLane(least_s=paced(self._pace_s))
+        self._served_before = self._presence.transport.methods
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        transport = self._presence.transport
+        transport.withdraw(transport.methods - self._served_before)
         await self._lane.close()
         await asyncio.to_thread(self._pool.shutdown, True, cancel_futures=True)
 
@@ -93,6 +101,12 @@ class Trainee:
         if self._trainer is None:
             raise RuntimeError("run comes after recover")
         await self._trainer.run()
+
+    async def permission(self) -> None:
+        """Returns when the group lets this peer go."""
+        if self._trainer is None:
+            raise RuntimeError("permission comes after recover")
+        await self._trainer.permission()
 
     async def drain(self, deadline_s: float) -> None:
         if self._trainer is not None:
@@ -136,6 +150,24 @@ class Trainee:
                 "loss": status.get("loss"),
             }
         self._events(kind, fields)
+
+    async def prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
+        """Another stage's state onto the disk, while this one goes on. Raises NotHere and others."""
+        layout = stage_layout(self._spec, stage_ranges(self._spec)[stage])
+        context = Context.of(
+            self._spec,
+            stage,
+            layout.size,
+            me=self._presence.transport.me,
+            incarnation=self._presence.incarnation,
+            transport=self._presence.transport,
+            offload=self._offload,
+            suspect=self._presence.members.suspect,
+            event=self._tell,
+            rng=random.Random(self._presence.rng.getrandbits(64)),
+        )
+        height = await prefetch(context, donors, self._folder)
+        self._tell("prefetched", {"stage": stage, "height": height})
 
     async def _offload(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)

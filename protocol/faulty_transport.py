@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -47,6 +47,13 @@ class FaultyTransport(Transport):
             faulty.require_whole()
 
         self._inner.serve(method, wrapped, roles)
+
+    def withdraw(self, methods: Collection[str]) -> None:
+        self._inner.withdraw(methods)
+
+    @property
+    def methods(self) -> frozenset[str]:
+        return self._inner.methods
 
     @asynccontextmanager
     async def open(

@@ -7,7 +7,7 @@ Messages are framed as everywhere; one gRPC message carries one frame.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -69,6 +69,13 @@ class GrpcTransport(Transport):
 
     def serve(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
         self._service.register(method, handler, roles)
+
+    def withdraw(self, methods: Collection[str]) -> None:
+        self._service.withdraw(methods)
+
+    @property
+    def methods(self) -> frozenset[str]:
+        return self._service.methods
 
     def open(
         self, peer: PeerId, method: str, channel: Channel = Channel.CONTROL

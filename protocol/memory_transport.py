@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
@@ -97,6 +97,13 @@ class MemoryTransport(Transport):
 
     def serve(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
         self._service.register(method, handler, roles)
+
+    def withdraw(self, methods: Collection[str]) -> None:
+        self._service.withdraw(methods)
+
+    @property
+    def methods(self) -> frozenset[str]:
+        return self._service.methods
 
     async def start(self) -> None:
         self.started = True

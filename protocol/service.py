@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from shoal.protocol.errors import Busy, MessageInvalid, ShoalError, StreamBroken, UsageError, WrongRole
 from shoal.protocol.framed_stream import FramedStream, Traffic
@@ -37,6 +37,16 @@ class Service:
         if method in self._methods:
             raise UsageError(f"method {method!r} is served already")
         self._methods[method] = (handler, roles)
+
+    def withdraw(self, methods: Collection[str]) -> None:
+        """Answer these no longer."""
+        for method in methods:
+            self._methods.pop(method, None)
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """What is served now."""
+        return frozenset(self._methods)
 
     def traffic(self, method: str, opened_here: bool = False) -> Traffic:
         """The byte counters of a method."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -106,6 +106,15 @@ class Transport(ABC):
         and when the caller goes away the task is cancelled. Any other exception is logged and sent as
         "internal error", undescribed.
         """
+
+    @abstractmethod
+    def withdraw(self, methods: Collection[str]) -> None:
+        """Answer these no longer: what served them is gone. Calls under way go on."""
+
+    @property
+    @abstractmethod
+    def methods(self) -> frozenset[str]:
+        """What is served now."""
 
     @abstractmethod
     def open(

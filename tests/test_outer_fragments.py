@@ -125,7 +125,7 @@ def test_the_alpha_merge_gives_up_its_share_of_the_steps_in_between() -> None:
     async def main() -> None:
         async with World(2, round_spec(outer={"merge": "alpha", "merge_alpha": 0.0})) as world:
             for one, other in [(0, 1), (1, 0)]:
-                world.network.set_link(world.nodes[one].name, world.nodes[other].name, Link(0.2, 1e9))
+                world.network.set_link(world.nodes[one].name, world.nodes[other].name, Link(0.15, 1e9))
             for node in world.nodes:
                 node.step()
                 node.step()

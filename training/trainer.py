@@ -247,6 +247,10 @@ class Trainer:
                 tasks.create_task(self.driver.run(self._feed.next_batch))
                 tasks.create_task(self._evaluate())
 
+    async def permission(self) -> None:
+        """Returns when the group lets this replica go to another stage."""
+        await self.outer.permission()
+
     async def drain(self, deadline_s: float) -> None:
         """Leave in order: take nothing new, finish what is held, contribute the last delta."""
         if self._downstream is not None:

@@ -35,7 +35,7 @@ class Snapshots:
     def __init__(self, context: Context, replica: Replica, genesis: Snapshot, directory: Path | None) -> None:
         self._context = context
         self._replica = replica
-        self.directory = directory / context.run_id.hex() / f"stage-{context.stage}" if directory else None
+        self.directory = stage_directory(context, directory) if directory else None
         self._kept = {0: genesis}
         self._writes: asyncio.Queue[tuple[Callable[..., None], tuple[Any, ...]]] = asyncio.Queue(QUEUED)
         self._writer: asyncio.Task[None] | None = None
@@ -146,14 +146,20 @@ class Snapshots:
                 self._writes.task_done()
 
 
-def _path(directory: Path, height: int) -> Path:
+def stage_directory(context: Context, directory: Path) -> Path:
+    """Where a stage's snapshots and journal are, in a peer's folder."""
+    return directory / context.run_id.hex() / f"stage-{context.stage}"
+
+
+def snapshot_path(directory: Path, height: int) -> Path:
+    """Of one snapshot in a stage's folder."""
     return directory / f"snapshot-{height:012d}.safetensors"
 
 
 def _store(directory: Path, snapshot: Snapshot, oldest: int) -> None:
-    save(snapshot, _path(directory, snapshot.height))
+    save(snapshot, snapshot_path(directory, snapshot.height))
     for path in directory.glob("snapshot-*.safetensors"):
-        if path < _path(directory, oldest):
+        if path < snapshot_path(directory, oldest):
             path.unlink(missing_ok=True)
     journal.prune(directory, oldest + 1)
 

@@ -1,0 +1,65 @@
+"""A peer moves to the stage that needs it, in a whole swarm in virtual time; nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from trainer_world import TrainerWorld, round_spec
+
+from shoal.protocol.virtual_time import run
+from shoal.training.spec import RunSpec
+
+
+def moving_spec(stages: int) -> RunSpec:
+    spec = round_spec(stages, outer={"snapshot_every": 1})
+    section = {**spec.stages.model_dump(), "rebalance_window_s": 8.0}
+    return RunSpec.model_validate({**spec.model_dump(), "stages": section})
+
+
+async def at_stages(world: TrainerWorld, wanted: list[int], limit_s: float = 120.0) -> None:
+    """Until so many replicas are online at each stage, as everybody sees it."""
+    async with asyncio.timeout(limit_s):
+        for replica in world.replicas.values():
+            await replica.members.wait_for(
+                lambda view: [len(view.online(stage)) for stage in range(len(wanted))] == wanted, limit_s
+            )
+
+
+def test_one_of_four_moves_to_the_stage_with_one_replica_and_trains_there(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with TrainerWorld(moving_spec(2), disk=tmp_path, slower=10.0) as world:
+            for number in range(4):
+                await world.add(number, 0, moves=True)
+            await world.add(4, 1, moves=True)
+            await at_stages(world, [3, 2])
+            (mover,) = (
+                replica for replica in world.replicas.values() if replica.stage and replica.number < 4
+            )
+            other = world.replicas[4]
+            assert mover.heard("prefetched")[0]["height"]  # a snapshot was there to be copied
+            height = other.trainer.outer.height
+            await mover.reach(height + 6)
+            await other.reach(height + 6)
+            outer, weights = mover.trainer.outer, mover.trainer.weights
+            assert outer.steps_since_round < weights.inner_steps  # the log lists some of its steps
+            for stage in range(2):
+                group = [r for r in world.replicas.values() if r.stage == stage]
+                top = min(r.trainer.outer.height for r in group)
+                states = {r.trainer.outer.head for r in group if r.trainer.outer.height == top}
+                assert len(states) == 1
+            for replica in world.replicas.values():  # P2
+                assert replica.trainer.status()["dropped"] == 0
+
+    run(main)
+
+
+def test_a_balanced_swarm_stays_as_it_is(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with TrainerWorld(moving_spec(2), disk=tmp_path, slower=10.0) as world:
+            for number in range(4):
+                await world.add(number, number % 2, moves=True)
+            await asyncio.sleep(60.0)
+            assert not [replica for replica in world.replicas.values() if replica.heard("moving")]
+
+    run(main)
