@@ -37,6 +37,7 @@ class StageBeat:
     tokens_since_round: Count = 0
     uplink_bytes_per_s: BytesPerS = 0.0  # about what its uplink carries in bulk; 0: unknown
     service_s: Seconds = 0.0  # lane time of one micro-batch, forward to weight gradient; 0: unknown
+    fixed: bool = False  # it stays at this stage, wherever it would help more
 
 
 @wire_message

@@ -205,9 +205,17 @@ class Daemon:
         check_memory(device, planned)
         self._tell_plan(presence, spec, stage, device)
         await asyncio.to_thread(warm_up_codecs, planned)
-        pace_s = self._options.pace_s
+        options = self._options
         async with Trainee(
-            presence, spec, stage, device, self._folder, self._store, self._events, pace_s
+            presence,
+            spec,
+            stage,
+            device,
+            self._folder,
+            self._store,
+            self._events,
+            fixed=options.stage is not None,
+            pace_s=options.pace_s,
         ) as trainee:
             self._trainee = trainee
             yield trainee

@@ -46,6 +46,8 @@ class Trainee:
         folder: Path,
         store: Path,
         events: Events,
+        *,
+        fixed: bool,
         pace_s: float = 0.0,
     ) -> None:
         """`folder` takes what is written of the run, `store` has the imported checkpoints.
@@ -59,6 +61,7 @@ class Trainee:
         self._folder = folder
         self._store = store
         self._events = events
+        self._fixed = fixed
         self._pace_s = pace_s
         self._pool = ThreadPoolExecutor(_OFFLOAD_THREADS, thread_name_prefix="offload")
         self._trainer: Trainer | None = None
@@ -91,6 +94,7 @@ class Trainee:
             rng=random.Random(presence.rng.getrandbits(64)),
             device=self._device.torch_name,
             data_dir=self._folder,
+            fixed=self._fixed,
             imported=(self._store,),
         )
         await trainer.recover()

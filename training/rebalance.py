@@ -29,6 +29,7 @@ class Placed:
     peer: PeerId
     stage: int
     service_s: float  # lane time of one micro-batch at its stage; 0: not measured yet
+    fixed: bool = False  # its owner wants it to stay
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def plan(
         if source == needy or len(group) - 1 < max(stay, 1):
             continue
         emergency = len(groups[needy]) < ENOUGH
-        for replica in group:
+        for replica in (replica for replica in group if not replica.fixed):
             after = list(capacity)
             after[source] -= rates[replica.peer] / costs[source]
             after[needy] += rates[replica.peer] / costs[needy]

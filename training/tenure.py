@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+from shoal.dht.beats import StageBeat
 from shoal.dht.view import SwarmView
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
@@ -139,9 +140,10 @@ class Tenure:
 
 def placed(view: SwarmView) -> list[Placed]:
     """The replicas that train, or will soon, as their beats tell."""
-    return [
-        Placed(member.peer, stage, beat.service_s if (beat := member.progress(stage)) is not None else 0.0)
-        for member in view.here()
-        if member.state in ("online", "joining")
-        for stage in member.stages[:1]
-    ]
+    found = []
+    for member in view.here():
+        if member.state in ("online", "joining") and member.stages:
+            stage = member.stages[0]
+            beat = member.progress(stage) or StageBeat(stage)
+            found.append(Placed(member.peer, stage, beat.service_s, beat.fixed))
+    return found

@@ -69,6 +69,7 @@ class Trainer:
         rng: random.Random,
         device: str = "cpu",
         data_dir: Path | None = None,
+        fixed: bool = False,  # it stays at this stage
         imported: Sequence[Path] = (),  # folders of checkpoints, one of which the run may start from
     ) -> None:
         self.spec = spec
@@ -85,6 +86,7 @@ class Trainer:
         self._device = device
         self._data_dir = data_dir
         self._imported = imported
+        self._fixed = fixed
         self._replicas = MemberReplicas(members)
         self.layout = stage_layout(spec, stage_ranges(spec)[stage])
         self._ledger = Ledger()
@@ -284,6 +286,7 @@ class Trainer:
                 tokens_since_round=outer.tokens_since_round,
                 uplink_bytes_per_s=self._uplink_bytes_per_s,
                 service_s=self._lane.load().service_s,
+                fixed=self._fixed,
             ),
         )
 
