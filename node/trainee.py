@@ -23,10 +23,6 @@ from shoal.node.presence import Presence
 from shoal.protocol.identity import PeerId
 from shoal.training.feed import CorpusFeed, Feed
 from shoal.training.lane import ThreadLane, paced
-from shoal.training.model.layout import stage_layout
-from shoal.training.outer.context import Context
-from shoal.training.partition import stage_ranges
-from shoal.training.recovery.prefetch import prefetch
 from shoal.training.spec import RunSpec
 from shoal.training.trainer import Trainer
 
@@ -157,21 +153,8 @@ class Trainee:
 
     async def prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
         """Another stage's state onto the disk, while this one goes on. Raises NotHere and others."""
-        layout = stage_layout(self._spec, stage_ranges(self._spec)[stage])
-        context = Context.of(
-            self._spec,
-            stage,
-            layout.size,
-            me=self._presence.transport.me,
-            incarnation=self._presence.incarnation,
-            transport=self._presence.transport,
-            offload=self._offload,
-            suspect=self._presence.members.suspect,
-            event=self._tell,
-            rng=random.Random(self._presence.rng.getrandbits(64)),
-        )
-        height = await prefetch(context, donors, self._folder)
-        self._tell("prefetched", {"stage": stage, "height": height})
+        if self._trainer is not None:
+            await self._trainer.prefetch(stage, donors)
 
     async def _offload(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)

@@ -18,6 +18,7 @@ from shoal.protocol.memory_transport import Link, MemoryNetwork
 from shoal.protocol.revocation import RevocationBook
 from shoal.protocol.transport import Transport
 from shoal.training.feed import Feed
+from shoal.training.lane import Work
 from shoal.training.spec import RunSpec
 
 torch.set_num_threads(1)
@@ -66,8 +67,10 @@ class TrainerWorld:
         feed: Feed | None = None,
         run: bool = True,
         imported: Path | None = None,
+        moves: bool = False,
     ) -> Replica:
-        """Start a peer: join, recover, train. `imported`: a folder of checkpoints that only it has."""
+        """Start a peer: join, recover, train. `imported`: a folder of checkpoints that only it has; `moves`:
+        it goes to another stage when the plan says so."""
         self._starts += 1
         member = membership(number)
         member.revocations = RevocationBook(RUN, member.token.root_der)
@@ -86,17 +89,24 @@ class TrainerWorld:
         others = {known.peer for known in self.replicas.values()}
         await replica.start(stage)
         await replica.members.wait_for(lambda view: others <= {m.peer for m in view.here() if m.beat}, 15.0)
-        await replica.train_at(
-            stage,
-            lambda kind: SECONDS[kind] * self.slower,
-            feed or RandomFeed(self.spec, number),
-            self.disk / str(number) if self.disk is not None else None,
-            [imported] if imported is not None else [],
-        )
+        data = feed or RandomFeed(self.spec, number)
+        data_dir = self.disk / str(number) if self.disk is not None else None
         self.replicas[number] = replica
+        if moves:
+            replica.task = asyncio.create_task(
+                replica.live_at(stage, lambda at: self._duration_s, data, data_dir)
+            )
+            await replica.members.wait_for(lambda view: replica.online, 15.0)
+            return replica
+        await replica.train_at(
+            stage, self._duration_s, data, data_dir, [imported] if imported is not None else []
+        )
         if run:
             replica.task = asyncio.create_task(replica.run())
         return replica
+
+    def _duration_s(self, kind: Work) -> float:
+        return SECONDS[kind] * self.slower
 
     async def kill(self, number: int) -> Replica:
         """SIGKILL."""

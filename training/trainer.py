@@ -30,6 +30,7 @@ from shoal.training.lane import Lane
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.model.stage import StageModel
 from shoal.training.neighbours import MemberReplicas, group_members
+from shoal.training.outer.context import Context
 from shoal.training.outer.service import GroupMember, Outer
 from shoal.training.outer.snapshot import Inherited
 from shoal.training.partition import stage_ranges
@@ -40,6 +41,7 @@ from shoal.training.pipeline.hop import Hop
 from shoal.training.pipeline.inference import InferenceHop
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.successors import Event
+from shoal.training.recovery.prefetch import prefetch
 from shoal.training.spec import RunSpec
 from shoal.training.uplinks import UNKNOWN, claimed_uplink
 from shoal.training.weights import Weights, learning_rate
@@ -248,6 +250,25 @@ class Trainer:
             if self.driver is not None and self._feed is not None:
                 tasks.create_task(self.driver.run(self._feed.next_batch))
                 tasks.create_task(self._evaluate())
+
+    async def prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
+        """Another stage's newest snapshot to the own disk. Raises NotHere or StorageError."""
+        if self._data_dir is None:
+            return
+        context = Context.of(
+            self.spec,
+            stage,
+            stage_layout(self.spec, stage_ranges(self.spec)[stage]).size,
+            me=self._me,
+            incarnation=self._incarnation,
+            transport=self._transport,
+            offload=self._offload,
+            suspect=self._replicas.suspect,
+            event=self._event,
+            rng=random.Random(self._rng.getrandbits(64)),
+        )
+        height = await prefetch(context, donors, self._data_dir)
+        self._event("prefetched", {"stage": stage, "height": height})
 
     async def permission(self) -> None:
         """Returns when the group lets this replica go to another stage."""

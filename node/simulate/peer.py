@@ -7,8 +7,9 @@ few. It knows nothing of churn or measurements.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from shoal.training.checkpoint.share import Shelf
 from shoal.training.feed import Feed
 from shoal.training.lane import InlineLane, Work
 from shoal.training.spec import RunSpec
+from shoal.training.tenure import Tenure
 from shoal.training.trainer import Trainer
 
+_TERMS = 1_000_000  # added to the incarnation at each move: more than a world starts processes
 EPOCH = 1_800_000_000.0  # Unix time at which virtual time begins
 
 
@@ -133,12 +136,62 @@ class SimulatedPeer:
 
         `data_dir`: its folder; without it nothing is written. Raises StageEmpty.
         """
-        trainer = Trainer(
+        if data_dir is not None:
+            folders = [*imported, data_dir / CHECKPOINTS_FOLDER, data_dir / START_FOLDER]
+            Shelf(folders, inline).serve(self.transport)
+        self._make_trainer(stage, InlineLane(duration_s), feed, data_dir, imported, fixed=True)
+        await self.trainer.recover()
+        self.announce("online", (stage,))
+
+    async def run(self) -> None:
+        """Train until cancelled."""
+        await self.trainer.run()
+
+    async def live_at(
+        self,
+        stage: int,
+        durations_s: Callable[[int], Callable[[Work], float]],  # at each stage
+        feed: Feed | None,
+        data_dir: Path | None = None,
+    ) -> None:
+        """`train_at` and `run` in one, beginning with this stage; it moves when the plan says so."""
+
+        @contextlib.asynccontextmanager
+        async def begin(at: int) -> AsyncIterator[Trainer]:
+            if self.served or at != stage:
+                self.incarnation += _TERMS
+            served = self.transport.methods
+            self._make_trainer(at, InlineLane(durations_s(at)), feed, data_dir, (), fixed=False)
+            yield self.trainer
+            self.transport.withdraw(self.transport.methods - served)
+
+        tenure = Tenure(
+            self._spec,
+            view=self.members.view,
+            begin=begin,
+            announce=self.announce,
+            prefetch=lambda at, donors: self.trainer.prefetch(at, donors),
+            fits=lambda at: True,
+            event=self._note,
+            rng=random.Random(self._rng.getrandbits(64)),
+        )
+        await tenure.run(stage)
+
+    def _make_trainer(
+        self,
+        stage: int,
+        lane: InlineLane,
+        feed: Feed | None,
+        data_dir: Path | None,
+        imported: Sequence[Path],
+        fixed: bool,
+    ) -> None:
+        self.trainer = Trainer(
             self._spec,
             stage,
             transport=self.transport,
             members=self.members,
-            lane=InlineLane(duration_s),
+            lane=lane,
             offload=inline,
             feed=feed if stage == 0 else None,
             me=self.peer,
@@ -146,18 +199,9 @@ class SimulatedPeer:
             event=self._note,
             rng=random.Random(self._rng.getrandbits(64)),
             data_dir=data_dir,
+            fixed=fixed,
             imported=imported,
         )
-        if data_dir is not None:
-            folders = [*imported, data_dir / CHECKPOINTS_FOLDER, data_dir / START_FOLDER]
-            Shelf(folders, inline).serve(self.transport)
-        self.trainer = trainer
-        await trainer.recover()
-        self.announce("online", (stage,))
-
-    async def run(self) -> None:
-        """Train until cancelled."""
-        await self.trainer.run()
 
     async def leave(self, drain_s: float) -> None:
         """Finish what is held, say goodbye and go; `run` goes on meanwhile."""

@@ -143,12 +143,13 @@ class Swarm:
         try:
             await peer.start()
             stage = await peer.settle(first=False)
-            service_s = machine.service_s(self.options.micro_batch_s, self.small.costs[stage])
             feed = RandomFeed(self.small.spec, peer.number)
-            await peer.train_at(stage, paced(service_s), feed)
-            await peer.run()
+            await peer.live_at(stage, lambda at: paced(self._service_s(machine, at)), feed)
         except ShoalError as error:
             log.info("peer %d could not go on: %s", peer.number, error)
+
+    def _service_s(self, machine: Machine, stage: int) -> float:
+        return machine.service_s(self.options.micro_batch_s, self.small.costs[stage])
 
     def _close(self, peer: SimulatedPeer) -> None:
         """Take what is to be known of a peer that goes."""
