@@ -60,6 +60,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._now_s
 
+    def stand_still(self, seconds: float) -> None:
+        """As when the process is stopped for some time: all that falls due meanwhile is due at once."""
+        self._now_s += seconds
+
     def create_future(self) -> asyncio.Future[Any]:
         return _OrderedFuture(next(self._orders), self)
 

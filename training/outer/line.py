@@ -1,8 +1,9 @@
 """Line: the control stream between a leader and one member of its round, on which silence is noticed.
 
 Sends Tick whenever nothing else was sent for TICK_S, and raises PeerSilent when nothing came for a while: a
-stopped process keeps its connections open, so only its silence tells. `loopback` joins a leader to
-its own member in the same process.
+stopped process keeps its connections open, so only its silence tells. A process that stood still itself hears
+first what came meanwhile: who does not listen must not blame others for silence. `loopback` joins a leader
+to its own member in the same process.
 """
 
 from __future__ import annotations
@@ -53,13 +54,25 @@ class _Lifeline(Line):
 
     async def receive(self, *kinds: type[Any], max_payload_bytes: int = 0) -> Message[Any]:
         while True:
+            receiving = asyncio.ensure_future(
+                self._stream.receive(*kinds, Tick, max_payload_bytes=max_payload_bytes)
+            )
             try:
-                async with asyncio.timeout(self._silence_s):
-                    message = await self._stream.receive(*kinds, Tick, max_payload_bytes=max_payload_bytes)
-            except TimeoutError:
-                raise PeerSilent(f"nothing from {self.peer} for {self._silence_s:g} s") from None
+                while not receiving.done():
+                    await self._listen(receiving)
+            finally:
+                receiving.cancel()
+                await asyncio.gather(receiving, return_exceptions=True)
+            message = receiving.result()
             if not isinstance(message.header, Tick):
                 return message
+
+    async def _listen(self, receiving: asyncio.Future[Message[Any]]) -> None:
+        loop = asyncio.get_running_loop()
+        limit_s = loop.time() + self._silence_s
+        done, _ = await asyncio.wait([receiving], timeout=self._silence_s)
+        if not done and loop.time() - limit_s < TICK_S:  # else it was this process that stood still
+            raise PeerSilent(f"nothing from {self.peer} for {self._silence_s:g} s")
 
     async def send_all(self) -> None:
         """Until the outbox is closed. A broken stream ends it quietly: the receiving side reports it."""

@@ -43,6 +43,7 @@ from shoal.training.recovery.snapshots import Snapshots
 from shoal.training.spec import RunSpec
 
 POLL_S = 0.25  # membership changes and beats are looked at this often
+STOOD_STILL_S = 0.25  # a loop that is later than this was stopped, or starved: others may have gone on
 RECOVER_S = 30.0  # to find a donor that answers, before the stage counts as empty
 _BACKOFF_S = (0.2, 5.0)
 _SWITCHER_S = 0.1  # between those who bring lost entries back: others must not always be first
@@ -310,13 +311,18 @@ class Outer:
         self._replica.offered.hear(peers, self._replica.log.head_at, now_s)
         match next_action(self._position(now_s, group)):
             case Wait(until_s):
-                await self._change.wait(
-                    min(now_s + POLL_S, until_s if until_s is not None else now_s + POLL_S)
-                )
+                await self._wait(min(now_s + POLL_S, until_s if until_s is not None else now_s + POLL_S))
             case CatchUp():
                 await self._catch_up(group)
             case Lead():
                 await self._lead(group, [member.peer for member in peers if member.silent])
+
+    async def _wait(self, limit_s: float) -> None:
+        """Until something changes; who stood still meanwhile hears what was said before it leads anything."""
+        await self._change.wait(limit_s)
+        now_s = asyncio.get_running_loop().time()
+        if now_s - limit_s > STOOD_STILL_S:
+            self._not_before_s = max(self._not_before_s, now_s + STOOD_STILL_S)
 
     def _position(self, now_s: float, group: Sequence[GroupMember]) -> Position:
         me = self._context.me
