@@ -80,10 +80,15 @@ class World:
         replicas: int,
         seed: int = 1,
         service_s: Callable[[int, int], float] | None = None,
+        wrap: Callable[[Transport], Transport] = lambda transport: transport,
     ) -> None:
-        """`service_s`: of (stage, number in it), lane time of a micro-batch; SECONDS if it is not given."""
+        """`service_s`: of (stage, number in it), lane time of a micro-batch; SECONDS if it is not given.
+
+        `wrap` puts something around each peer's transport (faults).
+        """
         self.spec = spec
         self._service_s = service_s
+        self._wrap = wrap
         self.rng = random.Random(seed)
         self.network = MemoryNetwork(random.Random(seed + 1))
         self.dead: set[str] = set()
@@ -101,7 +106,7 @@ class World:
     def _peer(self, name: PeerId, stage: int, number: int) -> Peer:
         spec = self.spec
         layout = stage_layout(spec, stage_ranges(spec)[stage])
-        transport = self.network.transport(name, frozenset({Role.TRAINER}))
+        transport = self._wrap(self.network.transport(name, frozenset({Role.TRAINER})))
         pace = SECONDS.__getitem__ if self._service_s is None else paced(self._service_s(stage, number))
         lane = InlineLane(lambda kind: pace(kind) * self.slower.get(name, 1.0))
         weights = Weights(spec, layout, genesis(spec, layout), lane, "cpu")

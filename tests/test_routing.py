@@ -13,6 +13,7 @@ from shoal.training.pipeline.routing import (
     HEDGE_GRACE_S,
     HEDGE_SAMPLES,
     LANE_STALL_S,
+    UNKNOWN_BUSY_S,
     Candidate,
     busy_for_s,
     choose,
@@ -94,9 +95,13 @@ def test_work_is_shared_by_speed() -> None:
 
 
 def test_a_full_replica_says_when_it_will_have_room() -> None:
-    assert busy_for_s(BUSY_SERVICES * 0.1, 0.1) == 0.0
-    assert busy_for_s(1.0, 0.1) == pytest.approx(1.0 - BUSY_SERVICES * 0.1 + 0.05)
-    assert busy_for_s(1.0, 0.0) == 0.0, "a lane that never finished anything cannot say"
+    assert busy_for_s(9, BUSY_SERVICES * 0.1, 0.1) == 0.0
+    assert busy_for_s(9, 1.0, 0.1) == pytest.approx(1.0 - BUSY_SERVICES * 0.1 + 0.05)
+
+
+def test_a_lane_that_never_finished_anything_counts_its_queue() -> None:
+    assert busy_for_s(int(BUSY_SERVICES) - 1, 0.0, 0.0) == 0.0
+    assert busy_for_s(int(BUSY_SERVICES), 0.0, 0.0) == UNKNOWN_BUSY_S
 
 
 def test_a_hedge_waits_for_the_95th_percentile_of_what_was_seen() -> None:

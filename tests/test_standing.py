@@ -41,20 +41,22 @@ def test_a_breaker_opens_longer_after_each_failure_with_jitter_and_a_cap() -> No
         assert 0.5 * expected_s <= min(waits) <= max(waits) <= 1.5 * expected_s
 
 
-def test_a_half_open_breaker_lets_one_probe_through_even_where_nobody_else_is() -> None:
+def test_a_half_open_breaker_lets_one_probe_through_in_any_case() -> None:
     standing = answered(Standing(), 10).failed(0.0, random.Random(1))
-    assert not standing.admits(0.1, 0, alone=True)
+    assert not standing.admits(0.1, 0, all_new=True)
     assert standing.admits(60.0, 0)
-    assert not standing.admits(60.0, 1, alone=True)
+    assert not standing.admits(60.0, 1, all_new=True)
     closed = answered(standing, 1, now=60.0)
-    assert closed.admits(60.0, 1, alone=True)
+    assert closed.admits(60.0, 1)
     assert closed.failures == 0
 
 
 def test_a_busy_replica_is_left_alone_for_its_time_and_not_held_guilty() -> None:
-    standing = answered(Standing(), 3).busy(5.0, 2.0, random.Random(1))
+    standing = answered(Standing(), 9).busy(5.0, 2.0, 3, random.Random(1))
     assert not standing.admits(5.9, 0)
-    assert standing.admits(8.1, 3)
+    assert standing.admits(8.1, 2)
+    assert not standing.admits(8.1, 3, all_new=True), "as many as there were when it was full"
+    assert answered(standing, 1).admits(8.1, 3), "and one more with each answer"
     assert standing.failures == 0
 
 
@@ -70,7 +72,7 @@ def test_a_new_replica_gets_one_then_twice_as_many_every_round_trip() -> None:
         rounds.append(under_way)
         standing = answered(standing, under_way)
     assert rounds == [1, 2, 4, 8, 16, 32]
-    assert Standing().admits(0.0, 5, alone=True), "where nobody else is, the work cannot wait"
+    assert Standing().admits(0.0, 5, all_new=True), "where all are new, a slow start would spare nobody"
 
 
 def test_who_returns_starts_slowly_again_and_is_measured_anew() -> None:

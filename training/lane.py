@@ -45,7 +45,7 @@ class LaneLoad:
     """What heartbeats and status tell about a lane."""
 
     queued: int
-    backlog_s: float  # expected time to finish what runs and empty the queue
+    backlog_s: float  # time to finish what runs and is queued, and the backward that follows a forward
     finished: int  # pieces of work since the start: stands still when the lane does
     busy_s: float
     service_s: float  # what a micro-batch takes of the lane, forward to weight gradient; 0: unknown
@@ -91,12 +91,20 @@ class _Durations:
 
     def load(self, waiting: Sequence[int], running: tuple[Work, float] | None) -> LaneLoad:
         """`running`: the kind of what runs, and since how many seconds."""
-        backlog_s = sum(count * mean for count, mean in zip(waiting, self.mean_s, strict=True))
+        known = [self.mean_s[kind] for kind in _OF_MICRO_BATCH if self.mean_s[kind]]
+        typical_s = sum(known) / len(known) if known else 0.0  # for kinds that have yet to come
+        usual_s = [
+            mean or (typical_s if kind in _OF_MICRO_BATCH else 0.0) for kind, mean in enumerate(self.mean_s)
+        ]
+        weight_s = usual_s[Work.WEIGHT]
+        whole_s = [*usual_s]  # with what follows: the backward and the weight gradient
+        whole_s[Work.BACKWARD] += weight_s
+        whole_s[Work.FORWARD] += whole_s[Work.BACKWARD]
+        backlog_s = sum(count * seconds for count, seconds in zip(waiting, whole_s, strict=True))
         if running is not None:  # never zero: a lane that hangs in a piece of work has a backlog
-            mean_s = self.mean_s[running[0]]
-            backlog_s += max(mean_s - running[1], _LEAST_LEFT * mean_s)
-        service_s = sum(self.mean_s[kind] for kind in _OF_MICRO_BATCH)
-        return LaneLoad(sum(waiting), backlog_s, self.finished, self.busy_s, service_s)
+            kind, since_s = running
+            backlog_s += whole_s[kind] - min(since_s, (1 - _LEAST_LEFT) * usual_s[kind])
+        return LaneLoad(sum(waiting), backlog_s, self.finished, self.busy_s, whole_s[Work.FORWARD])
 
 
 class Lane(ABC):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from shoal.protocol.errors import MessageInvalid, PeerSilent, StreamBroken
+from shoal.protocol.errors import Busy, MessageInvalid, PeerSilent, StreamBroken
 from shoal.protocol.identity import PeerId
 from shoal.protocol.limits import SUSPECT_AFTER_S
 from shoal.protocol.transport import Channel, Stream, Transport
@@ -26,10 +26,11 @@ from shoal.training.pipeline.routing import stands_still
 from shoal.training.pipeline.standing import Report
 
 WORKING_EVERY_S = 0.5  # four times within SUSPECT_AFTER_S
+_GUILTY = 4.0  # times what was expected of a replica, before it is to blame for a lack of time
 _MISSED_S = 2 * WORKING_EVERY_S  # of silence: enough to hedge, not to give up
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Journey:
     """What one hop knows of a micro-batch that it has passed on."""
 
@@ -102,7 +103,10 @@ class Attempt:
                 self._check(header)
                 message = await self._stream.receive(Activations, max_payload_bytes=gradient_bytes)
         except TimeoutError:
-            raise PeerSilent(f"{self.peer} was still at it when the micro-batch's time was over") from None
+            text = f"{self.peer} was still at it when the micro-batch's time was over"
+            if self._now() - self.sent_s < _GUILTY * self._pick.expected_s:
+                raise Busy(text, retry_after_s=0.0) from None  # the time went elsewhere
+            raise PeerSilent(text) from None
         elapsed_s = self._now() - self.sent_s
         transfer_s = max(0.0, elapsed_s - header.held_s - self._pick.rtt_s)
         report = Report(

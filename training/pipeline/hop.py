@@ -101,6 +101,7 @@ class Hop:
             event,
         )
         self._working: Counter[PeerId] = Counter()  # by caller
+        self._arriving: set[Journey] = set()  # admitted, not on the lane yet
         self._applying: set[asyncio.Task[None]] = set()
         self.draining = False
 
@@ -130,6 +131,7 @@ class Hop:
         self._admit(request, caller)
         journey = Journey(self.stage, request.hedged)
         self._working[caller] += 1
+        self._arriving.add(journey)
         try:
             done = await self._while_working(stream, journey, self._work(stream, request, journey))
             chain = (*request.chain, *done.chain)
@@ -137,6 +139,7 @@ class Hop:
         finally:
             self._working[caller] -= 1
             self._working += Counter()  # forgets callers at zero
+            self._arriving.discard(journey)
             self._progress.set()
         load = self._lane.load()
         held_s, waited_s = asyncio.get_running_loop().time() - done.received, done.waited_s
@@ -163,8 +166,10 @@ class Hop:
             raise Stale(f"micro-batch {request.micro_batch.number} is applied here already")
         self._admit_memory(caller)
         load = self._lane.load()
-        if (busy_s := busy_for_s(load.backlog_s, load.service_s)) > 0.0:
-            raise Busy(f"has {load.backlog_s:.1f} s of work queued", retry_after_s=busy_s)
+        queued = load.queued + len(self._arriving)
+        backlog_s = load.backlog_s + len(self._arriving) * load.service_s
+        if (busy_s := busy_for_s(queued, backlog_s, load.service_s)) > 0.0:
+            raise Busy(f"has {backlog_s:.1f} s of work queued", retry_after_s=busy_s)
 
     def _admit_memory(self, caller: PeerId) -> None:
         held = self._working.total() + len(self._undecided) + len(self._applying)
@@ -182,6 +187,7 @@ class Hop:
         form, sequences = self._compute.format, request.sequences
         size = form.token_bytes(sequences) + form.hidden_bytes(sequences, request.codec)
         message = await stream.receive(Activations, max_payload_bytes=size)
+        self._arriving.discard(journey)  # the lane has it in this very moment
         received = loop.time()
         listening = asyncio.create_task(_listen(stream, journey))
         passage = Passage()

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 SAMPLED = 3
 OWN_WORK_OFF = 0.5
 BUSY_SERVICES = 4.0  # micro-batches queued
+UNKNOWN_BUSY_S = 0.5  # until a lane has finished its first piece of work, ask so often
 HEDGE_QUANTILE = 0.95
 HEDGE_SAMPLES = 20  # fewer say nothing about a 95th percentile
 HEDGE_GRACE_S = 0.1  # scheduling noise: below it a second call costs more than it saves
@@ -76,14 +77,16 @@ def choose(candidates: Sequence[Candidate], payload_bytes: int, rng: random.Rand
     )
 
 
-def busy_for_s(backlog_s: float, service_s: float) -> float:
+def busy_for_s(queued: int, backlog_s: float, service_s: float) -> float:
     """What a replica answers that is full: seconds until its queue is shorter again; 0: it takes more.
 
     A queue of BUSY_SERVICES keeps a lane busy until the next micro-batch comes; what waits longer had better
-    wait where it can still go elsewhere.
+    wait where it can still go elsewhere. `queued`: pieces of work, which count while its speed is unknown.
     """
+    if service_s == 0.0:
+        return UNKNOWN_BUSY_S if queued >= BUSY_SERVICES else 0.0
     excess_s = backlog_s - BUSY_SERVICES * service_s
-    return excess_s + service_s / 2 if service_s > 0.0 and excess_s > 0.0 else 0.0
+    return excess_s + service_s / 2 if excess_s > 0.0 else 0.0
 
 
 def hedge_after_s(expected_s: float, ratios: Sequence[float]) -> float:

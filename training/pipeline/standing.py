@@ -44,6 +44,7 @@ class Standing:
     failures: int = 0  # in a row
     closed_until_s: float = -math.inf  # by the breaker, or because it was busy
     window: int = 1  # most micro-batches of ours under way there
+    crowded: bool = False  # it has been full: the window holds in any case
     away: bool = False
 
     def answered(self, now: float, report: Report) -> Standing:
@@ -63,9 +64,10 @@ class Standing:
         """The hedge was faster, and what it was doing for us is cancelled: fewer for a while."""
         return replace(self, window=max(1, self.window // 2))
 
-    def busy(self, now: float, retry_after_s: float, rng: random.Random) -> Standing:
-        """It is full; that is no failure."""
-        return replace(self, closed_until_s=now + retry_after_s * rng.uniform(*_JITTER))
+    def busy(self, now: float, retry_after_s: float, in_flight: int, rng: random.Random) -> Standing:
+        """It is full, with so many of ours; that is no failure."""
+        closed_until_s = now + retry_after_s * rng.uniform(*_JITTER)
+        return replace(self, closed_until_s=closed_until_s, window=max(1, in_flight), crowded=True)
 
     def failed(self, now: float, rng: random.Random) -> Standing:
         """Open the breaker, longer after each failure; when it closes, one probe goes first."""
@@ -75,17 +77,22 @@ class Standing:
     def listed(self, here: bool) -> Standing:
         """The membership lists it (no more); after an absence its queue and link may be others."""
         if here and self.away:
-            return replace(self, away=False, window=1, measured=0, backlog_s=0.0)
+            return replace(self, away=False, window=1, crowded=False, measured=0, backlog_s=0.0)
         return self if here else replace(self, away=True)
 
-    def admits(self, now: float, in_flight: int, *, alone: bool = False) -> bool:
+    @property
+    def established(self) -> bool:
+        """Whether own measurements speak for it."""
+        return self.measured >= OWN_MEASUREMENTS
+
+    def admits(self, now: float, in_flight: int, *, all_new: bool = False) -> bool:
         """Whether another micro-batch may go there while `in_flight` of ours are under way.
 
-        `alone`: nobody else can take it; then only the breaker holds it back, not the slow start.
+        `all_new`: no replica of the stage is established; then a slow start would spare nobody.
         """
         if now < self.closed_until_s:
             return False
-        return in_flight < self.window or (alone and not self.failures)
+        return in_flight < self.window or (all_new and not self.failures and not self.crowded)
 
     def candidate(
         self, replica: Replica, sent_s: Collection[float], now: float, typical_s: float
@@ -95,7 +102,7 @@ class Standing:
         `sent_s`: when those of ours were sent that are under way there. `typical_s`: lane time of a
         micro-batch at this stage, 0 if nobody's is known.
         """
-        service_s = self.service_s if self.measured >= OWN_MEASUREMENTS else replica.service_s
+        service_s = self.service_s if self.established else replica.service_s
         backlog_s, reported_s = self.backlog_s, self.reported_s
         if replica.heard_s > reported_s:
             backlog_s, reported_s = replica.backlog_s, replica.heard_s

@@ -36,8 +36,8 @@ class _Known:
     attempts: set[Attempt] = field(default_factory=set)
     seen_s: float = 0.0
 
-    def has_room(self, now: float, *, alone: bool = False) -> bool:
-        return self.standing.admits(now, len(self.attempts), alone=alone)
+    def has_room(self, now: float, all_new: bool) -> bool:
+        return self.standing.admits(now, len(self.attempts), all_new=all_new)
 
 
 class Successors:
@@ -74,9 +74,8 @@ class Successors:
         """Whom to ask now, but for those who are asked already; None while nobody has room."""
         now = asyncio.get_running_loop().time()
         listed = [replica for replica in self._look(now) if replica.peer not in besides]
-        roomy = [replica for replica in listed if self._known[replica.peer].has_room(now)]
-        if not roomy and not besides:  # a slow start is for when others can do the work
-            roomy = [replica for replica in listed if self._known[replica.peer].has_room(now, alone=True)]
+        all_new = not any(self._known[replica.peer].standing.established for replica in listed)
+        roomy = [replica for replica in listed if self._known[replica.peer].has_room(now, all_new)]
         sizes = {codec: self._form.hidden_bytes(sequences, codec) for codec in self._form.codecs}
         chosen = choose(self._candidates(roomy, now), 2 * sizes[self.usual_codec], self._rng)
         if chosen is None:
@@ -114,7 +113,7 @@ class Successors:
         """Open the breaker and let the membership look into it; who is busy just gets its time."""
         known, now = self._known[attempt.peer], asyncio.get_running_loop().time()
         if isinstance(error, Busy):
-            known.standing = known.standing.busy(now, error.retry_after_s, self._rng)
+            known.standing = known.standing.busy(now, error.retry_after_s, len(known.attempts), self._rng)
             return
         self.retries += 1
         known.standing = known.standing.failed(now, self._rng)

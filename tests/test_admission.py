@@ -1,0 +1,81 @@
+"""Newcomers are not flooded, full replicas say so, and nobody is held guilty of being busy."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pipeline_world import Peer, World, batches, small_spec
+
+from shoal.protocol import virtual_time
+from shoal.training.pipeline.routing import BUSY_SERVICES
+
+SERVICE_S = 0.3
+
+
+def most_held(peer: Peer, seen: dict[str, int]) -> None:
+    """Note how many micro-batches a hop has under way, if more than before."""
+    assert peer.hop
+    seen[peer.name] = max(seen.get(peer.name, 0), peer.hop._working.total())
+
+
+async def watch(peer: Peer, seen: dict[str, int]) -> None:
+    while True:
+        most_held(peer, seen)
+        await asyncio.sleep(0.005)
+
+
+def test_a_newcomer_is_not_flooded_by_those_who_all_see_it_idle() -> None:
+    """Three drivers with a queue each at the old replica; the new one gets one of each, then grows."""
+
+    async def main() -> None:
+        spec = small_spec(2, in_flight=12)
+        async with World(
+            spec, 3, service_s=lambda stage, number: SERVICE_S / 10 if stage == 0 else 3.0
+        ) as world:
+            newcomer = world.stage(1)[2]
+            world.dead.add(newcomer.name)  # not listed yet
+            training = [asyncio.create_task(driver.train(batches(spec, 40))) for driver in world.drivers()]
+            await asyncio.sleep(20.0)
+            seen: dict[str, int] = {}
+            watching = asyncio.create_task(watch(newcomer, seen))
+            world.dead.discard(newcomer.name)
+            while not newcomer.hop or newcomer.lane.load().finished < 2:  # the first answer of all is not out
+                await asyncio.sleep(0.01)
+            assert 1 <= seen[newcomer.name] <= len(world.drivers())
+            await asyncio.gather(*training)
+            watching.cancel()
+            assert len(newcomer.ledger) > 10, "it works like the others in the end"
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
+def test_a_full_replica_bounds_its_queue_and_loses_nothing() -> None:
+    """Three drivers want far more than one replica can do."""
+
+    async def main() -> None:
+        spec = small_spec(2, in_flight=12)
+        async with World(spec, 3, service_s=lambda stage, number: SERVICE_S * (10 if stage else 1)) as world:
+            only = world.stage(1)[0]
+            for other in world.stage(1)[1:]:
+                world.kill(other)
+            worst_s = 0.0
+
+            async def look() -> None:
+                nonlocal worst_s
+                while True:
+                    worst_s = max(worst_s, only.lane.load().backlog_s)
+                    await asyncio.sleep(0.05)
+
+            looking = asyncio.create_task(look())
+            await asyncio.gather(*(driver.train(batches(spec, 20)) for driver in world.drivers()))
+            looking.cancel()
+            assert only.hop
+            await only.hop.drained()
+            assert len(only.ledger) == 60
+            service_s = only.lane.load().service_s
+            print(f"at most {worst_s / service_s:.1f} micro-batches of work queued")
+            # What was let in before also comes back for its backward and its weights.
+            assert worst_s <= (BUSY_SERVICES + 2) * service_s
+            assert not [reason for peer, reason in world.suspected if peer == only.name]
+
+    virtual_time.run(main, limit_s=3600.0)
