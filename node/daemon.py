@@ -1,66 +1,40 @@
 """One peer: joins, takes a stage, trains until it is told to leave, and tells what it does on the way.
 
-`shoal up` and `shoal join` run it through `run_daemon`. It composes; the deciding is done elsewhere: which
-stage (`placing`), who is alive (`dht.members`), what to compute (`training.trainer`).
+`shoal up` and `shoal join` run it through `run_daemon`. It composes; the deciding is done elsewhere: what
+is trained where (`worker`), who is alive (`dht.members`), who is not wanted any more (`revoked`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from shoal.dht.beats import Beat
-from shoal.dht.liveness import Liveness
 from shoal.dht.table import Event
 from shoal.node.control import serve_control
 from shoal.node.events import Events
 from shoal.node.gathering import Gathering
-from shoal.node.hardware import Device, check_memory, choose_device, warm_up, warm_up_codecs
 from shoal.node.loop import LoopMeter, new_loop
+from shoal.node.options import PeerOptions
 from shoal.node.owner.home import OwnerHome
+from shoal.node.owner.invitations import keep_addresses
 from shoal.node.paths import PeerFolder, checkpoint_store, run_folder
-from shoal.node.placing import take_stage
-from shoal.node.presence import Listening, Presence, present
-from shoal.node.reachability import Reach, find_reach, say_hello
-from shoal.node.status import Status, stage_replicas, swarm_table, verdict
-from shoal.node.trainee import Trainee
+from shoal.node.presence import Presence, present
+from shoal.node.revoked import leave_when_revoked
+from shoal.node.status import Status, stage_replicas, swarm_table
+from shoal.node.worker import Worker
 from shoal.protocol.admission import JoinToken
 from shoal.protocol.allocator import keep_freed_memory
-from shoal.protocol.errors import Busy, NetworkError, ProtocolViolation, ShoalError, TokenRevoked, UsageError
-from shoal.protocol.identity import PeerId, PeerKey
-from shoal.training.plan import make_plan
-from shoal.training.spec import RunSpec
-from shoal.training.tenure import DRAIN_S, Tenure
+from shoal.protocol.errors import NetworkError, ShoalError
+from shoal.protocol.identity import PeerKey
 
-ALL_THREADS: int | None = None
-_ASKED_WHEN_ALONE = 4
-_ADDRESSES_EVERY_S = 10.0
-_OWN_IN_TOKEN, _OTHERS_IN_TOKEN = 5, 3
 _INTERRUPTED = 130
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerOptions:
-    """What a volunteer may say about their machine."""
-
-    device: str = "auto"
-    memory_bytes: int | None = None
-    threads: int | None = ALL_THREADS
-    upload_bytes_per_s: float | None = None  # most to send; None: no limit
-    name: str = ""
-    stage: int | None = None  # None: where the swarm needs it most
-    train: bool = True
-    pace_s: float = 0.0  # a micro-batch takes at least so long, for speed tests: `training.lane.paced`
-    listening: Listening = field(default_factory=Listening)
 
 
 def run_daemon(
@@ -107,12 +81,9 @@ class Daemon:
         self._exit_code = 0
         self._started_s = time.monotonic()
         self._presence: Presence | None = None
-        self._device: Device | None = None
         self._names: dict[str, str] = {}  # for the last event of a peer that is not in the view any more
-        self._trainee: Trainee | None = None
-        self._tenure: Tenure | None = None
+        self._worker: Worker | None = None
         self._gathering: Gathering | None = None
-        self._reach = Reach("nobody else is here yet to try it", None)
 
     async def run(self) -> int:
         """Until it is told to stop; returns the exit code."""
@@ -146,226 +117,43 @@ class Daemon:
                 presence.spec = owner.spec
             self._gathering = Gathering(presence, self._folder, self._store, self._events)
             presence.members.on_event(self._member_changed)
-            presence.make_beat = self._beat
-            await self._live(presence)
+            worker = Worker(presence, options, self._folder, self._store, self._events)
+            self._worker, presence.make_beat = worker, worker.beat
+            await self._live(presence, worker)
             await presence.members.leave(self._stop_reason or "left")
         self._events("left", self._farewell())
         return self._exit_code
 
-    async def _live(self, presence: Presence) -> None:
+    async def _live(self, presence: Presence, worker: Worker) -> None:
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(presence.keep_leaf_fresh(), name="renew leaf"),
                 tasks.create_task(self._meter.watch_lag(), name="watch lag"),
-                tasks.create_task(self._leave_when_revoked(presence), name="watch revocations"),
-                tasks.create_task(self._test_reach(presence), name="test reach"),
+                tasks.create_task(leave_when_revoked(presence), name="watch revocations"),
+                tasks.create_task(worker.test_reach(), name="test reach"),
                 tasks.create_task(self._gather_checkpoints(), name="gather checkpoints"),
             ]
             if self._owner is not None:
-                background.append(tasks.create_task(self._keep_addresses(presence, self._owner)))
-            work = tasks.create_task(self._work(presence), name="work")
+                background.append(tasks.create_task(keep_addresses(presence, self._owner, self._events)))
+            work = tasks.create_task(worker.run(), name="work")
             stop = tasks.create_task(self._stop.wait(), name="wait for stop")
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                await self._drain(presence)
+                await self._drain(presence, worker)
             for task in (work, stop, *background):
                 task.cancel()
 
-    async def _work(self, presence: Presence) -> None:
-        """Learn the run, take a stage, train."""
-        if not self._options.train:
-            await self._watch(presence)
-        async with asyncio.TaskGroup() as tasks:
-            preparing = tasks.create_task(self._prepare_device(presence), name="prepare the device")
-            choosing = tasks.create_task(self._find_place(presence), name="find a place")
-        device, (spec, stage) = preparing.result(), choosing.result()
-        if others := self._others(presence):
-            self._reach = await find_reach(presence.transport, others, presence.rng)
-        self._tenure = Tenure(
-            spec,
-            view=presence.members.view,
-            begin=lambda at: self._begin(presence, spec, at, device),
-            announce=presence.announce,
-            prefetch=self._prefetch,
-            fits=lambda at: make_plan(spec).stages[at].memory.total <= device.memory_bytes,
-            event=self._tell_tenure,
-            rng=presence.rng,
-            moves=self._options.stage is None,
-        )
-        await self._tenure.run(stage)
-
-    @contextlib.asynccontextmanager
-    async def _begin(
-        self, presence: Presence, spec: RunSpec, stage: int, device: Device
-    ) -> AsyncIterator[Trainee]:
-        """A replica of a stage; a later one is another incarnation, with its own steps and micro-batches."""
-        if self._trainee is not None:
-            presence.incarnation = time.time_ns()
-        planned = make_plan(spec).stages[stage]
-        check_memory(device, planned)
-        self._tell_plan(presence, spec, stage, device)
-        await asyncio.to_thread(warm_up_codecs, planned)
-        options = self._options
-        async with Trainee(
-            presence,
-            spec,
-            stage,
-            device,
-            self._folder,
-            self._store,
-            self._events,
-            fixed=options.stage is not None,
-            pace_s=options.pace_s,
-        ) as trainee:
-            self._trainee = trainee
-            yield trainee
-
-    async def _prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
-        if self._trainee is not None:
-            await self._trainee.prefetch(stage, donors)
-
-    async def _watch(self, presence: Presence) -> None:
-        """Take part without a stage, until cancelled."""
-        spec = (presence.spec or await presence.learn_spec(self._folder)).spec
-        presence.announce("observing", ())
-        await asyncio.to_thread(warm_up)
-        self._events("observing", {"text": f"watching run {spec.run.name}; this peer does not train"})
-        await asyncio.Event().wait()
-
-    async def _prepare_device(self, presence: Presence) -> Device:
-        options = self._options
-        device = await asyncio.to_thread(choose_device, options.device, options.memory_bytes, options.threads)
-        self._device, presence.device = device, device.title
-        await asyncio.to_thread(warm_up)
-        return device
-
-    async def _find_place(self, presence: Presence) -> tuple[RunSpec, int]:
-        spec = (presence.spec or await presence.learn_spec(self._folder)).spec
-        wanted = self._options.stage
-        if wanted is None:
-            members, announce, first = presence.members, presence.announce, not self._token.bootstrap
-            return spec, await take_stage(members, announce, spec.stages.count, first=first)
-        if wanted >= spec.stages.count:
-            raise UsageError(
-                f"the run has the stages 0 to {spec.stages.count - 1}, so --stage {wanted} is none"
-            )
-        presence.announce("joining", (wanted,))
-        return spec, wanted
-
-    async def _drain(self, presence: Presence) -> None:
+    async def _drain(self, presence: Presence, worker: Worker) -> None:
         self._events("draining", {"text": f"leaving ({self._stop_reason}): finishing what is held"})
         presence.announce("draining", presence.stages)
-        if self._tenure is not None and self._tenure.term is not None:
-            await self._tenure.term.drain(DRAIN_S)
-
-    async def _leave_when_revoked(self, presence: Presence) -> None:
-        """Raises TokenRevoked once the owner's list names this peer.
-
-        Others cut a revoked peer off before the list reaches it. So when nobody talks to it any more, it
-        asks one who used to; a single liar among live peers cannot send it away.
-        """
-        book, changed = presence.membership.revocations, asyncio.Event()
-        book.changed.append(changed.set)
-        presence.members.on_event(lambda event: changed.set())
-        while not book.is_revoked(presence.membership.me):
-            await self._ask_if_alone(presence)
-            changed.clear()
-            await changed.wait()
-        raise TokenRevoked(
-            f"the run's owner has shut this peer out (revocation list {book.version} names "
-            f"token {self._token.token_id} or this peer)\nonly a new token from the owner helps"
-        )
-
-    async def _ask_if_alone(self, presence: Presence) -> None:
-        """Raises TokenRevoked if that is what the others, all silent by now, say when dialled."""
-        others = [
-            member for member in presence.members.view().members if member.peer != presence.transport.me
-        ]
-        if any(member.liveness is Liveness.ALIVE for member in others):
-            return
-        for member in others[:_ASKED_WHEN_ALONE]:
-            with contextlib.suppress(NetworkError, ProtocolViolation, Busy):
-                await say_hello(presence.transport, member.peer)
-
-    async def _keep_addresses(self, presence: Presence, owner: OwnerHome) -> None:
-        """Keep what new tokens carry up to date, and hand the first invitation out."""
-        known: tuple[str, ...] = ()
-        while True:
-            found = presence.directory.bootstrap_addresses()[:_OWN_IN_TOKEN]
-            if found:  # P6: whoever has a token can join while any of these is there
-                found = (*found, *sorted(presence.directory.met_addresses(_OTHERS_IN_TOKEN)))
-            if found and found != known:
-                await asyncio.to_thread(owner.keep_addresses, found)
-                if not known:
-                    await self._invite(owner)
-                known = found
-            await asyncio.sleep(_ADDRESSES_EVERY_S if known else 0.2)
-
-    async def _invite(self, owner: OwnerHome) -> None:
-        path, text = await asyncio.to_thread(owner.invitation, time.time())
-        self._events(
-            "invitation",
-            {
-                "token_file": str(path),
-                "text": f"to join from another terminal or machine:\n\n  shoal join {text}\n\n"
-                f"(the same token is in {path}; one volunteer, one token: shoal token create)",
-            },
-        )
+        await worker.drain()
 
     async def _gather_checkpoints(self) -> None:
         """When somebody asks; the owner's peer besides from time to time."""
         if self._gathering is not None:
             await self._gathering.run(from_time_to_time=self._owner is not None)
 
-    async def _test_reach(self, presence: Presence) -> None:
-        """The first peer of a swarm has nobody to ask at its start; ask when somebody is here."""
-        while self._reach.reachable is None:
-            await presence.members.changed()
-            if presence.state == "online" and self._others(presence):
-                self._reach = await find_reach(presence.transport, self._others(presence), presence.rng)
-
     # --- telling
-
-    @staticmethod
-    def _others(presence: Presence) -> list[PeerId]:
-        view = presence.members.view()
-        return [member.peer for member in view.here() if member.peer != view.me]
-
-    def _beat(self) -> Beat:
-        return self._trainee.beat() if self._trainee is not None else Beat()
-
-    def _tell_plan(self, presence: Presence, spec: RunSpec, stage: int, device: Device) -> None:
-        """One screen before work."""
-        planned = make_plan(spec).stages[stage]
-        view = presence.members.view()
-        others = sum(member.peer != presence.transport.me for member in view.group(stage))
-        layers = planned.layers
-        text = "\n".join(
-            (
-                f"run {spec.run.name} ({presence.token.run_id.hex()[:8]}), you are {presence.name}",
-                f"  device    {device.title}",
-                f"  stage     {stage} of {spec.stages.count}: layers {layers.start}-{layers.stop - 1} of "
-                f"{spec.model.layers}, {planned.parameters:,} parameters; "
-                f"{others or 'no'} other {'peer shares' if others == 1 else 'peers share'} it",
-                f"  memory    {planned.memory.total >> 20:,} MiB of {device.memory_bytes >> 20:,} MiB",
-                f"  address   {', '.join(presence.addresses)}: {self._reach.text}",
-                f"  status    {verdict(stage_replicas(view, spec.stages.count))}",
-            )
-        )
-        fields = {
-            "peer": presence.transport.me,
-            "stage": stage,
-            "stages": spec.stages.count,
-            "layers": [layers.start, layers.stop],
-            "device": device.title,
-            "memory_bytes": planned.memory.total,
-            "reachable": self._reach.reachable,
-        }
-        self._events("plan", {**fields, "text": text})
-
-    def _tell_tenure(self, kind: str, fields: dict[str, object]) -> None:
-        heads = self._trainee.heads() if kind == "online" and self._trainee is not None else {}
-        self._events(kind, {**fields, **heads})
 
     def _member_changed(self, event: Event) -> None:
         presence = self._presence
@@ -380,7 +168,8 @@ class Daemon:
         self._events(f"peer_{event.kind}", fields)
 
     def _farewell(self) -> dict[str, object]:
-        done = self._trainee.status() if self._trainee is not None else {}
+        trainee = self._worker.trainee if self._worker is not None else None
+        done = trainee.status() if trainee is not None else {}
         steps, tokens = done.get("inner_steps", 0), done.get("tokens", 0)
         uptime_s = time.monotonic() - self._started_s
         text = f"left after {uptime_s / 60:.1f} min: {steps} steps, {tokens} tokens contributed. Thank you."
@@ -388,9 +177,10 @@ class Daemon:
 
     def status(self) -> Status:
         """Everything this peer knows, for the control socket."""
-        presence, trainee = self._presence, self._trainee
-        if presence is None:
+        presence, worker = self._presence, self._worker
+        if presence is None or worker is None:
             raise NetworkError("this peer is still starting\ntry again in a moment")
+        trainee, device = worker.trainee, worker.device
         membership, view = presence.membership, presence.members.view()
         spec = presence.spec.spec if presence.spec else None
         return Status(
@@ -405,11 +195,11 @@ class Daemon:
             stage=trainee.stage if trainee else None,
             stage_count=spec.stages.count if spec else 0,
             layers=trainee.layers if trainee else None,
-            device=self._device.title if self._device else "",
-            memory_bytes=self._device.memory_bytes if self._device else 0,
+            device=device.title if device else "",
+            memory_bytes=device.memory_bytes if device else 0,
             addresses=presence.addresses,
             bootstrap=presence.directory.bootstrap_addresses(),
-            reachable=self._reach.text,
+            reachable=worker.reach.text,
             uplink_bytes_per_s=presence.transport.uplink_bytes_per_s(),
             upload_limit_bytes_per_s=self._options.upload_bytes_per_s,
             uptime_s=round(time.monotonic() - self._started_s, 1),
@@ -434,7 +224,8 @@ class Daemon:
         return {"leaving": True}
 
     async def _answer_ledger(self, request: Mapping[str, Any]) -> object:
-        return self._trainee.ledger() if self._trainee is not None else {}
+        trainee = self._worker.trainee if self._worker is not None else None
+        return trainee.ledger() if trainee is not None else {}
 
     async def _answer_reload(self, request: Mapping[str, Any]) -> object:
         presence = self._presence

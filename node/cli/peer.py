@@ -19,7 +19,7 @@ from shoal.protocol.errors import PeerUnreachable, UsageError
 from shoal.protocol.limits import NAME_CHARACTERS
 
 if TYPE_CHECKING:
-    from shoal.node.daemon import PeerOptions
+    from shoal.node.options import PeerOptions
 
 WATCH_S = 1.0
 LOOPBACK = "127.0.0.1"
@@ -227,7 +227,7 @@ def _options(
     upload_bytes_per_s = None if upload is None else rate_bytes_per_s(upload)
     if len(name) > NAME_CHARACTERS or not name.isprintable():
         raise UsageError(f"--name takes at most {NAME_CHARACTERS} printable characters")
-    from shoal.node.daemon import PeerOptions
+    from shoal.node.options import PeerOptions
     from shoal.node.presence import Listening
     from shoal.protocol.uplink import require_upload
 

@@ -1,0 +1,24 @@
+"""What a volunteer may say about their machine; the command line fills it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shoal.node.presence import Listening
+
+ALL_THREADS: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerOptions:
+    """All of `shoal up` and `shoal join` that is not about the run."""
+
+    device: str = "auto"
+    memory_bytes: int | None = None
+    threads: int | None = ALL_THREADS
+    upload_bytes_per_s: float | None = None  # most to send; None: no limit
+    name: str = ""
+    stage: int | None = None  # None: where the swarm needs it most
+    train: bool = True
+    pace_s: float = 0.0  # a micro-batch takes at least so long, for speed tests: `training.lane.paced`
+    listening: Listening = field(default_factory=Listening)

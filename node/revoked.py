@@ -1,0 +1,42 @@
+"""Finding out that one is shut out. The daemon runs it; the list itself is `protocol.revocation`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from shoal.dht.liveness import Liveness
+from shoal.node.presence import Presence
+from shoal.node.reachability import say_hello
+from shoal.protocol.errors import Busy, NetworkError, ProtocolViolation, TokenRevoked
+
+_ASKED_WHEN_ALONE = 4
+
+
+async def leave_when_revoked(presence: Presence) -> None:
+    """Raises TokenRevoked once the owner's list names this peer.
+
+    Others cut a revoked peer off before the list reaches it. So when nobody talks to it any more, it
+    asks one who used to; a single liar among live peers cannot send it away.
+    """
+    book, changed = presence.membership.revocations, asyncio.Event()
+    book.changed.append(changed.set)
+    presence.members.on_event(lambda event: changed.set())
+    while not book.is_revoked(presence.membership.me):
+        await _ask_if_alone(presence)
+        changed.clear()
+        await changed.wait()
+    raise TokenRevoked(
+        f"the run's owner has shut this peer out (revocation list {book.version} names "
+        f"token {presence.token.token_id} or this peer)\nonly a new token from the owner helps"
+    )
+
+
+async def _ask_if_alone(presence: Presence) -> None:
+    """Raises TokenRevoked if that is what the others, all silent by now, say when dialled."""
+    others = [member for member in presence.members.view().members if member.peer != presence.transport.me]
+    if any(member.liveness is Liveness.ALIVE for member in others):
+        return
+    for member in others[:_ASKED_WHEN_ALONE]:
+        with contextlib.suppress(NetworkError, ProtocolViolation, Busy):
+            await say_hello(presence.transport, member.peer)
