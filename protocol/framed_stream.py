@@ -214,8 +214,15 @@ class FramedStream(Stream):
         return frame
 
     async def _read(self) -> bytes | None:
-        await asyncio.wait({self._start_reading()})
-        reading, self._reading = self._start_reading(), None
+        """The next frame. `receive` may begin while a failed send looks ahead: one of both takes a frame."""
+        while True:
+            reading = self._start_reading()
+            await asyncio.wait({reading})
+            if reading is self._reading:
+                break
+            if self._ahead:
+                return self._ahead.popleft()
+        self._reading = None
         frame = reading.result()
         if frame is not None:
             self._pulse.moved()

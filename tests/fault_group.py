@@ -189,6 +189,8 @@ class FaultGroup:
         try:
             async with asyncio.timeout(limit_s):
                 while not holds():
+                    crashes = [f"{replica}: {replica.crash}" for replica in self.lives if replica.crash]
+                    assert not crashes, f"{crashes}\n{self.story()}"
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:

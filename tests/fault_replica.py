@@ -59,6 +59,7 @@ class Replica:
         self.blows: dict[str, float] = {}  # what was armed here and struck -> when
         self.events: list[JsonObject] = []
         self.steps = 0  # inner steps made
+        self.crash = ""  # of a task that should not end
         self.stalls: list[float] = []  # seconds each, in which the machine did not let it run
         self.frozen = False
         self.ended = False
@@ -105,6 +106,8 @@ class Replica:
             case "round":
                 entry = bytes.fromhex(line["entry"])
                 self.entries[entry_hash(entry)] = entry
+            case "crashed":
+                self.crash = line["error"]
             case "stalled":
                 self.stalls.append(line["seconds"])
             case "struck":

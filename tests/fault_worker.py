@@ -12,6 +12,7 @@ import json
 import os
 import random
 import time
+import traceback
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,14 +106,22 @@ class Worker:
                 while line := await reader.readline():
                     self._start(self._obey(json.loads(line)))
             finally:
-                for task in self._tasks:
+                for task in (tasks := list(self._tasks)):
                     task.cancel()
-                await asyncio.gather(*self._tasks, return_exceptions=True)
+                await asyncio.gather(*tasks, return_exceptions=True)
         await self.transport.close()
         await self._lane.close()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.add(asyncio.create_task(work))
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            traceback.print_exception(error)  # to the file of errors, which a story shows
+            self._say(event="crashed", error=repr(error))
 
     # -- commands
 
