@@ -15,6 +15,7 @@ from pathlib import Path
 from shoal.protocol.errors import MessageInvalid, NotHere, PeerSilent, ShoalError, StageEmpty, StorageError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Message, Stream, Transport
+from shoal.training.checkpoint.fetch import checked_manifest, fetch_files
 from shoal.training.checkpoint.keeper import Keeper
 from shoal.training.checkpoint.manifest import (
     MANIFEST_BYTES,
@@ -26,7 +27,6 @@ from shoal.training.checkpoint.manifest import (
 from shoal.training.checkpoint.messages import CheckpointManifest, StillWriting, TakeCheckpoint
 from shoal.training.checkpoint.read import Checkpoint, Progress, open_checkpoint, silent
 from shoal.training.checkpoint.reshape import load_stage
-from shoal.training.checkpoint.share import checked_manifest, fetch_files
 from shoal.training.checkpoint.write import Writer, prune
 from shoal.training.model.layout import stage_layout
 from shoal.training.outer.context import GROUP_ROLES, Event, Offload

@@ -36,6 +36,24 @@ class ManifestOf:
 
 @wire_message
 @dataclass(frozen=True, slots=True)
+class NewestOf:
+    """Asks which checkpoint of this run has a stage at the greatest height."""
+
+    run_id: Digest
+    stage: StageIndex
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """That one, and the height that it has."""
+
+    digest: Digest
+    height: Count
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
 class CheckpointManifest:
     """The payload is the manifest, whose BLAKE3 is the digest."""
 

@@ -12,21 +12,21 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shoal.protocol import limits
 from shoal.protocol.errors import NotHere, ShoalError, StageEmpty, StorageError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
-from shoal.training.checkpoint.manifest import DIGEST, MANIFEST, SPEC, FileEntry, Manifest, digest_of, file_of
-from shoal.training.checkpoint.read import open_checkpoint
+from shoal.training.checkpoint.fetch import fetch_checkpoint
+from shoal.training.checkpoint.manifest import SPEC, Manifest, file_of
+from shoal.training.checkpoint.read import Checkpoint, open_checkpoint
 from shoal.training.checkpoint.reshape import StageState, load_stage
-from shoal.training.checkpoint.share import fetch_files, fetch_manifest, find
+from shoal.training.checkpoint.share import find
 from shoal.training.model.layout import StageLayout
 from shoal.training.outer.context import Event, Offload
 from shoal.training.spec import RunSpec
 
 _PATIENCE_S = 60.0  # for somebody who has it to be found
 _PAUSE_S = (0.5, 1.5)
-_KIND = "start"
+_NUMBER = "000001"
 
 
 async def start_state(
@@ -47,6 +47,10 @@ async def start_state(
     StorageError for the disk, SpecError for a model of another shape.
     """
     digest = bytes.fromhex(spec.checkpoint.start)
+
+    def needed(checkpoint: Checkpoint) -> set[str]:
+        return _needed(checkpoint.manifest, layout)
+
     until_s = asyncio.get_running_loop().time() + _PATIENCE_S
     while True:
         try:
@@ -57,7 +61,7 @@ async def start_state(
         donors = list(peers())
         rng.shuffle(donors)
         try:
-            await _fetch_stage(transport, donors, digest, layout, fetched / f"000001-{_KIND}", offload)
+            await fetch_checkpoint(transport, donors, digest, needed, fetched / f"{_NUMBER}-start", offload)
             event("start-fetched", {"checkpoint": digest.hex(), "parameters": layout.size})
             continue
         except StorageError:
@@ -79,7 +83,7 @@ def _load(
     path = find(folders, digest)
     try:
         checkpoint = open_checkpoint(path, partly=True)
-        if absent := [e.name for e in _needed(checkpoint.manifest, layout) if not (path / e.name).exists()]:
+        if absent := [name for name in _needed(checkpoint.manifest, layout) if not (path / name).exists()]:
             raise NotHere(f"{absent[0]} of checkpoint {digest[:8]} is not here")
         return load_stage(checkpoint, spec, layout)
     except StorageError as error:
@@ -89,51 +93,9 @@ def _load(
         raise NotHere(str(error)) from error
 
 
-async def _fetch_stage(
-    transport: Transport,
-    donors: Sequence[PeerId],
-    digest: bytes,
-    layout: StageLayout,
-    path: Path,
-    offload: Offload,
-) -> None:
-    """What this stage needs and is not here yet, into `path`."""
-    manifest, data = await _manifest_of_any(transport, donors, digest)
-    spec_entry = manifest.entry(SPEC)
-    if spec_entry is None or spec_entry.size > limits.SPEC_BYTES:
-        raise NotHere(f"checkpoint {digest.hex()[:8]} has no spec: it is none of ours")
-    await offload(_begin, path, data)
-    await fetch_files(transport, donors, digest, [(spec_entry, path / SPEC)], offload)
-    await offload(open_checkpoint, path, True)  # sizes are what the model needs, before any file comes
-    files = [(entry, path / entry.name) for entry in _needed(manifest, layout)]
-    absent = [(entry, target) for entry, target in files if not target.exists()]
-    await fetch_files(transport, donors, digest, absent, offload)
-
-
-async def _manifest_of_any(
-    transport: Transport, donors: Sequence[PeerId], digest: bytes
-) -> tuple[Manifest, bytes]:
-    reasons = []
-    for donor in donors:
-        try:
-            return await fetch_manifest(transport, donor, digest)
-        except ShoalError as error:
-            reasons.append(f"{donor}: {error}")
-    raise NotHere("; ".join(reasons[:4]) or "nobody is here to ask")
-
-
-def _needed(manifest: Manifest, layout: StageLayout) -> list[FileEntry]:
+def _needed(manifest: Manifest, layout: StageLayout) -> set[str]:
     names = {SPEC, *(file_of(slot.name) for slot in layout.slots)}
     log = manifest.parts[0].log_file
     if layout.first and log is not None:
         names.add(log)
-    return [entry for entry in manifest.files if entry.name in names]
-
-
-def _begin(path: Path, manifest: bytes) -> None:
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (path / MANIFEST).write_bytes(manifest)
-        (path / DIGEST).write_text(f"{digest_of(manifest)}  {MANIFEST}\n")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}; free space there") from error
+    return names

@@ -1,0 +1,113 @@
+"""Restore: a stage that nobody holds any more goes on from the last checkpoint that has it.
+
+What came after that checkpoint is lost, and the event says so. Called for a replica that found neither state
+of its own nor a group; in a run that has just begun there is no checkpoint, and nothing happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.protocol.errors import ShoalError, StorageError
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Transport, call
+from shoal.training.checkpoint.fetch import fetch_checkpoint
+from shoal.training.checkpoint.manifest import SPEC, file_of
+from shoal.training.checkpoint.messages import Newest, NewestOf
+from shoal.training.checkpoint.read import Checkpoint, open_checkpoint
+from shoal.training.checkpoint.reshape import load_stage
+from shoal.training.checkpoint.share import NEWEST_METHOD, newest
+from shoal.training.inner import Moments
+from shoal.training.model.layout import StageLayout
+from shoal.training.outer.context import Event, Offload
+from shoal.training.outer.parts import cut
+from shoal.training.outer.snapshot import Snapshot, snapshot_of
+from shoal.training.spec import RunSpec
+
+_ASK_S = 3.0
+_FOLDER = "000001-restored"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Restored:
+    """A stage as a checkpoint has it."""
+
+    snapshot: Snapshot
+    moments: Moments | None
+    digest: str
+
+
+async def restore_stage(
+    spec: RunSpec,
+    stage: int,
+    layout: StageLayout,
+    *,
+    folders: Sequence[Path],
+    fetched: Path,
+    transport: Transport,
+    peers: Sequence[PeerId],
+    offload: Offload,
+    event: Event,
+) -> Restored | None:
+    """The highest that `folders` or `peers` have; None if there is none. `fetched`: takes what peers give."""
+    run_id = spec.run_id()
+    own = await offload(newest, folders, run_id.hex(), stage)
+    offers = await _offers(transport, peers, NewestOf(run_id, stage))
+    best = max((height for _, height in offers.values()), default=-1)
+    try:
+        if own is not None and own[1] >= best:
+            return await offload(_load, own[0], spec, stage, layout)  # type: ignore[no-any-return]
+        if best < 0:
+            return None
+        digest = min(digest for digest, height in offers.values() if height == best)
+        donors = [peer for peer, (offered, _) in offers.items() if offered == digest]
+
+        def needed(checkpoint: Checkpoint) -> set[str]:
+            logs = {p.log_file for p in checkpoint.manifest.parts if p.stage == stage and p.log_file}
+            return {SPEC, *logs, *(file_of(slot.name) for slot in layout.slots)}
+
+        path = fetched / _FOLDER
+        await offload(shutil.rmtree, path, True)
+        await fetch_checkpoint(transport, donors, digest, needed, path, offload)
+        opened: Checkpoint = await offload(open_checkpoint, path, True)
+        return await offload(_load, opened, spec, stage, layout)  # type: ignore[no-any-return]
+    except ShoalError as error:
+        event("checkpoint-refused", {"why": str(error)})
+        return None
+
+
+async def _offers(
+    transport: Transport, peers: Sequence[PeerId], question: NewestOf
+) -> dict[PeerId, tuple[bytes, int]]:
+    """Digest and height by peer, of those that have one."""
+    found: dict[PeerId, tuple[bytes, int]] = {}
+
+    async def ask(peer: PeerId) -> None:
+        try:
+            reply = await call(transport, peer, NEWEST_METHOD, question, Newest, timeout_s=_ASK_S)
+        except ShoalError:
+            return  # it has none, or is gone
+        found[peer] = reply.header.digest, reply.header.height
+
+    async with asyncio.TaskGroup() as tasks:
+        for peer in peers:
+            tasks.create_task(ask(peer))
+    return found
+
+
+def _load(checkpoint: Checkpoint, spec: RunSpec, stage: int, layout: StageLayout) -> Restored:
+    """Raises StorageError for what is damaged or does not add up."""
+    part = next((part for part in checkpoint.manifest.parts if part.stage == stage), None)
+    log = checkpoint.log_state(part) if part is not None else None
+    if part is None or log is None or checkpoint.manifest.run_id != spec.run_id().hex():
+        raise StorageError(f"{checkpoint.path} is not of stage {stage} of this run")
+    state = load_stage(checkpoint, spec, layout)
+    fragments = cut(layout.size, spec.outer.part_bytes, spec.compression.block, spec.outer.fragments)
+    snapshot = snapshot_of(log, state.weights, state.momentum, fragments)
+    if snapshot.state_root.hex() != part.state_root:
+        raise StorageError(f"{checkpoint.path}: the state root of stage {stage} does not match the content")
+    return Restored(snapshot, state.moments, checkpoint.digest)
