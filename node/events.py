@@ -99,6 +99,9 @@ _SENTENCES: dict[str, Callable[[Fields], str | None]] = {
     "held-out": lambda fields: f"held-out loss {float(str(fields['loss'])):.3f}",
     "reroute": lambda fields: f"stage {fields['stage']}: another replica took over after {_seconds(fields)}",
     "checkpoint": _checkpoint,
+    "stage-restored": lambda fields: (
+        f"stage {fields['stage']} was lost: it goes on from a checkpoint, at height {fields['height']}"
+    ),
     "checkpoint-refused": lambda fields: f"no checkpoint: {fields['why']}",
     "drain-cut": lambda fields: "not everything could be finished in time; what is left is dropped",
 }

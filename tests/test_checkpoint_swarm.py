@@ -52,8 +52,10 @@ def gatherer(world: TrainerWorld, by: Replica, folder: Path) -> Gatherer:
 
 
 def keeper_of(replica: Replica) -> Keeper:
-    assert replica.trainer.keeper is not None
-    return replica.trainer.keeper
+    checkpoints = replica.trainer._checkpoints
+    assert checkpoints is not None
+    assert checkpoints.keeper is not None
+    return checkpoints.keeper
 
 
 def whole_state(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -374,3 +376,50 @@ def test_a_fetched_start_that_was_damaged_since_is_fetched_again(tmp_path: Path)
             assert state_of([again]) == whole_state(checkpoint)
 
     virtual_time.run(start)
+
+
+# --- a stage that was lost
+
+
+@pytest.mark.parametrize("height", [5, 8])
+def test_a_lost_stage_goes_on_from_the_last_checkpoint_and_says_so(tmp_path: Path, height: int) -> None:
+    """Its heights are no multiples of `snapshot_every`, and who comes next finds its way nevertheless."""
+
+    async def main() -> None:
+        async with TrainerWorld(adam_spec(2), disk=tmp_path) as world:
+            await trained(world, 2, height)
+            driver = world.replicas[0]
+            folder = tmp_path / "0" / "checkpoints"
+            await gatherer(world, driver, folder).gather()
+            await world.heights(height + 2)
+            checkpoint = await gatherer(world, driver, folder).gather()
+            saved = checkpoint.manifest.parts[1]
+            await world.heights(saved.height + 1)
+            await world.kill(1)
+            heir = await world.add(5, 1, run=False)
+            (told,) = heir.heard("stage-restored")
+            assert (told["height"], told["checkpoint"]) == (saved.height, checkpoint.digest)
+            assert heir.trainer.outer.state_root.hex() == saved.state_root
+            assert heir.trainer.outer.head.hex() == saved.head
+            moments = await heir.trainer.weights.moments(_inline)
+            assert moments is not None
+            assert moments.steps == saved.inner_steps
+            assert not (tmp_path / "5" / "restored").exists()
+            heir.task = asyncio.create_task(heir.trainer.run())
+            await asyncio.sleep(1.0)
+            for number in (6, 7):
+                await world.add(number, 1)
+            await world.heights(max(r.trainer.outer.height for r in world.replicas.values()) + 2)
+            roots = {r.trainer.outer.head: r.trainer.outer.state_root for r in world.group(1)}
+            assert all(roots[r.trainer.outer.head] == r.trainer.outer.state_root for r in world.group(1))
+
+    virtual_time.run(main)
+
+
+def test_a_run_that_has_just_begun_restores_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with TrainerWorld(adam_spec(2), disk=tmp_path) as world:
+            await trained(world, 2, 1, replicas=2)
+            assert not [r for r in world.replicas.values() if r.heard("stage-restored")]
+
+    virtual_time.run(main)

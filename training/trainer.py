@@ -17,14 +17,10 @@ from typing import Any
 
 from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.members import Members
-from shoal.protocol.errors import ShoalError, UsageError
+from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
-from shoal.training.checkpoint.gather import serve_take
-from shoal.training.checkpoint.keeper import Keeper
-from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, START_FOLDER
-from shoal.training.checkpoint.reshape import StageState
-from shoal.training.checkpoint.start import start_state
+from shoal.training.checkpoint.replica import StageCheckpoints
 from shoal.training.feed import Feed
 from shoal.training.lane import Lane
 from shoal.training.model.layout import genesis, stage_layout
@@ -87,10 +83,23 @@ class Trainer:
         self._rng = rng
         self._device = device
         self._data_dir = data_dir
-        self._imported = imported
         self._fixed = fixed
         self._replicas = MemberReplicas(members)
         self.layout = stage_layout(spec, stage_ranges(spec)[stage])
+        self._checkpoints: StageCheckpoints | None = None
+        if data_dir is not None:
+            self._checkpoints = StageCheckpoints(
+                spec,
+                stage,
+                self.layout,
+                transport=transport,
+                members=members,
+                folder=data_dir,
+                imported=imported,
+                offload=offload,
+                event=event,
+                rng=random.Random(rng.getrandbits(64)),
+            )
         self._ledger = Ledger()
         self._held_out_loss = math.nan
         self._uplink_bytes_per_s = UNKNOWN  # as this peer claims it
@@ -107,7 +116,7 @@ class Trainer:
 
         Raises StageEmpty when the group has state but no donor answers.
         """
-        start = await self._start()
+        start = await self._checkpoints.start() if self._checkpoints is not None else None
         if start is not None:
             initial = start.weights
             inherited = Inherited(start.momentum, start.log_tokens, start.positions)
@@ -134,7 +143,8 @@ class Trainer:
             inherited=inherited,
         )
         await self.outer.recover()
-        await self._keep_checkpoints(start)
+        if self._checkpoints is not None:
+            await self._checkpoints.attach(self.outer, self.weights)
         if self._feed is not None:  # a driver that was here before does not read its samples again
             stream, drawn = self._feed.position()
             self._feed.resume(max(drawn, self.outer.positions().get(stream, 0)))
@@ -152,45 +162,6 @@ class Trainer:
         )
         self._inference.serve()
         self.outer.serve()
-
-    async def _start(self) -> StageState | None:
-        """What the run starts from if not from random weights. Raises StageEmpty when nobody has it."""
-        if not self.spec.checkpoint.start:
-            return None
-        if self._data_dir is None:
-            raise UsageError("a run that starts from a checkpoint needs a folder for it")
-        return await start_state(
-            self.spec,
-            self.layout,
-            folders=self._imported,
-            fetched=self._data_dir / START_FOLDER,
-            transport=self._transport,
-            peers=lambda: [m.peer for m in self._members.view().here() if m.peer != self._me],
-            offload=self._offload,
-            event=self._event,
-            rng=self._rng,
-        )
-
-    async def _keep_checkpoints(self, start: StageState | None) -> None:
-        """Where there is a disk: take up the own inner moments from it, and write to it from now on."""
-        self.keeper: Keeper | None = None
-        moments = start.moments if start is not None else None
-        if self._data_dir is not None:
-            self.keeper = Keeper(
-                self.spec,
-                self.stage,
-                self.layout,
-                transport=self._transport,
-                folder=self._data_dir / CHECKPOINTS_FOLDER,
-                snapshot=self.outer.snapshot,
-                moments=lambda: self.weights.moments(self._offload),
-                offload=self._offload,
-                event=self._event,
-            )
-            serve_take(self.keeper, self.stage, self._transport)
-            moments = await self.keeper.own_moments() or moments
-        if moments is not None:
-            await self.weights.restore(moments)
 
     def _build_pipeline(self, compute: StageCompute) -> None:
         downstream = None
@@ -243,8 +214,8 @@ class Trainer:
         """Train until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.outer.run())
-            if self.keeper is not None:
-                tasks.create_task(self.keeper.run())
+            if self._checkpoints is not None:
+                tasks.create_task(self._checkpoints.run())
             if self.hop is not None:
                 tasks.create_task(self.hop.run())
             if self.driver is not None and self._feed is not None:
@@ -372,7 +343,7 @@ class Trainer:
             "lane_finished": load.finished,
             "held_out_loss": _number(self._held_out_loss),
             "outer": outer.status(),
-            "checkpoint": self.keeper.status() if self.keeper is not None else {},
+            "checkpoint": self._checkpoints.status() if self._checkpoints is not None else {},
         }
         if self.driver is not None:
             driver = self.driver.figures

@@ -233,6 +233,11 @@ class Outer:
         await self._reach_group()
         await self._restore_residuals()
 
+    async def resume(self, snapshot: Snapshot) -> None:
+        """Before `run`, where neither disk nor group had anything: go on from the stage's state elsewhere."""
+        await self._replica.adopt(Replica(self._context, snapshot), self._weights)
+        self._snapshots.keep(snapshot)
+
     async def _restore_residuals(self) -> None:
         if self._snapshots.directory is None:
             return

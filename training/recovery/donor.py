@@ -42,7 +42,7 @@ class Donor:
 
     async def _manifest(self, stream: Stream) -> None:
         request = (await stream.receive(ManifestRequest)).header
-        snapshot = self._snapshots.get(request.height or self._snapshots.newest_height)
+        snapshot = self._snapshots.near(request.height or self._snapshots.newest_height)
         hashes = await self._context.offload(chunk_hashes, snapshot)
         state = wire.encode(snapshot.state, LOG_STATE_BYTES)
         await stream.send(

@@ -73,6 +73,11 @@ class Snapshots:
         replica = self._replica
         self.keep(Snapshot(replica.log.state(), replica.anchor, replica.momentum, replica.state_root))
 
+    def near(self, height: int) -> Snapshot:
+        """That of a height or, where a checkpoint stands in for it, the next one here. Raises NotHere."""
+        every = self._context.spec.outer.snapshot_every
+        return self.get(next((h for h in sorted(self._kept) if height <= h < height + every), height))
+
     def keep(self, snapshot: Snapshot) -> None:
         """Hold a snapshot (a joiner's, too, which so becomes a donor) and let older state go."""
         self._kept[snapshot.height] = snapshot
