@@ -25,8 +25,6 @@ from shoal.training.checkpoint.read import Checkpoint, open_checkpoint
 from shoal.training.outer.context import GROUP_ROLES, Offload
 
 MANIFEST_METHOD, FILE_METHOD, NEWEST_METHOD = "checkpoint.manifest", "checkpoint.file", "checkpoint.newest"
-MANIFEST_S = 30.0
-DONORS = 4  # at once
 
 
 class Shelf:

@@ -26,7 +26,7 @@ from shoal.training.spec import RunSpec
 
 _PATIENCE_S = 60.0  # for somebody who has it to be found
 _PAUSE_S = (0.5, 1.5)
-_NUMBER = "000001"
+_FOLDER = "000001-start"
 
 
 async def start_state(
@@ -51,29 +51,29 @@ async def start_state(
     def needed(checkpoint: Checkpoint) -> set[str]:
         return _needed(checkpoint.manifest, layout)
 
-    until_s = asyncio.get_running_loop().time() + _PATIENCE_S
+    loop = asyncio.get_running_loop()
+    until_s, reason = loop.time() + _PATIENCE_S, ""
     while True:
         try:
             found: StageState = await offload(_load, [*folders, fetched], fetched, digest.hex(), spec, layout)
             return found
         except NotHere as error:
-            reason = str(error)
-        donors = list(peers())
-        rng.shuffle(donors)
-        try:
-            await fetch_checkpoint(transport, donors, digest, needed, fetched / f"{_NUMBER}-start", offload)
-            event("start-fetched", {"checkpoint": digest.hex(), "parameters": layout.size})
-            continue
-        except StorageError:
-            raise
-        except ShoalError as error:
-            reason = str(error)
-        if asyncio.get_running_loop().time() >= until_s:
+            reason = reason or str(error)
+        if loop.time() >= until_s:
             raise StageEmpty(
                 f"the run starts from checkpoint {digest.hex()[:8]}, and nobody hands it over: {reason}\n"
                 "whoever imported it (the owner, as a rule) has to be online until each stage has a peer"
             )
-        await asyncio.sleep(rng.uniform(*_PAUSE_S))
+        donors = list(peers())
+        rng.shuffle(donors)
+        try:
+            await fetch_checkpoint(transport, donors, digest, needed, fetched / _FOLDER, offload)
+            event("start-fetched", {"checkpoint": digest.hex(), "parameters": layout.size})
+        except StorageError:
+            raise
+        except ShoalError as error:
+            reason = str(error)
+            await asyncio.sleep(rng.uniform(*_PAUSE_S))
 
 
 def _load(
