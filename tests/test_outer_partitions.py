@@ -132,6 +132,34 @@ def test_three_sides_become_one() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("seed", [2, 3])
+def test_what_only_a_slow_switcher_holds_re_enters_too(seed: int) -> None:
+    """One who switched twice leads, and knows of entries whose payloads are with one still under way."""
+
+    async def main() -> None:
+        async with PartitionWorld(3, partition_spec(inner_steps=3), size=SIZE, seed=seed) as world:
+            await world.train(10)
+            world.cut(*sides_of(world, 1, 1, 1))
+            await world.train(240)
+            least, middle, most = sorted(world.nodes, key=lambda node: node.outer.tokens)
+            world.heal()
+            world.cut([least, middle], [most])
+            async with asyncio.timeout(60):
+                await least.outer.wait_until(lambda: least.outer.reentering > 0)
+            for other in (least, most):
+                world.network.set_link(middle.name, other.name, Link(0.3, 1e6))
+            world.heal()
+            await world.settle(300)
+            await world.train(20)
+            await world.settle()
+            world.prove()
+            world.assert_nothing_is_lost()
+            assert world.ledger is not None
+            assert world.ledger.account(most.outer.head).written_off == 0
+
+    run(main)
+
+
 @pytest.mark.parametrize(
     "kind", [Prepare, Go, ContributedPart, PublishedPart, Report, Commit], ids=lambda kind: kind.__name__
 )

@@ -35,6 +35,7 @@ from shoal.training.outer.policy import (
 
 COMMIT_S = 5.0  # for members to apply the entry; after that they are on their own, and catch up
 _REPORT_SLACK_S = 2.0
+HOLDERS_S = 30.0  # after a switch, for others of that chain to follow with the payloads that only they have
 Follow = Callable[[Line], Awaitable[None]]
 
 
@@ -260,21 +261,28 @@ class Leader:
         return await self._commit(entry, entry.encode())
 
     async def _bring_back(self, lost: LostEntry) -> Entry:
-        """Commit the re-entry of a lost entry, once all parts that are here are with a majority.
+        """Commit the re-entry of a lost entry, once all parts that are or may come here are with a majority.
 
         After some attempts in vain with those that are: one that nobody delivers is written off.
         """
         draft = dataclasses.replace(self._offer, roster=self._roster_present())
         results = await self._gather_reports(draft, draft.encode())
-        missing = [part for part in lost.welcome if part in lost.parts and results[part] is None]
-        if missing and not lost.last_attempt:
-            lost.attempts += 1
+        waits = self._now() - lost.since_s < HOLDERS_S and self._may_be_held_by_the_absent(lost)
+        missing = [p for p in lost.welcome if results[p] is None and (p in lost.parts or waits)]
+        if missing and (waits or not lost.last_attempt):
+            lost.attempts += int(not waits)
             raise Stale(f"height {draft.height}: parts {missing[:8]} of a lost entry are not with a majority")
         found = [
             result[0] if result and part in lost.welcome else SKIP for part, result in enumerate(results)
         ]
         entry = dataclasses.replace(draft, digests=b"".join(found), tokens=self._log.tokens_of(draft))
         return await self._commit(entry, entry.encode())
+
+    def _may_be_held_by_the_absent(self, lost: LostEntry) -> bool:
+        """Whether somebody lives who was in that round and not in this one: it may still be catching up."""
+        there = {lost.entry.roster[seat].peer for seat in lost.entry.present()}
+        absent = {seat.peer for seat in self._offer.roster} - self._answers.keys()
+        return not there.isdisjoint(absent)
 
     def _roster_present(self) -> tuple[Seat, ...]:
         """The roster, with those present who answered."""

@@ -31,6 +31,7 @@ class LostEntry:
     parts: Mapping[int, Published]  # those held here
     barred: set[int] = field(default_factory=set)  # parts of which the chain that won has some steps
     attempts: int = 0  # to bring it back that were in vain
+    since_s: float = 0.0  # loop time of the switch
     promised: frozenset[int] = frozenset()  # parts that were to re-enter when this peer switched
 
     def __post_init__(self) -> None:
@@ -55,9 +56,11 @@ class Lost:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, entries: Sequence[LostEntry]) -> None:
+    def add(self, entries: Sequence[LostEntry], now_s: float) -> None:
         """After a switch: before those of an earlier one, whose steps come later."""
         self._entries[:0] = entries
+        for lost in self._entries:
+            lost.since_s = now_s  # the others switch about now, too
 
     def rescale(self, factor: float) -> None:
         """The chain where these were to re-enter has been lost itself."""

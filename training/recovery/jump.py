@@ -86,7 +86,7 @@ class Jumping:
         lost = lost_entries(replica, shadow.log, fork.rival, fork.mine, fork.theirs)
         changes = settlements(replica, shadow.log, fork.rival, lost)
         replica.lost.rescale(share(fork.mine, fork.theirs))
-        replica.lost.add(lost)
+        replica.lost.add(lost, asyncio.get_running_loop().time())
         replica.offered.switched()
         return changes
 
