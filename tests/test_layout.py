@@ -21,6 +21,7 @@ BELOW = {
 PURE_POLICIES = (
     "dht/liveness.py",
     "dht/neighbours.py",
+    "node/simulate/ideal.py",
     "training/partition.py",
     "training/placement.py",
     "training/outer/policy.py",

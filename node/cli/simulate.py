@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,14 +10,30 @@ import typer
 
 from shoal.node.cli.console import note, out, print_json
 from shoal.node.cli.units import duration_s
+from shoal.protocol.errors import UsageError
 
 if TYPE_CHECKING:
     from shoal.node.simulate.outcome import Outcome
 
 
+class Routing(StrEnum):
+    """Whose rules route and rebalance."""
+
+    SHOAL = "shoal"
+    SWARM = "swarm"
+    RANDOM = "random"
+
+
+class Recovery(StrEnum):
+    """What becomes of the work behind a hop that died."""
+
+    REDO = "redo"
+    ADOPT = "adopt"
+
+
 def simulate(
     path: Annotated[Path, typer.Argument(metavar="RUN.TOML")],
-    peers: Annotated[int, typer.Option(min=1, max=1000, help="Peers at any time.")] = 20,
+    peers: Annotated[int, typer.Option(min=1, max=100_000, help="Peers at any time.")] = 20,
     hours: Annotated[float, typer.Option(min=0.001, help="Virtual time that is measured.")] = 0.1,
     session: Annotated[str, typer.Option(help="How long a peer stays on average.")] = "30m",
     seed: Annotated[int, typer.Option(min=0, help="Draws machines, links and everything else.")] = 1,
@@ -24,6 +41,18 @@ def simulate(
     micro_batch: Annotated[str, typer.Option(help="Mean lane time of a micro-batch at a stage.")] = "2s",
     warmup: Annotated[str, typer.Option(help="Before measuring. Default: until the pipeline is full.")] = "",
     killed: Annotated[float, typer.Option(min=0, max=1, help="Share of peers that go without a word.")] = 0.5,
+    routing: Annotated[Routing, typer.Option(help="Baselines need --policies-only.")] = Routing.SHOAL,
+    recovery: Annotated[
+        Recovery,
+        typer.Option(help="What is behind a dead hop: redone, or adopted by its heir (--policies-only)."),
+    ] = Recovery.REDO,
+    policies_only: Annotated[
+        bool | None,
+        typer.Option(
+            "--policies-only/--full",
+            help="Policies without messages, or the whole protocol. Default: by the number of peers.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one line of JSON.")] = False,
 ) -> None:
     """Simulate a swarm in virtual time. The same seed gives the same trace."""
@@ -44,12 +73,18 @@ def simulate(
         micro_batch_s=micro_batch_s,
         speed_spread=speed_spread,
         kill_share=killed,
+        policies_only=policies_only,
+        router=routing.value,
+        recovery=recovery.value,
     )
+    if policies_only is False and (routing is not Routing.SHOAL or recovery is not Recovery.REDO):
+        raise UsageError("--routing and --recovery choose what is simulated with --policies-only, not --full")
     if chain_s > spec.limits.hop_timeout_s:
         note(
             f"a micro-batch may take {chain_s:.0f} s through {spec.stages.count} stages, and "
             f"limits.hop_timeout_s = {spec.limits.hop_timeout_s:g} sends it another way before"
         )
+    note(options.told())
     with progress_bar("simulating", of_bytes=False) as progress:
         outcome = simulate_run(spec, options, progress)
     if as_json:

@@ -34,7 +34,7 @@ class Account:
     unexplained: int = 0
     _seen: dict[str, Intervals] = field(default_factory=dict)
     _open: list[_Open] = field(default_factory=list)
-    _gone: dict[PeerId, Ledger] = field(default_factory=dict)
+    _gone: dict[PeerId, list[Ledger]] = field(default_factory=dict)
     _of_stage: dict[int, list[Applied]] = field(default_factory=dict)  # of the dead
 
     def look(self, now_s: float, living: Mapping[PeerId, tuple[int, Ledger]]) -> None:
@@ -45,10 +45,10 @@ class Account:
         self._open = [entry for entry in self._open if self._is_open(entry, now_s, living)]
 
     def close(self, now_s: float, peer: PeerId, stage: int, ledger: Ledger) -> None:
-        """This peer is no more."""
+        """This peer is no more, or no more at that stage."""
         if stage == 0:
             self._decisions(peer, ledger, now_s)
-        self._gone[peer] = ledger
+        self._gone.setdefault(peer, []).append(ledger)
         self._of_stage.setdefault(stage, []).append(ledger.applied())
 
     def duplicated(self, living: Iterable[tuple[int, Ledger]]) -> int:
@@ -78,10 +78,13 @@ class Account:
         missing = False
         for link in entry.chain:
             peer = PeerId(link.peer)
-            ledger = living[peer][1] if peer in living else self._gone.get(peer)
-            if ledger is not None and ledger.has(entry.micro_batch):
+            ledgers = self._gone.get(peer, [])
+            serves = peer in living and living[peer][0] == link.stage
+            if any(ledger.has(entry.micro_batch) for ledger in ledgers):
                 continue
-            if peer not in living:
+            if serves and living[peer][1].has(entry.micro_batch):
+                continue
+            if not serves:
                 self.lost += 1
                 return False
             missing = True

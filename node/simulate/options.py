@@ -1,10 +1,17 @@
-"""What a simulation is asked for."""
+"""What a simulation is asked for, and which kind of it does that."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from shoal.node.simulate.machines import Draws
+
+FULL_PROTOCOL_PEERS = 200  # beyond, every beat and frame of everybody takes too long
+Router = Literal["shoal", "swarm", "random"]
+Recovery = Literal["redo", "adopt"]
+"""What the stages behind a dead hop did for its micro-batches is void, as in the pipeline today; or whoever
+takes its place adopts them and gets their gradient (policies only)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,10 +26,28 @@ class Options:
     micro_batch_s: float  # lane time of a micro-batch: mean over machines and stages
     speed_spread: float = 8.0
     kill_share: float = 0.5
+    policies_only: bool | None = None  # None: by the number of peers
+    router: Router = "shoal"
+    recovery: Recovery = "redo"
+
+    @property
+    def mode(self) -> str:
+        """`full`: the real protocol; `policies`: routing, placement and rebalancing alone."""
+        wanted = self.policies_only
+        if wanted is None:
+            wanted = self.peers > FULL_PROTOCOL_PEERS or self.router != "shoal" or self.recovery != "redo"
+        return "policies" if wanted else "full"
 
     @property
     def end_s(self) -> float:
         return self.warmup_s + self.duration_s
+
+    def told(self) -> str:
+        """Which kind of simulation it is, and why, for people."""
+        why = "as asked" if self.policies_only is not None else f"{self.peers:,} peers"
+        if self.mode == "full":
+            return f"full protocol ({why}): every message of every peer"
+        return f"policies only ({why}): routing, placement and rebalancing decide, no messages are exchanged"
 
     def draws(self) -> Draws:
         return Draws(

@@ -7,11 +7,14 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from shoal.node.simulate.ideal import ideal_work
 from shoal.node.simulate.options import Options
+
+SAMPLES = 240  # over the whole time
+Progress = Callable[[float, float], None]  # virtual seconds done, of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,9 @@ class Outcome:
         seconds = [took_s for _, took_s in self.reroutes]
         peer_seconds = max(sum(min(life.gone_s, options.end_s) - life.ready_s for life in self.lives), 1e-9)
         return {
+            "mode": options.mode,
+            "router": options.router,
+            "recovery": options.recovery,
             "peers": options.peers,
             "stages": self.stages,
             "hours": options.duration_s / 3600,

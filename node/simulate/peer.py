@@ -29,6 +29,7 @@ from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, START_FOLDER
 from shoal.training.checkpoint.share import Shelf
 from shoal.training.feed import Feed
 from shoal.training.lane import InlineLane, Work
+from shoal.training.pipeline.ledger import Ledger
 from shoal.training.spec import RunSpec
 from shoal.training.tenure import Tenure
 from shoal.training.trainer import Trainer
@@ -67,8 +68,9 @@ class SimulatedPeer:
         clock: Callable[[], float] = wall,
         wrap: Callable[[Transport], Transport] = same_transport,
         neighbour_limit: int = SMALL_SWARM,
+        planned: RunSpec | None = None,
     ) -> None:
-        """`number` names it for people."""
+        """`number` names it for people. `planned`: the run whose costs moves go by, if not `spec`'s."""
         self.number = number
         self.peer = membership.key.peer
         self.incarnation = incarnation
@@ -76,8 +78,10 @@ class SimulatedPeer:
         self.stages: tuple[int, ...] = ()
         self.events: list[tuple[float, str, dict[str, object]]] = []
         self.trainer: Trainer
+        self.past: list[tuple[int, Ledger]] = []  # stages held before, and what was decided there
         self.task: asyncio.Task[None] | None = None
         self._spec = spec
+        self._planned = planned or spec
         self._membership = membership
         self._network = network
         self._rng = rng
@@ -156,17 +160,22 @@ class SimulatedPeer:
     ) -> None:
         """`train_at` and `run` in one, beginning with this stage; it moves when the plan says so."""
 
+        first = True
+
         @contextlib.asynccontextmanager
         async def begin(at: int) -> AsyncIterator[Trainer]:
-            if self.served or at != stage:
+            nonlocal first
+            if not first:
                 self.incarnation += _TERMS
+                self.past.append((self.trainer.stage, self.trainer.decisions))
+            first = False
             served = self.transport.methods
             self._make_trainer(at, InlineLane(durations_s(at)), feed, data_dir, (), fixed=False)
             yield self.trainer
             self.transport.withdraw(self.transport.methods - served)
 
         tenure = Tenure(
-            self._spec,
+            self._planned,
             view=self.members.view,
             begin=begin,
             announce=self.announce,

@@ -7,8 +7,9 @@ import gc
 import torch
 
 from shoal.node.simulate.options import Options
-from shoal.node.simulate.outcome import Outcome
-from shoal.node.simulate.swarm import Progress, simulate_swarm
+from shoal.node.simulate.outcome import Outcome, Progress
+from shoal.node.simulate.policies import simulate_policies
+from shoal.node.simulate.swarm import simulate_swarm
 from shoal.training.spec import RunSpec
 
 _COLLECT_AFTER = 100_000  # allocations; hardly anything here is a cycle, and looking for them takes a tenth
@@ -20,7 +21,8 @@ def simulate_run(spec: RunSpec, options: Options, progress: Progress = lambda do
     torch.set_num_threads(1)
     gc.set_threshold(_COLLECT_AFTER)
     try:
-        return simulate_swarm(spec, options, progress)
+        simulate = simulate_swarm if options.mode == "full" else simulate_policies
+        return simulate(spec, options, progress)
     finally:
         torch.set_num_threads(threads)
         gc.set_threshold(*thresholds)

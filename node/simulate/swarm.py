@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import Callable
 
 from shoal.dht.memory_directory import MemoryDirectoryHub
 from shoal.node.simulate.account import Account
@@ -21,7 +20,7 @@ from shoal.node.simulate.membership import PaperMembership, simulated_key
 from shoal.node.simulate.miniature import Miniature, miniature
 from shoal.node.simulate.network import DrawnNetwork
 from shoal.node.simulate.options import Options
-from shoal.node.simulate.outcome import Life, Outcome, Sample, Stopwatch
+from shoal.node.simulate.outcome import SAMPLES, Life, Outcome, Progress, Sample, Stopwatch
 from shoal.node.simulate.peer import SimulatedPeer, wall
 from shoal.protocol import virtual_time
 from shoal.protocol.errors import ShoalError
@@ -29,13 +28,11 @@ from shoal.protocol.identity import PeerId
 from shoal.training.lane import paced
 from shoal.training.spec import RunSpec
 
-SAMPLES = 240  # in all
 _ACCOUNT_S = 5.0
 _DRAIN_S = 20.0  # as the daemon's
 _AGAIN_S = 5.0  # until a machine replaces one that could not join
 _CALM_S = 10.0  # after the measured time, for commits under way
 
-Progress = Callable[[float, float], None]  # virtual seconds done, of all
 log = logging.getLogger(__name__)
 
 
@@ -44,7 +41,7 @@ def simulate_swarm(
 ) -> Outcome:
     """Run it. The same spec and options give the same outcome, its trace included, in every process."""
     small = miniature(spec)
-    swarm = Swarm(small, options, progress)
+    swarm = Swarm(spec, small, options, progress)
     with Stopwatch(swarm.outcome):
         virtual_time.run(swarm.run)
     return swarm.outcome
@@ -53,8 +50,9 @@ def simulate_swarm(
 class Swarm:
     """See the module. One use."""
 
-    def __init__(self, small: Miniature, options: Options, progress: Progress) -> None:
+    def __init__(self, spec: RunSpec, small: Miniature, options: Options, progress: Progress) -> None:
         self.small = small
+        self._spec = spec
         self.options = options
         self.network = DrawnNetwork(options.seed, small)
         self.peers: dict[PeerId, SimulatedPeer] = {}  # alive, those still joining among them
@@ -128,6 +126,7 @@ class Swarm:
             hub=self._hub,
             incarnation=number + 1,
             rng=random.Random(f"{self.options.seed}/peer/{number}"),
+            planned=self._spec,
         )
         now = asyncio.get_running_loop().time()
         download_s = max(self.small.stage_bytes) / machine.download_bytes_per_s
@@ -157,6 +156,7 @@ class Swarm:
         del self.peers[peer.peer]
         self._machines.pop(peer.peer)[1].gone_s = now
         self.network.remove_machine(peer.peer)
+        self._close_past(now, peer.peer, peer)
         if peer.served:
             self.account.close(now, peer.peer, peer.stage, peer.trainer.decisions)
             self._harvest(peer)
@@ -200,6 +200,8 @@ class Swarm:
 
     def _look(self) -> None:
         now = asyncio.get_running_loop().time()
+        for name, peer in self.peers.items():
+            self._close_past(now, name, peer)
         serving = {name: peer for name, peer in self.peers.items() if peer.served}
         self.account.look(now, {name: (peer.stage, peer.trainer.decisions) for name, peer in serving.items()})
         for stage, before in enumerate(self._heights):
@@ -209,6 +211,13 @@ class Swarm:
                 if max(heights) < before:
                     self.outcome.setbacks.append((now, stage, before - max(heights)))
                 self.outcome.rounds[stage] = max(self.outcome.rounds[stage], *heights)
+
+    def _close_past(self, now: float, name: PeerId, peer: SimulatedPeer) -> None:
+        """The books of stages that this peer has left."""
+        for stage, ledger in peer.past:
+            self.account.close(now, name, stage, ledger)
+            self.outcome.moves += 1
+        peer.past.clear()
 
     def _harvest(self, peer: SimulatedPeer) -> None:
         outcome = self.outcome

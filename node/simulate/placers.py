@@ -1,0 +1,99 @@
+"""Whose rules say which stage a peer serves in the policy simulation: ours, or SWARM's.
+
+Ours: `training.placement` for joiners and `training.rebalance` for everybody else, as every peer would plan.
+SWARM's: joiners go to the stage with the longest queues; every five minutes the peer with the shortest queue
+at the stage with the shortest queues moves there, too.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from shoal.dht.view import SwarmView
+from shoal.node.simulate.fleet import Node
+from shoal.node.simulate.places import Places
+from shoal.training.placement import place
+from shoal.training.rebalance import Move, Placed, plan, settled
+
+_SEEN_BY_JOINER = 512  # members: what it has heard of in its first second
+
+
+class Placer(ABC):
+    """One set of rules. `window_s` is how often `move` is asked."""
+
+    window_s: float
+
+    @abstractmethod
+    def join(self, node: Node, now: float) -> int:
+        """The stage that a new peer takes."""
+
+    @abstractmethod
+    def move(self, now: float) -> tuple[Node, int] | None:
+        """Who should move, and to which stage."""
+
+
+class ShoalPlacer(Placer):
+    """`placement` and `rebalance`."""
+
+    def __init__(
+        self,
+        places: Places,
+        costs: Sequence[float],
+        rng: random.Random,
+        *,
+        window_s: float,
+        minimum_replicas: int,
+        move_s: float,
+    ) -> None:
+        self.window_s = window_s
+        self._places = places
+        self._costs = costs
+        self._rng = rng
+        self._minimum_replicas = minimum_replicas
+        self._move_s = move_s
+        self._last: Move | None = None
+
+    def join(self, node: Node, now: float) -> int:
+        seen = [other.as_member() for other in self._places.everybody.sample(self._rng, _SEEN_BY_JOINER)]
+        view = SwarmView(node.name, now, tuple(sorted(seen, key=lambda member: member.peer)))
+        return place(view, node.name, len(self._costs))
+
+    def move(self, now: float) -> tuple[Node, int] | None:
+        by_name = {node.name: node for group in self._places.groups for node in group.nodes}
+        replicas = [Placed(node.name, node.stage, node.service_s) for node in by_name.values()]
+        current = plan(replicas, self._costs, self._minimum_replicas, self._move_s)
+        chosen = settled(self._last, current)
+        self._last = current
+        return None if chosen is None else (by_name[chosen.peer], chosen.target)
+
+
+class SwarmPlacer(Placer):
+    """Queue lengths alone."""
+
+    window_s = 300.0
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+
+    def join(self, node: Node, now: float) -> int:
+        queues = self._queues()
+        return queues.index(max(queues))
+
+    def move(self, now: float) -> tuple[Node, int] | None:
+        queues = self._queues()
+        source, target = queues.index(min(queues)), queues.index(max(queues))
+        group = self._places.groups[source].nodes
+        if source == target or len(group) < 2:
+            return None
+        return min(group, key=lambda node: (_queue(node), node.number)), target
+
+    def _queues(self) -> list[float]:
+        """Of each stage; an empty one is the most loaded."""
+        groups = self._places.groups
+        return [float(sum(map(_queue, group.nodes))) if len(group) else float("inf") for group in groups]
+
+
+def _queue(node: Node) -> int:
+    return len(node.forward) + len(node.backward) + node.weights
