@@ -284,11 +284,14 @@ def test_gathering_goes_to_the_next_replica_when_one_dies(tmp_path: Path) -> Non
     async def main() -> None:
         async with TrainerWorld(adam_spec(2), disk=tmp_path, wrap=faults.wrap) as world:
             await trained(world, 2, 2, replicas=2)
+            await world.replicas[0].members.wait_for(lambda view: len(view.online(1)) == 2, 15.0)
 
             def strike(peer: PeerId) -> None:
+                faults.disarm()  # whichever of the two is asked first
                 world.network.kill(peer)
 
-            faults.arm(FileChunk, "after", strike, count=5)
+            for replica in world.group(1):
+                faults.arm_also(Arming("FileChunk.sent", Action.KILL, nth=3, who=replica.peer), strike)
             checkpoint = await gatherer(world, world.replicas[0], tmp_path / "all").gather()
             assert faults.hit is not None
             verify(checkpoint)

@@ -128,10 +128,11 @@ class Gatherer:
         self, stage: int, layers: range, writer: Writer, fetching: asyncio.Semaphore, counted: _Counted
     ) -> StagePart:
         """One stage's files, from the first replica whose part is sound."""
-        reasons = []
-        donors = list(self._replicas(stage))
-        self._rng.shuffle(donors)
-        for donor in donors:
+        reasons: list[str] = []
+        tried: set[PeerId] = set()
+        while left := [peer for peer in self._replicas(stage) if peer not in tried]:  # others may have come
+            donor = self._rng.choice(left)
+            tried.add(donor)
             try:
                 digest, manifest = await self._take(stage, layers, donor)
                 files = [entry for entry in manifest.files if entry.name != SPEC]
