@@ -157,6 +157,11 @@ class Faults:
         self._tell = tell
         self._armed: list[tuple[Arming, list[int]]] = []  # with how often the point has been passed
 
+    @property
+    def armed(self) -> bool:
+        """Whether anything is."""
+        return bool(self._armed)
+
     def arm(self, arming: Arming) -> None:
         """Strike once; armings are independent of each other."""
         self._armed.append((arming, [0]))

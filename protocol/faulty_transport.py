@@ -132,6 +132,8 @@ class _FaultyStream(Stream):
             raise StreamBroken(f"what this side sent to {self.remote.peer} was lost on the way")
 
     async def _passing(self, header: object, place: str) -> Action | None:
+        if not self._faults.armed:
+            return None
         return await self._faults.passing(f"{type(header).__name__}.{place}", self._me, self.remote.peer)
 
 

@@ -43,7 +43,18 @@ class FramePipe(ABC):
 
     @abstractmethod
     async def read(self) -> bytes | None:
-        """The next frame; None when the other side closed its direction. Raises StreamBroken."""
+        """The next frame; None when the other side closed its direction. Raises StreamBroken.
+
+        A cancelled read loses nothing.
+        """
+
+    @abstractmethod
+    def peek(self) -> bytes | None:
+        """What `read` would return at once; b"" while that is nothing."""
+
+    @abstractmethod
+    def take(self) -> bytes | None:
+        """Return what `peek` has shown; the next `read` returns what follows."""
 
     @abstractmethod
     async def half_close(self) -> None:
@@ -55,6 +66,10 @@ class FramePipe(ABC):
 
         Without effect on a stream that both sides finished.
         """
+
+    async def release(self) -> None:
+        """Break off whatever is still open, at the very end."""
+        self.break_off()
 
 
 @dataclass(slots=True)
@@ -88,8 +103,10 @@ class FramedStream(Stream):
         self._trouble = trouble
         self._encoder = FrameEncoder()
         self._decoder = FrameDecoder()
-        self._reading: asyncio.Task[bytes | None] | None = None  # survives a cancelled receive
+        self._writing = Watchdog(pulse, self._suspect, self._silent)
+        self._reading = Watchdog(pulse, self._suspect, self._silent)
         self._receiving = False
+        self._one_reader = asyncio.Lock()  # `receive` may begin while a failed send looks ahead
         self._ahead: deque[bytes] = deque()  # frames read in search of the other side's reason
         self._over: ShoalError | None = None  # why nothing more can be received
         self._failure: ShoalError | None = None  # why the whole stream is unusable
@@ -101,8 +118,13 @@ class FramedStream(Stream):
             raise UsageError("this side has already said END; open another stream to send more")
         try:
             for frame in self._encoder.message(header, payload, self._frame_bytes):
-                async with self._outlet.passing(len(frame), self._place_of(frame, payload)):
+                await self._outlet.turn(len(frame), self._place_of(frame, payload))
+                went_out = False
+                try:
                     await self._write(frame)
+                    went_out = True
+                finally:
+                    self._outlet.over(len(frame), went_out)
         except asyncio.CancelledError:
             self._give_up(StreamBroken(f"a send to {self.remote.peer} was cancelled midway"))
             raise
@@ -162,10 +184,9 @@ class FramedStream(Stream):
 
     async def release(self) -> None:
         """Break off whatever is still open, at the very end."""
-        self._pipe.break_off()
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.wait({self._reading})
+        self._writing.cancel()
+        self._reading.cancel()
+        await self._pipe.release()
         if isinstance(self._over, StreamEnded):
             self._over.__traceback__ = None  # its frames hold this stream: a cycle for each that ends well
 
@@ -191,7 +212,7 @@ class FramedStream(Stream):
         since_s = asyncio.get_running_loop().time()
         self._require_listener()
         try:
-            with Watchdog(self._pulse, self._suspect, self._silent):
+            with self._writing:
                 await self._pipe.write(frame)
         except StreamBroken as broken:
             raise await self._reason(broken) from broken
@@ -202,11 +223,14 @@ class FramedStream(Stream):
         if self._ahead:
             return self._ahead.popleft()
         try:
-            if self._decoder.inside_message:
-                with Watchdog(self._pulse, self._suspect, self._silent):
+            async with self._one_reader:
+                if self._ahead:
+                    return self._ahead.popleft()
+                if self._decoder.inside_message:
+                    with self._reading:
+                        frame = await self._read()
+                else:
                     frame = await self._read()
-            else:
-                frame = await self._read()
         except StreamBroken as broken:
             raise self._failure or broken from None
         if frame is None:
@@ -214,26 +238,11 @@ class FramedStream(Stream):
         return frame
 
     async def _read(self) -> bytes | None:
-        """The next frame. `receive` may begin while a failed send looks ahead: one of both takes a frame."""
-        while True:
-            reading = self._start_reading()
-            await asyncio.wait({reading})
-            if reading is self._reading:
-                break
-            if self._ahead:
-                return self._ahead.popleft()
-        self._reading = None
-        frame = reading.result()
+        frame = await self._pipe.read()
         if frame is not None:
             self._pulse.moved()
             self._traffic.bytes_in += len(frame)
         return frame
-
-    def _start_reading(self) -> asyncio.Task[bytes | None]:
-        if self._reading is None:
-            self._reading = asyncio.create_task(self._pipe.read(), name=f"read from {self.remote.peer}")
-            self._reading.add_done_callback(_seen)
-        return self._reading
 
     def _require_listener(self) -> None:
         """Before sending, see whether the handler has given up: a transport may take frames long after that.
@@ -243,8 +252,7 @@ class FramedStream(Stream):
         """
         if not self._opened_here or self._receiving:
             return
-        while (task := self._start_reading()).done() and not task.cancelled() and task.exception() is None:
-            frame = task.result()
+        while (frame := self._pipe.peek()) != b"":
             if frame is None:
                 raise self._stopped()
             if (error := last_words(frame)) is not None:
@@ -253,7 +261,7 @@ class FramedStream(Stream):
             if kind_of(frame) is not FrameKind.END:
                 return
             self._ahead.append(frame)
-            self._reading = None
+            self._pipe.take()
 
     def _stopped(self) -> StreamBroken:
         """The error of a sender whose listener has gone."""
@@ -278,11 +286,12 @@ class FramedStream(Stream):
         return broken
 
     async def _look_ahead(self) -> None:
-        while len(self._ahead) < _LAST_WORDS_FRAMES and (frame := await self._read()) is not None:
-            self._ahead.append(frame)
-            if (error := last_words(frame)) is not None:
-                self._over = error
-                return
+        async with self._one_reader:
+            while len(self._ahead) < _LAST_WORDS_FRAMES and (frame := await self._read()) is not None:
+                self._ahead.append(frame)
+                if (error := last_words(frame)) is not None:
+                    self._over = error
+                    return
 
     def _other_ended(self) -> bool:
         """Whether the other side said END, be it received or not."""
@@ -299,9 +308,3 @@ class FramedStream(Stream):
         silence = PeerSilent(f"{self.remote.peer} moved no byte for {silent_s:.1f} s; the stream is given up")
         self._trouble(silence)
         self._give_up(silence)
-
-
-def _seen(task: asyncio.Task[bytes | None]) -> None:
-    """Nobody may ever ask for this frame or error; then it is no news."""
-    if not task.cancelled():
-        task.exception()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -26,6 +27,37 @@ class _GrpcPipe(FramePipe):
         self.broken = False
         self._name = name
         self._waiting: dict[asyncio.Task[Any], bool] = {}  # task -> interrupted by us
+        self._reading: asyncio.Task[bytes | None] | None = None  # survives a cancelled `read`
+
+    @abstractmethod
+    async def _read(self) -> bytes | None:
+        """gRPC's own; cancelling it ends the call."""
+
+    async def read(self) -> bytes | None:
+        await asyncio.wait({self._start_reading()})
+        return self.take()
+
+    def peek(self) -> bytes | None:
+        task = self._start_reading()
+        if not task.done() or task.cancelled() or task.exception() is not None:
+            return b""
+        return task.result()
+
+    def take(self) -> bytes | None:
+        reading, self._reading = self._start_reading(), None
+        return reading.result()
+
+    async def release(self) -> None:
+        self.break_off()
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait({self._reading})
+
+    def _start_reading(self) -> asyncio.Task[bytes | None]:
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read(), name=f"read from {self._name}")
+            self._reading.add_done_callback(_seen)
+        return self._reading
 
     def interrupt(self) -> None:
         """From now on every operation raises StreamBroken, those that wait too."""
@@ -78,7 +110,7 @@ class ClientPipe(_GrpcPipe):
     async def write(self, frame: bytes) -> None:
         await self._do(lambda: self._call.write(frame))
 
-    async def read(self) -> bytes | None:
+    async def _read(self) -> bytes | None:
         frame = await self._do(self._call.read)
         return frame if isinstance(frame, bytes) else None
 
@@ -106,7 +138,7 @@ class ServerPipe(_GrpcPipe):
     async def write(self, frame: bytes) -> None:
         await self._do(lambda: self._context.write(frame))
 
-    async def read(self) -> bytes | None:
+    async def _read(self) -> bytes | None:
         frame = await self._do(self._context.read)
         return frame if isinstance(frame, bytes) else None
 
@@ -127,3 +159,9 @@ class ServerPipe(_GrpcPipe):
 
     def break_off(self) -> None:
         self.interrupt()
+
+
+def _seen(task: asyncio.Task[bytes | None]) -> None:
+    """Nobody may ever ask for this frame or error; then it is no news."""
+    if not task.cancelled():
+        task.exception()

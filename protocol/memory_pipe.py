@@ -15,11 +15,29 @@ from shoal.protocol.errors import StreamBroken
 from shoal.protocol.framed_stream import FramePipe
 from shoal.protocol.framing import kind_of
 from shoal.protocol.identity import PeerId
-from shoal.protocol.limits import MIB
+from shoal.protocol.limits import KIB, MIB
 from shoal.protocol.memory_network import Network
 from shoal.protocol.transport import Channel
 
 WINDOW_BYTES = 1 * MIB  # sent and not yet read, one direction of one stream; gRPC starts with the same
+BUFFERED_BYTES = 2 * KIB  # a frame up to this fits a socket's buffer: its writer goes on at once
+CREDIT_BYTES = 16 * KIB  # as many read bytes share a credit
+
+
+class _Bell:
+    """Wakes the one who waits for it."""
+
+    def __init__(self) -> None:
+        self._waiting: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def wait(self) -> None:
+        """Until it rings next. What it is about has to be looked at again."""
+        self._waiting = asyncio.get_running_loop().create_future()
+        await self._waiting
 
 
 class MemoryPipe(FramePipe):
@@ -52,7 +70,9 @@ class MemoryPipe(FramePipe):
         self._no_more = False  # the other side closed its direction
         self._refused = False  # the other side is through and takes nothing more
         self._through = False  # so is this one, the serving side
-        self._stirred = asyncio.Event()
+        self._read_bytes = 0  # and not credited yet
+        self._readable = _Bell()
+        self._writable = _Bell()
 
     @classmethod
     def pair(
@@ -73,7 +93,7 @@ class MemoryPipe(FramePipe):
     async def write(self, frame: bytes) -> None:
         while self._is_full(len(frame)) and not self._refused:
             self._require_unbroken()
-            await self._stir()
+            await self._writable.wait()
         self._require_unbroken()
         if self._refused:
             raise StreamBroken(f"{self.there} has finished and takes nothing more")
@@ -87,22 +107,35 @@ class MemoryPipe(FramePipe):
         for size in before:
             self._out.push(size, self._moved)
         left_s = self._out.push(last, partial(self.other._arrive, frame))
+        if len(frame) <= BUFFERED_BYTES:
+            return
         loop = asyncio.get_running_loop()
-        if loop.time() < left_s:  # the link takes its time; a small socket buffer would change little
-            loop.call_at(left_s, self._stirred.set)
+        if loop.time() < left_s:
+            loop.call_at(left_s, self._writable.ring)
         while loop.time() < left_s:
             self._require_unbroken()
-            await self._stir()
+            await self._writable.wait()
 
     async def read(self) -> bytes | None:
         while not self._inbox and not self._no_more:
             self._require_unbroken()
-            await self._stir()
+            await self._readable.wait()
         self._require_unbroken()
+        return self.take()
+
+    def peek(self) -> bytes | None:
+        if self.broken is not None:
+            return b""
+        return self._inbox[0] if self._inbox else None if self._no_more else b""
+
+    def take(self) -> bytes | None:
         if not self._inbox:
             return None
         frame = self._inbox.popleft()
-        self._out.push(0, partial(self.other._credit, len(frame)))
+        self._read_bytes += len(frame)
+        if self._read_bytes >= CREDIT_BYTES:
+            self._out.push(0, partial(self.other._credit, self._read_bytes))
+            self._read_bytes = 0
         return frame
 
     async def half_close(self) -> None:
@@ -118,14 +151,14 @@ class MemoryPipe(FramePipe):
     def break_off(self) -> None:
         if self.broken is None and not self._through:
             self.broken = "this side broke it off"
-            self._stirred.set()
+            self._stir()
             self._out.push(0, partial(self.other.fail, f"{self.here} broke it off"))
 
     def fail(self, reason: str) -> None:
         """The other side is gone."""
         if self.broken is None:
             self.broken = reason
-            self._stirred.set()
+            self._stir()
             if self.on_broken is not None:
                 self.on_broken()
 
@@ -135,24 +168,27 @@ class MemoryPipe(FramePipe):
             name = kind.name if kind else "?"
             self._network.trace(f"{self.there} {self.here} {self._method} {name} {len(frame)}")
             self._inbox.append(frame)
-            self._stirred.set()
+            self._readable.ring()
 
     def _credit(self, size: int) -> None:
         self._outstanding_bytes -= size
-        self._stirred.set()
+        self._writable.ring()
 
     def _closed(self, refused: bool) -> None:
         self._no_more = True
         self._refused = self._through = refused
-        self._stirred.set()
+        self._stir()
 
     def _is_full(self, frame_bytes: int) -> bool:
-        return self._outstanding_bytes > 0 and self._outstanding_bytes + frame_bytes > WINDOW_BYTES
+        return (
+            self._outstanding_bytes > 0
+            and self._outstanding_bytes + frame_bytes > WINDOW_BYTES + CREDIT_BYTES
+        )
 
     def _require_unbroken(self) -> None:
         if self.broken is not None:
             raise StreamBroken(f"the stream {self._method} with {self.there} broke: {self.broken}")
 
-    async def _stir(self) -> None:
-        self._stirred.clear()
-        await self._stirred.wait()
+    def _stir(self) -> None:
+        self._readable.ring()
+        self._writable.ring()

@@ -46,24 +46,45 @@ class Pulse:
 
 
 class Watchdog:
-    """Inside the context a frame should move: calls `suspect`, then `silent`, once each, if none does."""
+    """Inside the context a frame should move: calls `suspect`, then `silent`, once each, if none does.
+
+    One for all frames of a direction, one after another: its timer outlives them, since most move at once.
+    """
 
     def __init__(
         self, pulse: Pulse, suspect: Callable[[float], None], silent: Callable[[float], None]
     ) -> None:
         self._pulse = pulse
-        self._suspect: Callable[[float], None] | None = suspect
+        self._suspect = suspect
         self._silent = silent
         self._loop = asyncio.get_running_loop()
+        self._since_s: float | None = None  # when the frame began; None between two
+        self._suspected = False
+        self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> None:
-        self._since_s = self._loop.time()
-        self._timer = self._loop.call_at(self._since_s + SUSPECT_AFTER_S, self._check)
+        self._since_s, self._suspected = self._loop.time(), False
+        if self._timer is None or self._timer.when() > self._since_s + SUSPECT_AFTER_S:
+            self._disarm()
+            self._timer = self._loop.call_at(self._since_s + SUSPECT_AFTER_S, self._check)
 
     def __exit__(self, *exc: object) -> None:
-        self._timer.cancel()
+        self._since_s = None
+
+    def cancel(self) -> None:
+        """At the end of the stream: nobody is told any more."""
+        self._suspect = self._silent = _tell_nobody
+        self._disarm()
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _check(self) -> None:
+        self._timer = None
+        if self._since_s is None:
+            return
         now = self._loop.time()
         quiet_since_s = max(self._since_s, self._pulse.moved_s)
         abort_at_s = min(quiet_since_s + ABORT_AFTER_S, self._since_s + FRAME_S)
@@ -71,8 +92,12 @@ class Watchdog:
         if now >= abort_at_s:
             self._silent(now - quiet_since_s)
             return
-        if now >= suspect_at_s and self._suspect is not None:
+        if now >= suspect_at_s and not self._suspected:
+            self._suspected = True
             self._suspect(now - quiet_since_s)
-            self._suspect = None
-        next_s = suspect_at_s if now < suspect_at_s and self._suspect is not None else abort_at_s
+        next_s = abort_at_s if self._suspected or now >= suspect_at_s else suspect_at_s
         self._timer = self._loop.call_at(next_s, self._check)
+
+
+def _tell_nobody(silent_s: float) -> None:
+    """Of a stream that has ended."""

@@ -26,8 +26,6 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from shoal.protocol.errors import UsageError
@@ -73,10 +71,11 @@ class Outlet:
 
     frame_bytes = FRAME_BYTES  # most payload of one frame
 
-    @asynccontextmanager
-    async def passing(self, frame_bytes: int, place: Place) -> AsyncIterator[None]:
-        """Waits for the frame's turn; inside, hand it to the connection."""
-        yield
+    async def turn(self, frame_bytes: int, place: Place) -> None:
+        """Returns when a frame may be handed to the connection; `over` follows, unless this is cancelled."""
+
+    def over(self, frame_bytes: int, went_out: bool) -> None:
+        """The connection has taken the frame, or it never will."""
 
 
 class Uplink:
@@ -106,10 +105,8 @@ class _ControlOutlet(Outlet):
     def __init__(self, uplink: Uplink) -> None:
         self._pacer = uplink.pacer
 
-    @asynccontextmanager
-    async def passing(self, frame_bytes: int, place: Place) -> AsyncIterator[None]:
-        yield
-        if self._pacer is not None:
+    def over(self, frame_bytes: int, went_out: bool) -> None:
+        if went_out and self._pacer is not None:
             self._pacer.spent_on_control(frame_bytes)
 
 
@@ -120,16 +117,19 @@ class _BulkOutlet(Outlet):
         if self._pacer is not None:
             self.frame_bytes = self._pacer.frame_bytes
 
-    @asynccontextmanager
-    async def passing(self, frame_bytes: int, place: Place) -> AsyncIterator[None]:
+    async def turn(self, frame_bytes: int, place: Place) -> None:
         self._meter.begin()
-        try:
-            if self._pacer is not None:
+        if self._pacer is not None:
+            try:
                 await self._pacer.turn(frame_bytes, place)
-            yield
+            except BaseException:
+                self._meter.end()
+                raise
+
+    def over(self, frame_bytes: int, went_out: bool) -> None:
+        if went_out:
             self._meter.sent(frame_bytes)
-        finally:
-            self._meter.end()
+        self._meter.end()
 
 
 @dataclass(slots=True, eq=False)

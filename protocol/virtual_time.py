@@ -9,10 +9,11 @@ When nothing is ready and no timer is set, a real loop would wait for ever; this
 from __future__ import annotations
 
 import asyncio
+import heapq
 import itertools
-import math
 import selectors
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextvars import Context
@@ -21,6 +22,7 @@ from typing import Any, TypeVar, TypeVarTuple
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 _SHOWN_TASKS = 20
+_SWEEP = 200
 
 
 class Deadlock(RuntimeError):
@@ -53,9 +55,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._now_s = start_s
         self._end_s = end_s
         self._orders = itertools.count()
-        super().__init__(_NothingFromOutside(self))
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []  # ties: first set, first due
+        self._cancelled = 0  # of them, since they were last swept out
+        super().__init__(_NothingFromOutside())
         self.set_task_factory(_make_task)
-        self._clock_resolution = math.ulp(start_s)  # timers fire exactly when they are due
 
     def time(self) -> float:
         return self._now_s
@@ -79,13 +82,41 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     ) -> asyncio.Future[T]:
         raise RuntimeError("virtual time has no threads: pass an interface that computes in place instead")
 
-    def advance(self) -> None:
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self._orders), timer))
+        return timer
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """What is cancelled leaves the heap when it is due, or when it is most of the heap."""
+        self._cancelled += 1
+        if self._cancelled > max(_SWEEP, len(self._timers) // 2):
+            self._timers = [entry for entry in self._timers if not entry[2].cancelled()]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
+
+    def _run_once(self) -> None:
+        """One turn, like BaseEventLoop's, without what waits for the world outside."""
+        ready: deque[Any] = self._ready  # type: ignore[attr-defined]
+        if not ready and not self._stopping:  # type: ignore[attr-defined]
+            self._advance()
+        timers, now_s = self._timers, self._now_s
+        while timers and timers[0][0] <= now_s:
+            ready.append(heapq.heappop(timers)[2])
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                handle._run()
+
+    def _advance(self) -> None:
         """Jump to the next timer; called when nothing is ready."""
-        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
-        if not scheduled:
+        while self._timers and self._timers[0][2].cancelled():
+            heapq.heappop(self._timers)
+        if not self._timers:
             raise Deadlock("all tasks wait and nothing is scheduled:\n" + _waiting(self))
-        self._now_s = max(self._now_s, scheduled[0].when())
-        self._clock_resolution = math.ulp(self._now_s)
+        self._now_s = max(self._now_s, self._timers[0][0])
         if self._now_s > self._end_s:
             end_s, self._end_s = self._end_s, float("inf")  # let cleaning up take its time
             raise TimeLimit(f"not done at {end_s:g} virtual seconds:\n" + _waiting(self))
@@ -119,13 +150,7 @@ def _make_task(
 class _NothingFromOutside(selectors.SelectSelector):
     """The selector of a loop that only its own timers wake."""
 
-    def __init__(self, loop: VirtualTimeLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None or timeout > 0:
-            self._loop.advance()
         return []
 
 

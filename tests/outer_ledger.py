@@ -49,6 +49,7 @@ class Ledger:
         self._accounts: dict[bytes, Account] = {genesis: Account()}
         self._held: dict[bytes, Counts] = {}  # entry -> what its round brought in
         self._columns: dict[Process, int] = {}
+        self._changes: dict[Process, torch.Tensor] = {}
         self._before: dict[Process, tuple[bytes, torch.Tensor, torch.Tensor]] = {}
 
     def parts(self) -> Iterator[Part]:
@@ -63,10 +64,12 @@ class Ledger:
         return column
 
     def step(self, node: Node) -> torch.Tensor:
-        """The change of an inner step."""
-        change = torch.zeros(self.world.genesis.numel())
-        change[[part.start + self.column(node.name, node.incarnation) for part in self.parts()]] = 1.0
-        return change
+        """The change of an inner step, the same each time."""
+        process = (node.name, node.incarnation)
+        if process not in self._changes:
+            change = self._changes[process] = torch.zeros(self.world.genesis.numel())
+            change[[part.start + self.column(*process) for part in self.parts()]] = 1.0
+        return self._changes[process]
 
     # -- what entries bring in
 

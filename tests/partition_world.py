@@ -69,6 +69,8 @@ class PartitionWorld(World):
     # -- what membership sees
 
     def group(self, seen_by: PeerId) -> Sequence[GroupMember]:
+        if not self._last_heard:
+            return [self._beat(self.live[name]) for name in sorted(self.live)]
         found = []
         missing = {other for by, other in self._last_heard if by == seen_by}
         for name in sorted(self.live.keys() | missing):
@@ -84,7 +86,7 @@ class PartitionWorld(World):
     def _beat(self, node: Node) -> GroupMember:
         """What a node says of itself, made anew only where something has changed."""
         outer = node.outer
-        key = (outer.head, outer.state_root, node.weights.inner_steps, outer.reentering)
+        key = (outer.state_root, node.weights.inner_steps, outer.reentering)
         known = self._beats.get(node)
         if known is None or known[0] != key:
             known = self._beats[node] = (key, node.member())

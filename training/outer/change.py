@@ -10,27 +10,25 @@ class Change:
     """A condition variable for one event loop: no lock, because nothing runs between two awaits."""
 
     def __init__(self) -> None:
-        self._waiting: dict[asyncio.Future[None], None] = {}  # in order of arrival
+        self._waiting: dict[asyncio.Future[bool], None] = {}  # in order of arrival
 
     def notify(self) -> None:
         """Something changed: every waiter looks again."""
         for future in self._waiting:
-            if not future.done():
-                future.set_result(None)
+            _settle(future, True)
 
     async def wait(self, until_s: float | None = None) -> bool:
         """Returns True after the next `notify`, False at the loop time `until_s`."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
+        future: asyncio.Future[bool] = loop.create_future()
         self._waiting[future] = None
+        timer = loop.call_at(until_s, _settle, future, False) if until_s is not None else None
         try:
-            async with asyncio.timeout_at(until_s):
-                await future
-            return True
-        except TimeoutError:
-            return False
+            return await future
         finally:
             self._waiting.pop(future, None)
+            if timer is not None:
+                timer.cancel()
 
     async def until(self, holds: Callable[[], bool], until_s: Callable[[], float | None]) -> bool:
         """Wait until `holds()`, or the loop time `until_s()`, looked up anew after each change."""
@@ -41,3 +39,8 @@ class Change:
                 return False
             await self.wait(limit_s)
         return True
+
+
+def _settle(future: asyncio.Future[bool], outcome: bool) -> None:
+    if not future.done():
+        future.set_result(outcome)

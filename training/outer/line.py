@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from shoal.protocol.errors import PeerSilent, ShoalError, StreamBroken
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Buffer, Message, Stream
+from shoal.training.outer.change import Change
 from shoal.training.outer.messages import Tick
 
 TICK_S = 0.25
@@ -44,13 +46,19 @@ class _Lifeline(Line):
         self.peer = stream.remote.peer
         self._stream = stream
         self._silence_s = silence_s
-        self.outbox: asyncio.Queue[tuple[object, Buffer] | None] = asyncio.Queue(OUTBOX)
+        self._outbox: deque[tuple[object, Buffer] | None] = deque()
+        self._posted = Change()
 
     def post(self, header: object, payload: Buffer = b"") -> None:
-        try:
-            self.outbox.put_nowait((header, payload))
-        except asyncio.QueueFull:
-            raise PeerSilent(f"{self.peer} takes no messages: {OUTBOX} wait") from None
+        if len(self._outbox) >= OUTBOX:
+            raise PeerSilent(f"{self.peer} takes no messages: {OUTBOX} wait")
+        self._outbox.append((header, payload))
+        self._posted.notify()
+
+    def close(self) -> None:
+        """What was posted is the last; `send_all` returns when it is sent."""
+        self._outbox.append(None)
+        self._posted.notify()
 
     async def receive(self, *kinds: type[Any], max_payload_bytes: int = 0) -> Message[Any]:
         while True:
@@ -76,13 +84,12 @@ class _Lifeline(Line):
 
     async def send_all(self) -> None:
         """Until the outbox is closed. A broken stream ends it quietly: the receiving side reports it."""
+        loop = asyncio.get_running_loop()
         try:
             while True:
-                try:
-                    async with asyncio.timeout(TICK_S):
-                        item = await self.outbox.get()
-                except TimeoutError:
-                    item = (Tick(), b"")
+                if not self._outbox:
+                    await self._posted.wait(loop.time() + TICK_S)
+                item = self._outbox.popleft() if self._outbox else (Tick(), b"")
                 if item is None:
                     return
                 await self._stream.send(*item)
@@ -98,7 +105,7 @@ async def lifeline(stream: Stream, silence_s: float) -> AsyncIterator[Line]:
     try:
         yield line
         async with asyncio.timeout(silence_s):
-            await line.outbox.put(None)
+            line.close()
             await sender
     except TimeoutError:
         raise PeerSilent(f"{line.peer} takes no messages") from None

@@ -5,6 +5,7 @@ Pure functions: peers, numbers and loop times in, decisions out. `service`, `lea
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Container, Mapping, Sequence
@@ -47,7 +48,11 @@ def _score(*key: bytes) -> int:
 
 def succession(run_id: bytes, stage: int, height: int, members: Sequence[PeerId]) -> tuple[PeerId, ...]:
     """Who leads the round of a height, and who follows when that one is silent: by rendezvous hash."""
-    place = f"leader/{stage}/{height}".encode()
+    return _ranked(run_id, f"leader/{stage}/{height}".encode(), tuple(members))
+
+
+@functools.lru_cache(maxsize=256)  # looked up at every beat
+def _ranked(run_id: bytes, place: bytes, members: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
     return tuple(sorted(members, key=lambda peer: (_score(run_id, place, peer.encode()), peer), reverse=True))
 
 

@@ -457,14 +457,15 @@ class Outer:
     def _group(self, peers: Sequence[GroupMember]) -> list[GroupMember]:
         """The live replicas, this one as it is now rather than as its last beat told."""
         me = self._context.me
+        steps, tokens = max(self._ends())
         mine = GroupMember(
             peer=me,
             incarnation=self._context.incarnation,
             height=self.height,
             head=self.head,
             state_root=self.state_root,
-            steps_since_round=self.steps_since_round,
-            tokens_since_round=self.tokens_since_round,
+            steps_since_round=0 if self.reentering else self._weights.inner_steps - steps,
+            tokens_since_round=self._weights.tokens - tokens,
             log_tokens=self.tokens,
             uplink=next((member.uplink for member in peers if member.peer == me), 1.0),
         )

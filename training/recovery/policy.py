@@ -47,6 +47,8 @@ class Dissent:
 def dissent(head: bytes, own_root: bytes, group: Sequence[GroupMember]) -> Dissent | None:
     """Who differs, if they may be right by their number. `group` holds this peer, too."""
     here = [member for member in group if member.head == head]
+    if all(member.state_root == own_root for member in here):
+        return None
     votes = Counter(member.state_root for member in here)
     others = [root for root in votes if root != own_root]
     root = max(others, key=lambda root: (votes[root], root), default=own_root)
