@@ -85,7 +85,7 @@ def test_a_freeze_of_one_second_costs_nobody_its_place() -> None:
 
 
 def test_a_second_of_round_trip_and_lost_packets_evict_nobody() -> None:
-    swarm = Swarm(18, link=FAR)
+    swarm = Swarm(19, link=FAR)
 
     async def story() -> None:
         await swarm.add(*FIVE)
