@@ -53,11 +53,13 @@ def simulate(
             help="Policies without messages, or the whole protocol. Default: by the number of peers.",
         ),
     ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page with plots.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one line of JSON.")] = False,
 ) -> None:
     """Simulate a swarm in virtual time. The same seed gives the same trace."""
     from shoal.node.cli.progress import progress_bar
     from shoal.node.simulate.options import Options, filled_s
+    from shoal.node.simulate.report import write_report
     from shoal.node.simulate.run import simulate_run
     from shoal.training import spec_file
 
@@ -87,6 +89,9 @@ def simulate(
     note(options.told())
     with progress_bar("simulating", of_bytes=False) as progress:
         outcome = simulate_run(spec, options, progress)
+    if report is not None:
+        write_report(outcome, spec.run.name, report)
+        note(f"wrote {report}")
     if as_json:
         print_json(outcome.to_json())
     else:
