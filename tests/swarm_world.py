@@ -42,12 +42,12 @@ Id = tuple[str, int]  # "driver/incarnation" and number of a micro-batch
 T = TypeVar("T")
 
 
-def swarm_spec(corpus: Path, stages: int, rebalance_window_s: float = 0.0) -> RunSpec:
+def swarm_spec(corpus: Path, stages: int) -> RunSpec:
     """The tiny template on data that needs no cache of the user's; a round every second or two."""
     values = TEMPLATES["tiny"].model_dump()
     values["run"]["name"] = f"swarm-{stages}"
     values["data"] |= {"source": "text", "paths": (str(corpus),)}
-    values["stages"] |= {"count": stages, "rebalance_window_s": rebalance_window_s}
+    values["stages"] |= {"count": stages, "rebalance_window_s": 0.0}
     values["outer"] |= {"inner_steps": 15, "part_bytes": 1 << 18, "snapshot_every": 4}
     return RunSpec.model_validate(values)
 

@@ -24,13 +24,13 @@ INTERRUPTED = 130
 
 
 @contextlib.contextmanager
-def open_swarm(stages: int, rebalance_window_s: float = 0.0) -> Iterator[Shared]:
+def open_swarm(stages: int) -> Iterator[Shared]:
     """A swarm with two replicas of each stage, who stay there."""
     # Not pytest's folder: Unix sockets lie in it, and their paths must be short.
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         patch.setenv(CACHE_KEY, str(folder / "cache"))
-        spec = swarm_spec(write_corpus(folder / "corpus.txt"), stages, rebalance_window_s)
+        spec = swarm_spec(write_corpus(folder / "corpus.txt"), stages)
         with Shared(Swarm(folder, spec)) as shared:
             shared.run(shared.swarm.start(replicas=2))
             yield shared
@@ -182,30 +182,3 @@ def test_no_callback_of_ours_held_the_loop_for_50_ms(pipeline: Shared) -> None:
         if loop["callbacks_over_limit"]:
             over[peer.name] = loop["culprits"]
     assert over == {}
-
-
-def test_a_peer_moves_to_a_stage_that_is_one_loss_from_empty() -> None:
-    with open_swarm(stages=2, rebalance_window_s=3.0) as shared:
-        swarm = shared.swarm
-
-        async def story() -> None:
-            mover = await swarm.join()
-            (stage,) = (event["stage"] for event in mover.events if event["event"] == "online")
-            other = 1 - int(str(stage))
-            begun_s = time.monotonic()
-            volunteer(swarm, other).kill()
-
-            def moved() -> bool:
-                return [event["stage"] for event in mover.events if event["event"] == "online"] == [
-                    stage,
-                    other,
-                ]
-
-            await until(moved, f"{mover.name} at stage {other}", 60.0)
-            print(f"{mover.name} moved {time.monotonic() - begun_s:.1f} s after the kill")
-            assert any(event["event"] == "prefetched" and event["height"] for event in mover.events)
-            await all_agree(swarm)
-            assert mover in swarm.replicas(other)
-            assert swarm.applied_twice() == []
-
-        shared.run(story())
