@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 
 import torch
@@ -10,10 +11,12 @@ from pipeline_world import Peer, World, batches, small_spec
 
 from shoal.protocol import virtual_time
 from shoal.training.pipeline.routing import LANE_STALL_S
+from shoal.training.pipeline.standing import STALE_S, STALE_SERVICES
 from shoal.training.spec import RunSpec
 
 SERVICE_S = 0.03
 STUCK = 1e5  # times slower: a piece of work takes longer than the test
+SLOW = 20.0  # times: slow enough that the other replicas do everything
 KNOWN = 60  # micro-batches after which callers know what is usual
 
 
@@ -172,3 +175,23 @@ def test_a_replica_ten_times_slower_gets_a_tenth_and_slows_nobody() -> None:
             assert with_slow >= 0.9 * without / 2, "the other one alone makes half"
 
     virtual_time.run(main, limit_s=3600.0)
+
+
+def test_a_replica_that_is_quick_again_gets_its_share_again() -> None:
+    """Nobody asks the slow one while others are quicker: the callers have to find out by themselves."""
+
+    async def main() -> None:
+        async with World(spec_of(2), 2, service_s=lambda stage, number: SERVICE_S) as world:
+            once_slow = world.stage(1)[1]
+            world.slower[once_slow.name] = SLOW
+            await trained(world, KNOWN)
+            world.slower.clear()
+            stale_s = max(STALE_S, STALE_SERVICES * SLOW * SERVICE_S)
+            await trained(world, math.ceil(stale_s / SERVICE_S))
+            before, decided = len(once_slow.ledger), sum(len(peer.ledger) for peer in world.stage(0))
+            await trained(world, 100)
+            share = (len(once_slow.ledger) - before) / (sum(len(p.ledger) for p in world.stage(0)) - decided)
+            print(f"share of the replica that was {SLOW:g} times slower: {share:.3f}")
+            assert share > 0.3
+
+    virtual_time.run(main, limit_s=36000.0)

@@ -9,7 +9,15 @@ import pytest
 from shoal.protocol.identity import PeerId
 from shoal.training.pipeline.link_codec import HYSTERESIS, LinkCodec, widest_in_time
 from shoal.training.pipeline.replicas import Replica
-from shoal.training.pipeline.standing import BACKOFF_CAP_S, BACKOFF_S, NO_WINDOW, Report, Standing
+from shoal.training.pipeline.standing import (
+    BACKOFF_CAP_S,
+    BACKOFF_S,
+    NO_WINDOW,
+    STALE_S,
+    STALE_SERVICES,
+    Report,
+    Standing,
+)
 
 PEER = PeerId("p".ljust(52, "1"))
 
@@ -107,6 +115,25 @@ def test_what_was_sent_after_the_report_is_counted_apart() -> None:
     standing = answered(Standing(), 3, now=9.0)
     found = candidate_of(standing, (8.0, 9.5, 9.9))
     assert (found.in_flight, found.sent_since) == (3, 2)
+
+
+def test_the_first_micro_batch_of_a_process_which_takes_longest_is_not_held_against_it() -> None:
+    standing = answered(answered(Standing(), 1, service_s=0.44), 2, service_s=0.08)
+    assert candidate_of(standing).service_s == pytest.approx(0.08)
+    assert answered(standing, 1, service_s=0.18).service_s == pytest.approx(0.1), "from then on an average"
+
+
+def test_who_was_not_asked_for_long_is_measured_anew() -> None:
+    """A replica that was slow once is asked by nobody: what it does today is not known."""
+    slow = answered(Standing(), 9, service_s=3.0)
+    limit_s = STALE_SERVICES * 3.0
+    assert slow.aged(limit_s) == slow
+    anew = slow.aged(limit_s + 1.0)
+    assert (anew.established, anew.window) == (False, 1)
+    assert answered(anew, 3, service_s=0.1).service_s == pytest.approx(0.1)
+    quick = answered(Standing(), 9)
+    assert quick.aged(STALE_S) == quick
+    assert not quick.aged(STALE_S + 1.0).established
 
 
 # --- codecs by link

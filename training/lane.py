@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import statistics
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -23,7 +24,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 WEIGHTS_WAITING = 2
 SERVE_EVERY = 8  # at most an eighth of a busy lane goes to inference and scoring
-_SMOOTHING = 0.1  # of the moving average of durations
+_RECENT = (
+    5  # pieces of a kind whose median is its usual duration: the first ones import, allocate and compile
+)
 _LEAST_LEFT = 0.1  # of its usual duration, counted as left of work that runs longer than that
 
 
@@ -74,27 +77,29 @@ def next_kind(waiting: Sequence[int], since_serve: int = 0) -> Work | None:
 
 
 class _Durations:
-    """Moving average of how long each kind takes."""
+    """How long each kind takes of late."""
 
     def __init__(self) -> None:
-        self.mean_s = [0.0] * len(Work)
+        self.usual_s = [0.0] * len(Work)
+        self._recent: tuple[deque[float], ...] = tuple(deque(maxlen=_RECENT) for _ in Work)
         self.finished = 0
         self.busy_s = 0.0
         self.since_serve = 0
 
     def record(self, kind: Work, seconds: float) -> None:
-        known = self.mean_s[kind]
-        self.mean_s[kind] = seconds if known == 0.0 else known + _SMOOTHING * (seconds - known)
+        self._recent[kind].append(seconds)
+        self.usual_s[kind] = statistics.median_low(self._recent[kind])
         self.finished += 1
         self.since_serve = 0 if kind is Work.SERVE else self.since_serve + 1
         self.busy_s += seconds
 
     def load(self, waiting: Sequence[int], running: tuple[Work, float] | None) -> LaneLoad:
         """`running`: the kind of what runs, and since how many seconds."""
-        known = [self.mean_s[kind] for kind in _OF_MICRO_BATCH if self.mean_s[kind]]
+        known = [self.usual_s[kind] for kind in _OF_MICRO_BATCH if self.usual_s[kind]]
         typical_s = sum(known) / len(known) if known else 0.0  # for kinds that have yet to come
         usual_s = [
-            mean or (typical_s if kind in _OF_MICRO_BATCH else 0.0) for kind, mean in enumerate(self.mean_s)
+            usual or (typical_s if kind in _OF_MICRO_BATCH else 0.0)
+            for kind, usual in enumerate(self.usual_s)
         ]
         weight_s = usual_s[Work.WEIGHT]
         whole_s = [*usual_s]  # with what follows: the backward and the weight gradient

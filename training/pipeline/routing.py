@@ -11,6 +11,10 @@ w / rate counts half: all of it gives this micro-batch its earliest finish, none
 done, for few are in flight and whatever waits at a fast replica while a slow one idles is wasted. (Virtual
 time, a replica 4 times slower, 8 in flight: share of that one 0.04 by E_p, 0.17 so, 0.2 its speed's.)
 
+A replica whose speed is not known yet is asked before those it is known of: what it claims may be wrong (a
+process's first micro-batch takes many times what the next ones take), and if that kept others from asking
+it, nobody would ever learn better. Its slow start keeps such a trial to one micro-batch at a time.
+
 A few candidates are drawn in proportion to their rate, and the best of them is taken: with all callers
 looking at the same numbers, taking the best of all would send everyone to one.
 """
@@ -44,6 +48,7 @@ class Candidate:
     in_flight: int  # our micro-batches under way there
     sent_since: int  # of these, sent after that report
     service_s: float  # lane time of one micro-batch, above 0
+    proven: bool = True  # that service_s is measured, and of late
 
 
 def expected_finish_s(candidate: Candidate, payload_bytes: int) -> float:
@@ -57,7 +62,8 @@ def cost_s(candidate: Candidate, payload_bytes: int) -> float:
     finish_s = expected_finish_s(candidate, payload_bytes)
     unseen = candidate.in_flight - candidate.sent_since
     committed_s = max(candidate.backlog_s, unseen * candidate.service_s)
-    return finish_s - candidate.backlog_s + committed_s - OWN_WORK_OFF * candidate.service_s
+    off = OWN_WORK_OFF if candidate.proven else 1.0
+    return finish_s - candidate.backlog_s + committed_s - off * candidate.service_s
 
 
 def choose(candidates: Sequence[Candidate], payload_bytes: int, rng: random.Random) -> Candidate | None:

@@ -2,7 +2,8 @@
 
 Each event gives a new Standing; times are the caller's loop time. A replica that is new, was away or failed
 is asked for one micro-batch; each answer admits one more, which doubles what is under way every round trip,
-as TCP's slow start does. So a breaker that half-opens lets exactly one probe through.
+as TCP's slow start does. So a breaker that half-opens lets exactly one probe through. Who was not asked for
+long is new again: it may have been slow for reasons that are gone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from shoal.training.pipeline.replicas import Replica
 from shoal.training.pipeline.routing import Candidate
 
 OWN_MEASUREMENTS = 3  # from then on what a replica claims of its rate no longer counts
+STALE_S, STALE_SERVICES = 30.0, 20.0  # after so long, and so many of its micro-batches, it is measured anew
 UNKNOWN_SERVICE_S = 0.05  # where nobody was ever measured; a guess that the first answer replaces
 BACKOFF_S, BACKOFF_CAP_S = 0.5, 30.0
 NO_WINDOW = 64  # as many as a driver may have in flight: the slow start is over
@@ -52,7 +54,7 @@ class Standing:
         return replace(
             self,
             measured=self.measured + 1,
-            service_s=self._averaged(self.service_s, report.service_s),
+            service_s=self._service_s(report.service_s),
             seconds_per_byte=self._averaged(self.seconds_per_byte, report.seconds_per_byte),
             backlog_s=report.backlog_s,
             reported_s=now,
@@ -79,6 +81,12 @@ class Standing:
         if here and self.away:
             return replace(self, away=False, window=1, crowded=False, measured=0, backlog_s=0.0)
         return self if here else replace(self, away=True)
+
+    def aged(self, now: float) -> Standing:
+        """What was measured long ago says little of today."""
+        if self.established and now - self.reported_s > max(STALE_S, STALE_SERVICES * self.service_s):
+            return replace(self, window=1, crowded=False, measured=0)
+        return self
 
     @property
     def established(self) -> bool:
@@ -114,7 +122,14 @@ class Standing:
             in_flight=len(sent_s),
             sent_since=sum(sent > reported_s for sent in sent_s),
             service_s=service_s or self.service_s or typical_s or UNKNOWN_SERVICE_S,
+            proven=self.established,
         )
+
+    def _service_s(self, new: float) -> float:
+        """The least of the first ones: a process that has just begun imports, allocates and compiles."""
+        if 0 < self.measured < OWN_MEASUREMENTS:
+            return min(self.service_s, new)
+        return self._averaged(self.service_s, new)
 
     def _averaged(self, known: float, new: float) -> float:
         return new if self.measured == 0 else known + _SMOOTHING * (new - known)

@@ -172,6 +172,8 @@ class Successors:
             ).seen_s = now
         for peer, known in list(self._known.items()):
             known.standing = known.standing.listed(known.seen_s == now)
+            if not known.attempts:
+                known.standing = known.standing.aged(now)
             if now - known.seen_s > _FORGET_S and not known.attempts:
                 del self._known[peer]
         return listed
