@@ -1,6 +1,7 @@
-"""A plain Llama of torch modules, whole, with autograd's own backward: what Shoal's stages are compared with.
+"""A plain Llama (or Qwen2) of torch modules, whole, with autograd's own backward.
 
-Used by the model's parity tests and by the pipeline benchmark. Parameter names match `model.layout`.
+Stages are compared with it by the model's parity tests and by the pipeline benchmark. Parameter names match
+`model.layout`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as functional
 from torch import nn
 
-from shoal.training.model.layout import StageLayout
+from shoal.training.model.layout import Slot, StageLayout
 from shoal.training.spec import RunSpec
 
 
@@ -26,9 +27,9 @@ class Block(nn.Module):
         self.feedforward_norm = nn.RMSNorm(model.width, eps=model.norm_epsilon)
         self.attention = nn.ModuleDict(
             {
-                "q": nn.Linear(model.width, model.width, bias=False),
-                "k": nn.Linear(model.width, key_width, bias=False),
-                "v": nn.Linear(model.width, key_width, bias=False),
+                "q": nn.Linear(model.width, model.width, bias=model.qkv_bias),
+                "k": nn.Linear(model.width, key_width, bias=model.qkv_bias),
+                "v": nn.Linear(model.width, key_width, bias=model.qkv_bias),
                 "o": nn.Linear(model.width, model.width, bias=False),
             }
         )
@@ -102,14 +103,14 @@ class Reference(nn.Module):
         with torch.no_grad():
             for layout, flat in stages:
                 for slot in layout.slots:
-                    own[f"{slot.name}.weight"].copy_(slot.view(flat))
+                    own[_theirs(slot)].copy_(slot.view(flat))
 
     def gradients(self, layout: StageLayout) -> torch.Tensor:
         """This model's gradients in the order of a stage's flat vector."""
         own = dict(self.named_parameters())
         flat = torch.zeros(layout.size)
         for slot in layout.slots:
-            gradient = own[f"{slot.name}.weight"].grad
+            gradient = own[_theirs(slot)].grad
             if gradient is not None:
                 slot.view(flat).copy_(gradient)
         return flat
@@ -119,8 +120,13 @@ class Reference(nn.Module):
         own = dict(self.named_parameters())
         flat = torch.zeros(layout.size)
         for slot in layout.slots:
-            slot.view(flat).copy_(own[f"{slot.name}.weight"].detach())
+            slot.view(flat).copy_(own[_theirs(slot)].detach())
         return flat
+
+
+def _theirs(slot: Slot) -> str:
+    """torch's name of a parameter."""
+    return f"{slot.name.removesuffix('_bias')}.{'bias' if slot.name.endswith('_bias') else 'weight'}"
 
 
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

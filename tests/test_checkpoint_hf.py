@@ -68,6 +68,21 @@ def test_transformers_loads_an_export_and_gives_the_same_logits(
     assert_same_logits(our_logits(checkpoint, spec, tokens), theirs)
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_biases_make_it_a_qwen2(tmp_path: Path, stages: int) -> None:
+    spec = spec_of(stages, qkv_bias=True)
+    checkpoint = write_stages(tmp_path / "store", spec)
+    export(checkpoint, tmp_path / "hf")
+    model = their_model(tmp_path / "hf")
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    tokens = torch.randint(0, 257, (2, spec.model.sequence), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert_same_logits(our_logits(checkpoint, spec, tokens), model(tokens).logits)
+    imported = import_hf(tmp_path / "hf", tmp_path / "other", stages=4)
+    assert imported.spec.model.qkv_bias
+    assert torch.equal(our_logits(imported, imported.spec, tokens), our_logits(checkpoint, spec, tokens))
+
+
 def test_what_was_exported_imports_bit_equal(tmp_path: Path) -> None:
     spec = spec_of(2, rope_theta=THETA)
     checkpoint = write_stages(tmp_path / "store", spec)
@@ -176,6 +191,10 @@ def _elsewhere(folder: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another architecture": (_config(model_type="mixtral"), 'model_type "mixtral"'),
     "biases": (_config(attention_bias=True), "attention_bias = true"),
+    "a sliding window": (
+        _config(model_type="qwen2", use_sliding_window=True),
+        "use_sliding_window = true",
+    ),
     "another activation": (_config(hidden_act="gelu"), 'hidden_act = "gelu"'),
     "scaled rotary positions": (_config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), '"llama3"'),
     "heads of their own size": (_config(head_dim=16), "4 heads of 16 do not make a width of 32"),

@@ -45,11 +45,12 @@ def test_stages_in_a_row_equal_the_plain_model(cuts: tuple[int, ...]) -> None:
     torch.testing.assert_close(model.logits(flat, hidden, None), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_split_backward_equals_autograd(tied: bool) -> None:
-    spec = small(tie_embeddings=tied)
+@pytest.mark.parametrize(("tied", "bias"), [(False, False), (True, False), (False, True)])
+def test_split_backward_equals_autograd(tied: bool, bias: bool) -> None:
+    spec = small(tie_embeddings=tied, qkv_bias=bias)
     layout = stage_layout(spec, range(4))
     flat = genesis(spec, layout)
+    flat[layout.decayed :] += 0.1 * torch.arange(layout.size - layout.decayed).sin()  # norms, biases
     model, tape, ids = StageModel(spec, layout), Tape(), tokens(spec)
     inputs = model.embed(flat, ids[:, :-1]).requires_grad_()
     loss = model.loss(flat, model.blocks(flat, inputs, tape), ids[:, 1:], tape)

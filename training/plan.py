@@ -115,6 +115,7 @@ def stage_parameters(spec: RunSpec, layers: range) -> int:
     key_width = model.kv_heads * (model.width // model.heads)
     attention = 2 * model.width * model.width + 2 * model.width * key_width
     block = attention + 3 * model.width * model.feedforward + 2 * model.width  # and two norms
+    block += model.width + 2 * key_width if model.qkv_bias else 0
     count = block * len(layers)
     if layers.start == 0:
         count += vocabulary * model.width

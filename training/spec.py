@@ -57,6 +57,8 @@ class ModelSection(_Section):
     """Base of the rotary positions. 500000 for long sequences."""
     norm_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     """Added under the root of RMSNorm."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias, as in Qwen2; Llama has none."""
     tie_embeddings: bool = False
     """One matrix for embedding and head. One-stage runs only: the two ends would need one gradient."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -150,7 +150,7 @@ def export(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the weights as a Hugging Face Llama, which transformers loads."""
+    """Write the weights as a Hugging Face folder, which transformers loads."""
     import torch
 
     from shoal.node.checkpoint_shelf import choose
@@ -173,7 +173,7 @@ def export(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face Llama, or a checkpoint.")],
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face Llama or Qwen2, or a checkpoint.")],
     to: Annotated[Path, typer.Option("--to", metavar="RUN.TOML", help="File to write.")] = Path("run.toml"),
     stages: Annotated[
         int | None,

@@ -1,7 +1,8 @@
-"""The Hugging Face Llama layout: what our parameters and the spec's model are called there.
+"""The Hugging Face layout of Llama and Qwen2: what our parameters and the spec's model are called there.
 
 Pure. Matrices and rotary halves lie as in `transformers`' Llama, so nothing is permuted or transposed: only
-names change. `hf_export` and `hf_import` do the reading and writing.
+names change. Qwen2 is Llama with biases of queries, keys and values. `hf_export` and `hf_import` do the
+reading and writing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ _IN_LAYER = {
     "attention.k": "self_attn.k_proj",
     "attention.v": "self_attn.v_proj",
     "attention.o": "self_attn.o_proj",
+    "attention.q_bias": "self_attn.q_proj",
+    "attention.k_bias": "self_attn.k_proj",
+    "attention.v_bias": "self_attn.v_proj",
     "feedforward.gate": "mlp.gate_proj",
     "feedforward.up": "mlp.up_proj",
     "feedforward.down": "mlp.down_proj",
@@ -40,6 +44,11 @@ _NEEDED = (
     "num_attention_heads",
     "vocab_size",
 )
+_UNBIASED = {"attention_bias": False, "mlp_bias": False}
+_PLAIN: dict[str, dict[str, object]] = {  # what of each architecture is supported
+    "llama": {**_UNBIASED, "hidden_act": "silu"},
+    "qwen2": {"use_sliding_window": False, "hidden_act": "silu"},
+}
 _SHORTEST_SEQUENCE = 8
 _LONGEST_SEQUENCE = 2048  # of a run that starts from a model which could take more; run.toml can say more
 
@@ -49,15 +58,15 @@ def their_name(parameter: str) -> str:
     if parameter in _ENDS:
         return _ENDS[parameter]
     _, layer, part = parameter.split(".", 2)
-    return f"model.layers.{layer}.{_IN_LAYER[part]}.weight"
+    return f"model.layers.{layer}.{_IN_LAYER[part]}.{'bias' if part.endswith('bias') else 'weight'}"
 
 
 def config_of(spec: RunSpec, end_of_document: int | None, dtype: str) -> dict[str, Any]:
     """config.json of a run's model."""
     model = spec.model
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen2ForCausalLM" if model.qkv_bias else "LlamaForCausalLM"],
+        "model_type": "qwen2" if model.qkv_bias else "llama",
         "hidden_size": model.width,
         "intermediate_size": model.feedforward,
         "num_hidden_layers": model.layers,
@@ -71,8 +80,7 @@ def config_of(spec: RunSpec, end_of_document: int | None, dtype: str) -> dict[st
         "rope_scaling": None,
         "tie_word_embeddings": model.tie_embeddings,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **({"use_sliding_window": False} if model.qkv_bias else _UNBIASED),
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": end_of_document,
@@ -83,17 +91,17 @@ def config_of(spec: RunSpec, end_of_document: int | None, dtype: str) -> dict[st
 
 
 def model_of(config: object, where: str) -> tuple[dict[str, Any], int]:
-    """The spec's model section, and the vocabulary. Raises UsageError for what is no plain Llama."""
+    """The spec's model section, and the vocabulary. Raises UsageError for what is neither Llama nor Qwen2."""
     if not isinstance(config, dict):
         raise UsageError(f"{where} is not the configuration of a model")
-    if config.get("model_type") != "llama":
-        kind = json.dumps(config.get("model_type"))[:60]
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in _PLAIN:
         raise UsageError(
-            f"{where}: model_type {kind} cannot be imported\nonly Llama's architecture can: llama"
+            f"{where}: model_type {json.dumps(kind)[:60]} cannot be imported\nthese can: {', '.join(_PLAIN)}"
         )
     if missing := [key for key in _NEEDED if not isinstance(config.get(key), int)]:
         raise UsageError(f"{where} does not say {missing[0]}")
-    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+    for key, plain in _PLAIN[kind].items():
         if config.get(key, plain) != plain:
             found = json.dumps(config[key])[:60]
             raise UsageError(f"{where}: {key} = {found} is not supported, only {json.dumps(plain)}")
@@ -111,6 +119,7 @@ def model_of(config: object, where: str) -> tuple[dict[str, Any], int]:
         "feedforward": config["intermediate_size"],
         "rope_theta": _rope_theta(config, where),
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "qkv_bias": kind == "qwen2",
         "tie_embeddings": config.get("tie_word_embeddings", False),
     }
     try:

@@ -1,4 +1,4 @@
-"""Import: a Hugging Face Llama folder, or another checkpoint, as one that a run may start from.
+"""Import: a Hugging Face folder of a Llama or Qwen2, or another checkpoint, as one that a run may start from.
 
 Safetensors only: other formats run code when they are read. What a plain Llama does not have is refused by
 name. Written to the store like any checkpoint; its digest in a spec's `checkpoint.start` begins a run.

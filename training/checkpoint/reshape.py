@@ -28,6 +28,7 @@ _SAME = (
     "feedforward",
     "rope_theta",
     "norm_epsilon",
+    "qkv_bias",
     "tie_embeddings",
 )
 

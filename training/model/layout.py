@@ -1,8 +1,9 @@
 """Where each parameter of a stage lies in its one flat fp32 vector, and what it holds at genesis.
 
 Everything that treats weights as numbers (optimizers, rounds, snapshots) works on the flat vector; the model
-works on views of it. Order: matrices first, then norm scales, so that weight decay is one slice; projections
-that read the same input (q, k, v and gate, up) lie side by side, so that one matrix product serves them.
+works on views of it. Order: matrices first, then norm scales and biases, so that weight decay is one slice;
+projections that read the same input (q, k, v and gate, up) lie side by side, as do their biases, so that one
+matrix product serves them.
 Names are global (`layers.7.attention.q`): a checkpoint of two stages loads into four.
 """
 
@@ -41,7 +42,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class StageLayout:
-    """All parameters of one stage. `decayed`: values before the norm scales."""
+    """All parameters of one stage. `decayed`: values before the norm scales and biases."""
 
     layers: range
     first: bool
@@ -73,14 +74,17 @@ def stage_layout(spec: RunSpec, layers: range) -> StageLayout:
         ]
     if last and not model.tie_embeddings:
         matrices.append((HEAD, (vocabulary, model.width)))
-    norms = [
+    vectors = [
         (f"layers.{n}.{part}_norm", (model.width,)) for n in layers for part in ("attention", "feedforward")
     ]
     if last:
-        norms.append((FINAL_NORM, (model.width,)))
+        vectors.append((FINAL_NORM, (model.width,)))
+    if model.qkv_bias:
+        widths = {"q": model.width, "k": key_width, "v": key_width}
+        vectors += [(f"layers.{n}.attention.{part}_bias", (widths[part],)) for n in layers for part in widths]
     slots: list[Slot] = []
     start = 0
-    for name, shape in (*matrices, *norms):
+    for name, shape in (*matrices, *vectors):
         slots.append(Slot(name, shape, start))
         start += math.prod(shape)
     decayed = sum(math.prod(shape) for _, shape in matrices)
@@ -98,6 +102,9 @@ def genesis(spec: RunSpec, layout: StageLayout) -> torch.Tensor:
         target = slot.view(flat)
         if slot.name.endswith("norm"):
             target.fill_(1.0)
+            continue
+        if slot.name.endswith("bias"):
+            target.zero_()
             continue
         deviation = _STANDARD_DEVIATION
         if slot.name.endswith((".o", ".down")):

@@ -81,6 +81,23 @@ class _Scale(torch.autograd.Function):
         return output_gradient * scale, None, None, None
 
 
+class _Shift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, bias: torch.Tensor, start: int, tape: Tape) -> torch.Tensor:
+        ctx.count, ctx.start, ctx.tape = bias.numel(), start, tape
+        return inputs + bias
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (output_gradient,) = gradients
+
+        def add(target: torch.Tensor) -> None:
+            target += output_gradient.reshape(-1, target.numel()).sum(0)
+
+        ctx.tape.note(ctx.start, ctx.count, add, output_gradient)
+        return output_gradient, None, None, None
+
+
 def linear(inputs: torch.Tensor, weight: torch.Tensor, start: int, tape: Tape | None) -> torch.Tensor:
     """inputs [..., n] times weight [m, n] transposed; its gradient goes by way of the tape."""
     if tape is None:
@@ -94,6 +111,14 @@ def scale(inputs: torch.Tensor, factor: torch.Tensor, start: int, tape: Tape | N
     if tape is None:
         return inputs * factor
     result: torch.Tensor = _Scale.apply(inputs, factor, start, tape)  # type: ignore[no-untyped-call]
+    return result
+
+
+def shift(inputs: torch.Tensor, bias: torch.Tensor, start: int, tape: Tape | None) -> torch.Tensor:
+    """inputs [..., n] plus bias [n]."""
+    if tape is None:
+        return inputs + bias
+    result: torch.Tensor = _Shift.apply(inputs, bias, start, tape)  # type: ignore[no-untyped-call]
     return result
 
 

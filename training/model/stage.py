@@ -1,20 +1,25 @@
-"""One stage of a Llama model, computed from a flat vector of its weights.
+"""One stage of a Llama or Qwen2 model, computed from a flat vector of its weights.
 
 `StageModel` holds no weights of its own: the same object runs the local weights of either version, and the
 anchor for inference. Built from the spec and the stage's layers alone; the whole model never exists.
-Shapes: tokens [B, T], hidden [B, T, width], logits [B, T, vocabulary].
+Shapes: tokens [B, T], hidden [B, T, width], logits [B, T, vocabulary]. What a position attends to is the
+`Mixer`'s affair: in training all that came before it in its row, in serving what a cache holds.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as functional
 
 from shoal.training.model.layout import EMBEDDING, FINAL_NORM, HEAD, StageLayout
-from shoal.training.model.split import Tape, linear, scale
+from shoal.training.model.split import Tape, linear, scale, shift
 from shoal.training.spec import RunSpec
+
+# (layer, query [B, heads, T, d], key [B, kv_heads, T, d], value like key, not rotated) -> mixed like query
+Mixer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class StageModel:
@@ -30,11 +35,13 @@ class StageModel:
         """Hidden state of the first stage's input. tokens [B, T] -> [B, T, width]."""
         return functional.embedding(tokens, self._slots[EMBEDDING].view(weights))
 
-    def blocks(self, weights: torch.Tensor, hidden: torch.Tensor, tape: Tape | None) -> torch.Tensor:
+    def blocks(
+        self, weights: torch.Tensor, hidden: torch.Tensor, tape: Tape | None, mixer: Mixer | None = None
+    ) -> torch.Tensor:
         """The stage's layers. [B, T, width] -> [B, T, width]."""
         for layer in self.layout.layers:
             prefix = f"layers.{layer}"
-            hidden = hidden + self._attention(weights, prefix, hidden, tape)
+            hidden = hidden + self._attention(weights, layer, hidden, tape, mixer or self._causal)
             hidden = hidden + self._feedforward(weights, prefix, hidden, tape)
         return hidden
 
@@ -68,24 +75,35 @@ class StageModel:
         return linear(inputs, weights[start : start + rows * columns].view(rows, columns), start, tape)
 
     def _attention(
-        self, weights: torch.Tensor, prefix: str, hidden: torch.Tensor, tape: Tape | None
+        self, weights: torch.Tensor, layer: int, hidden: torch.Tensor, tape: Tape | None, mixer: Mixer
     ) -> torch.Tensor:
-        model = self._model
+        model, prefix = self._model, f"layers.{layer}"
         batch, length, width = hidden.shape
         head_size = width // model.heads
         inputs = self._norm(weights, f"{prefix}.attention_norm", hidden, tape)
         names = tuple(f"{prefix}.attention.{part}" for part in "qkv")
         projected = self._fused(weights, names, inputs, tape)
+        if model.qkv_bias:
+            first = self._slots[f"{names[0]}_bias"]
+            bias = weights[first.start : first.start + projected.shape[-1]]
+            projected = shift(projected, bias, first.start, tape)
         heads = projected.view(batch, length, -1, head_size).transpose(1, 2)
         query, key, value = torch.split(heads, [model.heads, model.kv_heads, model.kv_heads], dim=1)
-        cosine, sine = _rotation(length, head_size, model.rope_theta, hidden.dtype, hidden.device)
-        query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
-        mixed = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=model.kv_heads != model.heads
-        )
+        mixed = mixer(layer, query, key, value)
         slot = self._slots[f"{prefix}.attention.o"]
         flat = mixed.transpose(1, 2).reshape(batch, length, width)
         return linear(flat, slot.view(weights), slot.start, tape)
+
+    def _causal(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Every position attends to itself and those before it."""
+        length, head_size = query.shape[2:]
+        cosine, sine = rotation(length, head_size, self._model.rope_theta, query.dtype, query.device)
+        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
+        )
 
     def _feedforward(
         self, weights: torch.Tensor, prefix: str, hidden: torch.Tensor, tape: Tape | None
@@ -98,7 +116,7 @@ class StageModel:
 
 
 @functools.lru_cache(maxsize=8)
-def _rotation(
+def rotation(
     length: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine [T, head_size] of rotary embeddings (RoFormer, eq. 34; halves as in Llama)."""
@@ -108,6 +126,7 @@ def _rotation(
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-def _rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """heads [..., T, d] turned by their positions, cosine and sine [T, d]."""
     low, high = heads.chunk(2, dim=-1)
     return heads * cosine + torch.cat((-high, low), dim=-1) * sine
