@@ -173,7 +173,7 @@ def export(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face Llama or Qwen2, or a checkpoint.")],
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face Llama or Qwen2, or ours.")],
     to: Annotated[Path, typer.Option("--to", metavar="RUN.TOML", help="File to write.")] = Path("run.toml"),
     stages: Annotated[
         int | None,
