@@ -48,11 +48,12 @@ class LaneWeights(MemoryWeights):
         self.at_work_s += time.perf_counter() - begin_s
 
     def _copy(self, span: slice, into: torch.Tensor) -> Sent:
-        return Sent(into.copy_(self.weights[span]), self.inner_steps, self.tokens)
+        return Sent(into.copy_(self.weights[span]), self.inner_steps, self.tokens, self._moves)
 
     def _rebase(self, changes: Sequence[Rebase]) -> None:
         for change in changes:
-            change.apply(self.weights)
+            change.apply(self.weights, self._moves)
+        self._moves += 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,28 @@ def test_a_rebase_keeps_the_steps_made_since() -> None:
     virtual_time.run(main)
 
 
+@pytest.mark.parametrize("between", ["nothing", "a step", "a rebase"])
+@pytest.mark.parametrize("alpha", [None, 0.25])
+def test_the_short_way_where_nothing_moved_gives_what_the_long_one_gives(
+    between: str, alpha: float | None
+) -> None:
+    async def main() -> None:
+        local = weights(small_spec(1, mode="stream", inner_tokens=1))
+        sent = await local.sent(slice(None), torch.empty(local.size))
+        if between == "a step":
+            step(local)
+        elif between == "a rebase":
+            await local.rebase([Rebase(0, sent.weights, sent.weights + 1.0)])
+        now = (await local.sent(slice(None), torch.empty(local.size))).weights
+        new = torch.full((local.size,), 3.0)
+        await local.rebase([Rebase(0, sent.weights, new, alpha, sent.moves)])
+        after = (await local.sent(slice(None), torch.empty(local.size))).weights
+        long_way = now - sent.weights + new if alpha is None else alpha * now + (1.0 - alpha) * new
+        assert torch.allclose(after, long_way, rtol=0.0, atol=1e-6)
+
+    virtual_time.run(main)
+
+
 @pytest.mark.parametrize("stages", [1, 4])
 def test_gradients_are_clipped_per_stage(stages: int) -> None:
     """At c/√S, so that independent stages together keep to c."""

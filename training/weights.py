@@ -50,6 +50,7 @@ class Weights:
         self.pending_tokens = 0  # committed since the last inner step
         self.tokens = 0  # taken into inner steps since the start
         self.inner_steps = 0
+        self._moves = 0  # changes of the master, by whatever
         self.gradient_norm = 0.0
 
     @property
@@ -85,8 +86,7 @@ class Weights:
         self.tokens += self.pending_tokens
         self.pending_tokens = 0
         self.inner_steps += 1
-        self._behind = True
-        self._publish()
+        self._moved()
 
     async def sent(self, span: slice, into: torch.Tensor) -> Sent:
         """A copy of some of the master, in `into` (CPU), between two inner steps."""
@@ -117,16 +117,19 @@ class Weights:
         self._readers += more
 
     def _copy(self, span: slice, into: torch.Tensor) -> Sent:
-        return Sent(into.copy_(self._master[span]), self.inner_steps, self.tokens)
+        return Sent(into.copy_(self._master[span]), self.inner_steps, self.tokens, self._moves)
 
     def _rebase(self, changes: Sequence[Rebase]) -> None:
         for change in changes:
-            change.apply(self._master)
-        self._behind = True
-        self._publish()
+            change.apply(self._master, self._moves)
+        self._moved()
 
     def _replace(self, weights: torch.Tensor) -> None:
         self._master.copy_(weights)
+        self._moved()
+
+    def _moved(self) -> None:
+        self._moves += 1
         self._behind = True
         self._publish()
 

@@ -96,7 +96,9 @@ class OuterStep:
             span = self._fragment.within(part)
             after = self._after[span]
             if mine is not None and seat is not None and entry.lists(number, seat):
-                changes.append(Rebase(part.start, mine.sent.weights[span], after, self._alpha()))
+                changes.append(
+                    Rebase(part.start, mine.sent.weights[span], after, self._alpha(), mine.sent.moves)
+                )
                 remainders[part.index] = mine.remainder(part)
             else:
                 changes.append(Rebase(part.start, self._anchor[span], after))

@@ -19,6 +19,7 @@ class Sent:
     weights: torch.Tensor  # [n] fp32 CPU
     inner_step: int  # steps since the process started
     tokens: int  # taken into those steps
+    moves: int = -1  # how often the weights had changed, by steps and rebases
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,16 +28,23 @@ class Rebase:
 
     With `alpha` the merge of Streaming DiLoCo (arXiv 2501.18512, algorithm 2) instead, which gives up the
     share (1 − alpha) of the steps since: w ← alpha·w + (1 − alpha)·new.
+    `moves`: of the Sent that `old` is from; where nothing has changed since, w is `old`, and w ← new.
     """
 
     start: int
     old: torch.Tensor  # [n] fp32 CPU
     new: torch.Tensor  # [n] fp32 CPU
     alpha: float | None = None
+    moves: int = -1
 
-    def apply(self, weights: torch.Tensor) -> None:
-        """In place, to the whole stage's `weights` [size] on any device."""
+    def apply(self, weights: torch.Tensor, moves: int) -> None:
+        """In place, to the whole stage's `weights` [size] on any device, which have changed `moves` times."""
         span = weights[self.start : self.start + self.old.numel()]
+        if (
+            self.alpha is None and moves == self.moves
+        ):  # a round shorter than an inner step: half of the memory traffic
+            span.copy_(self.new)
+            return
         pieces = (torch.split(tensor, _PIECE) for tensor in (span, self.old, self.new))
         for weight, old, new in zip(*pieces, strict=True):
             if self.alpha is None:
@@ -72,16 +80,19 @@ class MemoryWeights:
         self.weights = initial.clone()
         self.inner_steps = 0
         self.tokens = 0
+        self._moves = 0
 
     def step(self, change: torch.Tensor, tokens: int) -> None:
         """One inner step: add `change` [size]."""
         self.weights.add_(change)
         self.inner_steps += 1
         self.tokens += tokens
+        self._moves += 1
 
     async def sent(self, span: slice, into: torch.Tensor) -> Sent:
-        return Sent(into.copy_(self.weights[span]), self.inner_steps, self.tokens)
+        return Sent(into.copy_(self.weights[span]), self.inner_steps, self.tokens, self._moves)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
         for change in changes:
-            change.apply(self.weights)
+            change.apply(self.weights, self._moves)
+        self._moves += 1
