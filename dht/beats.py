@@ -56,6 +56,8 @@ class Beat:
     finished_work: Count = 0  # items its lane finished; stands still while the lane does
     draining: bool = False
     stages: Annotated[tuple[StageBeat, ...], Items(8)] = ()
+    guards: Annotated[tuple[StageBeat, ...], Items(8)] = ()  # copies of other stages that it keeps
+    spare_bytes: Count = 0  # memory that it gives for such copies, those it has included
 
 
 @wire_message

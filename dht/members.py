@@ -151,6 +151,11 @@ class Members:
 
     # --- what others ask
 
+    @property
+    def running(self) -> bool:
+        """Between `start` and `close`; only then there is a view."""
+        return self._roster is not None
+
     def view(self) -> SwarmView:
         """The swarm now, this peer included."""
         now = self._now()

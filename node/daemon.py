@@ -209,6 +209,7 @@ class Daemon:
             revocation_version=membership.revocations.version,
             data_dir=str(self._folder),
             stage_replicas=stage_replicas(view, spec.stages.count) if spec else (),
+            trouble=trainee.trouble if trainee else "",
             peers=swarm_table(view),
             loop=self._meter.health(),
             training=trainee.status() if trainee else {},

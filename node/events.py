@@ -102,6 +102,14 @@ _SENTENCES: dict[str, Callable[[Fields], str | None]] = {
     "stage-restored": lambda fields: (
         f"stage {fields['stage']} was lost: it goes on from a checkpoint, at height {fields['height']}"
     ),
+    "stage-rescued": lambda fields: (
+        f"stage {fields['stage']} had no replica left; its guardians had it, at round {fields['height']}"
+    ),
+    "guarding": lambda fields: f"keeping a copy of stage {fields['stage']}, from round {fields['height']}",
+    "stage-found": lambda fields: f"stage {fields['stage']} is back, at round {fields['height']}",
+    "stage-rebuilt": lambda fields: (
+        f"stage {fields['stage']} was lost and is rebuilt ({fields['policy']}), from round {fields['height']}"
+    ),
     "checkpoint-refused": lambda fields: f"no checkpoint: {fields['why']}",
     "drain-cut": lambda fields: "not everything could be finished in time; what is left is dropped",
 }

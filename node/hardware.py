@@ -85,6 +85,13 @@ def check_memory(device: Device, stage: StagePlan) -> None:
         )
 
 
+def spare_bytes(device: Device, stage: StagePlan) -> int:
+    """Memory of the machine for copies of other stages: half of what the own one leaves."""
+    if device.torch_name == "cpu":
+        return max(0, device.memory_bytes - stage.memory.total) // 2
+    return psutil.virtual_memory().available // 2
+
+
 def _cuda(device: torch.device) -> Device:
     index = device.index or 0
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():

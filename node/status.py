@@ -78,6 +78,7 @@ class Status:
     revocation_version: int
     data_dir: str
     stage_replicas: tuple[int, ...]
+    trouble: str  # why this peer cannot go to work, and what to do; empty: nothing is wrong
     peers: tuple[PeerStatus, ...]
     loop: LoopHealth
     training: Mapping[str, object] = field(default_factory=dict)

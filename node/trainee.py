@@ -45,12 +45,14 @@ class Trainee:
         *,
         fixed: bool,
         pace_s: float = 0.0,
+        spare_bytes: int = 0,
     ) -> None:
         """`folder` takes what is written of the run, `store` has the imported checkpoints.
 
-        A micro-batch takes at least `pace_s` of the lane.
+        A micro-batch takes at least `pace_s` of the lane. `spare_bytes`: for copies of other stages.
         """
         self.stage = stage
+        self.trouble = ""  # why this peer does not get to work, and what to do
         self._presence = presence
         self._spec = spec
         self._device = device
@@ -59,6 +61,7 @@ class Trainee:
         self._events = events
         self._fixed = fixed
         self._pace_s = pace_s
+        self._spare_bytes = spare_bytes
         self._pool = ThreadPoolExecutor(_OFFLOAD_THREADS, thread_name_prefix="offload")
         self._trainer: Trainer | None = None
 
@@ -92,6 +95,7 @@ class Trainee:
             data_dir=self._folder,
             fixed=self._fixed,
             imported=(self._store,),
+            spare_bytes=self._spare_bytes,
         )
         await trainer.recover()
         self._trainer = trainer
@@ -136,6 +140,8 @@ class Trainee:
     def _tell(self, kind: str, fields: Mapping[str, object]) -> None:
         """Pass the trainer's events on; a round is told with the state it led to."""
         trainer = self._trainer
+        if kind in ("stage-lost", "stage-found", "stage-rebuilt"):
+            self.trouble = str(fields.get("text", ""))
         if kind == "round" and trainer is not None:
             progress = trainer.beat()[0]
             status = trainer.status()

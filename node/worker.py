@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shoal.dht.beats import Beat
 from shoal.node.events import Events
-from shoal.node.hardware import Device, check_memory, choose_device, warm_up, warm_up_codecs
+from shoal.node.hardware import Device, check_memory, choose_device, spare_bytes, warm_up, warm_up_codecs
 from shoal.node.options import PeerOptions
 from shoal.node.placing import take_stage
 from shoal.node.presence import Presence
@@ -88,6 +88,7 @@ class Worker:
             self._events,
             fixed=options.stage is not None,
             pace_s=options.pace_s,
+            spare_bytes=spare_bytes(device, planned),
         ) as trainee:
             self.trainee = trainee
             yield trainee

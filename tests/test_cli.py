@@ -40,6 +40,7 @@ from shoal.protocol.errors import (
     UsageError,
 )
 from shoal.protocol.identity import Role
+from shoal.training.recovery.lost_stage import Loss, told
 from shoal.training.spec import RunSection, RunSpec
 
 NOW = 1_900_000_000.0
@@ -297,7 +298,20 @@ def test_the_uplink_is_the_same_for_people_and_programs(
     assert shown in console.export_text()
 
 
-def _status(uplink_bytes_per_s: float | None, upload_limit_bytes_per_s: float | None) -> Status:
+def test_what_keeps_a_peer_from_work_is_shown_with_what_to_do() -> None:
+    text = told(1, "halt", Loss(height=12, log_tokens=1, certain=True))
+    answer = json.loads(json.dumps(_status(None, None, text).to_json()))
+    assert answer["trouble"] == text
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(status_view([answer]))
+    shown = console.export_text()
+    assert "stage 1 is lost" in shown
+    assert "shoal checkpoint gather PART..." in shown
+
+
+def _status(
+    uplink_bytes_per_s: float | None, upload_limit_bytes_per_s: float | None, trouble: str = ""
+) -> Status:
     return Status(
         version="1",
         pid=1,
@@ -324,6 +338,7 @@ def _status(uplink_bytes_per_s: float | None, upload_limit_bytes_per_s: float | 
         revocation_version=0,
         data_dir="/",
         stage_replicas=(1,),
+        trouble=trouble,
         peers=(),
         loop=LoopMeter().health(),
     )

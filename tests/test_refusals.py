@@ -22,6 +22,7 @@ unknown spec keys        test_unknown_keys_of_a_run_file_(…); test_spec, test_
 another's spec           test_a_spec_that_is_not_the_owners_is_refused_whoever_tells_it
 bad training messages    the tests of pipeline and rounds below; for owners and donors that send rubbish in
                          the middle of a round: test_outer_faults, test_recovery
+a copy's guardian        test_guardians: what_is_handed_to_a_guardian_(…), a_guardian_that_lies_(…)
 open files               test_an_expired_token_from_an_open_file_(…); test_identity, test_tokens, test_cli
 """
 

@@ -45,13 +45,16 @@ class TrainerWorld:
         latency_s: float = 0.005,
         slower: float = 1.0,
         disk: Path | None = None,
+        spare_bytes: int = 0,
         wrap: Callable[[Transport], Transport] = lambda transport: transport,
     ) -> None:
         """`slower`: how many times longer than SECONDS each piece of compute takes. `disk`: each peer has a
-        folder there, named by its number; without it nobody writes anything."""
+        folder there, named by its number; without it nobody writes anything. `spare_bytes`: of each one's
+        memory, for copies of other stages."""
         print("seed", seed)
         self.slower = slower
         self.disk = disk
+        self.spare_bytes = spare_bytes
         self.wrap = wrap
         self.spec = spec
         self.seed = seed
@@ -85,6 +88,7 @@ class TrainerWorld:
             rng=random.Random(self.seed * 1000 + number),
             clock=wall,
             wrap=self.wrap,
+            spare_bytes=self.spare_bytes,
         )
         others = {known.peer for known in self.replicas.values()}
         await replica.start(stage)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from shoal.dht.beats import StageBeat
+from shoal.dht.liveness import Liveness
 from shoal.dht.members import Members
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.policy import GroupMember
@@ -14,7 +15,7 @@ from shoal.training.pipeline.replicas import Replica
 from shoal.training.uplinks import group_uplinks
 
 _UNMEASURED_RTT_S = 0.05
-_SILENT_S = 120.0  # until a peer that stopped talking counts as departed (design section 9, partitions)
+SILENT_S = 120.0  # until a peer that stopped talking counts as departed (design section 9, partitions)
 
 
 class MemberReplicas:
@@ -54,7 +55,7 @@ class MemberReplicas:
 def group_members(members: Members, incarnation: int, own: StageBeat) -> list[GroupMember]:
     """The replicas of a stage, this peer among them: the others by their last beat, itself as it is.
 
-    Whoever fell silent without a goodbye or a closed connection stays, marked, for _SILENT_S: it may be
+    Whoever fell silent without a goodbye or a closed connection stays, marked, for SILENT_S: it may be
     frozen, or on the other side of a cut, and half a group must not go on as if it were the whole.
     Uplinks are what the beats claim, as far as the group believes it (`uplinks`).
     """
@@ -68,12 +69,39 @@ def group_members(members: Members, incarnation: int, own: StageBeat) -> list[Gr
         progress = member.progress(own.stage)
         if member.peer in found or progress is None or own.stage not in member.stages or member.departed:
             continue
-        if member.state == "online" and view.now_s - (member.heard_s or 0.0) < _SILENT_S:
+        if member.state == "online" and view.now_s - (member.heard_s or 0.0) < SILENT_S:
             silent = _group_member(member.peer, member.incarnation, progress)
             found[member.peer] = dataclasses.replace(silent, silent=True)
     group = sorted(found.values(), key=lambda member: member.peer)
     uplinks = group_uplinks([member.uplink for member in group])
     return [dataclasses.replace(member, uplink=uplink) for member, uplink in zip(group, uplinks, strict=True)]
+
+
+def stage_members(members: Members, stage: int) -> list[GroupMember]:
+    """The living replicas of any stage, those that are leaving too, without this peer."""
+    if not members.running:
+        return []
+    view = members.view()
+    found = [(m, m.progress(stage)) for m in view.group(stage, "online", "draining") if m.peer != view.me]
+    return [
+        _group_member(member.peer, member.incarnation, progress)
+        for member, progress in found
+        if progress is not None and member.liveness is Liveness.ALIVE
+    ]
+
+
+def stage_guardians(members: Members, stage: int) -> list[GroupMember]:
+    """The living guardians of a stage, with the copy that each one tells, without this peer."""
+    if not members.running:
+        return []
+    view = members.view()
+    return [
+        _group_member(member.peer, member.incarnation, kept)
+        for member in view.here()
+        if member.peer != view.me and member.beat is not None and member.liveness is Liveness.ALIVE
+        for kept in member.beat.guards
+        if kept.stage == stage
+    ]
 
 
 def _group_member(peer: PeerId, incarnation: int, beat: StageBeat) -> GroupMember:

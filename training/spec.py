@@ -121,6 +121,9 @@ class StagesSection(_Section):
     """First layer of each stage, for instance [0, 3]. Empty: balanced by cost, embedding and head counted."""
     minimum_replicas: Positive = 1
     """A replica may not move away from a stage that would have fewer."""
+    when_lost: Literal["halt", "mean", "identity"] = "halt"
+    """A stage of which no peer, disk or checkpoint has a copy any more. halt: wait for one. mean: go on with
+    the mean of the neighbours' nearest layers; identity: with layers that change nothing. Both lose it."""
     rebalance_window_s: Annotated[float, Field(ge=0)] = 15.0
     """Peers look so often whether one of them would help more at another stage; a plan has to win two
     windows in a row. 0: peers stay where they are."""

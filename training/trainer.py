@@ -25,8 +25,7 @@ from shoal.training.feed import Feed
 from shoal.training.lane import Lane
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.model.stage import StageModel
-from shoal.training.neighbours import MemberReplicas, group_members
-from shoal.training.outer.context import Context
+from shoal.training.neighbours import MemberReplicas, group_members, stage_guardians
 from shoal.training.outer.service import GroupMember, Outer
 from shoal.training.outer.snapshot import Inherited
 from shoal.training.partition import stage_ranges
@@ -37,6 +36,8 @@ from shoal.training.pipeline.hop import Hop
 from shoal.training.pipeline.inference import InferenceHop
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.successors import Event
+from shoal.training.recovery.guarding import Guarding
+from shoal.training.recovery.lost_stage import LostStage
 from shoal.training.recovery.prefetch import prefetch
 from shoal.training.spec import RunSpec
 from shoal.training.uplinks import UNKNOWN, claimed_uplink
@@ -69,6 +70,7 @@ class Trainer:
         data_dir: Path | None = None,
         fixed: bool = False,  # it stays at this stage
         imported: Sequence[Path] = (),  # folders of checkpoints, one of which the run may start from
+        spare_bytes: int = 0,  # memory for copies of other stages
     ) -> None:
         self.spec = spec
         self.stage = stage
@@ -84,6 +86,7 @@ class Trainer:
         self._device = device
         self._data_dir = data_dir
         self._fixed = fixed
+        self._spare_bytes = spare_bytes
         self._replicas = MemberReplicas(members)
         self.layout = stage_layout(spec, stage_ranges(spec)[stage])
         self._checkpoints: StageCheckpoints | None = None
@@ -139,10 +142,16 @@ class Trainer:
             first_stage_head=self._first_stage_head,
             event=self._outer_event,
             rng=random.Random(self._rng.getrandbits(64)),
+            guardians=lambda: stage_guardians(self._members, self.stage),
             directory=self._data_dir,
             inherited=inherited,
         )
+        self._guarding = Guarding(self.outer.context, self._members, self._spare_bytes, self._data_dir)
         await self.outer.recover()
+        await self._restore()
+        await LostStage(
+            self.outer.context, self.layout, initial, self.outer, self._members.view, self._search
+        ).resolve()
         if self._checkpoints is not None:
             await self._checkpoints.attach(self.outer, self.weights)
         if self._feed is not None:  # a driver that was here before does not read its samples again
@@ -162,6 +171,15 @@ class Trainer:
         )
         self._inference.serve()
         self.outer.serve()
+
+    async def _search(self) -> None:
+        """Once more for the stage's state, wherever it may have turned up."""
+        await self.outer.reach()
+        await self._restore()
+
+    async def _restore(self) -> None:
+        if self._checkpoints is not None and self.outer.height == 0:
+            await self._checkpoints.restore(self.outer)
 
     def _build_pipeline(self, compute: StageCompute) -> None:
         downstream = None
@@ -214,6 +232,7 @@ class Trainer:
         """Train until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.outer.run())
+            tasks.create_task(self._guarding.run())
             if self._checkpoints is not None:
                 tasks.create_task(self._checkpoints.run())
             if self.hop is not None:
@@ -224,20 +243,10 @@ class Trainer:
 
     async def prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
         """Another stage's newest snapshot to the own disk. Raises NotHere or StorageError."""
-        if self._data_dir is None:
+        if self._data_dir is None or self._guarding.holds(stage):  # its folder has what it guards
             return
-        context = Context.of(
-            self.spec,
-            stage,
-            stage_layout(self.spec, stage_ranges(self.spec)[stage]).size,
-            me=self._me,
-            incarnation=self._incarnation,
-            transport=self._transport,
-            offload=self._offload,
-            suspect=self._replicas.suspect,
-            event=self._event,
-            rng=random.Random(self._rng.getrandbits(64)),
-        )
+        layout = stage_layout(self.spec, stage_ranges(self.spec)[stage])
+        context = self.outer.context.beside(stage, layout.size)
         height = await prefetch(context, donors, self._data_dir)
         self._event("prefetched", {"stage": stage, "height": height})
 
@@ -290,6 +299,8 @@ class Trainer:
             tokens_per_s=self.tokens_per_s(),
             finished_work=load.finished,
             stages=self.beat(),
+            guards=self._guarding.beats(),
+            spare_bytes=self._guarding.spare_bytes,
         )
 
     def tokens_per_s(self) -> float:
@@ -343,6 +354,7 @@ class Trainer:
             "lane_finished": load.finished,
             "held_out_loss": _number(self._held_out_loss),
             "outer": outer.status(),
+            "guards": self._guarding.status(),
             "checkpoint": self._checkpoints.status() if self._checkpoints is not None else {},
         }
         if self.driver is not None:

@@ -24,6 +24,8 @@ def _own(status: Mapping[str, Any]) -> RenderableType:
     stage = "no stage" if status["stage"] is None else f"stage {status['stage']} of {status['stage_count']}"
     head = Text.assemble((status["name"], "bold"), f"  {status['state']}, {stage}, run {status['run_name']}")
     table = Table.grid(padding=(0, 2))
+    if status["trouble"]:
+        table.add_row(Text("trouble", "bold red"), escape(status["trouble"]))
     table.add_row("device", escape(status["device"] or "-"))
     table.add_row("address", escape(f"{', '.join(status['addresses'])}: {status['reachable']}"))
     table.add_row("uplink", _uplink(status["uplink_bytes_per_s"], status["upload_limit_bytes_per_s"]))
@@ -33,6 +35,7 @@ def _own(status: Mapping[str, Any]) -> RenderableType:
                       f"{training['tokens']:,} tokens, {training['tokens_per_s']:,.0f} tok/s"
                       + (f", loss {loss:.3f}" if loss else ""))  # fmt: skip
         table.add_row("micro-batches", micro_batches_text(training))
+        table.add_row("copies", copies_text(training))
     loop = status["loop"]
     table.add_row("loop", f"lag p99 {loop['lag_p99_ms']:.1f} ms, longest callback "
                   f"{loop['callback_worst_ms']:.1f} ms CPU ({escape(loop['callback_worst'])})")  # fmt: skip
@@ -48,6 +51,14 @@ def micro_batches_text(training: Mapping[str, Any]) -> str:
     if "lost" in training:  # of a driver
         text += f", {training['lost']} lost at other stages"
     return text + f"; {training['retries']} retries, {training['hedges']} hedges"
+
+
+def copies_text(training: Mapping[str, Any]) -> str:
+    """Which guardians have this peer's stage, and what it guards itself; how far behind each copy is."""
+    theirs = [str(training["height"] - guardian["height"]) for guardian in training["outer"]["guardians"]]
+    mine = [f"stage {copy['stage']} ({copy['behind']} behind)" for copy in training["guards"]]
+    kept = f"{len(theirs)} elsewhere ({', '.join(theirs)} rounds behind)" if theirs else "none elsewhere"
+    return f"{kept}; guarding {', '.join(mine) or 'nothing'}"
 
 
 def _uplink(measured_bytes_per_s: float | None, limit_bytes_per_s: float | None) -> str:

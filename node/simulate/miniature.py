@@ -81,7 +81,8 @@ def _small(spec: RunSpec) -> RunSpec:
         "tie_embeddings": False,
     }
     values["data"] = {}
-    values["stages"] |= {"first_layers": ()}
+    # Nobody has a disk: a lost stage begins anew, and the outcome counts that.
+    values["stages"] |= {"first_layers": (), "when_lost": "identity"}
     values["inner"] |= {
         "micro_batch_sequences": 1,
         "inner_tokens": micro_batches * _SEQUENCE,

@@ -65,7 +65,7 @@ class Outcome:
     duplicated: int = 0  # applied twice at one stage
     rounds: list[int] = field(default_factory=list)  # the highest log of each stage
     setbacks: list[tuple[float, int, int]] = field(default_factory=list)
-    """(when, stage, rounds lost): nobody was left who knew them."""
+    """(when, stage, rounds of the run by then): nobody was left who knew them."""
     bytes_by_use: dict[str, float] = field(default_factory=dict)
     directory_bytes: float = 0.0
     trace: str = ""

@@ -68,9 +68,13 @@ class SimulatedPeer:
         clock: Callable[[], float] = wall,
         wrap: Callable[[Transport], Transport] = same_transport,
         neighbour_limit: int = SMALL_SWARM,
+        spare_bytes: int = 0,
         planned: RunSpec | None = None,
     ) -> None:
-        """`number` names it for people. `planned`: the run whose costs moves go by, if not `spec`'s."""
+        """`number` names it for people. `planned`: the run whose costs moves go by, if not `spec`'s.
+
+        `spare_bytes`: of memory, for copies of other stages.
+        """
         self.number = number
         self.peer = membership.key.peer
         self.incarnation = incarnation
@@ -82,6 +86,7 @@ class SimulatedPeer:
         self.task: asyncio.Task[None] | None = None
         self._spec = spec
         self._planned = planned or spec
+        self._spare_bytes = spare_bytes
         self._membership = membership
         self._network = network
         self._rng = rng
@@ -210,6 +215,7 @@ class SimulatedPeer:
             data_dir=data_dir,
             fixed=fixed,
             imported=imported,
+            spare_bytes=self._spare_bytes,
         )
 
     async def leave(self, drain_s: float) -> None:

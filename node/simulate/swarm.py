@@ -68,7 +68,6 @@ class Swarm:
         self._draws = options.draws()
         self._machines: dict[PeerId, tuple[Machine, Life]] = {}
         self._numbers = itertools.count()
-        self._heights = [0] * self.outcome.stages  # of the highest log alive
         self._run_id = small.spec.run_id()
         observer = PaperMembership(self._run_id, simulated_key(options.seed, -1), wall)
         self._hub = MemoryDirectoryHub(observer, wall, random.Random(options.seed + 1))
@@ -204,12 +203,9 @@ class Swarm:
             self._close_past(now, name, peer)
         serving = {name: peer for name, peer in self.peers.items() if peer.served}
         self.account.look(now, {name: (peer.stage, peer.trainer.decisions) for name, peer in serving.items()})
-        for stage, before in enumerate(self._heights):
+        for stage in range(self.outcome.stages):
             heights = [peer.trainer.outer.height for peer in serving.values() if peer.stage == stage]
             if heights:
-                self._heights[stage] = max(heights)
-                if max(heights) < before:
-                    self.outcome.setbacks.append((now, stage, before - max(heights)))
                 self.outcome.rounds[stage] = max(self.outcome.rounds[stage], *heights)
 
     def _close_past(self, now: float, name: PeerId, peer: SimulatedPeer) -> None:
@@ -229,6 +225,8 @@ class Swarm:
                     outcome.retries += 1
                 case "hedge":
                     outcome.hedges += 1
+                case "stage-rebuilt":
+                    outcome.setbacks.append((at_s, int(str(data["stage"])), int(str(data["rounds"]))))
         peer.events.clear()
 
     def _conclude(self) -> None:

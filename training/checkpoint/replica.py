@@ -80,9 +80,7 @@ class StageCheckpoints:
         return found
 
     async def attach(self, outer: Outer, weights: Weights) -> None:
-        """After the replica has found what its disk and its group have: go on, and write from now on."""
-        if outer.height == 0:
-            await self._restore(outer)
+        """After the replica has found its state: take up the inner moments, and write from now on."""
         self.keeper = Keeper(
             self._spec,
             self._stage,
@@ -109,7 +107,8 @@ class StageCheckpoints:
         """Figures for `shoal status`."""
         return self.keeper.status() if self.keeper is not None else {}
 
-    async def _restore(self, outer: Outer) -> None:
+    async def restore(self, outer: Outer) -> None:
+        """Where neither disk nor group had anything: from the last checkpoint, if somebody has one."""
         fetched = self._folder / _RESTORED_FOLDER
         found = await restore_stage(
             self._spec,

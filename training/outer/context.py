@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -38,6 +39,7 @@ class Context:
     suspect: Callable[[PeerId, str], None]
     event: Event
     rng: random.Random
+    payload_budget_bytes: int
     refused: Counter[PeerId] = field(default_factory=Counter)
     buffers: Buffers = field(default_factory=Buffers)
 
@@ -72,7 +74,26 @@ class Context:
             suspect,
             event,
             rng,
+            outer.payload_budget_bytes,
         )
+
+    def beside(self, stage: int, size: int, payload_budget_bytes: int | None = None) -> Context:
+        """The same peer's place at another stage, whose state it fetches or keeps."""
+        found = Context.of(
+            self.spec,
+            stage,
+            size,
+            me=self.me,
+            incarnation=self.incarnation,
+            transport=self.transport,
+            offload=self.offload,
+            suspect=self.suspect,
+            event=self.event,
+            rng=self.rng,
+        )
+        if payload_budget_bytes is None:
+            return found
+        return dataclasses.replace(found, payload_budget_bytes=payload_budget_bytes)
 
     def method(self, name: str) -> str:
         """The transport method of this stage's group."""

@@ -93,6 +93,11 @@ class Services:
         transport.serve(name("round"), self._round, GROUP_ROLES)
         transport.serve(name("contribute"), self._contributions, GROUP_ROLES)
         transport.serve(name("publish"), self._published, GROUP_ROLES)
+        self.serve_log()
+
+    def serve_log(self) -> None:
+        """Only what is agreed: entries and their parts."""
+        transport, name = self._context.transport, self._context.method
         transport.serve(name("part"), self._part, GROUP_ROLES)
         transport.serve(name("entries"), self._entries, GROUP_ROLES)
 

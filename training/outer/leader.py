@@ -51,11 +51,14 @@ class Leader:
         ballot: int,
         first_stage_head: bytes,
         follow: Follow,
+        secure: Callable[[Entry, bytes], Awaitable[None]],
         lost: LostEntry | None = None,
     ) -> None:
+        """`secure` returns when an entry may be committed, however few have it."""
         self._context = context
         self._log = log
         self._follow = follow
+        self._secure = secure
         self._ballot = ballot
         self._deadline_s = context.spec.outer.round_deadline_s
         roster = tuple(
@@ -384,6 +387,9 @@ class Leader:
 
     async def _commit(self, entry: Entry, data: bytes) -> Entry:
         """COMMIT to all, and wait until this process has applied it."""
+        await self._secure(entry, data)
+        if self._stood_still():
+            raise Stale("this process stood still for a while; another may have taken over")
         self._post(Commit(), data)
         me = self._context.me
         await self._change.until(lambda: me in self._done or me in self._lost, lambda: None)

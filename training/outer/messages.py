@@ -164,6 +164,21 @@ class ManifestRequest:
 
 @wire_message
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """A lone replica hands its guardian an entry before it commits it. Payload: the entry."""
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The guardian has that entry, with all its parts."""
+
+    height: Count
+    head: Digest
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
 class StateRequest:
     """Asks for parts (by their index in the stage) of the state at a head; none: for all parts' digests."""
 

@@ -38,10 +38,10 @@ class Replica:
     def __init__(self, context: Context, snapshot: Snapshot) -> None:
         self._context = context
         self.log = Log(snapshot.state, context.fragments)
-        self.payloads = Payloads(context.spec.outer.payload_budget_bytes)
+        self.payloads = Payloads(context.payload_budget_bytes)
         self.residuals = Residuals(context.size)
         self.lost = Lost()
-        self.offered = Offered(context.me, context.incarnation, context.spec.outer.payload_budget_bytes)
+        self.offered = Offered(context.me, context.incarnation, context.payload_budget_bytes)
         self.applied: list[Callable[[Entry, bytes, Mapping[int, Published]], None]] = []
         self.state_root = snapshot.state_root
         self._anchors = [snapshot.anchor[fragment.span] for fragment in context.fragments]

@@ -38,6 +38,7 @@ from shoal.training.outer.replica import Replica
 from shoal.training.outer.snapshot import Inherited, Snapshot, genesis_snapshot
 from shoal.training.recovery.catch_up import CatchingUp
 from shoal.training.recovery.donor import Donor
+from shoal.training.recovery.guarded import Guarded
 from shoal.training.recovery.residual_file import load_residuals, save_residuals
 from shoal.training.recovery.snapshots import Snapshots
 from shoal.training.spec import RunSpec
@@ -45,6 +46,7 @@ from shoal.training.spec import RunSpec
 POLL_S = 0.25  # membership changes and beats are looked at this often
 STOOD_STILL_S = 0.25  # a loop that is later than this was stopped, or starved: others may have gone on
 RECOVER_S = 30.0  # to find a donor that answers, before the stage counts as empty
+GUARDIANS_SETTLE_S = 2.5  # a lost replica is noticed within two seconds, and the next beat tells of it
 _BACKOFF_S = (0.2, 5.0)
 _SWITCHER_S = 0.1  # between those who bring lost entries back: others must not always be first
 
@@ -96,10 +98,11 @@ class Outer:
         event: Event = lambda kind, data: None,
         positions: Positions = tuple,
         first_stage_head: Callable[[], bytes] = bytes,
+        guardians: Callable[[], Sequence[GroupMember]] = tuple,
         directory: Path | None = None,
         inherited: Inherited | None = None,
     ) -> None:
-        self._context = Context.of(
+        self.context = self._context = Context.of(
             spec,
             stage,
             weights.size,
@@ -113,6 +116,7 @@ class Outer:
         )
         self._weights = weights
         self._peers = peers
+        self._guarded = Guarded(self._context, guardians)
         self._first_stage_head = first_stage_head
         self._change = Change()
         start = genesis_snapshot(
@@ -214,7 +218,13 @@ class Outer:
         self._figures.reentering = self.reentering
         self._figures.repaired_parts = self._catching_up.repaired_parts
         snapshot = self._snapshots.newest_height
-        return {**dataclasses.asdict(self._figures), "height": self.height, "snapshot_height": snapshot}
+        return {
+            **dataclasses.asdict(self._figures),
+            "height": self.height,
+            "snapshot_height": snapshot,
+            "guardians": self._guarded.status(),
+            "entries_unguarded": self._guarded.alone,
+        }
 
     # -- life
 
@@ -230,7 +240,7 @@ class Outer:
         """
         await self._snapshots.restore(self._weights)
         await self._promises.restore()
-        await self._reach_group()
+        await self.reach()
         await self._restore_residuals()
 
     async def resume(self, snapshot: Snapshot) -> None:
@@ -250,13 +260,19 @@ class Outer:
         )
         self._replica.residuals.restore(found)
 
-    async def _reach_group(self) -> None:
+    async def reach(self) -> None:
+        """Before `run`: take up what live replicas have, without any what guardians keep.
+
+        Raises StageEmpty as `recover` does.
+        """
         loop = asyncio.get_running_loop()
         limit_s = loop.time() + RECOVER_S
         while True:
             group = self._group(self._peers())
             ahead = self._catching_up.ahead(group)
             if not ahead or await self._catch_up(group):
+                if len(group) == 1:
+                    await self._reach_guardians()
                 return
             if loop.time() >= limit_s:
                 raise StageEmpty(
@@ -264,6 +280,24 @@ class Outer:
                     f"over its state: {self._figures.last_reason}"
                 )
             await asyncio.sleep(self._context.rng.uniform(*_BACKOFF_S) / 5)
+
+    async def _reach_guardians(self) -> None:
+        """Nobody else holds the stage: whatever of its guardians' copies proves right.
+
+        They may have the last entry and not know yet that nobody will tell that it is committed.
+        """
+        loop = asyncio.get_running_loop()
+        before, looked_at, quiet_since_s = self.height, set[tuple[int, bytes, bytes]](), loop.time()
+        while (states := self._guarded.states()) and loop.time() - quiet_since_s < GUARDIANS_SETTLE_S:
+            for state, agreeing in states.items():
+                if state not in looked_at and self._catching_up.ahead(agreeing):
+                    looked_at.add(state)
+                    await self._catch_up(agreeing)
+                    quiet_since_s = loop.time()
+            await asyncio.sleep(POLL_S)
+        if self.height > before:
+            fields = {"stage": self._context.stage, "height": self.height, "head": self.head.hex()}
+            self._context.event("stage-rescued", fields)
 
     async def run(self) -> None:
         """Open rounds when it is this replica's turn, follow otherwise; until cancelled."""
@@ -377,6 +411,7 @@ class Outer:
             max(promised, self._ballot) + 1,
             self._first_stage_head(),
             lambda line: follow(self._context, self._member, line),
+            self._guarded.secure,
             self._replica.lost.next(),
         )
         self._context.event("round-open", {"height": height, "roster": len(group)})

@@ -31,7 +31,7 @@ async def replay(
 
     Raises NotHere, and Stale or MessageInvalid from the log's rules.
     """
-    shadow, unused = Replica(context, snapshot), _Nowhere(context.size)
+    shadow, unused = Replica(context, snapshot), Nowhere(context.size)
     for data in chain:
         entry = parse(data)
         parts = await fetch_parts(context, entry, dict(held(entry.height)), donors)
@@ -39,8 +39,8 @@ async def replay(
     return shadow
 
 
-class _Nowhere:
-    """Local weights of a shadow: there are none."""
+class Nowhere:
+    """Local weights of a shadow, or of a guardian's copy: there are none."""
 
     inner_steps = 0
     tokens = 0

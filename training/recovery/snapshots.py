@@ -33,10 +33,11 @@ class Snapshots:
     """Belongs to one replica; the donor reads from it."""
 
     def __init__(self, context: Context, replica: Replica, genesis: Snapshot, directory: Path | None) -> None:
+        """`genesis`: what the replica begins with, whatever its height."""
         self._context = context
         self._replica = replica
         self.directory = stage_directory(context, directory) if directory else None
-        self._kept = {0: genesis}
+        self._kept = {genesis.height: genesis}
         self._writes: asyncio.Queue[tuple[Callable[..., None], tuple[Any, ...]]] = asyncio.Queue(QUEUED)
         self._writer: asyncio.Task[None] | None = None
         replica.applied.append(self._on_entry)
@@ -91,7 +92,7 @@ class Snapshots:
         """The replica has left its chain for one that has this snapshot: forget those of the old one."""
         self._kept.clear()
         if self.directory is not None:
-            self.write(_clear, self.directory)
+            self.write(clear, self.directory)
         self.keep(snapshot)
 
     async def restore(self, local: LocalWeights) -> None:
@@ -99,7 +100,7 @@ class Snapshots:
         if self.directory is None:
             return
         snapshot = await self._context.offload(
-            _newest, self.directory, self._context.size, self._context.fragments
+            newest_on_disk, self.directory, self._context.size, self._context.fragments
         )
         if snapshot is not None and snapshot.height > self._replica.log.height:
             await self._replica.adopt(Replica(self._context, snapshot), local)
@@ -169,13 +170,20 @@ def _store(directory: Path, snapshot: Snapshot, oldest: int) -> None:
     journal.prune(directory, oldest + 1)
 
 
-def _clear(directory: Path) -> None:
+def has_snapshot(directory: Path) -> bool:
+    """Whether a stage's folder has one, whole or not."""
+    return any(directory.glob("snapshot-*.safetensors"))
+
+
+def clear(directory: Path) -> None:
+    """Forget a stage's state on disk."""
     for pattern in ("snapshot-*.safetensors", "entry-*.safetensors"):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)
 
 
-def _newest(directory: Path, size: int, fragments: Sequence[Fragment]) -> Snapshot | None:
+def newest_on_disk(directory: Path, size: int, fragments: Sequence[Fragment]) -> Snapshot | None:
+    """The highest snapshot in a stage's folder that is whole."""
     for path in sorted(directory.glob("snapshot-*.safetensors"), reverse=True):
         try:
             return load(path, size, fragments)

@@ -1,0 +1,122 @@
+"""A stage of which no copy is left: it waits, or goes on as the spec says, and says so; in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_world import Replica, TrainerWorld, round_spec
+
+from shoal.dht.beats import Beat, StageBeat
+from shoal.dht.liveness import Liveness
+from shoal.dht.view import Member, SwarmView
+from shoal.protocol import virtual_time
+from shoal.protocol.identity import PeerId
+from shoal.training.model.layout import genesis, stage_layout
+from shoal.training.partition import stage_ranges
+from shoal.training.recovery.lost_stage import loss_of, rebuilt
+from shoal.training.spec import RunSpec
+
+
+def spec_of(stages: int, policy: str = "halt") -> RunSpec:
+    values = round_spec(stages).model_dump()
+    values["stages"] |= {"when_lost": policy}
+    return RunSpec.model_validate(values)
+
+
+async def trained(world: TrainerWorld, stages: int, height: int = 3) -> None:
+    for number in range(stages):
+        await world.add(number, number)
+    await world.heights(height)
+
+
+async def until_heard(replica: Replica, kind: str, limit_s: float = 30.0) -> dict[str, object]:
+    async with asyncio.timeout(limit_s):
+        while not replica.heard(kind):
+            await asyncio.sleep(0.1)
+    return replica.heard(kind)[0]
+
+
+def test_a_lost_stage_waits_and_tells_until_who_held_it_is_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with TrainerWorld(spec_of(2), disk=tmp_path, slower=10.0) as world:
+            await trained(world, 2)
+            lost = (await world.kill(1)).trainer.outer
+            joining = asyncio.create_task(world.add(5, 1))
+            await asyncio.sleep(40.0)
+            assert not joining.done(), "it must not begin at genesis"
+            await world.add(1, 1)  # with its disk
+            heir = await joining
+            told = heir.heard("stage-lost")
+            assert len(told) == 1
+            assert "no peer, disk or checkpoint" in str(told[0]["text"])
+            assert "shoal checkpoint" in str(told[0]["text"])
+            assert heir.heard("stage-found")
+            assert heir.trainer.outer.height >= lost.height
+            await world.heights(lost.height + 2)
+
+    virtual_time.run(main)
+
+
+@pytest.mark.parametrize("policy", ["mean", "identity"])
+def test_a_lost_stage_is_rebuilt_as_the_spec_says_once_for_all_who_come(policy: str) -> None:
+    async def main() -> None:
+        async with TrainerWorld(spec_of(4, policy), slower=10.0) as world:
+            await trained(world, 4)
+            await world.kill(2)
+            tokens = max(replica.trainer.outer.tokens for replica in world.replicas.values())
+            one, other = await asyncio.gather(world.add(6, 2), world.add(7, 2))
+            rebuilds = [told for replica in (one, other) for told in replica.heard("stage-rebuilt")]
+            assert [told["policy"] for told in rebuilds] == [policy]
+            height = int(str(rebuilds[0]["height"]))
+            assert height % world.spec.outer.snapshot_every == 0
+            assert one.trainer.outer.tokens >= tokens, "the learning rate goes on where it was"
+            await world.heights(height + 3)
+            states = {r.trainer.outer.head: r.trainer.outer.state_root for r in (one, other)}
+            assert all(states[r.trainer.outer.head] == r.trainer.outer.state_root for r in (one, other))
+
+    virtual_time.run(main)
+
+
+def test_rebuilt_layers_are_the_neighbours_mean_or_pass_on_what_they_get() -> None:
+    spec = spec_of(4)
+    layouts = [stage_layout(spec, layers) for layers in stage_ranges(spec)]
+    before, lost, after = (genesis(spec, layout) for layout in layouts[:3])
+    mean = rebuilt(layouts[1], lost, [(layouts[0], before), (layouts[2], after)])
+    by_name = [{slot.name: slot for slot in layout.slots} for layout in layouts]
+    for slot in layouts[1].slots:
+        kind = slot.name.removeprefix("layers.1.")
+        near = by_name[0][f"layers.0.{kind}"].view(before), by_name[2][f"layers.2.{kind}"].view(after)
+        torch.testing.assert_close(slot.view(mean), (near[0] + near[1]) / 2)
+    first = rebuilt(layouts[0], before, [(layouts[1], lost)])
+    embedding = by_name[0]["embedding"]
+    assert torch.equal(embedding.view(first), embedding.view(before)), "nobody else has one like it"
+    identity = rebuilt(layouts[1], lost, ())
+    zero = {slot.name for slot in layouts[1].slots if not slot.view(identity).any()}
+    assert zero == {"layers.1.attention.o", "layers.1.feedforward.down"}
+
+
+def test_a_stage_counts_as_lost_only_while_nobody_holds_it_and_the_run_has_entries() -> None:
+    me = PeerId("me")
+
+    def member(name: str, stage: int, height: int, **changes: object) -> Member:
+        beat = Beat(stages=(StageBeat(stage, height=height, log_tokens=100 * height),))
+        known = {"peer": PeerId(name), "stages": (stage,), "beat": beat, **changes}
+        return Member(**known)  # type: ignore[arg-type]
+
+    def lost(*members: Member, now_s: float = 10.0) -> bool | None:
+        """None: it is not; else whether for good."""
+        loss = loss_of(SwarmView(me, now_s, (member("me", 1, 0, state="joining"), *members)), 1)
+        return loss.certain if loss is not None else None
+
+    silent = {"liveness": Liveness.GONE, "heard_s": 5.0}
+    assert lost() is None
+    assert lost(member("a", 0, 0)) is None
+    assert lost(member("a", 0, 3)) is True
+    assert lost(member("a", 0, 3), member("b", 1, 0)) is None, "a group that has made no entry yet"
+    assert lost(member("a", 0, 3), member("b", 1, 0, state="joining")) is True
+    assert lost(member("a", 0, 3), member("b", 1, 3, **silent)) is False, "it may thaw"
+    assert lost(member("a", 0, 3), member("b", 1, 3, **silent), now_s=200.0) is True
+    assert lost(member("b", 1, 3, departed=True, **silent)) is True

@@ -1,0 +1,78 @@
+"""Who guards which stage (design section 10): the two lowest-hash peers of other stages with memory to spare.
+
+A guardian keeps a copy of a stage that it does not train, for the day when all that do are gone. Pure: every
+peer decides for itself from what it sees. Views differ, so a stage may have one guardian more for a while;
+a copy is let go only when those who shall have it do.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+
+from shoal.protocol.identity import PeerId
+from shoal.training.outer.log import ENTRIES_BYTES
+from shoal.training.plan import StagePlan
+
+GUARDIANS = 2
+GUARDED_MOST = 8  # stages of one peer, as many as its beat tells of
+_COPIES = 3  # of anchor and momentum: at the head and in two snapshots, where all three differ
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A peer that may guard what it does not hold."""
+
+    peer: PeerId
+    stage: int  # that it holds
+    spare_bytes: int
+
+
+def guard_bytes(stage: StagePlan, snapshot_every: int) -> int:
+    """Memory that a stage's copy takes at most: states, entries, and their parts since the last snapshot."""
+    tail = snapshot_every * -(-stage.published_bytes // stage.fragments)
+    return _COPIES * 8 * stage.parameters + tail + ENTRIES_BYTES
+
+
+def choose_guardians(
+    run_id: bytes, needs_bytes: Sequence[int], candidates: Sequence[Candidate]
+) -> tuple[tuple[PeerId, ...], ...]:
+    """The guardians of each stage, the first stages served first. At most GUARDIANS, none of its replicas."""
+    hashes = np.array([_hash(run_id, candidate.peer) for candidate in candidates], np.uint64)
+    spare = {candidate.peer: candidate.spare_bytes for candidate in candidates}
+    held = dict.fromkeys(spare, 0)
+    chosen, most = [], GUARDED_MOST
+    for stage, need in enumerate(needs_bytes):
+        ordered = (candidates[index] for index in np.argsort(_mixed(hashes, stage), kind="stable"))
+        able = (c.peer for c in ordered if c.stage != stage and spare[c.peer] >= need and held[c.peer] < most)
+        guardians = tuple(itertools.islice(able, GUARDIANS))
+        for peer in guardians:
+            spare[peer] -= need
+            held[peer] += 1
+        chosen.append(guardians)
+    return tuple(chosen)
+
+
+def may_let_go(chosen: bool, height: int, others: Sequence[int], trained: bool) -> bool:
+    """Whether a guardian may forget a stage. `others`: heights that the other guardians have; `trained`: by
+    somebody."""
+    return trained and not chosen and sum(kept >= height for kept in others) >= GUARDIANS
+
+
+def _mixed(hashes: np.ndarray, stage: int) -> np.ndarray:
+    """An order of its own for each stage: splitmix64's finaliser; wraps around on purpose."""
+    values = hashes + np.uint64((stage + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def _hash(run_id: bytes, peer: PeerId) -> int:
+    return int.from_bytes(blake3(b"shoal guardian" + run_id + peer.encode()).digest(8), "little")

@@ -1,0 +1,137 @@
+"""Guarding: the stages that one peer keeps a copy of, besides the one that it trains.
+
+It looks now and then at who should guard what (`guardians`), begins what falls to this peer and ends what
+others have by now. Belongs to a trainer: who goes to another stage finds its copies on its disk again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.dht.beats import StageBeat
+from shoal.dht.members import Members
+from shoal.dht.view import SwarmView
+from shoal.protocol.identity import Role
+from shoal.training.neighbours import stage_guardians, stage_members
+from shoal.training.outer.context import Context
+from shoal.training.plan import make_plan
+from shoal.training.recovery.guard import Guard
+from shoal.training.recovery.guardians import (
+    GUARDED_MOST,
+    Candidate,
+    choose_guardians,
+    guard_bytes,
+    may_let_go,
+)
+from shoal.training.recovery.snapshots import clear, has_snapshot, stage_directory
+
+LOOK_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Guarded:
+    guard: Guard
+    task: asyncio.Task[None]
+
+
+class Guarding:
+    """See the module. `run` until cancelled."""
+
+    def __init__(self, context: Context, members: Members, spare_bytes: int, directory: Path | None) -> None:
+        """`context`: this peer's place at its own stage; with `spare_bytes` of 0 it guards nothing."""
+        self.spare_bytes = spare_bytes
+        self._context = context
+        self._members = members
+        self._directory = directory
+        plan = make_plan(context.spec)
+        self._sizes = [stage.parameters for stage in plan.stages]
+        self._needs = [guard_bytes(stage, context.spec.outer.snapshot_every) for stage in plan.stages]
+        self._guarded: dict[int, _Guarded] = {}
+
+    def beats(self) -> tuple[StageBeat, ...]:
+        """What heartbeats say of the copies."""
+        found = (guarded.guard.beat() for _, guarded in sorted(self._guarded.items()))
+        return tuple(beat for beat in found if beat is not None)
+
+    def holds(self, stage: int) -> int:
+        """The height of the copy of a stage, 0 without one."""
+        guarded = self._guarded.get(stage)
+        return guarded.guard.height if guarded is not None else 0
+
+    def status(self) -> list[dict[str, object]]:
+        """Each copy, how far it is, and how far behind its replicas."""
+        return [
+            {
+                "stage": beat.stage,
+                "height": beat.height,
+                "behind": max(
+                    (m.height for m in stage_members(self._members, beat.stage)), default=beat.height
+                )
+                - beat.height,
+                "bytes": self._needs[beat.stage],
+            }
+            for beat in self.beats()
+        ]
+
+    async def run(self) -> None:
+        """Look now and then, until cancelled."""
+        if self.spare_bytes <= 0:
+            return
+        async with asyncio.TaskGroup() as tasks:
+            for stage in await self._context.offload(self._on_disk):
+                self._begin(stage, tasks)
+            while True:
+                await self._look(tasks)
+                await asyncio.sleep(LOOK_S * self._context.rng.uniform(0.9, 1.1))
+
+    async def _look(self, tasks: asyncio.TaskGroup) -> None:
+        me, view = self._context.me, self._members.view()
+        chosen = choose_guardians(self._context.run_id, self._needs, self._candidates(view))
+        for stage, guardians in enumerate(chosen):
+            guarded = self._guarded.get(stage)
+            if guarded is None and me in guardians:
+                self._begin(stage, tasks)
+            elif guarded is not None:
+                others = [guardian.height for guardian in stage_guardians(self._members, stage)]
+                if may_let_go(me in guardians, guarded.guard.height, others, bool(view.online(stage))):
+                    await self._end(stage, guarded)
+
+    def _begin(self, stage: int, tasks: asyncio.TaskGroup) -> None:
+        taken = sum(self._needs[guarded] for guarded in self._guarded)
+        if len(self._guarded) >= GUARDED_MOST or taken + self._needs[stage] > self.spare_bytes:
+            return
+        context = self._context.beside(stage, self._sizes[stage], payload_budget_bytes=0)
+        guard = Guard(context, lambda: stage_members(self._members, stage), self._directory)
+        self._guarded[stage] = _Guarded(guard, tasks.create_task(guard.run(), name=f"guard stage {stage}"))
+
+    async def _end(self, stage: int, guarded: _Guarded) -> None:
+        """Two others have it: forget it, on disk too."""
+        del self._guarded[stage]
+        guarded.task.cancel()
+        await asyncio.wait({guarded.task})
+        self._context.event("guarding-ended", {"stage": stage})
+        if self._directory is not None:
+            folder = stage_directory(self._context.beside(stage, self._sizes[stage]), self._directory)
+            await self._context.offload(clear, folder)
+
+    def _on_disk(self) -> list[int]:
+        """Stages whose copy an earlier process of this peer left."""
+        directory, context = self._directory, self._context
+        if directory is None:
+            return []
+        others = [stage for stage in range(len(self._sizes)) if stage != context.stage]
+        folders = {s: stage_directory(context.beside(s, self._sizes[s]), directory) for s in others}
+        return [stage for stage in others if has_snapshot(folders[stage])][:GUARDED_MOST]
+
+    def _candidates(self, view: SwarmView) -> list[Candidate]:
+        """Trainers that are online; of whom nothing is heard is taken for able."""
+        able = sum(self._needs)
+        found = [Candidate(self._context.me, self._context.stage, self.spare_bytes)]
+        for member in view.here():
+            trains = member.state == "online" and member.stages and Role.TRAINER in member.roles
+            if trains and member.peer != view.me:
+                spare_bytes = member.beat.spare_bytes if member.beat is not None else able
+                found.append(Candidate(member.peer, member.stages[0], spare_bytes))
+        return found
