@@ -59,6 +59,11 @@ class Beat:
     guards: Annotated[tuple[StageBeat, ...], Items(8)] = ()  # copies of other stages that it keeps
     spare_bytes: Count = 0  # memory that it gives for such copies, those it has included
 
+    @property
+    def service_s(self) -> float:
+        """At the stage it holds; 0: unknown."""
+        return self.stages[0].service_s if self.stages else 0.0
+
 
 @wire_message
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from shoal.protocol.wire import (
     Items,
     Length,
     OneOf,
+    Seconds,
     Text,
     wire_message,
 )
@@ -52,6 +53,7 @@ class PeerRecord:
     device: Text
     tokens_per_s: Annotated[float, Bounds(0.0, 1e12)]
     version: Text
+    service_s: Seconds = 0.0  # lane time of a micro-batch at its stage; 0: unknown. For placement
 
     def contact(self) -> Contact:
         return Contact(self.peer, self.addresses, self.chain)

@@ -17,7 +17,7 @@ from shoal.dht.view import Member, SwarmView
 from shoal.protocol.identity import PeerId
 
 SMALL_SWARM = 32
-_SHARES = (3, 2, 1)  # eighths of the places for own group, next stage, previous stage
+_SHARES = (3, 3, 1)  # eighths of the places for own group, next stage, previous stage
 
 
 def neighbours(view: SwarmView, me: PeerId, limit: int = SMALL_SWARM) -> frozenset[PeerId]:

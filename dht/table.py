@@ -341,6 +341,7 @@ def _picture(entry: Entry) -> Member:
         device=record.device,
         incarnation=record.incarnation,
         tokens_per_s=(beat.tokens_per_s if beat else 0.0) or record.tokens_per_s,
+        service_s=(beat.service_s if beat else 0.0) or record.service_s,
         liveness=entry.verdict.liveness,
         reason=entry.verdict.reason,
         departed=entry.verdict.liveness is Liveness.GONE and (entry.said_goodbye or entry.refused),

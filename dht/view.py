@@ -26,6 +26,7 @@ class Member:
     device: str = ""
     incarnation: int = 0
     tokens_per_s: float = 0.0  # its claim: the last beat's, else its record's; 0: unknown
+    service_s: float = 0.0  # lane time of a micro-batch at its stage, likewise
     liveness: Liveness = Liveness.ALIVE
     reason: str = ""  # of the liveness
     departed: bool = False  # gone because it said goodbye or its process is not there any more

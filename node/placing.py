@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from shoal.dht.members import Members
 from shoal.training.placement import place
@@ -17,16 +17,18 @@ _SETTLE_LOOKS = 6
 
 
 async def take_stage(
-    members: Members, announce: Callable[[str, tuple[int, ...]], None], stages: int, *, first: bool
+    members: Members, announce: Callable[[str, tuple[int, ...]], None], costs: Sequence[float], *, first: bool
 ) -> int:
-    """Choose, announce, and look again until the choice holds. `first`: there is nobody to meet."""
+    """Choose, announce, and look again until the choice holds.
+
+    `costs`: of a micro-batch at each stage. `first`: there is nobody to meet."""
     if not first:
         await asyncio.sleep(_MEET_S)
-    stage = place(members.view(), members.me, stages)
+    stage = place(members.view(), members.me, costs)
     announce("joining", (stage,))
     for _ in range(0 if first else _SETTLE_LOOKS):
         await asyncio.sleep(_SETTLE_S)
-        again = place(members.view(), members.me, stages)
+        again = place(members.view(), members.me, costs)
         if again == stage:
             break
         stage = again

@@ -23,6 +23,7 @@ from shoal.node.status import stage_replicas, verdict
 from shoal.node.trainee import Trainee
 from shoal.protocol.errors import UsageError
 from shoal.protocol.identity import PeerId
+from shoal.training.partition import spec_costs
 from shoal.training.plan import make_plan
 from shoal.training.spec import RunSpec
 from shoal.training.tenure import DRAIN_S, Tenure
@@ -118,7 +119,7 @@ class Worker:
         if wanted is None:
             presence = self._presence
             first = not presence.token.bootstrap
-            return spec, await take_stage(presence.members, presence.announce, spec.stages.count, first=first)
+            return spec, await take_stage(presence.members, presence.announce, spec_costs(spec), first=first)
         if wanted >= spec.stages.count:
             raise UsageError(
                 f"the run has the stages 0 to {spec.stages.count - 1}, so --stage {wanted} is none"

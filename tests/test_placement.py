@@ -12,6 +12,8 @@ from shoal.dht.view import Member, SwarmView
 from shoal.protocol.identity import PeerId, Role
 from shoal.training.placement import place
 
+EVEN = (1.0,) * 8  # costs of stages
+
 
 def member(name: str, *stages: int, state: str = "online", **changes: object) -> Member:
     return Member(peer=PeerId(name), stages=stages, state=state, **changes)  # type: ignore[arg-type]
@@ -42,14 +44,24 @@ def joiner(name: str, *stages: int) -> Member:
     ],
 )
 def test_a_joiner_takes_the_neediest_stage(members: list[Member], stage: int) -> None:
-    assert place(view(joiner("z"), *members), PeerId("z"), 3) == stage
+    assert place(view(joiner("z"), *members), PeerId("z"), EVEN[:3]) == stage
 
 
 def test_from_two_replicas_on_the_weakest_stage_is_helped_first() -> None:
-    fast = [member(name, 0, tokens_per_s=900.0) for name in "ab"]
-    slow = [member(name, 1, tokens_per_s=200.0) for name in "cde"]
-    assert place(view(joiner("z"), *fast, *slow), PeerId("z"), 2) == 1
-    assert place(view(joiner("z"), fast[0], *slow), PeerId("z"), 2) == 0  # one replica: close to empty
+    """What they commit is the same at every stage, and says nothing."""
+    fast = [member(name, 0, service_s=0.2, tokens_per_s=100.0) for name in "ab"]
+    slow = [member(name, 1, service_s=0.9, tokens_per_s=100.0) for name in "cde"]
+    assert place(view(joiner("z"), *fast, *slow), PeerId("z"), EVEN[:2]) == 1
+    assert place(view(joiner("z"), fast[0], *slow), PeerId("z"), EVEN[:2]) == 0  # one replica: close to empty
+
+
+def test_a_stage_that_costs_more_needs_more_of_the_same_peers() -> None:
+    """Three times the cost: each of its replicas takes three times as long."""
+    members = [member("a", 0), member("b", 0), *(member(f"c{n}", 1) for n in range(5))]
+    assert place(view(joiner("z"), *members), PeerId("z"), (1.0, 3.0)) == 1
+    measured = [member("a", 0, service_s=1.0), member("b", 0, service_s=1.0)]
+    measured += [member(f"c{n}", 1, service_s=3.0) for n in range(7)]
+    assert place(view(joiner("z"), *measured), PeerId("z"), (1.0, 3.0)) == 0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -59,7 +71,7 @@ def test_joiners_that_see_the_same_spread_evenly(seed: int) -> None:
     stages = rng.randint(1, 6)
     newcomers = [joiner(f"j{rng.randrange(10**9)}") for _ in range(rng.randint(1, 24))]
     picture = view(*newcomers)
-    chosen = [place(picture, one.peer, stages) for one in newcomers]
+    chosen = [place(picture, one.peer, EVEN[:stages]) for one in newcomers]
     counts = [chosen.count(stage) for stage in range(stages)]
     assert max(counts) - min(counts) <= 1
 
@@ -70,17 +82,17 @@ def test_noise_in_measured_rates_does_not_part_two_views(seed: int) -> None:
     rng = random.Random(seed)
 
     def noisy() -> SwarmView:
-        measured = [member(f"m{n}", n % 2, tokens_per_s=100.0 * rng.uniform(0.95, 1.05)) for n in range(4)]
+        measured = [member(f"m{n}", n % 2, service_s=0.1 * rng.uniform(0.95, 1.05)) for n in range(4)]
         return view(joiner("y"), joiner("z"), *measured)
 
-    assert {place(noisy(), PeerId("y"), 2), place(noisy(), PeerId("z"), 2)} == {0, 1}
+    assert {place(noisy(), PeerId("y"), EVEN[:2]), place(noisy(), PeerId("z"), EVEN[:2])} == {0, 1}
 
 
 def test_joiners_that_collided_part_one_at_a_time_and_then_stay() -> None:
     crowd = {name: 1 for name in "xyz"}  # all three announced stage 1, stages 0 and 2 are empty
     for _ in range(5):
         picture = view(*(joiner(name, stage) for name, stage in crowd.items()))
-        moves = {name: place(picture, PeerId(name), 3) for name in crowd}
+        moves = {name: place(picture, PeerId(name), EVEN[:3]) for name in crowd}
         assert sum(moves[name] != crowd[name] for name in crowd) <= 1
         crowd = moves
     assert sorted(crowd.values()) == [0, 1, 2]
@@ -88,7 +100,7 @@ def test_joiners_that_collided_part_one_at_a_time_and_then_stay() -> None:
 
 def test_a_gap_of_one_moves_nobody() -> None:
     picture = view(joiner("y", 0), member("a", 0), member("b", 1))
-    assert place(picture, PeerId("y"), 2) == 0
+    assert place(picture, PeerId("y"), EVEN[:2]) == 0
 
 
 def crowd(count: int, stages: int) -> SwarmView:

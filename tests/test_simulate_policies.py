@@ -27,10 +27,10 @@ from shoal.training.templates import TEMPLATES
 MEASURED = ("wall_s", "cpu_s", "virtual_s_per_cpu_s", "peak_rss_bytes")
 
 
-def long_pipeline(stages: int = 6) -> RunSpec:
+def long_pipeline(stages: int = 6, rebalance_window_s: float = 15.0) -> RunSpec:
     """Hops of some hundred kilobytes; enough under way for queues."""
     values = TEMPLATES["small"].model_dump()
-    values["stages"] |= {"count": stages}
+    values["stages"] |= {"count": stages, "rebalance_window_s": rebalance_window_s}
     values["inner"] |= {"in_flight": 24}
     values["limits"] |= {"undecided_micro_batches": 512}
     return RunSpec.model_validate(values)
@@ -70,7 +70,7 @@ def test_equal_seeds_decide_alike(router: Router, recovery: Recovery) -> None:
 
 
 def test_nothing_is_lost_where_nobody_goes() -> None:
-    outcome = simulated(session_s=1e12)
+    outcome = simulate_run(long_pipeline(rebalance_window_s=0.0), options(session_s=1e12))
     assert (outcome.lost, outcome.retries, outcome.joins) == (0, 0, 0)
     assert 0.5 < outcome.throughput_of_ideal <= 1.0
     assert outcome.throughput_of_placement <= 1.0 + 24 * 10 / outcome.micro_batches  # what was under way

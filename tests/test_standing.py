@@ -71,6 +71,15 @@ def test_a_busy_replica_is_left_alone_for_its_time_and_not_held_guilty() -> None
 # --- slow start
 
 
+def test_a_forward_passed_on_admits_one_more_long_before_the_answer() -> None:
+    standing = Standing()
+    assert not standing.admits(0.0, 1)
+    standing = standing.passed(in_flight=1)
+    assert standing.admits(0.0, 1)
+    assert not standing.admits(0.0, 2), "one it works on, one that it has passed on"
+    assert standing.passed(in_flight=1) == standing, "what is not used does not grow"
+
+
 def test_a_new_replica_gets_one_then_twice_as_many_every_round_trip() -> None:
     standing, rounds = Standing(), []
     while standing.window < NO_WINDOW:

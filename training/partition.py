@@ -59,6 +59,11 @@ def stage_costs(costs: LayerCosts, ranges: Sequence[range]) -> tuple[float, ...]
     return tuple(sums)
 
 
+def spec_costs(spec: RunSpec) -> tuple[float, ...]:
+    """The cost of each stage of a run."""
+    return stage_costs(layer_costs(spec), stage_ranges(spec))
+
+
 def partition(costs: Sequence[float], first_extra: float, last_extra: float, count: int) -> tuple[range, ...]:
     """Cut the layers into `count` contiguous, non-empty stages, the slowest as fast as can be.
 

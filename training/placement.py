@@ -1,12 +1,14 @@
-"""Which stage a joining peer takes. A pure policy over the swarm's view; the trainer of a joiner calls it.
+"""Which stage a joining peer takes. A pure policy over the swarm's view; `placing` and the simulator call it.
 
 All joiners that announced no stage yet are placed in the order of their ids, each one seeing those before
 it, so joiners that look at the same view at the same time spread out without talking.
 
-A stage needs another replica the more, the fewer it has (up to two: a stage with one replica is
-one death away from empty); from two on, the one with the least capacity comes first. Capacities are sums of
-rates on a scale of powers of two, so that views which differ by noise still agree; a peer whose
-rate nobody knows counts as the median of those known.
+A stage needs another replica the more, the fewer it has (up to two: a stage with one replica is one death
+away from empty); from two on, the one with the least capacity comes first. The capacity of a stage is what
+its replicas' lanes can do, in micro-batches: a peer's speed, its stage's cost over its time for a
+micro-batch, divided by that cost. What replicas commit says nothing here, since all stages commit the same.
+It is counted in usual replicas, in whole ones, so that views which differ by noise still agree; a peer whose
+speed nobody knows counts as the median of those known.
 
 Hysteresis: a joiner keeps the stage it announced, unless some stage has at least two fewer replicas and
 the joiner is the last by id of those joining its stage. A gap of one is not worth a second download,
@@ -15,8 +17,8 @@ and of several joiners that collided only one moves at a time.
 
 from __future__ import annotations
 
-import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shoal.dht.view import Member, SwarmView
@@ -29,29 +31,35 @@ ENOUGH_REPLICAS = 2
 class _Load:
     """What a stage has, or is about to have."""
 
+    cost: float  # of a micro-batch; the mean of the stages is 1
     replicas: int = 0
-    tokens_per_s: float = 0.0
+    speed: float = 0.0  # of all replicas together; the usual one's is 1
+
+    @property
+    def need(self) -> tuple[int, int, int]:
+        """The least comes first."""
+        return (min(self.replicas, ENOUGH_REPLICAS), round(self.speed / self.cost), self.replicas)
 
 
-def place(view: SwarmView, me: PeerId, spec_stage_count: int) -> int:
-    """The stage `me` should join, in [0, spec_stage_count)."""
+def place(view: SwarmView, me: PeerId, costs: Sequence[float]) -> int:
+    """The stage `me` should join. `costs`: of a micro-batch at each stage, in any unit."""
+    mean = statistics.fmean(costs)
+    loads = [_Load(cost / mean) for cost in costs]
     candidates = [member for member in view.here() if Role.TRAINER in member.roles]
-    usual = _usual_rate(candidates)
-    loads = [_Load()] * spec_stage_count
+    speeds = _speeds(candidates, costs)
     for member in candidates:
         if member.state in ("online", "joining"):
             for stage in member.stages:
-                if stage < spec_stage_count:
-                    loads[stage] = _with(loads[stage], member, usual)
+                if stage < len(loads):
+                    loads[stage] = _with(loads[stage], speeds.get(member.peer, 1.0))
     mine = view.get(me)
     announced = mine.stages[0] if mine and mine.state == "joining" and mine.stages else None
-    if announced is not None and announced < spec_stage_count:
+    if announced is not None and announced < len(loads):
         return _keep_or_move(candidates, me, announced, loads)
-    waiting = [m for m in candidates if m.state == "joining" and not m.stages and m.peer != me]
-    for member in sorted(waiting, key=lambda member: member.peer):
-        if member.peer < me:
-            stage = _neediest(loads)
-            loads[stage] = _with(loads[stage], member, usual)
+    waiting = [m for m in candidates if m.state == "joining" and not m.stages and m.peer < me]
+    for _ in waiting:
+        stage = _neediest(loads)
+        loads[stage] = _with(loads[stage], 1.0)
     return _neediest(loads)
 
 
@@ -63,23 +71,19 @@ def _keep_or_move(candidates: list[Member], me: PeerId, announced: int, loads: l
 
 
 def _neediest(loads: list[_Load]) -> int:
-    def order(stage: int) -> tuple[int, int, int, int]:
-        load = loads[stage]
-        return (min(load.replicas, ENOUGH_REPLICAS), _octave(load.tokens_per_s), load.replicas, stage)
-
-    return min(range(len(loads)), key=order)
+    return min(range(len(loads)), key=lambda stage: loads[stage].need)
 
 
-def _with(load: _Load, member: Member, usual: float) -> _Load:
-    rate = member.tokens_per_s or usual
-    return replace(load, replicas=load.replicas + 1, tokens_per_s=load.tokens_per_s + rate)
+def _with(load: _Load, speed: float) -> _Load:
+    return replace(load, replicas=load.replicas + 1, speed=load.speed + speed)
 
 
-def _usual_rate(members: list[Member]) -> float:
-    known = [member.tokens_per_s for member in members if member.tokens_per_s > 0]
-    return statistics.median(known) if known else 1.0
-
-
-def _octave(tokens_per_s: float) -> int:
-    """0 for nothing; else the nearest power of two, shifted to stay above 0 for any rate."""
-    return 0 if tokens_per_s <= 0 else 64 + round(math.log2(max(tokens_per_s, 2.0**-32)))
+def _speeds(members: list[Member], costs: Sequence[float]) -> dict[PeerId, float]:
+    """Of those known, in units of the usual one's."""
+    known = {
+        m.peer: costs[m.stages[0]] / m.service_s
+        for m in members
+        if m.service_s > 0.0 and m.stages and m.stages[0] < len(costs)
+    }
+    usual = statistics.median(known.values()) if known else 1.0
+    return {peer: speed / usual for peer, speed in known.items()}

@@ -5,18 +5,21 @@ go (LEAVE in the log, one at a time). Views differ, so a plan is a hint: safety 
 
 The pipeline is as fast as its slowest stage, whose rate is the sum over its replicas. The best move is the
 one that raises the slowest stage most; what a replica would do at another stage follows from its measured
-rate and the stages' costs. A stage that is empty, or one loss away from it, takes the emergency lane.
+rate and the stages' costs. It has to leave its old stage well above what the slowest one had; how much one
+replica of hundreds adds is not asked, since it costs so much less. A stage that is empty, or one loss away
+from it, takes the emergency lane.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.protocol.identity import PeerId
 
-LEAST_GAIN = 0.10  # of the pipeline's rate; less is within the noise of what peers measure
+LEAST_GAP = 0.10  # between a source without the mover and the slowest stage; less is noise of measurements
 ENOUGH = 2  # replicas with which a stage outlives a loss
 HORIZON_S = 1800.0  # over which a move has to earn what it costs
 _STEPS = 8  # of rates per octave: views that differ by noise still agree
@@ -40,7 +43,7 @@ class Move:
     source: int
     target: int
     emergency: bool  # the target is about to be lost: no second window is waited for
-    gain: float  # of the pipeline's rate, as a share; infinite where it stood still
+    gain: float  # of the slowest stage's rate, as a share; infinite where it stood still
 
 
 def plan(
@@ -51,7 +54,9 @@ def plan(
     `costs`: of a micro-batch at each stage, in any unit. `move_s`: during which a mover does no work.
     """
     rates = _unit_rates(replicas, costs)
-    groups = [[r for r in replicas if r.stage == stage] for stage in range(len(costs))]
+    groups: list[list[Placed]] = [[] for _ in costs]
+    for replica in replicas:
+        groups[replica.stage].append(replica)
     capacity = [sum(rates[r.peer] for r in group) / cost for group, cost in zip(groups, costs, strict=True)]
     needy = min(range(len(costs)), key=lambda stage: (min(len(groups[stage]), ENOUGH), capacity[stage]))
     best: Move | None = None
@@ -62,16 +67,15 @@ def plan(
             continue
         emergency = len(groups[needy]) < ENOUGH
         for replica in (replica for replica in group if not replica.fixed):
-            after = list(capacity)
-            after[source] -= rates[replica.peer] / costs[source]
-            after[needy] += rates[replica.peer] / costs[needy]
-            now, then = min(capacity), min(after)
+            now, stays = capacity[needy], capacity[source] - rates[replica.peer] / costs[source]
+            then = min(now + rates[replica.peer] / costs[needy], stays)
             gain = then / now - 1.0 if now > 0 else math.inf
-            if not emergency and (gain < LEAST_GAIN or gain * now * HORIZON_S < move_s * capacity[source]):
+            lost = move_s * rates[replica.peer] / costs[source]  # micro-batches, while it moves
+            if not emergency and (stays < (1.0 + LEAST_GAP) * now or (then - now) * HORIZON_S < lost):
                 continue
             found = Move(replica.peer, source, needy, emergency, gain)
-            if best is None or _rank(found, after[source]) > _rank(best, left):
-                best, left = found, after[source]
+            if best is None or _rank(found, stays) > _rank(best, left):
+                best, left = found, stays
     return best
 
 
@@ -96,5 +100,6 @@ def _unit_rates(replicas: Sequence[Placed], costs: Sequence[float]) -> dict[Peer
     return {r.peer: known.get(r.peer, usual) for r in replicas}
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def _quantised(rate: float) -> float:
     return float(2.0 ** (round(math.log2(rate) * _STEPS) / _STEPS))

@@ -13,11 +13,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from shoal.dht.beats import StageBeat
 from shoal.dht.view import SwarmView
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
-from shoal.training.partition import layer_costs, stage_costs, stage_ranges
+from shoal.training.partition import spec_costs
 from shoal.training.rebalance import Move, Placed, plan, settled
 from shoal.training.spec import RunSpec
 
@@ -71,7 +70,7 @@ class Tenure:
         self._event = event
         self._rng = rng
         self._moves = moves and spec.stages.count > 1 and spec.stages.rebalance_window_s > 0.0
-        self._costs = stage_costs(layer_costs(spec), stage_ranges(spec))
+        self._costs = spec_costs(spec)
 
     async def run(self, stage: int) -> None:
         """Serve, beginning with this stage."""
@@ -144,6 +143,6 @@ def placed(view: SwarmView) -> list[Placed]:
     for member in view.here():
         if member.state in ("online", "joining") and member.stages:
             stage = member.stages[0]
-            beat = member.progress(stage) or StageBeat(stage)
-            found.append(Placed(member.peer, stage, beat.service_s, beat.fixed))
+            beat = member.progress(stage)
+            found.append(Placed(member.peer, stage, member.service_s, beat is not None and beat.fixed))
     return found

@@ -13,6 +13,7 @@ from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.view import Member
 from shoal.node.simulate.machines import Machine
 from shoal.protocol.identity import PeerId
+from shoal.training.rebalance import Placed
 
 BEAT_S = 1.0
 _PIECES = (
@@ -65,6 +66,7 @@ class Node:
     beat_s: float = -BEAT_S
     beat_backlog_s: float = 0.0
     member: Member | None = None
+    placed: Placed | None = None  # a node serves one stage in its life: a mover comes back as another
 
     @property
     def piece_s(self) -> float:
@@ -86,8 +88,16 @@ class Node:
         """How others see it."""
         if self.member is None or (self.member.state, self.member.stages) != (self.state, (self.stage,)):
             beat = Beat(stages=(StageBeat(self.stage, service_s=self.service_s),))
-            self.member = Member(peer=self.name, state=self.state, stages=(self.stage,), beat=beat)
+            self.member = Member(
+                peer=self.name, state=self.state, stages=(self.stage,), service_s=self.service_s, beat=beat
+            )
         return self.member
+
+    def as_placed(self) -> Placed:
+        """How planners see it."""
+        if self.placed is None:
+            self.placed = Placed(self.name, self.stage, self.service_s)
+        return self.placed
 
 
 def transfer_s(sender: Node, receiver: Node, payload_bytes: float) -> float:

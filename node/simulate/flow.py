@@ -122,6 +122,9 @@ class Flow:
     def _forwarded(self, node: Node, trip: Trip, leg: Leg) -> None:
         if not leg.void:
             leg.forwarded, leg.forwarded_s = True, self.now
+            if leg.caller is not None:
+                self.router.passed(leg.caller, node)
+                self._look_again(leg.caller)
             if node.stage == self._last:
                 node.backward.append((trip, leg))
             elif self._wants(trip, leg):

@@ -29,6 +29,7 @@ from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, START_FOLDER
 from shoal.training.checkpoint.share import Shelf
 from shoal.training.feed import Feed
 from shoal.training.lane import InlineLane, Work
+from shoal.training.partition import spec_costs
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.spec import RunSpec
 from shoal.training.tenure import Tenure
@@ -131,7 +132,7 @@ class SimulatedPeer:
 
     async def settle(self, *, first: bool) -> int:
         """Find the stage that needs it most."""
-        return await take_stage(self.members, self.announce, self._spec.stages.count, first=first)
+        return await take_stage(self.members, self.announce, spec_costs(self._planned), first=first)
 
     async def train_at(
         self,

@@ -15,7 +15,7 @@ from shoal.dht.view import SwarmView
 from shoal.node.simulate.fleet import Node
 from shoal.node.simulate.places import Places
 from shoal.training.placement import place
-from shoal.training.rebalance import Move, Placed, plan, settled
+from shoal.training.rebalance import Move, plan, settled
 
 _SEEN_BY_JOINER = 512  # members: what it has heard of in its first second
 
@@ -58,15 +58,18 @@ class ShoalPlacer(Placer):
     def join(self, node: Node, now: float) -> int:
         seen = [other.as_member() for other in self._places.everybody.sample(self._rng, _SEEN_BY_JOINER)]
         view = SwarmView(node.name, now, tuple(sorted(seen, key=lambda member: member.peer)))
-        return place(view, node.name, len(self._costs))
+        return place(view, node.name, self._costs)
 
     def move(self, now: float) -> tuple[Node, int] | None:
-        by_name = {node.name: node for group in self._places.groups for node in group.nodes}
-        replicas = [Placed(node.name, node.stage, node.service_s) for node in by_name.values()]
-        current = plan(replicas, self._costs, self._minimum_replicas, self._move_s)
+        nodes = [node for group in self._places.groups for node in group.nodes]
+        current = plan(
+            [node.as_placed() for node in nodes], self._costs, self._minimum_replicas, self._move_s
+        )
         chosen = settled(self._last, current)
         self._last = current
-        return None if chosen is None else (by_name[chosen.peer], chosen.target)
+        if chosen is None:
+            return None
+        return next(node for node in nodes if node.name == chosen.peer), chosen.target
 
 
 class SwarmPlacer(Placer):

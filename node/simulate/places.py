@@ -9,7 +9,7 @@ from shoal.dht.neighbours import SMALL_SWARM
 from shoal.node.simulate.fleet import Node
 from shoal.node.simulate.flow import Flow
 
-KNOWN = SMALL_SWARM // 4  # of the next stage: its share of a large swarm's neighbours
+KNOWN = SMALL_SWARM * 3 // 8  # of the next stage: its share of a large swarm's neighbours
 
 
 class Drawable:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from shoal.node.simulate.fleet import Node, rtt_s
 from shoal.training.pipeline.replicas import Replica
-from shoal.training.pipeline.routing import Candidate, busy_for_s, choose
+from shoal.training.pipeline.routing import Candidate, best, busy_for_s, sample
 from shoal.training.pipeline.standing import Report, Standing
 
 
@@ -49,6 +49,10 @@ class Router(ABC):
     def sent(self, caller: Node, replica: Node, now: float) -> None:
         """A micro-batch is on its way."""
 
+    def passed(self, caller: Node, replica: Node) -> None:
+        """It is through with a forward: its Working messages tell."""
+        return
+
     @abstractmethod
     def answered(self, caller: Node, replica: Node, now: float, sent_s: float, own_s: float) -> None:
         """Its gradient came; `own_s`: what link and replica took, without the stages behind."""
@@ -66,38 +70,40 @@ class Router(ABC):
 
 @dataclass(slots=True)
 class _Known:
+    replica: Replica  # as last heard
     standing: Standing = field(default_factory=Standing)
     sent_s: list[float] = field(default_factory=list)
-    replica: Replica | None = None
 
 
 class ShoalRouter(Router):
     """`training.pipeline`'s policies."""
 
     def meet(self, caller: Node, replica: Node) -> None:
-        caller.known.setdefault(replica, _Known())
+        if replica not in caller.known:
+            caller.known[replica] = _Known(Replica(replica.name, rtt_s(caller, replica)))
 
     def pick(self, caller: Node, now: float) -> Node | None:
-        known = caller.known
-        roomy = [node for node, k in known.items() if k.standing.admits(now, len(k.sent_s))]
+        known: dict[Node, _Known] = caller.known
+        roomy = [
+            node
+            for node, k in known.items()
+            if len(k.sent_s) < (standing := k.standing).window and now >= standing.closed_until_s
+        ]  # as `Standing.admits`, which takes twice as long to call
         if not roomy and not any(k.standing.established for k in known.values()):
             roomy = [n for n, k in known.items() if k.standing.admits(now, len(k.sent_s), all_new=True)]
-        measured = [k.standing.service_s for k in known.values() if k.standing.service_s]
-        typical_s = sum(measured) / len(measured) if measured else 0.0
-        candidates = [self._candidate(caller, node, now, typical_s) for node in roomy]
-        chosen = choose(candidates, round(2 * self._bytes), self._rng)
-        if chosen is None:
-            return None
-        return next(node for node in roomy if node.name == chosen.peer)
+        if len(roomy) <= 1:
+            return roomy[0] if roomy else None
+        services_s = [known[node].standing.service_s or node.service_s for node in roomy]
+        drawn = [roomy[index] for index in sample(services_s, self._rng)]
+        chosen = best([self._candidate(node, known[node], now) for node in drawn], round(2 * self._bytes))
+        return next(node for node in drawn if chosen is not None and node.name == chosen.peer)
 
-    def _candidate(self, caller: Node, node: Node, now: float, typical_s: float) -> Candidate:
-        known: _Known = caller.known[node]
+    @staticmethod
+    def _candidate(node: Node, known: _Known, now: float) -> Candidate:
         heard_s, backlog_s = node.heard(now)
-        replica = known.replica
-        if replica is None or replica.heard_s != heard_s:
-            replica = Replica(node.name, rtt_s(caller, node), backlog_s, node.service_s, heard_s)
-            known.replica = replica
-        return known.standing.candidate(replica, known.sent_s, now, typical_s)
+        if known.replica.heard_s != heard_s:
+            known.replica = Replica(node.name, known.replica.rtt_s, backlog_s, node.service_s, heard_s)
+        return known.standing.candidate(known.replica, known.sent_s, now, node.service_s)
 
     def again_s(self, caller: Node, now: float) -> float:
         closed = (known.standing.closed_until_s for known in caller.known.values())
@@ -109,6 +115,11 @@ class ShoalRouter(Router):
 
     def sent(self, caller: Node, replica: Node, now: float) -> None:
         caller.known[replica].sent_s.append(now)
+
+    def passed(self, caller: Node, replica: Node) -> None:
+        known: _Known | None = caller.known.get(replica)
+        if known is not None:
+            known.standing = known.standing.passed(len(known.sent_s))
 
     def answered(self, caller: Node, replica: Node, now: float, sent_s: float, own_s: float) -> None:
         known: _Known | None = caller.known.get(replica)

@@ -7,6 +7,7 @@ replica itself takes from what the stages behind it take: only its direct caller
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from shoal.protocol.errors import Busy, MessageInvalid, PeerSilent, StreamBroken
@@ -73,8 +74,12 @@ class Attempt:
         stages: range,
         journey: Journey,
         pick: Pick,
+        passed: Callable[[], None],
     ) -> None:
+        """`passed`: called once, when the replica is known to be through with its forward."""
         self.peer = pick.peer
+        self._passed = passed
+        self._has_passed = False
         self.sent_s = self._now()
         self.stalled = asyncio.Event()
         self._transport = transport
@@ -158,6 +163,9 @@ class Attempt:
         if word.finished != self._finished:
             self._finished, self._finished_s = word.finished, now
         if word.stage > self._request.stage:
+            if not self._has_passed:
+                self._has_passed = True
+                self._passed()
             if self._own_since_s is not None:
                 self._own_before_s += now - self._own_since_s
                 self._own_since_s = None

@@ -8,6 +8,7 @@ stays with the replica that did the forward, since it is the answer to the same 
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -172,7 +173,8 @@ class Downstream:
             pick.codec,
             errand.journey.hedged,
         )
-        attempt = Attempt(self._transport, request, self._stages, errand.journey, pick)
+        passed = functools.partial(self.successors.passed, pick.peer)
+        attempt = Attempt(self._transport, request, self._stages, errand.journey, pick, passed)
         self.successors.began(attempt)
         gradient_bytes = self._form.hidden_bytes(errand.sequences, pick.codec)
         task = asyncio.create_task(attempt.run(payload, gradient_bytes, errand.deadline))

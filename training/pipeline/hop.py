@@ -277,6 +277,8 @@ class Hop:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, NetworkError):
                     await task
+            elif not task.cancelled():
+                task.exception()  # taken note of: where telling the caller failed, so did the work
 
     async def drained(self) -> None:
         """Returns when nothing is held, computed or being applied; admission must be closed before."""

@@ -1,9 +1,11 @@
 """What a caller remembers of one replica, and whether it may be asked now: rates, breaker, slow start. Pure.
 
 Each event gives a new Standing; times are the caller's loop time. A replica that is new, was away or failed
-is asked for one micro-batch; each answer admits one more, which doubles what is under way every round trip,
-as TCP's slow start does. So a breaker that half-opens lets exactly one probe through. Who was not asked for
-long is new again: it may have been slow for reasons that are gone.
+is asked for one micro-batch; each forward that it passes on and each answer admits one more, which doubles
+what is under way every round trip, as TCP's slow start does. (Answers alone would not do: through many
+stages they take minutes, and a replica that is new to all its callers would idle for a good part of its
+stay.) So a breaker that half-opens lets exactly one probe through. Who was not asked for long is new again:
+it may have been slow for reasons that are gone.
 """
 
 from __future__ import annotations
@@ -62,6 +64,11 @@ class Standing:
             window=min(self.window + 1, NO_WINDOW),
         )
 
+    def passed(self, in_flight: int) -> Standing:
+        """It is through with the forward of one of `in_flight`: it works, and may have one more of ours."""
+        grows = self.window <= in_flight < NO_WINDOW
+        return replace(self, window=self.window + 1) if grows else self
+
     def outrun(self) -> Standing:
         """The hedge was faster, and what it was doing for us is cancelled: fewer for a while."""
         return replace(self, window=max(1, self.window // 2))
@@ -110,7 +117,6 @@ class Standing:
         `sent_s`: when those of ours were sent that are under way there. `typical_s`: lane time of a
         micro-batch at this stage, 0 if nobody's is known.
         """
-        service_s = self.service_s if self.established else replica.service_s
         backlog_s, reported_s = self.backlog_s, self.reported_s
         if replica.heard_s > reported_s:
             backlog_s, reported_s = replica.backlog_s, replica.heard_s
@@ -121,9 +127,14 @@ class Standing:
             backlog_s=max(0.0, backlog_s - (now - reported_s)),
             in_flight=len(sent_s),
             sent_since=sum(sent > reported_s for sent in sent_s),
-            service_s=service_s or self.service_s or typical_s or UNKNOWN_SERVICE_S,
+            service_s=self.expected_service_s(replica, typical_s),
             proven=self.established,
         )
+
+    def expected_service_s(self, replica: Replica, typical_s: float) -> float:
+        """Lane time of a micro-batch there, as measured, as claimed, or as usual at the stage."""
+        known = self.service_s if self.established else replica.service_s
+        return known or self.service_s or typical_s or UNKNOWN_SERVICE_S
 
     def _service_s(self, new: float) -> float:
         """The least of the first ones: a process that has just begun imports, allocates and compiles."""

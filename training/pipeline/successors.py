@@ -62,7 +62,7 @@ class Successors:
         self._known: dict[PeerId, _Known] = {}
         self._ratios: deque[float] = deque(maxlen=RATIOS_KEPT)
         self._leaving = asyncio.Event()
-        self._freed = asyncio.Event()  # pulsed when an attempt ends
+        self._freed = asyncio.Event()  # pulsed when an attempt ends or a window grows
         self.usual_codec = form.widest  # the last one picked
         self.retries = 0
 
@@ -95,8 +95,15 @@ class Successors:
     def ended(self, attempt: Attempt) -> None:
         """It is over, one way or the other."""
         self._known[attempt.peer].attempts.discard(attempt)
-        self._freed.set()
-        self._freed = asyncio.Event()
+        self._wake()
+
+    def passed(self, peer: PeerId) -> None:
+        """It is through with a forward of ours."""
+        known = self._known[peer]
+        standing = known.standing.passed(len(known.attempts))
+        if standing is not known.standing:
+            known.standing = standing
+            self._wake()
 
     def answered(self, attempt: Attempt, answer: Answer, expected_s: float) -> None:
         """It answered, and the answer was of use."""
@@ -144,6 +151,10 @@ class Successors:
             raise StageEmpty(
                 f"stage {self.stage} has no replica to ask ({len(listed)} known); waiting for one to join"
             )
+
+    def _wake(self) -> None:
+        self._freed.set()
+        self._freed = asyncio.Event()
 
     def status(self) -> list[dict[str, object]]:
         """What this caller knows of each, for `shoal status`."""
