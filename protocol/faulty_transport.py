@@ -40,13 +40,15 @@ class FaultyTransport(Transport):
         self._inner = inner
         inner.on_trouble = self._tell
 
-    def serve(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
+    def serve(
+        self, method: str, handler: Handler, roles: frozenset[Role], channel: Channel = Channel.CONTROL
+    ) -> None:
         async def wrapped(stream: Stream) -> None:
             faulty = _FaultyStream(stream, self.me, self.faults)
             await handler(faulty)
             faulty.require_whole()
 
-        self._inner.serve(method, wrapped, roles)
+        self._inner.serve(method, wrapped, roles, channel)
 
     def withdraw(self, methods: Collection[str]) -> None:
         self._inner.withdraw(methods)

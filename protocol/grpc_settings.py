@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # refused handshakes are counted and told as errors
@@ -25,10 +24,8 @@ from shoal.protocol.limits import (
     MIB,
     STREAMS_PER_PEER,
 )
-from shoal.protocol.transport import Channel
 
 PREFIX = "/shoal/"
-_CHANNEL_KEY = "shoal-channel"
 _STREAM_WINDOW_BYTES = 1 * MIB  # 50 ms of 160 Mbit/s at once; gRPC's bandwidth probes raise it where needed
 _SHARED: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
@@ -72,17 +69,6 @@ def server_credentials(
         renewed,  # type: ignore[arg-type]  # None, for no change, is what grpc documents
         require_client_authentication=True,
     )
-
-
-def channel_metadata(channel: Channel) -> tuple[tuple[str, str], ...]:
-    """What the opener of a stream says of its channel, so that the answers are paced alike."""
-    return ((_CHANNEL_KEY, channel.value),)
-
-
-def channel_of(context: grpc.aio.ServicerContext[Any, Any]) -> Channel:
-    """The channel that the caller has named; bulk where it has named none."""
-    named = dict(context.invocation_metadata() or ()).get(_CHANNEL_KEY)
-    return Channel.CONTROL if named == Channel.CONTROL.value else Channel.BULK
 
 
 def server_configuration(membership: Membership) -> grpc.ServerCertificateConfiguration:

@@ -24,8 +24,6 @@ from shoal.protocol.grpc_pipes import ClientPipe, ServerPipe
 from shoal.protocol.grpc_settings import (
     PREFIX,
     SERVER_OPTIONS,
-    channel_metadata,
-    channel_of,
     grpc,
     server_configuration,
     server_credentials,
@@ -67,8 +65,10 @@ class GrpcTransport(Transport):
         self._server: grpc.aio.Server | None = None
         self._renewed: grpc.ServerCertificateConfiguration | None = None
 
-    def serve(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
-        self._service.register(method, handler, roles)
+    def serve(
+        self, method: str, handler: Handler, roles: frozenset[Role], channel: Channel = Channel.CONTROL
+    ) -> None:
+        self._service.register(method, handler, roles, channel)
 
     def withdraw(self, methods: Collection[str]) -> None:
         self._service.withdraw(methods)
@@ -131,7 +131,7 @@ class GrpcTransport(Transport):
             self._tell(peer, error)
             raise
         call: grpc.aio.StreamStreamCall[bytes, bytes]
-        call = connection.channel.stream_stream(PREFIX + method)(metadata=channel_metadata(channel))
+        call = connection.channel.stream_stream(PREFIX + method)()
         pipe = ClientPipe(f"{method} to {peer}", call, connection.lost)
         traffic = self._service.traffic(method, opened_here=True)
         outlet = self._uplink.outlet(channel, to_itself=peer == self.me)
@@ -159,7 +159,7 @@ class GrpcTransport(Transport):
         pulse = self._pulses.setdefault(context.peer(), Pulse())
         pipe = ServerPipe(f"{method} from {caller.peer}", context)
         trouble = partial(self._tell_of_caller, caller.peer)
-        outlet = self._uplink.outlet(channel_of(context), to_itself=caller.peer == self.me)
+        outlet = self._uplink.outlet(self._service.channel(method), to_itself=caller.peer == self.me)
         stream = FramedStream(caller, pipe, self._service.traffic(method), pulse, outlet, trouble)
         self._pipes[pipe] = caller.peer
         try:

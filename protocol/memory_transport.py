@@ -95,8 +95,10 @@ class MemoryTransport(Transport):
         self._pipes: dict[MemoryPipe, None] = {}
         self._serving: dict[asyncio.Task[None], None] = {}
 
-    def serve(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
-        self._service.register(method, handler, roles)
+    def serve(
+        self, method: str, handler: Handler, roles: frozenset[Role], channel: Channel = Channel.CONTROL
+    ) -> None:
+        self._service.register(method, handler, roles, channel)
 
     def withdraw(self, methods: Collection[str]) -> None:
         self._service.withdraw(methods)
@@ -151,14 +153,12 @@ class MemoryTransport(Transport):
             if pipe.there == peer:
                 pipe.fail(f"the connection was lost: {reason}")
 
-    def accept(
-        self, pipe: MemoryPipe, method: str, caller: VerifiedPeer, pulse: Pulse, channel: Channel
-    ) -> None:
+    def accept(self, pipe: MemoryPipe, method: str, caller: VerifiedPeer, pulse: Pulse) -> None:
         """A stream that another peer opened has arrived."""
         if pipe.other.broken is not None:
             return
         traffic = self._service.traffic(method)
-        outlet = self._uplink.outlet(channel, to_itself=caller.peer == self.me)
+        outlet = self._uplink.outlet(self._service.channel(method), to_itself=caller.peer == self.me)
         stream = FramedStream(
             caller, pipe, traffic, pulse, outlet, partial(self._tell_of_caller, caller.peer)
         )
@@ -180,7 +180,7 @@ class MemoryTransport(Transport):
     async def _open(self, peer: PeerId, method: str, channel: Channel) -> AsyncIterator[Stream]:
         remote, pulse = await self._connect(peer, channel)
         pipe = MemoryPipe.pair(self._network, self.me, peer, channel, method, pulse.moved)
-        request = partial(self._request, pipe, method, pulse, channel)
+        request = partial(self._request, pipe, method, pulse)
         self._network.route(self.me, peer, channel).push(_OPEN_BYTES, request)
         traffic = self._service.traffic(method, opened_here=True)
         outlet = self._uplink.outlet(channel, to_itself=peer == self.me)
@@ -191,13 +191,13 @@ class MemoryTransport(Transport):
         async with self._sessions.run(stream, partial(self._pipes.pop, pipe)):
             yield stream
 
-    def _request(self, pipe: MemoryPipe, method: str, pulse: Pulse, channel: Channel) -> None:
+    def _request(self, pipe: MemoryPipe, method: str, pulse: Pulse) -> None:
         """The request reaches the other side, or the place where that was."""
         transport = self._network.listening(pipe.there)
         if transport is None:
             pipe.fail("it listens no more")
         else:
-            transport.accept(pipe.other, method, self.verified, pulse, channel)
+            transport.accept(pipe.other, method, self.verified, pulse)
 
     async def _connect(self, peer: PeerId, channel: Channel) -> tuple[VerifiedPeer, Pulse]:
         """Two round trips (TCP, TLS 1.3), unless there is a connection."""

@@ -15,7 +15,7 @@ from shoal.protocol.errors import Busy, MessageInvalid, ShoalError, StreamBroken
 from shoal.protocol.framed_stream import FramedStream, Traffic
 from shoal.protocol.identity import PeerId, Role, VerifiedPeer
 from shoal.protocol.limits import STREAMS_IN_ALL, STREAMS_PER_PEER, STREAMS_PER_TOKEN
-from shoal.protocol.transport import Handler, TransportCounters
+from shoal.protocol.transport import Channel, Handler, TransportCounters
 
 _log = logging.getLogger(__name__)
 _UNKNOWN = "(unknown)"  # traffic of methods that nobody serves or opens here: their names are a stranger's
@@ -25,18 +25,24 @@ class Service:
     """The methods a transport serves, the calls that run, and their figures."""
 
     def __init__(self) -> None:
-        self._methods: dict[str, tuple[Handler, frozenset[Role]]] = {}
+        self._methods: dict[str, tuple[Handler, frozenset[Role], Channel]] = {}
         self._running: dict[asyncio.Task[None], VerifiedPeer] = {}
         self._peers: Counter[PeerId] = Counter()
         self._tokens: Counter[str] = Counter()
         self._traffic: dict[str, Traffic] = {}
         self._refusals: Counter[str] = Counter()
 
-    def register(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
+    def register(
+        self, method: str, handler: Handler, roles: frozenset[Role], channel: Channel = Channel.CONTROL
+    ) -> None:
         """Answer `method` by `handler`. Raises UsageError for a name that is taken."""
         if method in self._methods:
             raise UsageError(f"method {method!r} is served already")
-        self._methods[method] = (handler, roles)
+        self._methods[method] = (handler, roles, channel)
+
+    def channel(self, method: str) -> Channel:
+        """What answers of a method count as; refusals of others are control."""
+        return self._methods[method][2] if method in self._methods else Channel.CONTROL
 
     def withdraw(self, methods: Collection[str]) -> None:
         """Answer these no longer."""
@@ -106,7 +112,7 @@ class Service:
     def _admit(self, method: str, caller: VerifiedPeer) -> Handler:
         if method not in self._methods:
             raise MessageInvalid(f"this peer does not serve {method[:64]!r}; it may run another version")
-        handler, roles = self._methods[method]
+        handler, roles, _ = self._methods[method]
         if not roles & caller.roles:
             raise WrongRole(
                 f"{method} is for {_names(roles)}; the token of {caller.peer} grants {_names(caller.roles)}"

@@ -99,8 +99,12 @@ class Transport(ABC):
     protocol. Must not block."""
 
     @abstractmethod
-    def serve(self, method: str, handler: Handler, roles: frozenset[Role]) -> None:
+    def serve(
+        self, method: str, handler: Handler, roles: frozenset[Role], channel: Channel = Channel.CONTROL
+    ) -> None:
         """Answer `method` for peers that hold one of `roles`; call before `start`.
+
+        `channel` is what the answers count as, whatever the caller opened: bulk keeps to the upload limit.
 
         `handler` runs in a task the transport owns: on return END is sent, a ShoalError is sent as ABORT,
         and when the caller goes away the task is cancelled. Any other exception is logged and sent as

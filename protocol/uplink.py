@@ -2,9 +2,10 @@
 
 Each transport has one `Uplink` and gives every stream an `Outlet` of it; `framed_stream` passes each frame of
 a message through its outlet. Control frames never wait here. What they take is paid by bulk, up to half of
-the limit, so that the limit is about everything a peer sends; who opens a stream says which it is, for the
-answers too, and a member that calls a download control slows this peer's bulk. END, ABORT and handshakes are
-not counted, nor is what TLS, TCP and IP add (about 3 %). Time is the loop's, virtual or real.
+the limit, so that the limit is about everything a peer sends. Who opens a stream says which it is; of the
+answers, who serves the method (`Transport.serve`): a caller cannot have a download for control. END, ABORT
+and handshakes are not counted, nor is what TLS, TCP and IP add (about 3 %). Time is the loop's, virtual or
+real.
 
 *Limit.* A token bucket in the form of the GCRA's virtual schedule (ITU-T I.371): a frame may go when the
 frames before it are paid for, and at most BURST_S of unused time is kept, so that a late timer loses nothing.

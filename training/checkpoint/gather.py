@@ -63,7 +63,7 @@ def serve_take(keeper: Keeper, stage: int, transport: Transport) -> None:
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
 
-    transport.serve(take_method(stage), take, GROUP_ROLES)
+    transport.serve(take_method(stage), take, GROUP_ROLES, Channel.BULK)
 
 
 class Gatherer:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from shoal.protocol.errors import NotHere, ShoalError
-from shoal.protocol.transport import Stream, Transport
+from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.training.checkpoint.manifest import DIGEST, MANIFEST, MANIFEST_BYTES, numbered, parse_manifest
 from shoal.training.checkpoint.messages import (
     CHUNK_BYTES,
@@ -36,8 +36,8 @@ class Shelf:
 
     def serve(self, transport: Transport) -> None:
         """Register; the transport owns the handlers' tasks."""
-        transport.serve(MANIFEST_METHOD, self._manifest, GROUP_ROLES)
-        transport.serve(FILE_METHOD, self._file, GROUP_ROLES)
+        transport.serve(MANIFEST_METHOD, self._manifest, GROUP_ROLES, Channel.BULK)
+        transport.serve(FILE_METHOD, self._file, GROUP_ROLES, Channel.BULK)
         transport.serve(NEWEST_METHOD, self._newest, GROUP_ROLES)
 
     async def _manifest(self, stream: Stream) -> None:

@@ -18,7 +18,7 @@ from shoal.protocol.errors import (
     Stale,
     StreamEnded,
 )
-from shoal.protocol.transport import Message, Stream
+from shoal.protocol.transport import Channel, Message, Stream
 from shoal.training.outer.context import GROUP_ROLES, Context
 from shoal.training.outer.entry import ENTRY_BYTES
 from shoal.training.outer.line import LEADER_SILENCE_S, Line, lifeline
@@ -98,8 +98,8 @@ class Services:
     def serve_log(self) -> None:
         """Only what is agreed: entries and their parts."""
         transport, name = self._context.transport, self._context.method
-        transport.serve(name("part"), self._part, GROUP_ROLES)
-        transport.serve(name("entries"), self._entries, GROUP_ROLES)
+        transport.serve(name("part"), self._part, GROUP_ROLES, Channel.BULK)
+        transport.serve(name("entries"), self._entries, GROUP_ROLES, Channel.BULK)
 
     async def _round(self, stream: Stream) -> None:
         async with lifeline(stream, LEADER_SILENCE_S) as line:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from shoal.protocol.errors import Busy, MessageInvalid, NetworkError, ShoalError, Stale
 from shoal.protocol.identity import PeerId, Role
-from shoal.protocol.transport import Stream, Transport
+from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.training.lane import Lane, Work
 from shoal.training.pipeline.attempt import WORKING_EVERY_S, Answer, Journey
 from shoal.training.pipeline.compute import Boundary, Passage, StageCompute
@@ -107,7 +107,7 @@ class Hop:
 
     def serve(self) -> None:
         """Register with the transport; before it starts."""
-        self._transport.serve("propagate", self._propagate, TRAINERS)
+        self._transport.serve("propagate", self._propagate, TRAINERS, Channel.BULK)
         self._transport.serve("commit", self._commit, TRAINERS)
 
     @property

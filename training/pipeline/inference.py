@@ -55,7 +55,7 @@ class InferenceHop:
 
     def serve(self) -> None:
         """Register with the transport; before it starts."""
-        self._transport.serve("infer", self._infer, _ROLES)
+        self._transport.serve("infer", self._infer, _ROLES, Channel.BULK)
 
     async def _infer(self, stream: Stream) -> None:
         most = self._spec.inner.micro_batch_sequences

@@ -8,7 +8,7 @@ from __future__ import annotations
 from shoal.compression.codec import bytes_of
 from shoal.protocol import wire
 from shoal.protocol.errors import MessageInvalid, Stale
-from shoal.protocol.transport import Stream
+from shoal.protocol.transport import Channel, Stream
 from shoal.training.outer.context import GROUP_ROLES, Context
 from shoal.training.outer.log import LOG_STATE_BYTES
 from shoal.training.outer.messages import (
@@ -36,9 +36,9 @@ class Donor:
     def serve(self) -> None:
         """Register; the transport owns the handlers' tasks."""
         transport, method = self._context.transport, self._context.method
-        transport.serve(method("manifest"), self._manifest, GROUP_ROLES)
-        transport.serve(method("chunks"), self._chunks, GROUP_ROLES)
-        transport.serve(method("state"), self._state, GROUP_ROLES)
+        transport.serve(method("manifest"), self._manifest, GROUP_ROLES, Channel.BULK)
+        transport.serve(method("chunks"), self._chunks, GROUP_ROLES, Channel.BULK)
+        transport.serve(method("state"), self._state, GROUP_ROLES, Channel.BULK)
 
     async def _manifest(self, stream: Stream) -> None:
         request = (await stream.receive(ManifestRequest)).header
