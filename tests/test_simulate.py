@@ -51,6 +51,16 @@ def test_under_churn_the_swarm_trains_and_its_books_balance(churned: Outcome) ->
     assert churned.bytes_by_use["pipeline"] > 0 and churned.bytes_by_use["rounds"] > 0
 
 
+@pytest.mark.parametrize("seed", [11, 12])
+def test_no_promise_is_broken_under_churn(seed: int) -> None:
+    """A share of what tests/soak/swarm.py does with 50 peers."""
+    options = dataclasses.replace(CHURN, peers=8, duration_s=25.0, seed=seed, session_s=40.0)
+    outcome = simulate_run(pipeline_spec(), options)
+    print("seed", seed, outcome.to_json())
+    assert outcome.joins > 2 and outcome.micro_batches > 0
+    assert outcome.broken == []
+
+
 def test_the_same_seed_gives_the_same_trace_and_another_one_another(churned: Outcome) -> None:
     """P9, message by message, with all figures."""
     again = simulate_run(pipeline_spec(), CHURN)

@@ -322,6 +322,10 @@ class Trainer:
         """Applied micro-batches, `driver/incarnation` -> intervals."""
         return self._ledger.applied()
 
+    def under_way(self) -> dict[PeerId, int]:
+        """How many micro-batches each replica of the next stage has been asked for by this one."""
+        return self._downstream.successors.under_way() if self._downstream is not None else {}
+
     def status(self) -> dict[str, object]:
         """Figures for `shoal status`, JSON-able, keys stable."""
         outer, weights, load = self.outer, self.weights, self._lane.load()

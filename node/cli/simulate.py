@@ -114,6 +114,7 @@ def _text(outcome: Outcome) -> str:
             f"{outcome.unexplained} lost otherwise, {outcome.duplicated} counted twice",
             f"rounds       {', '.join(map(str, outcome.rounds))} of the stages; "
             f"{len(outcome.setbacks)} times a stage lost its state with its last replica",
+            *(f"BROKEN       {what}" for what in outcome.broken),
             f"trace        {outcome.trace}",
             f"simulated    {outcome.options.end_s:,.0f} s in {outcome.wall_s:.1f} s "
             f"({outcome.cpu_s:.1f} s of CPU)",

@@ -63,6 +63,7 @@ class Outcome:
     lost: int = 0  # decided, but missing at a hop that is gone, or whose driver is
     unexplained: int = 0  # decided, not applied, and both are there
     duplicated: int = 0  # applied twice at one stage
+    broken: list[str] = field(default_factory=list)  # promises P1 to P5 (full protocol)
     rounds: list[int] = field(default_factory=list)  # the highest log of each stage
     setbacks: list[tuple[float, int, int]] = field(default_factory=list)
     """(when, stage, rounds of the run by then): nobody was left who knew them."""
@@ -147,6 +148,7 @@ class Outcome:
             "lost": self.lost,
             "unexplained": self.unexplained,
             "duplicated": self.duplicated,
+            "broken": self.broken,
             "rounds": self.rounds,
             "setbacks": len(self.setbacks),
             "bytes": {use: round(count) for use, count in sorted(self.bytes_by_use.items())},

@@ -19,9 +19,10 @@ from shoal.node.simulate.machines import Machine
 from shoal.node.simulate.membership import PaperMembership, simulated_key
 from shoal.node.simulate.miniature import Miniature, miniature
 from shoal.node.simulate.network import DrawnNetwork
-from shoal.node.simulate.options import Options
+from shoal.node.simulate.options import Options, filled_s
 from shoal.node.simulate.outcome import SAMPLES, Life, Outcome, Progress, Sample, Stopwatch
 from shoal.node.simulate.peer import SimulatedPeer, wall
+from shoal.node.simulate.promises import Promises
 from shoal.protocol import virtual_time
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
@@ -57,6 +58,9 @@ class Swarm:
         self.network = DrawnNetwork(options.seed, small)
         self.peers: dict[PeerId, SimulatedPeer] = {}  # alive, those still joining among them
         self.account = Account()
+        self.promises = Promises(
+            small.spec.stages.count, filled_s(small.spec.stages.count, options.micro_batch_s)
+        )
         self.outcome = Outcome(
             options,
             small.spec.stages.count,
@@ -105,6 +109,7 @@ class Swarm:
             failed = peer.task.done()
             if machine.killed or failed:
                 self._close(peer)
+                self.promises.died(asyncio.get_running_loop().time(), peer.peer)
                 await peer.kill()
                 self.outcome.kills += not failed
             else:
@@ -158,6 +163,7 @@ class Swarm:
         self._close_past(now, peer.peer, peer)
         if peer.served:
             self.account.close(now, peer.peer, peer.stage, peer.trainer.decisions)
+            self._audit(peer)
             self._harvest(peer)
 
     # --- measuring
@@ -203,6 +209,7 @@ class Swarm:
             self._close_past(now, name, peer)
         serving = {name: peer for name, peer in self.peers.items() if peer.served}
         self.account.look(now, {name: (peer.stage, peer.trainer.decisions) for name, peer in serving.items()})
+        self.promises.look(now, serving, self.account.decided)
         for stage in range(self.outcome.stages):
             heights = [peer.trainer.outer.height for peer in serving.values() if peer.stage == stage]
             if heights:
@@ -214,6 +221,10 @@ class Swarm:
             self.account.close(now, name, stage, ledger)
             self.outcome.moves += 1
         peer.past.clear()
+
+    def _audit(self, peer: SimulatedPeer) -> None:
+        trainer = peer.trainer
+        self.promises.close(peer.peer, trainer.outer, peer.incarnation, trainer.weights.inner_steps)
 
     def _harvest(self, peer: SimulatedPeer) -> None:
         outcome = self.outcome
@@ -234,9 +245,15 @@ class Swarm:
         serving = [peer for peer in self.peers.values() if peer.served]
         self._look()
         for peer in serving:
+            self._audit(peer)
             self._harvest(peer)
         outcome.lost, outcome.unexplained = account.lost, account.unexplained
         outcome.duplicated = account.duplicated((peer.stage, peer.trainer.decisions) for peer in serving)
+        outcome.broken = self.promises.broken
+        if outcome.duplicated or outcome.unexplained:
+            outcome.broken.append(
+                f"P2: {outcome.duplicated} micro-batches applied twice, {outcome.unexplained} lost by nobody"
+            )
         for method, count in self.network.bytes_by_method.items():
             use = _use(method)
             outcome.bytes_by_use[use] = outcome.bytes_by_use.get(use, 0.0) + count

@@ -156,6 +156,10 @@ class Successors:
         self._freed.set()
         self._freed = asyncio.Event()
 
+    def under_way(self) -> dict[PeerId, int]:
+        """Attempts by replica."""
+        return {peer: len(known.attempts) for peer, known in self._known.items()}
+
     def status(self) -> list[dict[str, object]]:
         """What this caller knows of each, for `shoal status`."""
         now = asyncio.get_running_loop().time()
