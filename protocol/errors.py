@@ -13,6 +13,7 @@
     │   └── StreamEnded         the other side finished cleanly where more was expected
     ├── Busy                    a peer is full; it says when to ask again
     ├── Stale                   the request belongs to a height, ballot or incarnation that is over
+    │   └── VersionRetired      the weights that a session is pinned to are not kept here (any more)
     ├── NotHere                 the asked peer does not hold the thing asked for
     ├── StageEmpty              a stage has no live replica
     ├── StorageError            the disk refused
@@ -132,6 +133,10 @@ class Busy(ShoalError):
 
 class Stale(ShoalError):
     wire_code = 71
+
+
+class VersionRetired(Stale):
+    wire_code = 74
 
 
 class NotHere(ShoalError):

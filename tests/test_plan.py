@@ -96,7 +96,7 @@ def test_memory_counts_every_copy_of_the_weights() -> None:
         for stage in make_plan(spec).stages:
             memory = stage.memory
             weights = memory.total - memory.activations - memory.round
-            assert weights == stage.parameters * (4 + 2 * version + 4 + 8 + 4 + 4)
+            assert weights == stage.parameters * (4 + 2 * version + 4 + 8 + 4 + 4 + 2 * 4)
 
 
 @pytest.mark.parametrize("family", ["float32", "int8"])

@@ -15,6 +15,7 @@ from shoal.training.outer.codecs import codec_of, round_codecs
 from shoal.training.outer.parts import cut
 from shoal.training.partition import layer_costs, stage_costs, stage_ranges
 from shoal.training.pipeline.payload import PayloadFormat
+from shoal.training.serving.versions import KEPT
 from shoal.training.spec import RunSpec
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -30,6 +31,7 @@ class StageMemory:
     optimizer: int  # AdamW's two moments
     anchor: int  # float32, of the last round
     outer_momentum: int
+    serving: int  # float32, the anchors that inference is served from, current and previous
     round: int  # a copy of a fragment's weights and its contribution, encoded
     residuals: int  # float32, of contributions and at most as much of means; below 8 bits only
     activations: int  # of `inner.in_flight` micro-batches
@@ -164,6 +166,7 @@ def _memory(spec: RunSpec, layers: range, parameters: int, contribution_bytes: i
         optimizer=2 * full if spec.inner.optimizer == "adamw" else 0,
         anchor=full,
         outer_momentum=full,
+        serving=KEPT * full,
         round=full // spec.outer.fragments + contribution_bytes,
         residuals=2 * full if feedback else 0,
         activations=spec.inner.in_flight * _activation_bytes(spec, layers),

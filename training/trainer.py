@@ -39,6 +39,8 @@ from shoal.training.pipeline.successors import Event
 from shoal.training.recovery.guarding import Guarding
 from shoal.training.recovery.lost_stage import LostStage
 from shoal.training.recovery.prefetch import prefetch
+from shoal.training.serving.server import SessionServer
+from shoal.training.serving.versions import Versions
 from shoal.training.spec import RunSpec
 from shoal.training.uplinks import UNKNOWN, claimed_uplink
 from shoal.training.weights import Weights, learning_rate
@@ -103,6 +105,7 @@ class Trainer:
                 event=event,
                 rng=random.Random(rng.getrandbits(64)),
             )
+        self._versions = Versions()
         self._ledger = Ledger()
         self._held_out_loss = math.nan
         self._uplink_bytes_per_s = UNKNOWN  # as this peer claims it
@@ -170,6 +173,17 @@ class Trainer:
             rng=self._rng,
         )
         self._inference.serve()
+        self.sessions = SessionServer(
+            self.spec,
+            self.stage,
+            self.layout,
+            transport=self._transport,
+            lane=self._lane,
+            versions=self._versions,
+            device=self._device,
+        )
+        self._versions.publish(self.outer.head, *self.outer.anchors)
+        self.sessions.serve()
         self.outer.serve()
 
     async def _search(self) -> None:
@@ -233,6 +247,7 @@ class Trainer:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.outer.run())
             tasks.create_task(self._guarding.run())
+            tasks.create_task(self.sessions.run())
             if self._checkpoints is not None:
                 tasks.create_task(self._checkpoints.run())
             if self.hop is not None:
@@ -356,6 +371,7 @@ class Trainer:
             "lane_busy_s": load.busy_s,
             "lane_service_s": load.service_s,
             "lane_finished": load.finished,
+            "sessions": self.sessions.status(),
             "held_out_loss": _number(self._held_out_loss),
             "outer": outer.status(),
             "guards": self._guarding.status(),
@@ -398,6 +414,8 @@ class Trainer:
     def _outer_event(self, kind: str, data: dict[str, object]) -> None:
         if kind == "round":  # the group waits for beats at the new height before it opens another
             self._members.changed_now()
+            if self.outer.height % self.spec.outer.snapshot_every == 0:
+                self._versions.publish(self.outer.head, *self.outer.anchors)
         self._event(kind, data)
 
     def _group(self) -> Sequence[GroupMember]:

@@ -169,6 +169,11 @@ class Outer:
         return self._replica.anchor
 
     @property
+    def anchors(self) -> tuple[torch.Tensor, ...]:
+        """The same, one tensor a fragment: nothing is copied."""
+        return self._replica.pieces()[0]
+
+    @property
     def momentum(self) -> torch.Tensor:
         """The outer momentum [size] fp32 CPU; never changed in place."""
         return self._replica.momentum

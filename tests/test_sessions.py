@@ -1,0 +1,387 @@
+"""Sessions: batched, pinned to a version, admitted by budget, gone with their client; and their policies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import warnings
+
+import pytest
+import torch
+from serving_world import GREEDY, PROMPT, World, greedy, reference, serving_spec, weights_of
+from trainer_world import TrainerWorld, round_spec
+
+from shoal.protocol.errors import Busy, MessageInvalid, NotHere, StreamBroken, VersionRetired
+from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.virtual_time import run
+from shoal.training.pipeline.replicas import Replica
+from shoal.training.serving.admission import EVICT_IDLE_S, SESSIONS, SESSIONS_PER_PEER, Held, admit
+from shoal.training.serving.batching import MOST_ROWS, PROMPT_ROWS, Waiting, next_batch
+from shoal.training.serving.chain import Generation
+from shoal.training.serving.messages import (
+    LENGTH,
+    SESSION,
+    STOP,
+    OpenSession,
+    SamplingOptions,
+    SessionOpened,
+    SessionRoute,
+    TokenBias,
+)
+from shoal.training.serving.sampling import adjusted, filtered, next_token, uniform
+from shoal.training.serving.versions import Versions
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from transformers.generation import logits_process
+
+MIB = 1 << 20
+
+
+# --- sessions
+
+
+def test_texts_written_together_are_those_written_alone() -> None:
+    prompts = [[n + 1, 2 * n + 3, 5] for n in range(8)]
+
+    async def main() -> None:
+        async with World(serving_spec(2), 1, duration_s=0.05) as world:
+            texts = await asyncio.gather(
+                *(world.text(prompt, 40, seed=n) for n, prompt in enumerate(prompts))
+            )
+            assert texts == [reference(world, prompt, 40) for prompt in prompts]
+            for peer in world.peers:
+                figures = peer.server.engine.figures
+                assert figures.positions == 8 * 42
+                assert figures.batches < figures.positions / 3
+
+    run(main, limit_s=60)
+
+
+def test_a_stop_token_ends_the_text_and_is_no_part_of_it() -> None:
+    async def main() -> None:
+        async with World(serving_spec(3), 1) as world:
+            whole = reference(world, PROMPT, 20)
+            stop = whole[12]
+            options = SamplingOptions(stop=(stop,))
+            async with world.generation(count=64, options=options) as generation:
+                text = [token async for token in generation]
+            assert text == whole[: whole.index(stop)]
+            assert generation.finish == STOP
+
+    run(main, limit_s=60)
+
+
+def test_a_text_ends_where_the_models_sequence_does() -> None:
+    async def main() -> None:
+        async with World(serving_spec(2, sequence=16), 1) as world:
+            async with world.generation(count=64) as generation:
+                text = [token async for token in generation]
+            assert len(text) == 16 - len(PROMPT)
+            assert generation.finish == LENGTH
+            with pytest.raises(MessageInvalid, match="a prompt of 16 tokens"):
+                world.generation(list(range(16)))
+
+    run(main, limit_s=60)
+
+
+def test_a_session_stays_with_its_version_until_that_is_retired() -> None:
+    async def main() -> None:
+        async with World(serving_spec(2), 2) as world:
+            old = reference(world, PROMPT, 64)
+            newer = weights_of(world.spec, seed=5)
+            text: list[int] = []
+            async with world.generation(count=64) as generation:
+                async for token in generation:
+                    text.append(token)
+                    if len(text) == 20:
+                        for peer in world.peers:
+                            peer.versions.publish(b"v2".ljust(32), newer[peer.stage])
+                    if len(text) == 40:
+                        for peer in world.peers:
+                            peer.versions.publish(b"v3".ljust(32), newer[peer.stage])
+            assert text[:40] == old[:40]
+            assert generation.figures.restarted == 1
+            world.weights = newer
+            assert text[40:] == reference(world, PROMPT + text[:40], 24)
+
+    run(main, limit_s=60)
+
+
+def test_who_takes_over_must_have_the_version() -> None:
+    async def main() -> None:
+        async with World(serving_spec(2), 3) as world:
+            old = reference(world, PROMPT, 64)
+            behind, ahead = world.peers[4], world.peers[5]
+            for name in (b"v2", b"v3"):
+                ahead.versions.publish(name.ljust(32), weights_of(world.spec, seed=5)[1])
+            world.hidden = {behind.name, ahead.name}
+            text: list[int] = []
+            async with world.generation(count=64) as generation:
+                async for token in generation:
+                    text.append(token)
+                    if len(text) == 20:
+                        world.hidden = {behind.name}
+                        world.kill(world.peers[3])
+                        world.hidden = set()
+            assert text == old
+            assert generation.figures.restarted == 0
+            assert ahead.computed == 0
+
+    run(main, limit_s=60)
+
+
+def test_versions_keep_two() -> None:
+    versions, retired = Versions(), list[bytes]()
+    versions.retired = retired.append
+    with pytest.raises(NotHere, match="nothing to serve yet"):
+        versions.get(b"")
+    for name in (b"a", b"b", b"b", b"c"):
+        versions.publish(name, torch.zeros(1))
+    assert (versions.names, retired, versions.get(b"").name) == ([b"b", b"c"], [b"a"], b"c")
+    with pytest.raises(VersionRetired):
+        versions.get(b"a")
+
+
+def test_a_server_without_room_says_when_to_ask_again_and_the_client_does() -> None:
+    async def main() -> None:
+        spec = serving_spec(2)
+        async with World(spec, 1) as probe, probe.generation() as generation:
+            await anext(aiter(generation))
+            room = max(int(str(peer.server.status()["charged_bytes"])) for peer in probe.peers)
+        async with World(spec, 1, budget_bytes=2 * room) as world:
+            texts = await asyncio.gather(*(world.text(seed=n) for n in range(5)))
+            assert texts == 5 * [reference(world)]
+            assert any(peer.server.refused for peer in world.peers)
+            assert not any(peer.server.evicted for peer in world.peers)
+            assert not world.suspected
+
+    run(main, limit_s=120)
+
+
+def test_a_client_that_leaves_leaves_nothing_behind() -> None:
+    async def main() -> None:
+        async with World(serving_spec(3), 1) as world:
+            for left_at in (0, 1, 5):
+                async with world.generation() as generation:
+                    tokens = aiter(generation)
+                    for _ in range(left_at):
+                        await anext(tokens)
+                await asyncio.sleep(1)
+                assert not any(peer.server.sessions for peer in world.peers)
+            async with world.generation():
+                await asyncio.sleep(0.1)
+                world.network.kill(world.client.me)
+            await asyncio.sleep(1)
+            assert not any(peer.server.sessions for peer in world.peers)
+            assert all(peer.transport.counters().streams_in == 0 for peer in world.peers)
+
+    run(main, limit_s=120)
+
+
+def test_a_client_that_never_reads_costs_what_it_was_charged_and_is_evicted() -> None:
+    async def main() -> None:
+        spec = serving_spec(1)
+        async with World(spec, 1) as probe, probe.generation() as generation:
+            await anext(aiter(generation))
+            room = int(str(probe.peers[0].server.status()["charged_bytes"]))
+        async with World(spec, 1, budget_bytes=room) as world:
+            server = world.peers[0].server
+            opening = OpenSession(b"s" * 16, 0, len(PROMPT) + 64, b"", GREEDY)
+            with contextlib.suppress(StreamBroken):
+                async with world.client.open(world.peers[0].name, SESSION) as stream:
+                    await stream.send(opening, torch.tensor(PROMPT, dtype=torch.int32).numpy().tobytes())
+                    await asyncio.sleep(EVICT_IDLE_S / 2)
+                    (session,) = server.sessions.values()
+                    assert session.finish == LENGTH
+                    assert server.status()["charged_bytes"] == room
+                    with pytest.raises(Busy, match="all room is taken"):
+                        async with world.generation(patience_s=1.0) as generation:
+                            await anext(aiter(generation))
+                    await asyncio.sleep(EVICT_IDLE_S)
+                    assert await world.text() == reference(world)
+                    assert server.evicted == 1
+
+    run(main, limit_s=200)
+
+
+def test_the_same_seed_draws_the_same_text_and_another_seed_another() -> None:
+    async def main() -> None:
+        async with World(serving_spec(2), 2) as world:
+            drawn = [
+                await world.text(count=30, options=SamplingOptions(temperature=1.0, seed=seed), seed=n)
+                for n, seed in enumerate((1, 1, 2))
+            ]
+            assert drawn[0] == drawn[1] != drawn[2]
+
+    run(main, limit_s=60)
+
+
+def test_a_route_of_a_lower_epoch_is_passed_over() -> None:
+    async def main() -> None:
+        async with World(serving_spec(2), 2) as world:
+            server = world.peers[0].server
+            async with world.client.open(world.peers[0].name, SESSION) as stream:
+                opening = OpenSession(b"s" * 16, 0, 64, b"")
+                await stream.send(opening, torch.tensor(PROMPT, dtype=torch.int32).numpy().tobytes())
+                await stream.receive(SessionOpened)
+                for epoch in (5, 4):
+                    await stream.send(SessionRoute(epoch, 1, world.peers[2].name))
+                await asyncio.sleep(0.1)
+                (session,) = server.sessions.values()
+                assert session.route is not None
+                assert session.route.epoch == 5
+
+    run(main, limit_s=60)
+
+
+# --- sampling
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_are_those_of_transformers(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(50, generator=generator)
+    before = torch.randint(0, 50, (12,), generator=generator).tolist()
+    options = SamplingOptions(temperature=0.7, top_k=17, top_p=0.8, repetition_penalty=1.3)
+    scores = logits[None].double()
+    for process in (
+        logits_process.RepetitionPenaltyLogitsProcessor(1.3),
+        logits_process.TemperatureLogitsWarper(0.7),
+        logits_process.TopKLogitsWarper(17),
+        logits_process.TopPLogitsWarper(0.8),
+    ):
+        scores = process(torch.tensor([before]), scores)
+    ours = filtered(adjusted(logits, before, options).double() / 0.7, options)
+    torch.testing.assert_close(ours, scores[0], rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -torch.inf])
+    options = SamplingOptions(temperature=1.0, seed=3)
+    counts = torch.zeros(4)
+    for position in range(2000):
+        counts[next_token(logits, [0] * position, options)] += 1
+    assert counts[3] == 0
+    torch.testing.assert_close(counts / 2000, torch.softmax(logits, dim=0), rtol=0, atol=0.03)
+    assert len({uniform(seed, n) for seed in range(30) for n in range(30)}) == 900
+
+
+def test_a_bias_can_force_and_forbid() -> None:
+    logits = torch.tensor([5.0, 4.0, 0.0])
+    forbidden = SamplingOptions(bias=(TokenBias(0, -100.0),))
+    forced = SamplingOptions(temperature=1.0, bias=(TokenBias(2, 100.0),))
+    assert (next_token(logits, [], forbidden), next_token(logits, [], forced)) == (1, 2)
+
+
+# --- policies
+
+
+def held(name: bytes, size: int = MIB, idle_s: float = 0.0, left_s: float = 1.0, peer: str = "a") -> Held:
+    return Held(name, peer, size, idle_s, left_s)
+
+
+def test_admission_takes_what_fits_and_evicts_the_longest_idle_only_for_need() -> None:
+    idle = [held(b"1", idle_s=EVICT_IDLE_S), held(b"2", idle_s=99.0), held(b"3")]
+    assert admit(MIB, "b", idle, 4 * MIB).evict == ()
+    assert admit(MIB, "b", idle, 3 * MIB).evict == (b"2",)
+    assert admit(2 * MIB, "b", idle, 3 * MIB).evict == (b"2", b"1")
+    refused = admit(3 * MIB, "b", idle, 3 * MIB)
+    assert refused.refusal
+    assert not refused.evict
+
+
+def test_admission_names_the_time_until_enough_is_free() -> None:
+    busy = [held(b"1", left_s=9.0), held(b"2", left_s=2.0), held(b"3", left_s=5.0)]
+    assert admit(MIB, "b", busy, 3 * MIB).retry_after_s == 2.0
+    assert admit(2 * MIB, "b", busy, 3 * MIB).retry_after_s == 5.0
+    assert "ask for fewer tokens" in admit(4 * MIB, "b", busy, 3 * MIB).refusal
+
+
+def test_admission_bounds_sessions_of_one_peer_and_of_all() -> None:
+    own = [held(bytes([n]), size=1, peer="b") for n in range(SESSIONS_PER_PEER)]
+    assert "of yours" in admit(1, "b", own, MIB).refusal
+    assert not admit(1, "a", own, MIB).refusal
+    everybody = [held(n.to_bytes(2), size=1, peer=str(n % 50)) for n in range(SESSIONS)]
+    assert admit(1, "x", everybody, MIB).refusal
+
+
+def test_steps_go_first_and_prompts_still_get_their_share() -> None:
+    prompt = Waiting(0, b"v", 1000, 0.0)
+    steps = [Waiting(n, b"v", 1, float(n)) for n in range(1, 200)]
+    batch = next_batch([prompt, *steps])
+    assert sum(rows for _, rows in batch) == MOST_ROWS
+    assert (0, PROMPT_ROWS) in batch
+    assert [key for key, _ in batch[:3]] == [1, 2, 3]
+    assert next_batch([prompt]) == [(0, MOST_ROWS)]
+    assert next_batch([]) == []
+
+
+def test_a_batch_is_of_one_version_and_nobody_waits_for_ever() -> None:
+    waiting = [Waiting(0, b"old", 1, 1.0), Waiting(1, b"new", 1, 0.5), Waiting(2, b"new", 1, 2.0)]
+    assert next_batch(waiting) == [(1, 1), (2, 1)]
+    assert next_batch([Waiting(0, b"old", 1, 1.0), Waiting(1, b"new", 1, 3.0)]) == [(0, 1)]
+
+
+# --- beside training
+
+
+class Everybody:
+    """The replicas of a training swarm."""
+
+    def __init__(self, world: TrainerWorld) -> None:
+        self._world = world
+
+    def of_stage(self, stage: int) -> list[Replica]:
+        return [Replica(one.transport.me, 0.005) for one in self._world.group(stage)]
+
+    def suspect(self, peer: PeerId, reason: str) -> None:
+        raise AssertionError(f"{peer}: {reason}")
+
+    def is_gone(self, peer: PeerId) -> bool:
+        return False
+
+    def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
+        return False
+
+    async def changed(self) -> None:
+        await asyncio.sleep(0.1)
+
+
+def kept(world: TrainerWorld, stage: int, name: bytes) -> torch.Tensor:
+    """A version of a stage, the same at all its replicas that have it."""
+    found = []
+    for replica in world.group(stage):
+        with contextlib.suppress(VersionRetired):
+            found.append(replica.trainer.sessions.versions.get(name).weights(torch.float32, "cpu"))
+    assert all(torch.equal(found[0], other) for other in found)
+    return found[0]
+
+
+def test_a_swarm_in_training_serves_the_anchors_of_a_version() -> None:
+    async def main() -> None:
+        spec = round_spec(2, outer={"snapshot_every": 8})
+        compared = 0
+        async with TrainerWorld(spec) as world:
+            for number in range(4):
+                await world.add(number, number // 2)
+            client = world.network.transport(PeerId("client".ljust(52, "1")), frozenset({Role.INFERENCE}))
+            await client.start()
+            await world.heights(1)
+            for seed in range(5):
+                everybody, rng = Everybody(world), random.Random(seed)
+                async with Generation(spec, client, everybody, [1, 2, 3], 6, GREEDY, rng) as generation:
+                    tokens = aiter(generation)
+                    text = [await anext(tokens)]
+                    weights = [kept(world, stage, name) for stage, name in enumerate(generation.versions())]
+                    text += [token async for token in tokens]
+                if not generation.figures.restarted:
+                    assert text == greedy(spec, weights, [1, 2, 3], 6)
+                    compared += 1
+            before = world.group(0)[0].trainer.outer.height
+            await world.heights(before + 2)
+        assert before > 2
+        assert compared >= 2
+
+    run(main, limit_s=600)

@@ -1,0 +1,308 @@
+"""The client's side of a session: a chain of servers that goes on when servers fail.
+
+`Generation` opens the session at one server for each stage, tells each whom to supply, and takes the tokens.
+When a server fails it opens the session at another replica of that stage and names it to the neighbours; they
+do the rest. It compares what is with what should be, again and again: opening and mending are the same code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from shoal.protocol.errors import (
+    AccessError,
+    Busy,
+    MessageInvalid,
+    NetworkError,
+    PeerSilent,
+    PeerUnreachable,
+    ProtocolViolation,
+    ShoalError,
+    StageEmpty,
+    VersionRetired,
+)
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Transport
+from shoal.training.pipeline.payload import PayloadFormat
+from shoal.training.pipeline.replicas import Replicas
+from shoal.training.serving.choice import choose
+from shoal.training.serving.link import Link
+from shoal.training.serving.messages import (
+    LENGTH,
+    STOP,
+    OpenSession,
+    SamplingOptions,
+    SessionToken,
+)
+from shoal.training.spec import RunSpec
+
+SILENT_S = 2.0  # four pulses; a server is then replaced if its stage has another one
+STARVED_S = 3.0  # without what the server before has; then one of the two is replaced
+STALLED_S = 10.0  # without a position computed, while some wait
+PATIENCE_S = 30.0  # for a stage that nobody serves
+_AVOID_S = 2.0  # a server that failed; twice as long after each further failure
+_MOST_AVOID_S = 60.0
+_LOOK_S = 0.25
+_REROUTE_S = 0.1  # before a supply that broke off is tried again
+_MOST_CUTS = 4  # of the supply of a server; then another one is taken
+_MOST_VAIN = 4  # restarts without a token in between
+
+
+@dataclass(slots=True)
+class ChainFigures:
+    """What became of one generation."""
+
+    replaced: int = 0  # servers
+    restarted: int = 0  # versions retired under it
+    longest_gap_s: float = 0.0  # between two tokens
+
+
+class Generation:
+    """One text. Use as `async with`, and iterate for its tokens; `finish` says why it ended."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        transport: Transport,
+        replicas: Replicas,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        options: SamplingOptions,
+        rng: random.Random,
+        *,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        """Raises MessageInvalid for a prompt that leaves no room in the model's sequence."""
+        most = spec.model.sequence
+        if not 1 <= len(prompt) < most or max_new_tokens < 1:
+            raise MessageInvalid(
+                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones; this model takes 1 to "
+                f"{most - 1} tokens of prompt, and at least one new"
+            )
+        if not all(0 <= token < spec.data.vocabulary for token in prompt):
+            raise MessageInvalid(f"the prompt has tokens outside the vocabulary of {spec.data.vocabulary}")
+        self.tokens = list(prompt)
+        self.finish = ""
+        self.figures = ChainFigures()
+        self._capacity = min(len(prompt) + max_new_tokens, most)
+        self._prompt = len(prompt)
+        self._spec, self._transport, self._replicas = spec, transport, replicas
+        self._options, self._rng, self._patience_s = options, rng, patience_s
+        self._form = PayloadFormat.of_inference(spec)
+        self._stages = spec.stages.count
+        self._links: list[Link | None] = [None] * self._stages
+        self._pins: list[bytes] = [b""] * self._stages
+        self._empty_since_s: dict[int, float] = {}
+        self._avoid_until_s: dict[PeerId, float] = {}
+        self._failures: dict[PeerId, int] = {}
+        self._reasons: dict[int, ShoalError] = {}
+        self._lacking: set[int] = set()  # stages of which a replica lacks the pinned version
+        self._restarted_at, self._vain = -1, 0
+        self._epoch = 0
+        self._wake = asyncio.Event()
+        self._news = asyncio.Event()
+        self._token_s = 0.0
+
+    async def __aenter__(self) -> Self:
+        self._id = self._rng.randbytes(16)
+        self._token_s = asyncio.get_running_loop().time()
+        self._task = asyncio.create_task(self._run(), name="generation")
+        self._task.add_done_callback(lambda task: self._news.set())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        if not self._task.cancelled():
+            self._task.exception()  # told to who iterates, or of no interest any more
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        """New tokens, without one that only ended the text. Raises StageEmpty, Busy, MessageInvalid."""
+        at = self._prompt
+        while True:
+            while at < len(self.tokens):
+                yield self.tokens[at]
+                at += 1
+            if self._task.done():
+                self._task.result()
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    def route(self) -> list[PeerId | None]:
+        """The server of each stage now."""
+        return [link.peer if link is not None else None for link in self._links]
+
+    def versions(self) -> list[bytes]:
+        """What the session is pinned to, one of each stage; empty where it is not open yet."""
+        return list(self._pins)
+
+    # --- the loop
+
+    async def _run(self) -> None:
+        try:
+            while not self.finish:
+                self._wake.clear()
+                try:
+                    await self._mend()
+                except VersionRetired as retired:
+                    await self._restart(retired)
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_S):
+                        await self._wake.wait()
+        finally:
+            for stage in range(self._stages):
+                await self._close(stage)
+
+    async def _mend(self) -> None:
+        """Bring the chain to what it should be, as far as that can be done now.
+
+        Raises VersionRetired when this version cannot go on, StageEmpty, Busy and AccessError for good.
+        """
+        now_s = asyncio.get_running_loop().time()
+        for stage, link in enumerate(self._links):
+            if link is not None and (trouble := self._trouble(stage, link, now_s)) is not None:
+                await self._close(stage)
+                self._note(stage, link, trouble, now_s)
+            if self._links[stage] is None:
+                self._open(stage, now_s)
+        self._connect(now_s)
+
+    def _trouble(self, stage: int, link: Link, now_s: float) -> ShoalError | None:
+        """Why a server has to be replaced."""
+        if link.down is not None:
+            return link.down
+        if link.cuts >= _MOST_CUTS:
+            return PeerUnreachable(f"the server before cannot reach it: {link.cut_reason}")
+        if self._choose(stage, now_s, but=link.peer) is None:
+            return None  # a slow one is better than none
+        if now_s - link.heard_s > SILENT_S:
+            return PeerSilent(f"{link.peer} has said nothing for {now_s - link.heard_s:.1f} s")
+        if link.received > link.computed and now_s - link.moved_s > STALLED_S:
+            return PeerSilent(f"{link.peer} has computed nothing for {now_s - link.moved_s:.1f} s")
+        if link is self._blamed(stage, now_s) or link is self._blamed((stage + 1) % self._stages, now_s):
+            return PeerUnreachable(f"nothing moves between {link.peer} and its neighbour")
+        return None
+
+    def _blamed(self, stage: int, now_s: float) -> Link | None:
+        """Where a server does not get what the one before has for it: in turns that server and the other."""
+        link, before = self._links[stage], self._links[stage - 1]
+        if link is None or before is None or link is before or not (link.is_open and before.is_open):
+            return None
+        due = len(self.tokens) if stage == 0 else before.computed
+        if link.received >= due or now_s - max(link.moved_s, before.moved_s) < STARVED_S:
+            return None
+        return before if self.figures.replaced % 2 else link
+
+    def _note(self, stage: int, link: Link, trouble: ShoalError, now_s: float) -> None:
+        """Remember what a server that is given up has done, so that the next choice is a better one."""
+        was_open = link.version is not None
+        self._reasons[stage] = trouble
+        if isinstance(trouble, AccessError) or (isinstance(trouble, VersionRetired) and was_open):
+            raise trouble
+        if isinstance(trouble, VersionRetired):
+            self._lacking.add(stage)
+        if isinstance(trouble, NetworkError | ProtocolViolation):
+            self._replicas.suspect(link.peer, f"session: {trouble}")
+        if isinstance(trouble, Busy):
+            avoid_s = trouble.retry_after_s
+        else:
+            failures = self._failures[link.peer] = self._failures.get(link.peer, 0) + 1
+            avoid_s = min(_AVOID_S * 2.0 ** (failures - 1), _MOST_AVOID_S)
+        self._avoid_until_s[link.peer] = now_s + avoid_s * self._rng.uniform(0.8, 1.2)
+        self.figures.replaced += was_open
+
+    def _choose(self, stage: int, now_s: float, but: PeerId | None = None) -> PeerId | None:
+        known = [one for one in self._replicas.of_stage(stage) if one.peer != but]
+        return choose(known, self._avoid_until_s, now_s, self._rng.random())
+
+    def _open(self, stage: int, now_s: float) -> None:
+        """Begin to open the session at the best server of a stage; raises when none came in time."""
+        peer = self._choose(stage, now_s)
+        if peer is None:
+            if stage in self._lacking:
+                raise VersionRetired(f"nobody serves the session's version of stage {stage} any more")
+            if now_s - self._empty_since_s.setdefault(stage, now_s) > self._patience_s:
+                raise self._given_up(stage)
+            return
+        ends = stage in (0, self._stages - 1)
+        self._links[stage] = Link(
+            peer,
+            self._transport,
+            OpenSession(
+                self._id,
+                stage,
+                self._capacity,
+                self._pins[stage],
+                self._options if stage == self._stages - 1 else None,
+            ),
+            bytes(self._form.pack(torch.tensor([self.tokens]), None, self._form.widest)) if ends else b"",
+            token=self._take,
+            changed=self._wake.set,
+            now_s=now_s,
+        )
+
+    def _given_up(self, stage: int) -> ShoalError:
+        reason = self._reasons.get(stage)
+        if isinstance(reason, Busy):
+            return reason
+        told = f": {reason}" if reason is not None else "; no replica of it is known"
+        return StageEmpty(f"nobody serves stage {stage} since {self._patience_s:g} s{told}")
+
+    def _connect(self, now_s: float) -> None:
+        """Tell each server whom to supply, where that changed or broke off."""
+        for stage, link in enumerate(self._links):
+            if link is None or not link.is_open:
+                continue
+            self._empty_since_s.pop(stage, None)
+            self._pins[stage] = link.version or b""
+            behind = (stage + 1) % self._stages
+            target = self._links[behind]
+            if target is None or target is link or not target.is_open:
+                continue
+            if link.supplies is not target or (link.cut_s is not None and now_s - link.cut_s > _REROUTE_S):
+                self._epoch += 1
+                link.route(self._epoch, behind, target)
+
+    async def _close(self, stage: int) -> None:
+        link, self._links[stage] = self._links[stage], None
+        if link is not None:
+            await link.close()
+
+    async def _restart(self, retired: VersionRetired) -> None:
+        """Begin again with the tokens so far, on the versions that are served now. Raises `retired`."""
+        if self._restarted_at == len(self.tokens):
+            self._vain += 1
+            if self._vain > _MOST_VAIN:
+                raise retired
+        else:
+            self._restarted_at, self._vain = len(self.tokens), 0
+        self.figures.restarted += 1
+        for stage in range(self._stages):
+            await self._close(stage)
+        self._id, self._pins = self._rng.randbytes(16), [b""] * self._stages
+        self._lacking.clear()
+        self._avoid_until_s.clear()
+
+    def _take(self, message: SessionToken) -> None:
+        """A token from the last stage. Raises MessageInvalid for one that cannot come now."""
+        if message.position != len(self.tokens) or self.finish:
+            raise MessageInvalid(f"token {message.position} came where {len(self.tokens)} was due")
+        if message.token >= self._spec.data.vocabulary:
+            raise MessageInvalid(f"token {message.token} lies outside the vocabulary")
+        now_s = asyncio.get_running_loop().time()
+        self.figures.longest_gap_s = max(self.figures.longest_gap_s, now_s - self._token_s)
+        self._token_s = now_s
+        if message.finish != STOP:
+            self.tokens.append(message.token)
+        self.finish = LENGTH if len(self.tokens) >= self._capacity else message.finish
+        self._news.set()
+        self._wake.set()

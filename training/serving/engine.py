@@ -1,0 +1,139 @@
+"""Continuous batching: computes what sessions wait for, batch by batch, on the compute lane.
+
+One task runs it. Between two batches sessions may come and go; one that went while its batch was computed
+is passed over. At the last stage the drawing of tokens is part of the batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shoal.protocol.errors import ShoalError
+from shoal.training.lane import Lane, Work
+from shoal.training.serving.batching import Waiting, next_batch, patience_s
+from shoal.training.serving.cached_stage import CachedStage, Span
+from shoal.training.serving.hosted import HostedSession
+from shoal.training.serving.sampling import next_token
+
+_log = logging.getLogger(__name__)
+_SMOOTHING = 0.2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """A session's part of a batch."""
+
+    session: HostedSession
+    rows: torch.Tensor
+    start: int
+
+
+@dataclass(slots=True)
+class EngineFigures:
+    """Since the start."""
+
+    batches: int = 0
+    positions: int = 0
+    step_s: float = 0.0  # smoothed, of a batch
+
+
+class Engine:
+    """Computes for the sessions in `sessions`, a mapping that the server changes."""
+
+    def __init__(
+        self,
+        stage: CachedStage,
+        lane: Lane,
+        sessions: Mapping[bytes, HostedSession],
+        dtype: torch.dtype,
+        device: str,
+        servers: int,
+    ) -> None:
+        """`servers` of a chain."""
+        self.figures = EngineFigures()
+        self._stage, self._lane, self._sessions = stage, lane, sessions
+        self._dtype, self._device, self._servers = dtype, device, servers
+        self._wake = asyncio.Event()
+
+    def wake(self) -> None:
+        """A session has something to compute."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            while not self._waiting():
+                self._wake.clear()
+                await self._wake.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._patience_s()):
+                    while self._patience_s():
+                        self._wake.clear()
+                        await self._wake.wait()
+            if pieces := self._next():
+                await self._run(pieces)
+
+    def _waiting(self) -> list[HostedSession]:
+        return [one for one in self._sessions.values() if one.waiting and one.failure is None]
+
+    def _patience_s(self) -> float:
+        running = sum(not one.finish for one in self._sessions.values())
+        return patience_s(len(self._waiting()), running, self._servers, self.figures.step_s)
+
+    def _next(self) -> list[_Piece]:
+        sessions = self._waiting()
+        waiting = [Waiting(i, one.version.name, one.waiting, one.since_s) for i, one in enumerate(sessions)]
+        return [
+            _Piece(sessions[key], sessions[key].next_rows(rows), sessions[key].computed)
+            for key, rows in next_batch(waiting)
+        ]
+
+    async def _run(self, pieces: list[_Piece]) -> None:
+        loop = asyncio.get_running_loop()
+        begun_s = loop.time()
+        try:
+            outcome = await self._lane.run(Work.SERVE, self._compute, pieces)
+        except Exception:  # the edge of this task: training goes on, these sessions do not
+            _log.exception("a batch of %d sessions could not be computed", len(pieces))
+            for piece in pieces:
+                piece.session.fail(ShoalError("computing the session's positions failed"))
+            return
+        now_s = loop.time()
+        self.figures.batches += 1
+        self.figures.step_s += _SMOOTHING * (now_s - begun_s - self.figures.step_s)
+        for piece, (hidden, drawn) in zip(pieces, outcome, strict=True):
+            self.figures.positions += len(piece.rows)
+            piece.session.computed_rows(len(piece.rows), hidden, drawn, now_s)
+
+    def _compute(self, pieces: Sequence[_Piece]) -> list[tuple[torch.Tensor | None, list[int]]]:
+        """For each piece its hidden states, or the tokens drawn. On the lane."""
+        weights = pieces[0].session.version.weights(self._dtype, self._device)
+        spans = []
+        for piece in pieces:
+            cache = piece.session.cache = piece.session.cache or self._stage.cache(weights)
+            spans.append(Span(cache, piece.start, len(piece.rows)))
+        hidden = self._stage.forward(weights, torch.cat([piece.rows for piece in pieces]), spans)
+        parts = torch.split(hidden, [len(piece.rows) for piece in pieces])
+        if not self._stage.layout.last:
+            return [(part.float().cpu(), []) for part in parts]
+        return [(None, self._draw(weights, *each)) for each in zip(pieces, parts, strict=True)]
+
+    def _draw(self, weights: torch.Tensor, piece: _Piece, hidden: torch.Tensor) -> list[int]:
+        """The tokens after those positions whose next token is not known."""
+        session = piece.session
+        known, drawn = len(session.tokens), list[int]()
+        unknown = hidden[max(known - 1 - piece.start, 0) :]
+        if not len(unknown):
+            return drawn
+        for logits in self._stage.logits(weights, unknown):
+            before = session.tokens + drawn
+            drawn.append(next_token(logits, before, session.sampling))
+            if session.finish_of(len(before) + 1, drawn[-1]):
+                break
+        return drawn

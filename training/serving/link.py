@@ -1,0 +1,121 @@
+"""The client's stream to one server of its chain: opens the session there, hears it, tells it routes.
+
+`chain` makes one for each stage, and another one when a server fails. A link never decides anything: it keeps
+what it hears and tells that something changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from shoal.protocol.errors import MessageInvalid, PeerSilent, ShoalError
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Stream, Transport
+from shoal.training.serving.messages import (
+    SESSION,
+    OpenSession,
+    SessionCut,
+    SessionOpened,
+    SessionPulse,
+    SessionRoute,
+    SessionToken,
+)
+
+OPEN_S = 10.0  # for a server to answer that it holds the session
+
+
+class Link:
+    """One server, as the client sees it."""
+
+    def __init__(
+        self,
+        peer: PeerId,
+        transport: Transport,
+        opening: OpenSession,
+        payload: bytes,
+        *,
+        token: Callable[[SessionToken], None],
+        changed: Callable[[], None],
+        now_s: float,
+    ) -> None:
+        """`token` takes what the last stage tells; it raises MessageInvalid for what cannot be."""
+        self.peer, self.opening = peer, opening
+        self.version: bytes | None = None  # once open
+        self.heard_s = now_s
+        self.down: ShoalError | None = None
+        self.received = self.computed = 0  # positions, by its last pulse
+        self.moved_s = now_s  # when either of these, or its route, last changed
+        self.supplies: Link | None = None  # whom it was told to supply
+        self.cut_s: float | None = None  # since when it cannot
+        self.cuts, self.cut_reason = 0, ""  # of its own supply, by the server before
+        self._transport, self._payload = transport, payload
+        self._token, self._changed = token, changed
+        self._epoch, self._route = -1, SessionRoute(0, 0, peer)
+        self._route_set = asyncio.Event()
+        self._task = asyncio.create_task(self._run(), name=f"session at {peer}")
+
+    @property
+    def is_open(self) -> bool:
+        return self.version is not None and self.down is None
+
+    def route(self, epoch: int, stage: int, to: Link) -> None:
+        """Tell the server whom to supply from now on."""
+        self.supplies, self.cut_s = to, None
+        to.moved_s = asyncio.get_running_loop().time()
+        self._epoch, self._route = epoch, SessionRoute(epoch, stage, to.peer)
+        self._route_set.set()
+
+    async def close(self) -> None:
+        """Leave; the server forgets the session."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        try:
+            async with self._transport.open(self.peer, SESSION) as stream:
+                async with asyncio.timeout(OPEN_S):
+                    await stream.send(self.opening, self._payload)
+                    opened: SessionOpened = (await stream.receive(SessionOpened)).header
+                if self.opening.version not in (b"", opened.version):
+                    raise MessageInvalid(f"{self.peer} serves another version than was asked for")
+                self.version = opened.version
+                self._hear()
+                telling = asyncio.create_task(self._tell(stream))
+                try:
+                    await self._listen(stream)
+                finally:
+                    telling.cancel()
+                    await asyncio.wait([telling])
+        except ShoalError as error:
+            self.down = error
+        except TimeoutError:
+            self.down = PeerSilent(f"{self.peer} did not open the session within {OPEN_S:g} s")
+        self._changed()
+
+    async def _listen(self, stream: Stream) -> None:
+        while True:
+            message = (await stream.receive(SessionToken, SessionPulse, SessionCut)).header
+            if isinstance(message, SessionToken):
+                self._token(message)
+            elif isinstance(message, SessionCut) and self.supplies and message.epoch == self._epoch:
+                self.cut_s = asyncio.get_running_loop().time()
+                self.supplies.cuts, self.supplies.cut_reason = self.supplies.cuts + 1, message.reason
+            elif isinstance(message, SessionPulse):
+                self._note(message)
+            self._hear()
+
+    def _note(self, pulse: SessionPulse) -> None:
+        if (pulse.received, pulse.computed) != (self.received, self.computed):
+            self.received, self.computed = pulse.received, pulse.computed
+            self.moved_s = asyncio.get_running_loop().time()
+
+    def _hear(self) -> None:
+        self.heard_s = asyncio.get_running_loop().time()
+        self._changed()
+
+    async def _tell(self, stream: Stream) -> None:
+        while True:
+            await self._route_set.wait()
+            self._route_set.clear()
+            await stream.send(self._route)
