@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from shoal.node.presence import Listening
 
@@ -21,4 +22,5 @@ class PeerOptions:
     stage: int | None = None  # None: where the swarm needs it most
     train: bool = True
     pace_s: float = 0.0  # a micro-batch takes at least so long, for speed tests: `training.lane.paced`
+    decisions: Path | None = None  # where to write what the policies decide: `training.decisions`
     listening: Listening = field(default_factory=Listening)

@@ -21,6 +21,7 @@ from shoal.node.hardware import Device
 from shoal.node.paths import cache_root
 from shoal.node.presence import Presence
 from shoal.protocol.identity import PeerId
+from shoal.training.decisions import DecisionLog
 from shoal.training.feed import CorpusFeed, Feed
 from shoal.training.lane import ThreadLane, paced
 from shoal.training.spec import RunSpec
@@ -46,6 +47,7 @@ class Trainee:
         fixed: bool,
         pace_s: float = 0.0,
         spare_bytes: int = 0,
+        decisions: DecisionLog | None = None,
     ) -> None:
         """`folder` takes what is written of the run, `store` has the imported checkpoints.
 
@@ -62,6 +64,7 @@ class Trainee:
         self._fixed = fixed
         self._pace_s = pace_s
         self._spare_bytes = spare_bytes
+        self._decisions = decisions
         self._pool = ThreadPoolExecutor(_OFFLOAD_THREADS, thread_name_prefix="offload")
         self._trainer: Trainer | None = None
 
@@ -96,6 +99,7 @@ class Trainee:
             fixed=self._fixed,
             imported=(self._store,),
             spare_bytes=self._spare_bytes,
+            decisions=self._decisions,
         )
         await trainer.recover()
         self._trainer = trainer

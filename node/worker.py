@@ -23,6 +23,7 @@ from shoal.node.status import stage_replicas, verdict
 from shoal.node.trainee import Trainee
 from shoal.protocol.errors import UsageError
 from shoal.protocol.identity import PeerId
+from shoal.training.decisions import DecisionLog
 from shoal.training.partition import spec_costs
 from shoal.training.plan import make_plan
 from shoal.training.spec import RunSpec
@@ -45,6 +46,7 @@ class Worker:
         self._store = store
         self._events = events
         self._tenure: Tenure | None = None
+        self._decisions = DecisionLog(options.decisions) if options.decisions is not None else None
 
     async def run(self) -> None:
         """Learn the run, take a stage, train."""
@@ -66,8 +68,10 @@ class Worker:
             event=self._tell_tenure,
             rng=self._presence.rng,
             moves=self._options.stage is None,
+            decisions=self._decisions,
         )
-        await self._tenure.run(stage)
+        with self._decisions or contextlib.nullcontext():
+            await self._tenure.run(stage)
 
     @contextlib.asynccontextmanager
     async def _begin(self, spec: RunSpec, stage: int, device: Device) -> AsyncIterator[Trainee]:
@@ -90,6 +94,7 @@ class Worker:
             fixed=options.stage is not None,
             pace_s=options.pace_s,
             spare_bytes=spare_bytes(device, planned),
+            decisions=self._decisions,
         ) as trainee:
             self.trainee = trainee
             yield trainee

@@ -16,6 +16,7 @@ from typing import Protocol
 from shoal.dht.view import SwarmView
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
+from shoal.training.decisions import DecisionLog
 from shoal.training.partition import spec_costs
 from shoal.training.rebalance import Move, Placed, plan, settled
 from shoal.training.spec import RunSpec
@@ -56,6 +57,7 @@ class Tenure:
         event: Callable[[str, dict[str, object]], None],
         rng: random.Random,
         moves: bool = True,
+        decisions: DecisionLog | None = None,
     ) -> None:
         """`begin`: a replica of a stage; `prefetch`: its state from these donors to the own disk; `fits`: in
         this machine's memory. Without `moves` the peer stays at its stage whatever the plan says."""
@@ -69,6 +71,7 @@ class Tenure:
         self._fits = fits
         self._event = event
         self._rng = rng
+        self._decisions = decisions
         self._moves = moves and spec.stages.count > 1 and spec.stages.rebalance_window_s > 0.0
         self._costs = spec_costs(spec)
 
@@ -134,7 +137,11 @@ class Tenure:
         return f"stage {move.target} has been served meanwhile" if served else ""
 
     def _plan(self) -> Move | None:
-        return plan(placed(self._view()), self._costs, self._spec.stages.minimum_replicas, MOVE_S)
+        replicas = placed(self._view())
+        answer = plan(replicas, self._costs, self._spec.stages.minimum_replicas, MOVE_S)
+        if self._decisions is not None:
+            self._decisions.note("move", answer, replicas=replicas, move_s=MOVE_S)
+        return answer
 
 
 def placed(view: SwarmView) -> list[Placed]:

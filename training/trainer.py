@@ -21,6 +21,7 @@ from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
 from shoal.training.checkpoint.replica import StageCheckpoints
+from shoal.training.decisions import DecisionLog
 from shoal.training.feed import Feed
 from shoal.training.lane import Lane
 from shoal.training.model.layout import genesis, stage_layout
@@ -73,7 +74,9 @@ class Trainer:
         fixed: bool = False,  # it stays at this stage
         imported: Sequence[Path] = (),  # folders of checkpoints, one of which the run may start from
         spare_bytes: int = 0,  # memory for copies of other stages
+        decisions: DecisionLog | None = None,
     ) -> None:
+        self._decisions = decisions
         self.spec = spec
         self.stage = stage
         self._transport = transport
@@ -148,6 +151,7 @@ class Trainer:
             guardians=lambda: stage_guardians(self._members, self.stage),
             directory=self._data_dir,
             inherited=inherited,
+            decisions=self._decisions,
         )
         self._guarding = Guarding(self.outer.context, self._members, self._spare_bytes, self._data_dir)
         await self.outer.recover()
@@ -206,6 +210,7 @@ class Trainer:
                 self._lane,
                 random.Random(self._rng.getrandbits(64)),
                 self._pipeline_event,
+                self._decisions,
             )
         self._downstream = downstream
         self.driver: Driver | None = None

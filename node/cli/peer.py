@@ -47,6 +47,13 @@ Announce = Annotated[
     list[str] | None, typer.Option(help="Host under which others reach you.", show_default=False)
 ]
 Pace = Annotated[float, typer.Option(min=0.0, hidden=True, help="Seconds a micro-batch takes, at least.")]
+Decisions = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write down what routing, moves and rounds decide, for shoal simulate --replay.",
+        show_default=False,
+    ),
+]
 NoTrain = Annotated[bool, typer.Option("--no-train", help="Take part without a stage.")]
 
 
@@ -64,6 +71,7 @@ def up(
     stage: Stage = None,
     no_train: NoTrain = False,
     pace: Pace = 0.0,
+    decisions: Decisions = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -75,7 +83,19 @@ def up(
     from shoal.node.owner.home import OwnerHome
 
     options = _options(
-        device, memory, threads, upload, name, stage, no_train, listen, port, dht_port, announce, pace
+        device,
+        memory,
+        threads,
+        upload,
+        name,
+        stage,
+        no_train,
+        listen,
+        port,
+        dht_port,
+        announce,
+        pace,
+        decisions,
     )
     root = data_root(data_dir)
     home = OwnerHome.of_run(root, spec, time.time())
@@ -103,6 +123,7 @@ def join(
     stage: Stage = None,
     no_train: NoTrain = False,
     pace: Pace = 0.0,
+    decisions: Decisions = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -118,7 +139,19 @@ def join(
     if listen is None:
         listen = LOOPBACK if all(map(on_loopback, parsed.bootstrap)) else EVERYWHERE
     options = _options(
-        device, memory, threads, upload, name, stage, no_train, listen, port, dht_port, announce, pace
+        device,
+        memory,
+        threads,
+        upload,
+        name,
+        stage,
+        no_train,
+        listen,
+        port,
+        dht_port,
+        announce,
+        pace,
+        decisions,
     )
     with PeerFolder.claim(data_root(data_dir)) as folder:
         code = run_daemon(parsed, folder, options, _events(as_json))
@@ -222,6 +255,7 @@ def _options(
     dht_port: int,
     announce: list[str] | None,
     pace_s: float,
+    decisions: Path | None,
 ) -> PeerOptions:
     memory_bytes = None if memory is None else size_bytes(memory)
     upload_bytes_per_s = None if upload is None else rate_bytes_per_s(upload)
@@ -242,6 +276,7 @@ def _options(
         stage=stage,
         train=not no_train,
         pace_s=pace_s,
+        decisions=decisions,
         listening=listening,
     )
 

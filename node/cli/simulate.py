@@ -14,6 +14,7 @@ from shoal.protocol.errors import UsageError
 
 if TYPE_CHECKING:
     from shoal.node.simulate.outcome import Outcome
+    from shoal.training.spec import RunSpec
 
 
 class Routing(StrEnum):
@@ -53,6 +54,12 @@ def simulate(
             help="Policies without messages, or the whole protocol. Default: by the number of peers.",
         ),
     ] = None,
+    replay: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Instead, decide again what peers of this run wrote with --decisions.", show_default=False
+        ),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write a page with plots.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one line of JSON.")] = False,
 ) -> None:
@@ -64,6 +71,9 @@ def simulate(
     from shoal.training import spec_file
 
     spec = spec_file.load(path)
+    if replay:
+        _replay(spec, replay, as_json)
+        return
     micro_batch_s = duration_s(micro_batch)
     chain_s = filled_s(spec.stages.count, micro_batch_s)
     options = Options(
@@ -96,6 +106,19 @@ def simulate(
         print_json(outcome.to_json())
     else:
         out.print(_text(outcome), soft_wrap=True)
+
+
+def _replay(spec: RunSpec, paths: list[Path], as_json: bool) -> None:
+    """Exit code 1 if a decision differs."""
+    from shoal.node.simulate.replay import replay
+
+    found = replay(spec, paths)
+    if as_json:
+        print_json({"decisions": dict(sorted(found.decisions.items())), "differences": found.differences})
+    else:
+        out.print("\n".join((*found.differences, found.told())), soft_wrap=True, markup=False)
+    if found.differences:
+        raise typer.Exit(1)
 
 
 def _text(outcome: Outcome) -> str:

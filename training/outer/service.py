@@ -14,6 +14,7 @@ import torch
 from shoal.protocol.errors import ShoalError, StageEmpty
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
+from shoal.training.decisions import DecisionLog
 from shoal.training.outer.change import Change
 from shoal.training.outer.context import Context, Event, Offload
 from shoal.training.outer.entry import SKIP, Entry, parse
@@ -101,7 +102,9 @@ class Outer:
         guardians: Callable[[], Sequence[GroupMember]] = tuple,
         directory: Path | None = None,
         inherited: Inherited | None = None,
+        decisions: DecisionLog | None = None,
     ) -> None:
+        self._decisions = decisions
         self.context = self._context = Context.of(
             spec,
             stage,
@@ -353,7 +356,12 @@ class Outer:
         peers = self._peers()
         group = self._group(peers)
         self._replica.offered.hear(peers, self._replica.log.head_at, now_s)
-        match next_action(self._position(now_s, group)):
+        position = self._position(now_s, group)
+        action = next_action(position)
+        if self._decisions is not None and not isinstance(action, Wait):
+            answer = {"action": type(action).__name__, "order": position.order}
+            self._decisions.note("lead", answer, stage=self._context.stage, position=position)
+        match action:
             case Wait(until_s):
                 await self._wait(min(now_s + POLL_S, until_s if until_s is not None else now_s + POLL_S))
             case CatchUp():

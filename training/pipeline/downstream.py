@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from shoal.protocol.errors import Busy, PeerSilent, ShoalError
 from shoal.protocol.transport import Transport
+from shoal.training.decisions import DecisionLog
 from shoal.training.lane import Lane
 from shoal.training.pipeline.attempt import Answer, Attempt, Journey, Pick
 from shoal.training.pipeline.compute import Boundary
@@ -62,10 +63,11 @@ class Downstream:
         lane: Lane,
         rng: random.Random,
         event: Event,
+        decisions: DecisionLog | None = None,
     ) -> None:
         """`stages`: the next one and all behind it; an answer's chain has a link for each."""
         self.stage = stages.start
-        self.successors = Successors(self.stage, replicas, form, lane, rng, event)
+        self.successors = Successors(self.stage, replicas, form, lane, rng, event, decisions)
         self._stages = stages
         self._transport = transport
         self._form = form

@@ -14,6 +14,7 @@ from typing import Any
 
 from shoal.protocol.errors import Busy, ShoalError, StageEmpty
 from shoal.protocol.identity import PeerId
+from shoal.training.decisions import DecisionLog
 from shoal.training.lane import Lane
 from shoal.training.pipeline.attempt import Answer, Attempt, Pick
 from shoal.training.pipeline.link_codec import LinkCodec, widest_in_time
@@ -51,8 +52,10 @@ class Successors:
         lane: Lane,
         rng: random.Random,
         event: Event,
+        decisions: DecisionLog | None = None,
     ) -> None:
         """`lane`: this peer's own; sending a micro-batch may take about as long as it does."""
+        self._decisions = decisions
         self.stage = stage
         self._replicas = replicas
         self._form = form
@@ -77,7 +80,7 @@ class Successors:
         all_new = not any(self._known[replica.peer].standing.established for replica in listed)
         roomy = [replica for replica in listed if self._known[replica.peer].has_room(now, all_new)]
         sizes = {codec: self._form.hidden_bytes(sequences, codec) for codec in self._form.codecs}
-        chosen = choose(self._candidates(roomy, now), 2 * sizes[self.usual_codec], self._rng)
+        chosen = self._choose(self._candidates(roomy, now), 2 * sizes[self.usual_codec])
         if chosen is None:
             return None
         peer = PeerId(chosen.peer)
@@ -88,6 +91,15 @@ class Successors:
         expected_s = expected_finish_s(chosen, 2 * sizes[codec])
         hedge_s = hedge_after_s(expected_s, self._ratios)
         return Pick(peer, codec, chosen.rtt_s, chosen.service_s, expected_s, hedge_s)
+
+    def _choose(self, candidates: list[Candidate], payload_bytes: int) -> Candidate | None:
+        if self._decisions is None or not candidates:
+            return choose(candidates, payload_bytes, self._rng)
+        seed = self._rng.getrandbits(64)
+        chosen = choose(candidates, payload_bytes, random.Random(seed))
+        answer = None if chosen is None else chosen.peer
+        self._decisions.note("route", answer, candidates=candidates, payload_bytes=payload_bytes, seed=seed)
+        return chosen
 
     def began(self, attempt: Attempt) -> None:
         self._known[attempt.peer].attempts.add(attempt)
