@@ -17,7 +17,8 @@ STEPS = [step for step in faults.steps() if not step.startswith(("test.", "check
 _LAGGARD = {"EntriesRequest", "EntryItem"}
 _JOINER = {"ManifestRequest", "Manifest", "ChunkRequest", "Chunk", "chunk"}
 _BROKEN = {"StateRequest", "StateDigests", "StatePart"}
-_REQUESTS = {"EntriesRequest", "ManifestRequest", "ChunkRequest", "PartRequest", "StateRequest"}
+_GUARDIAN = {"Keep", "Kept"}
+_REQUESTS = {"Keep", "EntriesRequest", "ManifestRequest", "ChunkRequest", "PartRequest", "StateRequest"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,11 @@ class Case:
     def needs_broken(self) -> bool:
         """Somebody's memory is not what it was."""
         return self.message in _BROKEN
+
+    @property
+    def needs_guardian(self) -> bool:
+        """A lone replica has a guardian; `test_guardian_faults`."""
+        return self.message in _GUARDIAN
 
     @property
     def needs_disk(self) -> bool:

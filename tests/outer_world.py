@@ -13,10 +13,12 @@ import torch
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.protocol.transport import Transport
+from shoal.training.outer.context import Context
 from shoal.training.outer.entry import Entry, seats_in
 from shoal.training.outer.local import MemoryWeights
 from shoal.training.outer.parts import cut
 from shoal.training.outer.service import GroupMember, Outer
+from shoal.training.recovery.guard import Guard
 from shoal.training.spec import RunSpec
 
 torch.set_num_threads(1)
@@ -69,6 +71,7 @@ class Node:
             rng=random.Random(f"{world.seed}/{name}/{incarnation}"),
             event=lambda kind, data: self.events.append((kind, data)),
             directory=directory,
+            guardians=lambda: [keeper.member() for keeper in world.keepers if keeper.keeps],
         )
         self.task: asyncio.Task[None] | None = None
 
@@ -112,6 +115,60 @@ class Node:
         await self.transport.close()
 
 
+class Keeper:
+    """A peer elsewhere that guards the stage."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.world = world
+        self.name = PeerId(f"12D3KooWg{number:02d}".ljust(52, "z"))
+        self.transport = world.wrap(world.network.transport(self.name, frozenset({Role.TRAINER})))
+        self.silent = False
+        context = Context.of(
+            world.spec,
+            0,
+            world.genesis.numel(),
+            me=self.name,
+            incarnation=1,
+            transport=self.transport,
+            offload=inline,
+            suspect=lambda peer, reason: None,
+            event=lambda kind, data: None,
+            rng=random.Random(number),
+        )
+        self.guard = Guard(context, lambda: list(world.group(self.name)), None)
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it has a copy, and others hear of it."""
+        return self.guard.beat() is not None and not self.silent
+
+    def member(self) -> GroupMember:
+        beat = self.guard.beat()
+        assert beat is not None
+        return GroupMember(
+            peer=self.name,
+            incarnation=1,
+            height=beat.height,
+            head=beat.head,
+            state_root=beat.state_root,
+            log_tokens=beat.log_tokens,
+        )
+
+    async def start(self) -> None:
+        """Until it has a copy."""
+        await self.transport.start()
+        self.task = asyncio.create_task(self.guard.run())
+        while not self.keeps:
+            await asyncio.sleep(0.1)
+
+    async def stop(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
+        await self.transport.close()
+
+
 class World:
     """The group, its network, and the membership that all of them see: who lives, at once."""
 
@@ -132,6 +189,7 @@ class World:
         self.generator = torch.Generator().manual_seed(seed)
         self.genesis = genesis if genesis is not None else torch.randn(size, generator=self.generator)
         self.live: dict[PeerId, Node] = {}
+        self.keepers: list[Keeper] = []
         self.frozen: dict[PeerId, GroupMember] = {}  # what their last beat said
         self.uplinks: dict[PeerId, float] = {}  # bytes a second, where they are known
         self.sides: dict[PeerId, list[Node]] = {}  # whom a peer sees while the group is cut
@@ -150,6 +208,8 @@ class World:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        for keeper in self.keepers:
+            await keeper.stop()
         for node in list(self.live.values()):
             await node.stop()
 

@@ -64,7 +64,7 @@ def rooms(options: argparse.Namespace) -> list[Room]:
         return [fault for fault in faults if options.only in str(fault)]
 
     joining = [case for case in all_cases() if case.needs_joiner]
-    others = [case for case in all_cases() if not case.needs_joiner]
+    others = [case for case in all_cases() if not (case.needs_joiner or case.needs_guardian)]
     return [
         Room(wanted(joining), options.peers, options.mib, durable=False, outer=FORGETFUL),
         Room(wanted(others), options.peers, options.mib),

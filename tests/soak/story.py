@@ -44,7 +44,11 @@ CODECS = (
 ACTS = ("kill", "two", "freeze", "message", "message", "message", "cut", "cut", "long cut", "join", "restart")
 # A peer that breaks a decision or a contribution itself lies: audits find that, not rounds.
 _UNTRUE = {"ContributedPart", "Prepare", "Answer", "Go", "Commit"}
-CASES = [case for case in all_cases() if case.action is not Action.CORRUPT or case.message not in _UNTRUE]
+CASES = [
+    case
+    for case in all_cases()
+    if not case.needs_guardian and (case.action is not Action.CORRUPT or case.message not in _UNTRUE)
+]
 
 
 class Broken(AssertionError):
