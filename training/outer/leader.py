@@ -51,10 +51,10 @@ class Leader:
         ballot: int,
         first_stage_head: bytes,
         follow: Follow,
-        secure: Callable[[Entry, bytes], Awaitable[None]],
+        secure: Callable[[Entry, bytes], Awaitable[bool]],
         lost: LostEntry | None = None,
     ) -> None:
-        """`secure` returns when an entry may be committed, however few have it."""
+        """`secure` returns when an entry may be committed, however few have it; whether that took a while."""
         self._context = context
         self._log = log
         self._follow = follow
@@ -387,8 +387,7 @@ class Leader:
 
     async def _commit(self, entry: Entry, data: bytes) -> Entry:
         """COMMIT to all, and wait until this process has applied it."""
-        await self._secure(entry, data)
-        if self._stood_still():
+        if await self._secure(entry, data) and self._stood_still():
             raise Stale("this process stood still for a while; another may have taken over")
         self._post(Commit(), data)
         me = self._context.me

@@ -28,11 +28,14 @@ class Guarded:
         self._guardians = guardians
         self.alone = 0  # entries that no guardian had before COMMIT, though there was one
 
-    async def secure(self, entry: Entry, data: bytes) -> None:
-        """Of an entry with one member: returns when a guardian has it, there is none, or none answers."""
+    async def secure(self, entry: Entry, data: bytes) -> bool:
+        """Of an entry with one member: returns when a guardian has it, there is none, or none answers.
+
+        False where there was nobody to wait for.
+        """
         guardians = [guardian.peer for guardian in self._guardians()]
         if len(entry.present()) > 1 or not guardians:
-            return
+            return False
         why = f"no answer within {KEEP_S:g} s"
         try:
             async with asyncio.timeout(KEEP_S):
@@ -40,12 +43,13 @@ class Guarded:
                     self._context, guardians, lambda guardian: self._hand_over(guardian, data)
                 )
             if found is not None:
-                return
+                return True
             why = reasons(failures)
         except TimeoutError:
             pass
         self.alone += 1
         self._context.event("guardian-silent", {"height": entry.height, "why": why})
+        return True
 
     async def _hand_over(self, guardian: PeerId, data: bytes) -> Kept:
         reply = await call(
