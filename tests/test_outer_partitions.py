@@ -13,6 +13,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.memory_transport import Link
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.messages import Commit, ContributedPart, Go, Prepare, PublishedPart, Report
+from shoal.training.outer.policy import holds_quorum
 from shoal.training.spec import RunSpec
 
 SIZE = 6 * 256
@@ -286,6 +287,40 @@ def test_an_old_leader_that_wakes_with_a_lower_ballot_is_refused() -> None:
             entry = others[0].outer.entry(height)
             assert entry is not None
             assert entry.leader != old.name
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", [Go, ContributedPart, Report], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_last_one_of_a_side_goes_on_with_the_other_side_after_the_heal(kind: type, count: int) -> None:
+    """Soak seed 824 at 89681a3: r00 held the draft of a round whose only other member had died, and went on
+    with it for ever; r02, who had no seat in it, could not report.
+    """
+    faults = Faults()
+
+    async def main() -> None:
+        async with PartitionWorld(3, partition_spec(inner_steps=3), size=SIZE, wrap=faults.wrap) as world:
+            await world.train(10)
+            head = world.nodes[0].outer.head
+            names = [node.name for node in world.nodes]
+            lowest = next(
+                name
+                for name in names
+                if all(holds_quorum([name, n], (), [name], head, False).yes for n in names)
+            )
+            side = [node for node in world.nodes if node.name != lowest]
+            world.cut(side, [named(world, lowest)])  # half of a group of two, which may not go on alone
+            faults.arm(kind, "before", lambda peer: world.kill(named(world, peer)), count=count)
+            await world.train(10)
+            assert len(world.live) == 2
+            world.heal()
+            heights = {node.name: node.outer.height for node in world.live.values()}
+            await world.train(20)
+            assert all(node.outer.height > heights[node.name] for node in world.live.values())
+            await world.settle()
+            world.prove()
+            world.assert_nothing_is_lost()
 
     run(main)
 

@@ -354,8 +354,18 @@ class Leader:
             return open_ <= self._reports.keys()
 
         await self._change.until(complete, lambda: limit_s)
-        self._require_quorum([draft.roster[seat].peer for seat in self._reports])
-        return self._results(draft)
+        reporters = [draft.roster[seat].peer for seat in self._reports]
+        bystanders = self._bystanders(draft)
+        self._require_quorum([*reporters, *bystanders])
+        return self._results(draft, len(reporters) + len(bystanders))
+
+    def _bystanders(self, draft: Entry) -> set[PeerId]:
+        """Those here who had no seat in a draft that is gone on with: they can hold nothing of it.
+
+        A draft from a side of a cut may have lost all but one of its members. That one must not wait for
+        them for ever, nor commit alone what it alone holds: with the bystanders it can begin anew.
+        """
+        return {peer for peer in self._open() if draft.seat_of(peer) is None}
 
     def _require_quorum(self, here: Sequence[PeerId]) -> None:
         """Raises Stale unless enough of the last round's members are here, not counting those that departed.
@@ -368,8 +378,9 @@ class Leader:
         if not verdict.yes:
             raise Stale(f"height {self._offer.height}: {verdict.reason}; {self._lost}")
 
-    def _results(self, draft: Entry) -> list[tuple[bytes, bytes] | None]:
-        """What to commit of each part: the digest that most reporters hold, if they are more than half.
+    def _results(self, draft: Entry, here: int) -> list[tuple[bytes, bytes] | None]:
+        """What to commit of each part: the digest that most reporters hold, if they are more than half of
+        those `here`.
 
         A part in the hands of a few could be lost with them after COMMIT, and the chain with it.
         """
@@ -382,7 +393,7 @@ class Leader:
                 (report[32 * part : 32 * part + 32], report[at : at + width]) for report in reports
             )
             (digest, listed), holders = max(held.items(), key=lambda item: (item[0][0] != SKIP, item[1]))
-            results.append((digest, listed) if digest != SKIP and 2 * holders > len(reports) else None)
+            results.append((digest, listed) if digest != SKIP and 2 * holders > here else None)
         return results
 
     async def _commit(self, entry: Entry, data: bytes) -> Entry:
