@@ -11,14 +11,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from shoal.training.activation import VALUE_BYTES, activation_bytes
 from shoal.training.outer.codecs import codec_of, round_codecs
 from shoal.training.outer.parts import cut
 from shoal.training.partition import layer_costs, stage_costs, stage_ranges
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.serving.versions import KEPT
 from shoal.training.spec import RunSpec
-
-_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +160,7 @@ def _memory(spec: RunSpec, layers: range, parameters: int, contribution_bytes: i
     )
     return StageMemory(
         master=full,
-        versions=2 * parameters * _BYTES[spec.model.dtype],
+        versions=2 * parameters * VALUE_BYTES[spec.model.dtype],
         gradient=full,
         optimizer=2 * full if spec.inner.optimizer == "adamw" else 0,
         anchor=full,
@@ -169,21 +168,5 @@ def _memory(spec: RunSpec, layers: range, parameters: int, contribution_bytes: i
         serving=KEPT * full,
         round=full // spec.outer.fragments + contribution_bytes,
         residuals=2 * full if feedback else 0,
-        activations=spec.inner.in_flight * _activation_bytes(spec, layers),
+        activations=spec.inner.in_flight * activation_bytes(spec, layers),
     )
-
-
-def _activation_bytes(spec: RunSpec, layers: range) -> int:
-    """What a micro-batch keeps at a stage from its forward to its commit; an estimate, measured within 5 %.
-
-    Per token and block, from forward to backward: inputs and results of two norms, inputs of q and of gate,
-    queries, attention output (eight times width), keys and values before and after rotation, and four times
-    the feed-forward width. From backward to commit the tape holds a tenth less: inputs and output gradients
-    of each matrix. The last stage adds its norm and the softmax in float32. Attention keeps no [T, T] matrix.
-    """
-    model = spec.model
-    key_width = model.kv_heads * (model.width // model.heads)
-    kept = len(layers) * (8 * model.width + 4 * key_width + 4 * model.feedforward) * _BYTES[model.dtype]
-    if layers.stop == model.layers:
-        kept += 3 * model.width * _BYTES[model.dtype] + 4 * spec.data.vocabulary
-    return spec.micro_batch_tokens * kept

@@ -159,6 +159,9 @@ class InnerSection(_Section):
     """Largest gradient norm; divided by sqrt(stages.count), for each stage clips its own. 0: no clipping."""
     in_flight: Annotated[int, Field(ge=1, le=64)] = 4
     """Micro-batches of one driver under way at once. More hide slow links and cost memory at every stage."""
+    recompute: bool = False
+    """Between its forward and its backward a stage keeps the input of a micro-batch alone, and runs the
+    forward again: a third more compute, and hardly any memory for what waits for the stages behind."""
     mode: Literal["stream", "flush"] = "stream"
     """stream never drains the pipeline; flush drains it before every step and is for tests."""
 
@@ -241,6 +244,9 @@ class LimitsSection(_Section):
     """After this long without a decision a micro-batch is dropped and counted."""
     hop_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Longest time of a micro-batch through the whole chain before it is sent another way."""
+    activation_bytes: Annotated[int, Field(ge=0, le=1 << 50)] = 0
+    """Most memory of a peer for activations and the gradients that wait for commits; it takes no more
+    micro-batches than fit, and answers busy. 0: no cap but undecided_micro_batches and in_flight."""
 
 
 class RunSpec(_Section):

@@ -54,6 +54,7 @@ class StageCompute:
         self.format = PayloadFormat.of(spec)
         self.device = device
         self._dtype = getattr(torch, spec.model.dtype)
+        self._recompute = spec.inner.recompute and not model.layout.last
         self._learning_rate = learning_rate
         slot = model.layout.slots[0]
         self._embedding = (slot.start, slot.count)
@@ -77,6 +78,10 @@ class StageCompute:
         if hidden is None:
             hidden = self.model.embed(flat, tokens[:, :-1])
         passage.inputs = hidden.to(self._dtype).detach().requires_grad_()
+        if self._recompute:
+            with torch.no_grad():
+                passage.output = self.model.blocks(flat, passage.inputs, None)
+            return
         output = self.model.blocks(flat, passage.inputs, passage.tape)
         if layout.last:
             output = self.model.loss(flat, output, tokens[:, 1:], passage.tape)
@@ -108,6 +113,8 @@ class StageCompute:
         else:
             batch = passage.output.shape[0]
             output_gradient = self.format.unpack_hidden(gradient, batch, arrived, self.device).to(self._dtype)
+        if self._recompute and passage.version is not None:
+            passage.output = self.model.blocks(passage.version.flat, passage.inputs, passage.tape)
         (input_gradient,) = torch.autograd.grad(passage.output, passage.inputs, output_gradient)
         if not bool(torch.isfinite(input_gradient).all()):
             loss = math.nan

@@ -18,6 +18,7 @@ import torch
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream, Transport
+from shoal.training.activation import held_most
 from shoal.training.lane import Lane, Work
 from shoal.training.pipeline.attempt import Answer, Journey
 from shoal.training.pipeline.commits import Commits
@@ -75,6 +76,9 @@ class Driver:
         rng: random.Random,
     ) -> None:
         self._spec = spec
+        self._in_flight_most = spec.inner.in_flight
+        if spec.limits.activation_bytes:
+            self._in_flight_most = min(spec.inner.in_flight, held_most(spec, 0))
         self.me = me
         self._incarnation = incarnation
         self._transport = transport
@@ -130,7 +134,7 @@ class Driver:
             if self._spec.inner.mode == "flush":
                 await self._flush(next_batch)
             async with asyncio.TaskGroup() as tasks:
-                for _ in range(self._spec.inner.in_flight):
+                for _ in range(self._in_flight_most):
                     tasks.create_task(self._feed(next_batch))
         finally:
             await self.commits.close()
@@ -144,7 +148,7 @@ class Driver:
 
     async def train(self, batches: list[torch.Tensor]) -> None:
         """Take these micro-batches through, at most `in_flight` at a time; returns with all acknowledged."""
-        slots = asyncio.Semaphore(self._spec.inner.in_flight)
+        slots = asyncio.Semaphore(self._in_flight_most)
 
         async def one(tokens: torch.Tensor) -> None:
             async with slots:

@@ -18,6 +18,7 @@ from typing import TypeVar
 from shoal.protocol.errors import Busy, MessageInvalid, NetworkError, ShoalError, Stale
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Channel, Stream, Transport
+from shoal.training.activation import held_most
 from shoal.training.lane import Lane, Work
 from shoal.training.pipeline.attempt import WORKING_EVERY_S, Answer, Journey
 from shoal.training.pipeline.compute import Boundary, Passage, StageCompute
@@ -77,6 +78,7 @@ class Hop:
         event: Event,
     ) -> None:
         self._limits = spec.limits
+        self._held_most = held_most(spec, stage)
         self._largest_micro_batch = spec.inner.micro_batch_sequences
         self.stage = stage
         self.me = me
@@ -174,7 +176,7 @@ class Hop:
     def _admit_memory(self, caller: PeerId) -> None:
         held = self._working.total() + len(self._undecided) + len(self._applying)
         of_caller = self._working[caller] + self._undecided.of_caller(caller)
-        if self.draining or not admits(of_caller, held, self._limits.undecided_micro_batches):
+        if self.draining or not admits(of_caller, held, self._held_most):
             raise Busy(
                 f"holds {held} micro-batches, {of_caller} of this caller",
                 retry_after_s=min(max(self._lane.load().backlog_s / 2, 0.05), 5.0),
