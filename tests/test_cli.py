@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import io
 import json
-import random
 import subprocess
 import sys
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import pytest
-import torch
 from rich.console import Console
 
 from shoal.node import paths
@@ -25,7 +23,6 @@ from shoal.node.cli.units import duration_s, rate_bytes_per_s, rate_text, size_b
 from shoal.node.control import ask, serve_control
 from shoal.node.demo.measure import Figures, Heads, Losses
 from shoal.node.events import sentence
-from shoal.node.inference.sampling import next_token
 from shoal.node.loop import LoopMeter, new_loop
 from shoal.node.owner.home import OwnerHome
 from shoal.node.signed_spec import SignedSpec
@@ -427,16 +424,6 @@ def test_a_long_callback_is_named() -> None:
 
 
 # --- sampling, and the demo's verdict
-
-
-def test_sampling_is_greedy_at_zero_and_repeats_with_its_seed() -> None:
-    logits = torch.tensor([0.0, 2.0, 1.0, 2.0])
-    assert next_token(logits, 0.0, random.Random(1)) == 1
-    draw = [next_token(logits, 1.0, random.Random(7)) for _ in range(3)]
-    assert draw == [draw[0]] * 3
-    rng = random.Random(3)
-    drawn = {next_token(logits, 2.0, rng) for _ in range(200)}
-    assert drawn == {0, 1, 2, 3}
 
 
 def test_heads_agree_only_at_heights_where_all_were_seen() -> None:

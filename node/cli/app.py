@@ -34,6 +34,7 @@ app.command()(peer.leave)
 app.add_typer(tokens.app, name="token")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(inference.generate)
+app.command()(inference.chat)
 app.command()(demo.demo)
 app.command()(simulate.simulate)
 

@@ -1,43 +1,36 @@
-"""A client that continues a text on the swarm. Called by `shoal generate` and by the demo.
+"""A program's way into a swarm: joins with an inference token, writes, leaves.
 
-It joins with an inference token, asks the stages for the logits of the next position, draws a token, and
-asks again with the longer text: every token recomputes the whole prefix.
+    async with AsyncClient(token) as client:
+        print((await client.generate("def ", Options(max_new_tokens=32))).text)
+        async for text in client.stream("def "):
+            print(text, end="")
+
+Called by `shoal generate`, `shoal chat` and the gateway; `blocking.Client` is the same without asyncio.
 """
 
 from __future__ import annotations
 
 import asyncio
-import codecs
-import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self, overload
 
-import torch
-
-from shoal.node.inference.sampling import next_token
-from shoal.node.paths import PeerFolder, run_folder
+from shoal.node.inference.writing import Options, Piece, Text, Writing
+from shoal.node.paths import PeerFolder, data_root, run_folder
 from shoal.node.presence import Listening, Presence, present
 from shoal.protocol.admission import JoinToken
-from shoal.protocol.errors import UsageError
+from shoal.protocol.errors import NetworkError, UsageError
 from shoal.protocol.identity import PeerKey
-from shoal.training.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from shoal.training.data.tokenizer import Tokenizer, load_tokenizer
 from shoal.training.neighbours import MemberReplicas
-from shoal.training.pipeline.inference import infer_logits
 from shoal.training.spec import RunSpec
 
+__all__ = ["AsyncClient", "Completion", "Options", "Piece", "Text", "Turn", "Writing"]
 _SWARM_S = 20.0  # to see a replica of every stage
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to write. Temperature 0 is greedy; the same seed draws the same tokens."""
-
-    prompt: str
-    max_new_tokens: int
-    temperature: float
-    seed: int
+_AT_ONCE = 32  # texts of one batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,70 +39,189 @@ class Completion:
 
     prompt: str
     text: str
+    finish: str  # "stop" or "length"
+    prompt_tokens: int
     tokens: int
     seconds: float
 
     def to_json(self) -> dict[str, object]:
-        return {"prompt": self.prompt, "text": self.text, "tokens": self.tokens, "seconds": self.seconds}
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "finish": self.finish,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
 
 
-def generate_text(token: JoinToken, root: Path, request: Request, show: Callable[[str], None]) -> Completion:
-    """Join, write, leave; `show` gets the text as it comes. Raises what joining raises, and StageEmpty."""
-    with PeerFolder.claim(root) as folder:
-        return asyncio.run(_generate(token, folder, request, show))
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a chat."""
+
+    role: str  # "system", "user" or "assistant"
+    text: str
 
 
-async def _generate(
-    token: JoinToken, folder: PeerFolder, request: Request, show: Callable[[str], None]
-) -> Completion:
-    key = await asyncio.to_thread(PeerKey.load_or_create, folder.identity_path)
-    own_folder = run_folder(folder.path, token.run_id)
-    async with present(token, key, own_folder, Listening(), name="client") as presence:
-        presence.state = "observing"
-        spec = (await presence.learn_spec(own_folder)).spec
-        stages = range(spec.stages.count)
-        await presence.members.wait_for(lambda view: all(view.online(stage) for stage in stages), _SWARM_S)
-        completion = await _continue(presence, spec, request, show)
-        await presence.members.leave("done")
-    return completion
+class AsyncClient:
+    """One member of the swarm that only asks. Use as `async with`; texts may be written side by side."""
+
+    def __init__(
+        self, join: str | JoinToken, *, data_dir: Path | None = None, timeout_s: float | None = None
+    ) -> None:
+        """`timeout_s`: for a whole text, where a call does not say another. Raises TokenInvalid."""
+        self._token = JoinToken.parse(join.strip()) if isinstance(join, str) else join
+        self._data_dir, self._timeout_s = data_dir, timeout_s
+        self._stack = AsyncExitStack()
+        self._presence: Presence | None = None
+        self._text: Text | None = None
+        self._last: Writing | None = None
+
+    async def __aenter__(self) -> Self:
+        """Join. Raises AccessError, BootstrapFailed, NetworkError, StorageError and SpecError."""
+        async with self._stack:
+            root = await asyncio.to_thread(data_root, self._data_dir)
+            folder = self._stack.enter_context(await asyncio.to_thread(PeerFolder.claim, root))
+            key = await asyncio.to_thread(PeerKey.load_or_create, folder.identity_path)
+            own_folder = run_folder(folder.path, self._token.run_id)
+            joining = present(self._token, key, own_folder, Listening(), name="client")
+            presence = await self._stack.enter_async_context(joining)
+            presence.state = "observing"
+            spec = (await presence.learn_spec(own_folder)).spec
+            tokenizer = await asyncio.to_thread(load_tokenizer, spec.data)
+            stages = range(spec.stages.count)
+            await presence.members.wait_for(
+                lambda view: all(view.online(stage) for stage in stages), _SWARM_S
+            )
+            self._stack.push_async_callback(presence.members.leave, "done")
+            replicas = MemberReplicas(presence.members)
+            self._text = Text(spec, tokenizer, presence.transport, replicas, presence.rng)
+            self._presence = presence
+            self._stack = self._stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    @property
+    def text(self) -> Text:
+        """What writes. Raises UsageError before the client is entered."""
+        if self._text is None:
+            raise UsageError("the client has not joined; use it as: async with AsyncClient(...) as client")
+        return self._text
+
+    @property
+    def spec(self) -> RunSpec:
+        return self.text.spec
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.text.tokenizer
+
+    @property
+    def model(self) -> str:
+        """The run's name."""
+        return self.spec.run.name
+
+    def writing(self, prompt: str | Sequence[int], options: Options | None = None) -> Writing:
+        """A text, piece by piece: `async with`, then `async for`. Raises UsageError."""
+        self._last = self.text.writing(prompt, options or Options())
+        return self._last
+
+    @overload
+    async def generate(
+        self, prompt: str, options: Options | None = None, *, timeout_s: float | None = None
+    ) -> Completion: ...
+
+    @overload
+    async def generate(
+        self, prompt: list[str], options: Options | None = None, *, timeout_s: float | None = None
+    ) -> list[Completion]: ...
+
+    async def generate(
+        self,
+        prompt: str | list[str],
+        options: Options | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Completion | list[Completion]:
+        """A whole text, or one for each prompt, written side by side.
+
+        Raises NetworkError after `timeout_s`, UsageError, StageEmpty, Busy; to cancel, cancel the task.
+        """
+        limit_s = timeout_s if timeout_s is not None else self._timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                if isinstance(prompt, str):
+                    return await self._complete(prompt, options)
+                slots = asyncio.Semaphore(_AT_ONCE)
+
+                async def one(text: str) -> Completion:
+                    async with slots:
+                        return await self._complete(text, options)
+
+                async with asyncio.TaskGroup() as tasks:
+                    each = [tasks.create_task(one(text)) for text in prompt]
+                return [task.result() for task in each]
+        except TimeoutError:
+            raise NetworkError(f"the text was not written within {limit_s} s") from None
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def stream(self, prompt: str, options: Options | None = None) -> AsyncGenerator[str, None]:
+        """The text as it comes."""
+        async with self.writing(prompt, options) as writing:
+            async for piece in writing:
+                if piece.text:
+                    yield piece.text
+
+    async def chat(
+        self, turns: Sequence[Turn], options: Options | None = None, *, timeout_s: float | None = None
+    ) -> Completion:
+        """The assistant's next turn; the transcript goes to the model as plain text."""
+        prompt, options = transcript(turns, options or Options())
+        return await self.generate(prompt, options, timeout_s=timeout_s)
+
+    def route(self) -> list[str | None]:
+        """The servers of the text that was begun last, by stage."""
+        return list(self._last.route()) if self._last is not None else []
+
+    def status(self) -> dict[str, object]:
+        """The run and who serves it, JSON-able."""
+        if self._presence is None:
+            raise UsageError("the client has not joined")
+        view = self._presence.members.view()
+        return {
+            "run": self.spec.run.name,
+            "run_id": self._token.run_id.hex(),
+            "sequence": self.spec.model.sequence,
+            "stages": [
+                [{"peer": one.peer, "name": one.name, "rtt_s": one.rtt_s} for one in view.online(stage)]
+                for stage in range(self.spec.stages.count)
+            ],
+            "route": self.route(),
+        }
+
+    async def _complete(self, prompt: str, options: Options | None) -> Completion:
+        begun_s = time.monotonic()
+        async with self.writing(prompt, options) as writing:
+            async for _ in writing:
+                pass
+        return Completion(
+            prompt,
+            writing.text,
+            writing.finish,
+            writing.prompt_tokens,
+            writing.new_tokens,
+            round(time.monotonic() - begun_s, 3),
+        )
 
 
-async def _continue(
-    presence: Presence, spec: RunSpec, request: Request, show: Callable[[str], None]
-) -> Completion:
-    tokenizer = await asyncio.to_thread(load_tokenizer, spec.data)
-    ids = [int(i) for i in tokenizer.encode(request.prompt)]
-    if not ids:
-        raise UsageError("the prompt is empty\ngive the model something to continue with -p TEXT")
-    rng = random.Random(request.seed)
-    replicas = MemberReplicas(presence.members)
-    written: list[int] = []
-    pieces = _Pieces(tokenizer)
-    started_s = time.monotonic()
-    for _ in range(request.max_new_tokens):
-        window = torch.tensor([(ids + written)[-spec.model.sequence :]], dtype=torch.int64)
-        logits = await infer_logits(presence.transport, replicas, spec, window, presence.rng)
-        chosen = next_token(logits[0], request.temperature, rng)
-        if chosen == tokenizer.end_of_document:
-            break
-        written.append(chosen)
-        show(pieces.add(chosen))
-    show(pieces.rest())
-    seconds = time.monotonic() - started_s
-    return Completion(request.prompt, tokenizer.decode(written), len(written), round(seconds, 3))
-
-
-class _Pieces:
-    """Decodes token by token; bytes wait until they form a character."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token: int) -> str:
-        if isinstance(self._tokenizer, ByteTokenizer):
-            return self._bytes.decode(bytes((token,)) if token < 256 else b"")
-        return self._tokenizer.decode((token,))
-
-    def rest(self) -> str:
-        return self._bytes.decode(b"", final=True)
+def transcript(turns: Sequence[Turn], options: Options) -> tuple[str, Options]:
+    """A chat as one text that the assistant continues, and options that stop it where its turn ends."""
+    named = {"system": "System", "user": "User", "assistant": "Assistant"}
+    if unknown := [turn.role for turn in turns if turn.role not in named]:
+        raise UsageError(f"no turn of a chat has the role {unknown[0]!r}; there are {', '.join(named)}")
+    lines = "".join(f"{named[turn.role]}: {turn.text}\n" for turn in turns)
+    values = {**vars(options), "stop": (*options.stop, "\nUser:", "\nSystem:")}
+    return f"{lines}Assistant:", Options(**values)
