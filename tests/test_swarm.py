@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from swarm_world import Peer, Shared, Swarm, swarm_spec, until, write_corpus
 
+from shoal.node import AsyncClient, Options
 from shoal.node.paths import CACHE_KEY
 
 GOES_ON_S = 15.0  # the promise is 5 s; the rest is for machines that do three other things
@@ -169,6 +170,29 @@ def test_the_owner_is_not_special(pipeline: Shared) -> None:
         assert swarm.applied_twice() == []
         newcomer = await swarm.join()  # with a token that names other peers besides the owner's
         assert await swarm.until_training([newcomer]) > 0
+
+    pipeline.run(story())
+
+
+def test_a_text_goes_on_when_a_server_that_writes_it_is_killed(pipeline: Shared) -> None:
+    async def story() -> None:
+        swarm = pipeline.swarm
+        while len(swarm.replicas(1)) < 2:
+            await swarm.join(stage=1)
+        token = (await swarm.issue_token("writer", role="inference")).read_text()
+        async with AsyncClient(token, data_dir=swarm.folder / "writer") as client:
+            options = Options(max_new_tokens=100)
+            async with client.writing("def ", options) as writing:
+                async for _ in writing:
+                    if writing.new_tokens == 20:
+                        used = writing.route()[1]
+                        next(peer for peer in swarm.replicas(1) if peer.peer_id == used).kill()
+            assert (writing.finish, writing.new_tokens) == ("length", 100)
+            assert writing.figures.replaced + writing.figures.restarted >= 1
+            print(f"longest gap {writing.figures.longest_gap_s:.2f} s, {writing.figures}")
+            batch = await client.generate(["def ", "class ", "import "], Options(max_new_tokens=20))
+            assert [one.tokens for one in batch] == [20, 20, 20]
+            assert client.model == swarm.spec.run.name
 
     pipeline.run(story())
 
