@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import typer
 
-from shoal.node.cli import checkpoint, demo, inference, peer, simulate, spec, tokens
+from shoal.node.cli import checkpoint, demo, inference, peer, serve, simulate, spec, tokens
 from shoal.node.cli.console import explain, report_bug
 from shoal.node.parent import die_with_parent
 from shoal.protocol.errors import ShoalError
@@ -35,6 +35,7 @@ app.add_typer(tokens.app, name="token")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(inference.generate)
 app.command()(inference.chat)
+app.command()(serve.serve)
 app.command()(demo.demo)
 app.command()(simulate.simulate)
 
