@@ -43,7 +43,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from members_process import peer as members_peer
@@ -120,7 +119,7 @@ from shoal.training.outer.messages import (
     StateRequest,
 )
 from shoal.training.outer.policy import owners
-from shoal.training.pipeline.inference import infer_logits
+from shoal.training.pipeline.inference import ask
 from shoal.training.pipeline.messages import (
     APPLIED,
     TENTATIVE,
@@ -218,7 +217,7 @@ def test_roles_are_checked_before_any_handler_of_a_replica_runs(tmp_path: Path) 
             for target, method in doors:
                 with pytest.raises(WrongRole, match=r"is for owner, trainer; the token of .* grants"):
                     await call(caller, target, method, Note(1), Note, timeout_s=10)
-        with pytest.raises(WrongRole, match="infer is for inference, owner, trainer"):
+        with pytest.raises(WrongRole, match="infer is for owner, trainer"):
             await call(observer, hop.me, "infer", Note(1), Note, timeout_s=10)
         assert (hop.state(), group.state()) == before
         assert hop.transport.counters().refusals == {"WrongRole": 5}
@@ -609,15 +608,16 @@ def test_a_replica_that_works_for_ever_does_not_hold_a_micro_batch_for_ever(tmp_
     play_run(scene, tmp_path)
 
 
-def test_prompts_that_do_not_fit_and_logits_that_do_not_are_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_scored_and_answers_that_are_too_long_are_refused(tmp_path: Path) -> None:
     async def scene(run: Run) -> None:
         async with hop_and_caller(run) as (hop, _):
-            client = run.transport(Role.INFERENCE)
+            client = run.transport()
             length, good = hop.format.length, hop.payload()
             cases: tuple[tuple[Infer, bytes, type[ShoalError], str], ...] = (
-                (Infer(1, 1, length + 1, False), b"", MessageInvalid, f"at most 2 of {length}"),
-                (Infer(1, 3, 1, False), b"", MessageInvalid, "3 sequences"),
-                (Infer(0, 1, 1, False), b"", Stale, "holds stage 1"),
+                (Infer(1, 1, length + 1, True), b"", MessageInvalid, f"at most 2 of {length}"),
+                (Infer(1, 3, 1, True), b"", MessageInvalid, "3 sequences"),
+                (Infer(1, 1, 1, False), b"", MessageInvalid, "texts are written in sessions"),
+                (Infer(0, 1, 1, True), b"", Stale, "holds stage 1"),
                 (Infer(1, 2, length, True), good[:-1], MessageInvalid, "hidden states take"),
                 (Infer(1, 2, length, True), hop.payload(token=300), MessageInvalid, "vocabulary"),
                 (Infer(1, 2, length, True), hop.payload(value=float("nan")), MessageInvalid, "NaN"),
@@ -638,8 +638,8 @@ def test_prompts_that_do_not_fit_and_logits_that_do_not_are_refused(tmp_path: Pa
             await liar.start()
             run.learn(liar)
             known = Known(liar.me)
-            with pytest.raises(StageEmpty, match="12 bytes where"):
-                await infer_logits(client, known, hop.spec, torch.ones(1, 4).long(), random.Random(1))
+            with pytest.raises(StageEmpty, match="12 payload bytes; 0 are allowed"):
+                await ask(client, known, Infer(1, 2, length, True), memoryview(good), random.Random(1))
             assert {peer for peer, _ in known.suspected} == {liar.me}
 
     play_run(scene, tmp_path)

@@ -1,7 +1,7 @@
-"""Forward only, along the stages, on the anchor: scores held-out text and answers `shoal generate`.
+"""Forward only, along the stages, on the anchor: scores held-out text.
 
-Full-prefix recompute; sessions with a cache come later. The client asks a first-stage replica, each hop asks
-the next, the last answers with logits or the loss, and the answer comes back the way it went.
+A driver asks the next stage, each hop the one after it; the last answers with the loss, which comes
+back the way it went. Texts are written in sessions (`training.serving`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.spec import RunSpec
 
-_ROLES = frozenset({Role.TRAINER, Role.OWNER, Role.INFERENCE})
+_ROLES = frozenset({Role.TRAINER, Role.OWNER})
 _HOP_TIMEOUT_S = 20.0
 _TRIES = 3
 
@@ -64,34 +64,34 @@ class InferenceHop:
         request: Infer = message.header
         if request.stage != self.stage:
             raise Stale(f"asked for stage {request.stage}, this peer holds stage {self.stage}")
+        if not request.score:
+            raise MessageInvalid("only scores are given here; texts are written in sessions")
         if request.sequences > most or request.length > self._format.length:
             raise MessageInvalid(
                 f"{request.sequences} sequences of {request.length}; at most {most} of {self._format.length}"
             )
-        loss, logits = await self._answer(request, message.payload)
-        await stream.send(Inferred(loss, self._anchor()[1]), logits)
+        await stream.send(Inferred(await self._answer(request, message.payload), self._anchor()[1]))
 
     async def score(self, tokens: torch.Tensor) -> float:
         """Mean loss in nats of tokens int64 [N, T+1] from here to the last stage. Raises StageEmpty."""
         total = 0.0
         for rows in torch.split(tokens, self._spec.inner.micro_batch_sequences):
             request = Infer(self.stage, rows.shape[0], rows.shape[1] - 1, True)
-            loss, _ = await self._answer(request, self._format.pack(rows, None, self._codec))
-            total += loss
+            total += await self._answer(request, self._format.pack(rows, None, self._codec))
         return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
-    async def _answer(self, request: Infer, payload: memoryview) -> tuple[float, bytes]:
-        """(loss, logits) of this stage and those behind it."""
-        forwarded, loss, logits = await self._lane.run(Work.SERVE, self._compute, request, payload)
+    async def _answer(self, request: Infer, payload: memoryview) -> float:
+        """The summed loss, from this stage and those behind it."""
+        forwarded, loss = await self._lane.run(Work.SERVE, self._compute, request, payload)
         if forwarded is None:
-            return loss, logits
+            return loss
         onward = Infer(self.stage + 1, request.sequences, request.length, request.score)
-        return await ask(self._transport, self._replicas, onward, forwarded, self._spec, self._rng)
+        return await ask(self._transport, self._replicas, onward, forwarded, self._rng)
 
-    def _compute(self, request: Infer, payload: memoryview) -> tuple[memoryview | None, float, bytes]:
-        """This stage's part: (payload for the next stage or None, loss, logits)."""
+    def _compute(self, request: Infer, payload: memoryview) -> tuple[memoryview | None, float]:
+        """This stage's part: (payload for the next stage or None, loss)."""
         weights, _ = self._anchor()
-        columns = request.length + (1 if request.score else 0)
+        columns = request.length + 1
         tokens = self._format.unpack_tokens(payload, request.sequences, columns)
         with torch.no_grad():  # not inference_mode: what is cached there could not be trained with
             device = weights.device
@@ -104,11 +104,8 @@ class InferenceHop:
                 )
             hidden = self._model.blocks(weights, hidden, None)
             if not self._model.layout.last:
-                return self._format.pack(tokens, hidden, self._codec), 0.0, b""
-            if request.score:
-                return None, float(self._model.loss(weights, hidden, tokens[:, 1:].to(device), None)), b""
-            logits = self._model.logits(weights, hidden[:, -1:], None)
-            return None, 0.0, logits[:, 0].float().cpu().contiguous().numpy().tobytes()
+                return self._format.pack(tokens, hidden, self._codec), 0.0
+            return None, float(self._model.loss(weights, hidden, tokens[:, 1:].to(device), None))
 
 
 async def ask(
@@ -116,10 +113,9 @@ async def ask(
     replicas: Replicas,
     request: Infer,
     payload: memoryview,
-    spec: RunSpec,
     rng: random.Random,
-) -> tuple[float, bytes]:
-    """One stage's answer (loss, logits bytes), from whichever replica gives it. Raises StageEmpty."""
+) -> float:
+    """One stage's answer, from whichever replica gives it. Raises StageEmpty."""
     reasons: list[str] = []
     for _ in range(_TRIES):
         known = list(replicas.of_stage(request.stage))
@@ -137,26 +133,11 @@ async def ask(
                 Inferred,
                 timeout_s=_HOP_TIMEOUT_S,
                 payload=payload,
-                max_payload_bytes=request.sequences * spec.data.vocabulary * 4,
                 channel=Channel.BULK,
             )
-            expected = 0 if request.score else request.sequences * spec.data.vocabulary * 4
-            if len(reply.payload) != expected:
-                raise MessageInvalid(f"an answer of {len(reply.payload)} bytes where {expected} were due")
         except ShoalError as error:
             replicas.suspect(peer, f"infer: {error}")
             reasons.append(f"{peer}: {error}")
             continue
-        return reply.header.loss, bytes(reply.payload)
+        return reply.header.loss
     raise StageEmpty(f"stage {request.stage} did not answer: {'; '.join(reasons)}")
-
-
-async def infer_logits(
-    transport: Transport, replicas: Replicas, spec: RunSpec, tokens: torch.Tensor, rng: random.Random
-) -> torch.Tensor:
-    """Logits fp32 [B, vocabulary] of the position after tokens int64 [B, T]. Raises StageEmpty."""
-    form = PayloadFormat.of_inference(spec)
-    payload = form.pack(tokens, None, form.widest)
-    request = Infer(0, tokens.shape[0], tokens.shape[1], False)
-    _, logits = await ask(transport, replicas, request, payload, spec, rng)
-    return torch.frombuffer(bytearray(logits), dtype=torch.float32).view(tokens.shape[0], -1)

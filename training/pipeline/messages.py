@@ -128,18 +128,18 @@ class Verdict:
 @wire_message
 @dataclass(frozen=True, slots=True)
 class Infer:
-    """Forward only, on the anchor. Payload as in Propagate; tokens are [B, T] or, to score, [B, T+1]."""
+    """Forward only, on the anchor, to score. Payload: tokens [B, T+1], then hidden [B, T, width]."""
 
     stage: StageIndex
     sequences: Sequences
     length: Length
-    score: bool  # answer with the summed loss instead of the last position's logits
+    score: bool  # true: peers of other versions asked for logits, too
 
 
 @wire_message
 @dataclass(frozen=True, slots=True)
 class Inferred:
-    """The answer to Infer. Payload: logits fp32 [B, vocabulary], empty when scoring."""
+    """The answer to Infer: summed over tokens, nats."""
 
     loss: Finite
     height: Count
