@@ -58,6 +58,7 @@ class Beat:
     stages: Annotated[tuple[StageBeat, ...], Items(8)] = ()
     guards: Annotated[tuple[StageBeat, ...], Items(8)] = ()  # copies of other stages that it keeps
     spare_bytes: Count = 0  # memory that it gives for such copies, those it has included
+    streams: Annotated[tuple[Identifier, ...], Items(8)] = ()  # of data, that this driver claims
 
     @property
     def service_s(self) -> float:

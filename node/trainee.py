@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self, TypeVar
 
-from blake3 import blake3
-
 from shoal.dht.beats import Beat
 from shoal.node.events import Events
 from shoal.node.hardware import Device
@@ -25,6 +23,7 @@ from shoal.training.decisions import DecisionLog
 from shoal.training.feed import CorpusFeed, Feed
 from shoal.training.lane import ThreadLane, paced
 from shoal.training.spec import RunSpec
+from shoal.training.streams import own_stream
 from shoal.training.trainer import Trainer
 
 _OFFLOAD_THREADS = 2  # codecs and hashing beside the lane; more would only contend with it
@@ -170,8 +169,9 @@ class Trainee:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     async def _feed(self) -> Feed:
-        """This driver's own stream: numbered by its peer id, so no two drivers read the same order."""
-        stream_id = int.from_bytes(blake3(b"stream " + self._presence.transport.me.encode()).digest(length=6))
+        """The corpus; the streams to read come from the log, or this driver begins its own."""
         folder = cache_root() / "corpora"
         self._events("corpus", {"text": "opening the corpus (built on the first use)"})
-        return await CorpusFeed.open(self._spec, folder, stream_id, self._offload)
+        return await CorpusFeed.open(
+            self._spec, folder, own_stream(self._presence.transport.me, {}), self._offload
+        )

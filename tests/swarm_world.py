@@ -42,12 +42,12 @@ Id = tuple[str, int]  # "driver/incarnation" and number of a micro-batch
 T = TypeVar("T")
 
 
-def swarm_spec(corpus: Path, stages: int) -> RunSpec:
+def swarm_spec(corpus: Path, stages: int, rebalance_window_s: float = 0.0) -> RunSpec:
     """The tiny template on data that needs no cache of the user's; a round every second or two."""
     values = TEMPLATES["tiny"].model_dump()
     values["run"]["name"] = f"swarm-{stages}"
     values["data"] |= {"source": "text", "paths": (str(corpus),)}
-    values["stages"] |= {"count": stages, "rebalance_window_s": 0.0}
+    values["stages"] |= {"count": stages, "rebalance_window_s": rebalance_window_s}
     values["outer"] |= {"inner_steps": 15, "part_bytes": 1 << 18, "snapshot_every": 4}
     return RunSpec.model_validate(values)
 
@@ -243,9 +243,9 @@ class Swarm:
         await asyncio.gather(*(peer.poll() for peer in wanted if peer.alive))
         for peer in wanted:
             training = peer.last_status.get("training")
-            if training and peer.stage is not None:
+            if training:  # of the stage that it held when it answered; it may have moved since
                 state = (str(training["head"]), str(training["state_root"]))
-                self.heads.add(peer.peer_id, peer.stage, int(training["height"]), *state)
+                self.heads.add(peer.peer_id, int(training["stage"]), int(training["height"]), *state)
 
     async def until_training(self, peers: Iterable[Peer], timeout_s: float = START_S) -> float:
         """Returns when each has applied micro-batches begun since now; in how many seconds."""

@@ -156,7 +156,9 @@ def test_a_run_starts_from_a_checkpoint_cut_otherwise_and_goes_on(
                 assert moments.steps == stored.steps > 0
                 assert torch.equal(moments.mean, stored.mean)
                 assert torch.equal(moments.square, stored.square)
-            assert feed.position()[1] > 0, "a stream goes on behind what the run before had read of it"
+            assert min(feed.reads().values()) > 0, (
+                "a stream goes on behind what the run before had read of it"
+            )
             for replica in group:
                 replica.task = asyncio.create_task(replica.trainer.run())
             await world.heights(3)

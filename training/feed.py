@@ -1,4 +1,4 @@
-"""Where a driver's micro-batches come from: its own stream over the corpus, read off the loop.
+"""Where a driver's micro-batches come from: its streams over the corpus in turns, read off the loop.
 
 The trainer takes any `Feed`; `CorpusFeed` is the real one, tests hand in lists.
 """
@@ -6,7 +6,7 @@ The trainer takes any `Feed`; `CorpusFeed` is the real one, tests hand in lists.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 
 from shoal.training.data.corpus import open_corpus
 from shoal.training.data.stream import Stream, held_out
+from shoal.training.data.stream_book import Drawn
 from shoal.training.data.tokenizer import load_tokenizer
 from shoal.training.spec import RunSpec
 
@@ -24,50 +25,61 @@ _HELD_OUT_BATCHES = 2
 class Feed(Protocol):
     """An endless, resumable source of micro-batches."""
 
-    async def next_batch(self) -> torch.Tensor:
-        """Tokens int64 [B, T+1]."""
+    own: int  # the stream that this driver begins when there is no other to go on with
 
-    def position(self) -> tuple[int, int]:
-        """(stream id, samples drawn so far): what the first stage's log records."""
+    async def next_batch(self) -> Drawn:
+        """The next micro-batch; waits while it has no stream to read."""
 
-    def resume(self, position: int) -> None:
-        """Go on where the log says that this stream stood."""
+    def read(self, positions: Mapping[int, int]) -> None:
+        """From now on these streams in turns, each after so many samples; those it reads already go on."""
 
     def held_out(self) -> torch.Tensor:
         """Held-out tokens int64 [N, T+1], the same on every machine with the same corpus."""
 
 
-class ListFeed:
-    """The given micro-batches, once each; afterwards it waits for ever. For tests."""
+class Turns:
+    """Which stream is next, and where each one stands; for feeds."""
 
-    def __init__(self, batches: list[torch.Tensor], stream: int = 0) -> None:
-        self._batches = list(batches)
-        self._drawn = 0
-        self._stream = stream
+    def __init__(self) -> None:
+        self.positions: dict[int, int] = {}  # in the order of their turns
+        self._some = asyncio.Event()
 
-    async def next_batch(self) -> torch.Tensor:
-        if self._drawn == len(self._batches):
-            await asyncio.get_running_loop().create_future()
-        self._drawn += 1
-        return self._batches[self._drawn - 1]
+    def read(self, positions: Mapping[int, int]) -> None:
+        """As `Feed.read`."""
+        self.positions = {s: self.positions.get(s, position) for s, position in positions.items()}
+        if self.positions:
+            self._some.set()
+        else:
+            self._some.clear()
 
-    def position(self) -> tuple[int, int]:
-        return self._stream, self._drawn
-
-    def resume(self, position: int) -> None:
-        self._drawn = position
-
-    def held_out(self) -> torch.Tensor:
-        return self._batches[0]
+    async def take(self, samples: int) -> tuple[int, int]:
+        """(stream, position) to draw so many samples from."""
+        await self._some.wait()
+        stream = next(iter(self.positions))
+        position = self.positions.pop(stream)
+        self.positions[stream] = position + samples  # the others come first now
+        return stream, position
 
 
 class CorpusFeed:
-    """The run's corpus on this machine, in the order of one stream."""
+    """The run's corpus on this machine, in the orders of its streams."""
 
-    def __init__(self, stream: Stream, scored: torch.Tensor, offload: Callable[..., Awaitable[Any]]) -> None:
-        self._stream = stream
+    def __init__(
+        self,
+        own: int,
+        make: Callable[[int], Stream],
+        samples: int,
+        scored: torch.Tensor,
+        offload: Callable[..., Awaitable[Any]],
+    ) -> None:
+        """`make`: a stream by its number; `samples`: of a micro-batch."""
+        self.own = own
+        self._make = make
+        self._samples = samples
         self._scored = scored
         self._offload = offload
+        self._turns = Turns()
+        self._streams: dict[int, Stream] = {}
         self._drawing = asyncio.Lock()
 
     @classmethod
@@ -75,32 +87,39 @@ class CorpusFeed:
         cls,
         spec: RunSpec,
         cache_dir: Path,
-        stream_id: int,
+        own: int,
         offload: Callable[..., Awaitable[Any]],
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> CorpusFeed:
         """Open or build the corpus. Raises SpecError for missing data, StorageError for the disk."""
 
-        def build() -> tuple[Stream, torch.Tensor]:
+        def build() -> tuple[Callable[[int], Stream], torch.Tensor]:
             corpus = open_corpus(spec, load_tokenizer(spec.data), cache_dir, progress)
             sequences, length = spec.inner.micro_batch_sequences, spec.model.sequence
             scored = held_out(corpus, length, sequences, _HELD_OUT_BATCHES)
-            stream = Stream(corpus, spec.run.seed, stream_id, length, sequences)
-            return stream, torch.from_numpy(np.concatenate([batch.tokens for batch in scored]))
 
-        stream, scored = await offload(build)
-        return cls(stream, scored, offload)
+            def make(stream: int) -> Stream:
+                return Stream(corpus, spec.run.seed, stream, length, sequences)
 
-    async def next_batch(self) -> torch.Tensor:
+            make(own)  # a corpus that holds no sample is found out now
+            return make, torch.from_numpy(np.concatenate([batch.tokens for batch in scored]))
+
+        make, scored = await offload(build)
+        return cls(own, make, spec.inner.micro_batch_sequences, scored, offload)
+
+    async def next_batch(self) -> Drawn:
         async with self._drawing:
-            batch = await self._offload(self._stream.next)
-        return torch.from_numpy(batch.tokens)
+            number, position = await self._turns.take(self._samples)
+            batch = await self._offload(self._draw, number, position)
+        return Drawn(torch.from_numpy(batch.tokens), number, position, self._samples)
 
-    def position(self) -> tuple[int, int]:
-        return self._stream.state()
+    def read(self, positions: Mapping[int, int]) -> None:
+        self._turns.read(positions)
 
     def held_out(self) -> torch.Tensor:
         return self._scored
 
-    def resume(self, position: int) -> None:
-        self._stream.resume(position)
+    def _draw(self, number: int, position: int) -> Any:
+        stream = self._streams.setdefault(number, self._make(number))
+        stream.resume(position)
+        return stream.next()

@@ -11,9 +11,11 @@ import contextlib
 import math
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.members import Members
@@ -21,6 +23,7 @@ from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
 from shoal.training.checkpoint.replica import StageCheckpoints
+from shoal.training.data.stream_book import StreamBook
 from shoal.training.decisions import DecisionLog
 from shoal.training.feed import Feed
 from shoal.training.lane import Lane
@@ -43,6 +46,7 @@ from shoal.training.recovery.prefetch import prefetch
 from shoal.training.serving.server import SessionServer
 from shoal.training.serving.versions import Versions
 from shoal.training.spec import RunSpec
+from shoal.training.streams import Streams
 from shoal.training.uplinks import UNKNOWN, claimed_uplink
 from shoal.training.weights import Weights, learning_rate
 
@@ -110,6 +114,8 @@ class Trainer:
             )
         self._versions = Versions()
         self._ledger = Ledger()
+        self._book = StreamBook()
+        self._streams: Streams | None = None  # of a driver
         self._held_out_loss = math.nan
         self._uplink_bytes_per_s = UNKNOWN  # as this peer claims it
         self._marks: deque[tuple[float, int]] = deque()  # (loop time, tokens) for the rate
@@ -161,9 +167,16 @@ class Trainer:
         ).resolve()
         if self._checkpoints is not None:
             await self._checkpoints.attach(self.outer, self.weights)
-        if self._feed is not None:  # a driver that was here before does not read its samples again
-            stream, drawn = self._feed.position()
-            self._feed.resume(max(drawn, self.outer.positions().get(stream, 0)))
+        if self._feed is not None:
+            self._streams = Streams(
+                self._me,
+                self._feed.own,
+                self._members.view,
+                self.outer.positions,
+                self._read,
+                self._event,
+            )
+            self._streams.begin()
         compute = StageCompute(self.spec, model, self.weights, self._device, self._learning_rate)
         self._build_pipeline(compute)
         self._inference = InferenceHop(
@@ -229,6 +242,7 @@ class Trainer:
                 stepped=self._stepped,
                 event=self._pipeline_event,
                 rng=random.Random(self._rng.getrandbits(64)),
+                added=self._book.add,
             )
             self.driver.serve()
         else:
@@ -258,7 +272,9 @@ class Trainer:
             if self.hop is not None:
                 tasks.create_task(self.hop.run())
             if self.driver is not None and self._feed is not None:
-                tasks.create_task(self.driver.run(self._feed.next_batch))
+                if self._streams is not None:
+                    tasks.create_task(self._streams.run())
+                tasks.create_task(self.driver.run(self._next_batch))
                 tasks.create_task(self._evaluate())
 
     async def prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
@@ -321,6 +337,7 @@ class Trainer:
             stages=self.beat(),
             guards=self._guarding.beats(),
             spare_bytes=self._guarding.spare_bytes,
+            streams=self._streams.claims if self._streams is not None else (),
         )
 
     def tokens_per_s(self) -> float:
@@ -391,6 +408,7 @@ class Trainer:
                 "lost": self.driver.commits.lost,
                 "owed": self.driver.commits.owed,
                 "in_flight": self.driver.in_flight,
+                "streams": dict(self._book.at(self.weights.inner_steps)),
             }
         return figures
 
@@ -400,8 +418,19 @@ class Trainer:
     def _stepped(self) -> None:
         self.outer.stepped()
 
-    def _positions(self) -> tuple[tuple[int, int], ...]:
-        return (self._feed.position(),) if self._feed is not None and self.layout.first else ()
+    def _positions(self, step: int) -> tuple[tuple[int, int], ...]:
+        """Of its data streams, as of an inner step."""
+        return self._book.at(step)
+
+    def _read(self, positions: Mapping[int, int]) -> None:
+        if self._feed is not None:
+            self._feed.read(positions)
+            self._book.read(positions)
+
+    async def _next_batch(self) -> torch.Tensor:
+        if self._feed is None:
+            raise RuntimeError("a driver has a feed")
+        return self._book.draw(await self._feed.next_batch())
 
     def _first_stage_head(self) -> bytes:
         """Of the first stage's longest log that is heard of: entries of the other stages name it."""

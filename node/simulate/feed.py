@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from shoal.training.data.stream_book import Drawn
+from shoal.training.feed import Turns
 from shoal.training.spec import RunSpec
 
 _KINDS = 8
@@ -13,21 +17,24 @@ class RandomFeed:
     """Implements `training.feed.Feed`, without end; `seed` is its stream's number, too."""
 
     def __init__(self, spec: RunSpec, seed: int) -> None:
+        self.own = seed
         self._spec = spec
         self._generator = torch.Generator().manual_seed(seed)
-        self._stream = seed
-        self._drawn = 0
+        self._turns = Turns()
 
-    async def next_batch(self) -> torch.Tensor:
-        self._drawn += self._spec.inner.micro_batch_sequences
-        shape = (self._spec.inner.micro_batch_sequences, self._spec.model.sequence + 1)
-        return torch.randint(0, _KINDS, shape, generator=self._generator)
+    async def next_batch(self) -> Drawn:
+        samples = self._spec.inner.micro_batch_sequences
+        stream, position = await self._turns.take(samples)
+        shape = (samples, self._spec.model.sequence + 1)
+        tokens = torch.randint(0, _KINDS, shape, generator=self._generator)
+        return Drawn(tokens, stream, position, samples)
 
-    def position(self) -> tuple[int, int]:
-        return self._stream, self._drawn
+    def read(self, positions: Mapping[int, int]) -> None:
+        self._turns.read(positions)
 
-    def resume(self, position: int) -> None:
-        self._drawn = position
+    def reads(self) -> dict[int, int]:
+        """Its streams and what was drawn of each."""
+        return dict(sorted(self._turns.positions.items()))
 
     def held_out(self) -> torch.Tensor:
         return torch.arange(self._spec.model.sequence + 1).remainder(_KINDS).repeat(2, 1)

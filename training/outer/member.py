@@ -34,7 +34,7 @@ GO_LAG_S = 2.0  # a neighbour's contribution may be here before the leader's GO
 APART_S = 2.0  # that others go without a member which repairs its state: as long as a silent one delays them
 NORM_MOST = 1e18  # entry.Norm's bound
 _APPLYING, _APPLIED = define("entry.applying"), define("entry.applied")
-Positions = Callable[[], Sequence[tuple[int, int]]]
+Positions = Callable[[int], Sequence[tuple[int, int]]]  # of the data streams, as of an inner step
 
 
 class Member:
@@ -126,7 +126,7 @@ class Member:
                     to_step=mine.sent.inner_step,
                     tokens=max(mine.sent.tokens - from_tokens, 0),
                     norm=mine.norm,
-                    positions=tuple(StreamPosition(stream, samples) for stream, samples in self._positions()),
+                    positions=tuple(StreamPosition(*read) for read in self._positions(mine.sent.inner_step)),
                 )
             else:
                 context.event("weights-not-finite", {"norm": str(mine.norm)})

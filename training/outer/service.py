@@ -97,7 +97,7 @@ class Outer:
         offload: Offload,
         rng: random.Random,
         event: Event = lambda kind, data: None,
-        positions: Positions = tuple,
+        positions: Positions = lambda step: (),
         first_stage_head: Callable[[], bytes] = bytes,
         guardians: Callable[[], Sequence[GroupMember]] = tuple,
         directory: Path | None = None,

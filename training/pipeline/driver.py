@@ -74,7 +74,9 @@ class Driver:
         stepped: Callable[[], None],
         event: Event,
         rng: random.Random,
+        added: Callable[[torch.Tensor, bool], None] = lambda tokens, stepped: None,
     ) -> None:
+        """`added` hears of each micro-batch's tokens when they count, and whether that made an inner step."""
         self._spec = spec
         self._in_flight_most = spec.inner.in_flight
         if spec.limits.activation_bytes:
@@ -90,6 +92,7 @@ class Driver:
         self._stepped = stepped
         self._event = event
         self._rng = rng
+        self._added = added
         self._number = 0
         self._undecided: set[MicroBatch] = set()
         self.commits = Commits(transport, replicas, spec.limits.undecided_ttl_s, rng, event)
@@ -222,7 +225,9 @@ class Driver:
             self._lane.post(self._compute.drop, passage)
             raise
         self._ledger.apply(micro_batch, chain, passage.token_count)
-        if await self._lane.run(Work.WEIGHT, self._compute.add, passage):
+        stepped = await self._lane.run(Work.WEIGHT, self._compute.add, passage)
+        self._added(tokens, stepped)
+        if stepped:
             self._stepped()
         self._record(passage.token_count, loss)
         return chain

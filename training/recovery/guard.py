@@ -81,7 +81,7 @@ class Guard:
         replica = Replica(context, base)
         snapshots = Snapshots(context, replica, base, self._directory)
         nowhere = Nowhere(context.size)
-        member = Member(context, replica, nowhere, tuple, Change(), Promises(context, None))
+        member = Member(context, replica, nowhere, lambda step: (), Change(), Promises(context, None))
         try:
             if on_disk is None:
                 snapshots.keep(base)

@@ -1,0 +1,160 @@
+"""Data streams whose driver is gone are adopted; by the log's positions nothing is read twice or skipped."""
+
+from __future__ import annotations
+
+import asyncio
+
+import torch
+from trainer_world import RandomFeed, Replica, TrainerWorld, round_spec
+
+from shoal.dht.beats import Beat
+from shoal.dht.liveness import Liveness
+from shoal.dht.view import Member, SwarmView
+from shoal.protocol import virtual_time
+from shoal.protocol.identity import PeerId
+from shoal.training.data.stream_book import Drawn, StreamBook
+from shoal.training.streams import ORPHAN_S, STREAMS_MOST, Reader, heir, orphans, own_stream, readers
+
+SLOWER = 10.0
+
+
+class NotedFeed(RandomFeed):
+    """Remembers what was drawn."""
+
+    def __init__(self, world: TrainerWorld, number: int) -> None:
+        super().__init__(world.spec, number)
+        self.drawn: list[Drawn] = []
+
+    async def next_batch(self) -> Drawn:
+        batch = await super().next_batch()
+        self.drawn.append(batch)
+        return batch
+
+    def starts(self, stream: int) -> list[int]:
+        return [batch.start for batch in self.drawn if batch.stream == stream]
+
+
+async def until_reads(feed: NotedFeed, stream: int, limit_s: float = 60.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not feed.starts(stream):
+            await asyncio.sleep(0.1)
+
+
+async def until_logged(replica: Replica, stream: int, beyond: int) -> None:
+    async with asyncio.timeout(60.0):
+        while replica.trainer.outer.positions()[stream] <= beyond:
+            await asyncio.sleep(0.1)
+
+
+def assert_tiled(world: TrainerWorld, dead: NotedFeed, adopter: NotedFeed, stream: int, logged: int) -> None:
+    """What the dead one read up to the log's position, and the adopter from there on: all, and once."""
+    each = world.spec.inner.micro_batch_sequences
+    before = [start for start in dead.starts(stream) if start < logged]
+    starts = before + adopter.starts(stream)
+    assert sorted(starts) == list(range(0, each * len(starts), each))
+
+
+def test_joiners_adopt_the_streams_of_the_dead_each_another_where_the_log_stands() -> None:
+    async def main() -> None:
+        async with TrainerWorld(round_spec(1), slower=SLOWER) as world:
+            feeds = {number: NotedFeed(world, number) for number in range(5)}
+            for number in range(3):
+                await world.add(number, 0, feeds[number])
+            await world.heights(4)
+            await world.kill(1)
+            await world.kill(2)
+            survivor = world.replicas[0]
+            await asyncio.sleep(3.0)
+            logged = survivor.trainer.outer.positions()
+            assert logged[1] > 0
+            await asyncio.gather(world.add(3, 0, feeds[3]), world.add(4, 0, feeds[4]))
+            await asyncio.gather(
+                *(world.replicas[n].reach(survivor.trainer.outer.height + 6) for n in (3, 4))
+            )
+            taken = {next(iter(feeds[number].reads())): number for number in (3, 4)}
+            assert taken.keys() == {1, 2}, "each another one"
+            for stream, number in taken.items():
+                assert_tiled(world, feeds[stream], feeds[number], stream, logged[stream])
+                await until_logged(survivor, stream, logged[stream])
+            assert feeds[0].reads().keys() == {0}
+
+    virtual_time.run(main)
+
+
+def test_a_survivor_reads_the_stream_of_a_dead_driver_in_turns_with_its_own() -> None:
+    async def main() -> None:
+        async with TrainerWorld(round_spec(1), slower=SLOWER) as world:
+            feeds = [NotedFeed(world, number) for number in range(2)]
+            for number, feed in enumerate(feeds):
+                await world.add(number, 0, feed)
+            await world.heights(3)
+            await world.kill(1)
+            survivor = world.replicas[0]
+            await asyncio.sleep(3.0)
+            logged = survivor.trainer.outer.positions()[1]
+            await until_reads(feeds[0], 1)
+            await until_logged(survivor, 1, logged)
+            assert_tiled(world, feeds[1], feeds[0], 1, logged)
+            assert feeds[0].reads().keys() == {0, 1}
+            await asyncio.sleep(ORPHAN_S)
+            returned = NotedFeed(world, 1)
+            await world.add(1, 0, returned)
+            await asyncio.sleep(10.0)
+            assert returned.reads().keys().isdisjoint({0, 1}), "it finds its stream taken, and begins another"
+
+    virtual_time.run(main)
+
+
+# --- positions
+
+
+def batch(stream: int, start: int) -> Drawn:
+    return Drawn(torch.zeros(2, 3, dtype=torch.int64), stream, start, 2)
+
+
+def test_a_position_is_up_to_where_all_samples_are_in_steps() -> None:
+    book = StreamBook()
+    book.read({7: 10})
+    first, second, third = (batch(7, start) for start in (10, 12, 14))
+    for drawn in (first, second, third):
+        book.draw(drawn)
+    assert book.at(0) == ((7, 10),)
+    book.add(second.tokens, stepped=True)
+    assert book.at(1) == ((7, 10),), "the first is still under way"
+    book.add(first.tokens, stepped=False)
+    assert book.at(1) == ((7, 10),), "in the gradient, in no step"
+    book.add(third.tokens, stepped=True)
+    assert book.at(2) == ((7, 16),)
+    assert book.at(1) == ((7, 10),), "as of an earlier step"
+    book.read({7: 0, 8: 4})
+    assert book.at(2) == ((7, 16), (8, 4))
+
+
+# --- who reads what
+
+
+def test_streams_of_the_silent_are_theirs_until_they_are_given_up() -> None:
+    def member(name: str, stream: int, **changes: object) -> Member:
+        known = {"peer": PeerId(name), "stages": (0,), "beat": Beat(streams=(stream,)), **changes}
+        return Member(**known)  # type: ignore[arg-type]
+
+    silent = {"liveness": Liveness.GONE, "gone_s": 10.0, "heard_s": 5.0}
+    view = SwarmView(
+        PeerId("me"),
+        20.0,
+        (member("a", 1), member("b", 2, **silent), member("c", 3, departed=True, **silent)),
+    )
+    logged = {1: 10, 2: 20, 3: 30, 4: 40}
+    assert orphans(logged, readers(view), ()) == [3, 4]
+    later = SwarmView(PeerId("me"), 200.0, view.members)
+    assert orphans(logged, readers(later), (4,)) == [2, 3]
+
+
+def test_an_orphan_has_one_heir_and_nobody_reads_more_than_an_entry_can_name() -> None:
+    a, b = Reader(PeerId("a"), (1, 2)), Reader(PeerId("b"), (3,))
+    assert heir(9, [a, b]) == heir(9, [b, a]) == "b"
+    full = Reader(PeerId("b"), tuple(range(STREAMS_MOST)))
+    assert heir(9, [a, full]) == "a"
+    assert not heir(9, [full])
+    own = own_stream(PeerId("a"), {})
+    assert own_stream(PeerId("a"), {own: 1}) != own
