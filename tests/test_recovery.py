@@ -16,6 +16,7 @@ from shoal.protocol.transport import Buffer
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.messages import Chunk, Commit, EntryItem, Manifest, PublishedPart
 from shoal.training.outer.parts import cut
+from shoal.training.recovery.download import ask_manifest, download
 from shoal.training.recovery.snapshot import load
 
 BIG = 300_000  # values: two chunks a tensor
@@ -85,6 +86,23 @@ def test_a_donor_that_dies_is_replaced(kind: type, point: str) -> None:
             assert world.equal()
             await world.rounds(2)
             assert world.equal()
+
+    run(main)
+
+
+def test_what_a_donor_had_taken_when_it_fails_at_the_end_goes_to_one_that_was_through() -> None:
+    faults = Faults()
+
+    async def main() -> None:
+        async with World(3, round_spec(outer={"snapshot_every": 2}), wrap=faults.wrap) as world:
+            await world.rounds(2)
+            first, second, asker = world.nodes
+            context = asker.outer.context
+            offer = await ask_manifest(context, second.name, 0)
+            faults.arm(Chunk, "before", lambda peer: world.kill(first), who=first.name)
+            snapshot = await download(context, offer, [first.name, second.name])  # of one batch
+            assert faults.hit == first.name
+            assert snapshot.state_root == second.outer.state_root
 
     run(main)
 

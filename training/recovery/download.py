@@ -66,7 +66,7 @@ async def download(context: Context, offer: Offer, donors: Sequence[PeerId]) -> 
     """All chunks of a snapshot, verified. Raises NotHere when every donor failed before the end."""
     tensors = [torch.empty(context.size, dtype=torch.float32) for _ in range(2)]
     missing = list(range(len(offer.hashes)))[::-1]
-    reasons: list[str] = []
+    able, reasons = list(donors), list[str]()
 
     async def work(donor: PeerId) -> None:
         while missing:
@@ -75,17 +75,16 @@ async def download(context: Context, offer: Offer, donors: Sequence[PeerId]) -> 
                 await _fetch(context, offer, donor, batch, tensors)
             except ShoalError as error:
                 missing.extend(batch)  # those that arrived have left the batch
+                able.remove(donor)
                 reasons.append(f"{donor}: {error}")
                 if isinstance(error, ProtocolViolation):
                     context.refuse(donor, str(error))
                 return
 
-    # A donor that comes later in the list replaces one that failed.
-    waiting = list(donors)
-    while missing and waiting:
-        now, waiting = waiting[:DONORS], waiting[DONORS:]
+    # What a donor that failed had taken goes to those that were through, and to those later in the list.
+    while missing and able:
         async with asyncio.TaskGroup() as tasks:
-            for donor in now:
+            for donor in able[:DONORS]:
                 tasks.create_task(work(donor))
     if missing:
         raise NotHere(f"{len(missing)} of {len(offer.hashes)} chunks not found: {'; '.join(reasons[:4])}")

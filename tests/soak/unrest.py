@@ -1,6 +1,6 @@
 """A swarm under churn: peers are killed, frozen, sent away and replaced at random while it trains.
 
-    python tests/soak/churn.py [--minutes 10] [--peers 6] [--stages 2] [--seed 1] [--keep]
+    python tests/soak/unrest.py [--minutes 10] [--peers 6] [--stages 2] [--seed 1] [--keep]
 
 Real processes on loopback. All along: replicas with the same log head show the same state (P1), no
 micro-batch is applied twice at a stage (P2), some driver commits (P5). At the end nothing may be missing but
