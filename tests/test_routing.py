@@ -15,6 +15,7 @@ from shoal.training.pipeline.routing import (
     LANE_STALL_S,
     UNKNOWN_BUSY_S,
     Candidate,
+    best,
     busy_for_s,
     choose,
     cost_s,
@@ -70,6 +71,14 @@ def test_work_that_has_moved_on_still_counts_for_it_comes_back() -> None:
     """Three of ours were forwarded there; its queue is empty while the stages behind work."""
     assert cost_s(replica("a", in_flight=3), BYTES) > cost_s(replica("b", in_flight=1), BYTES)
     assert expected_finish_s(replica("a", in_flight=3), BYTES) == expected_finish_s(replica("b"), BYTES)
+
+
+def test_who_would_answer_busy_is_not_asked_while_another_has_room() -> None:
+    full = replica("a", service_s=0.1, backlog_s=0.5)
+    slow = replica("b", service_s=0.9, backlog_s=0.3)
+    assert cost_s(full, BYTES) < cost_s(slow, BYTES)
+    assert best([full, slow], BYTES) == slow
+    assert best([full], BYTES) == full, "if nobody has, the best of them says for how long"
 
 
 def test_few_are_compared_the_faster_more_often() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from shoal.node.cli.app import main
 from shoal.node.simulate.account import overlap
+from shoal.node.simulate.directory import directory_bytes_per_s
 from shoal.node.simulate.ideal import capacities, ideal_rate, ideal_work
 from shoal.node.simulate.machines import Draws
 from shoal.node.simulate.miniature import miniature
@@ -49,6 +50,12 @@ def test_under_churn_the_swarm_trains_and_its_books_balance(churned: Outcome) ->
     assert all(height > 0 for height in churned.rounds)
     assert 0.3 < churned.throughput_of_ideal <= 1.0
     assert churned.bytes_by_use["pipeline"] > 0 and churned.bytes_by_use["rounds"] > 0
+
+
+def test_the_policy_simulation_counts_the_directory_as_the_full_one_does() -> None:
+    calm = dataclasses.replace(CHURN, session_s=1e9, duration_s=60.0, micro_batch_s=8.0)
+    found = simulate_run(pipeline_spec(), calm).to_json()["directory_bytes_per_peer_s"]
+    assert float(str(found)) == pytest.approx(directory_bytes_per_s(CHURN.peers), rel=0.5)
 
 
 @pytest.mark.parametrize("seed", [11, 12])

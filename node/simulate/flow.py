@@ -163,6 +163,7 @@ class Flow:
             trip.legs.append(sent)
         else:
             trip.legs[replica.stage] = sent
+        if len(trip.legs) > replica.stage + 1:
             behind = trip.legs[replica.stage + 1]
             sent.returned = not behind.void and behind.answered
             if behind.answered and behind.node.state not in SERVING:

@@ -86,6 +86,12 @@ class Outcome:
         return ideal_work(lives, options.warmup_s, options.end_s) / sum(self.stage_s)
 
     @property
+    def peer_seconds(self) -> float:
+        """Of all peers, from when they had time to download."""
+        end_s = self.options.end_s
+        return max(sum(min(life.gone_s, end_s) - life.ready_s for life in self.lives), 1e-9)
+
+    @property
     def throughput_of_ideal(self) -> float:
         ideal = self.ideal_micro_batches
         return self.micro_batches / ideal if ideal > 0 else 0.0
@@ -115,7 +121,6 @@ class Outcome:
         """The summary: stable keys, times in seconds."""
         options = self.options
         seconds = [took_s for _, took_s in self.reroutes]
-        peer_seconds = max(sum(min(life.gone_s, options.end_s) - life.ready_s for life in self.lives), 1e-9)
         return {
             "mode": options.mode,
             "router": options.router,
@@ -152,7 +157,7 @@ class Outcome:
             "rounds": self.rounds,
             "setbacks": len(self.setbacks),
             "bytes": {use: round(count) for use, count in sorted(self.bytes_by_use.items())},
-            "directory_bytes_per_peer_s": round(self.directory_bytes / peer_seconds, 1),
+            "directory_bytes_per_peer_s": round(self.directory_bytes / self.peer_seconds, 1),
             "trace": self.trace,
             "wall_s": round(self.wall_s, 2),
             "cpu_s": round(self.cpu_s, 2),

@@ -12,6 +12,7 @@ import random
 
 from blake3 import blake3
 
+from shoal.node.simulate.directory import directory_bytes_per_s
 from shoal.node.simulate.fleet import Node
 from shoal.node.simulate.flow import Flow
 from shoal.node.simulate.ideal import capacities, ideal_rate
@@ -106,6 +107,7 @@ class Crowd:
             progress(flow.now, options.end_s)
         outcome.micro_batches = flow.decided - begun
         outcome.lost, outcome.retries, outcome.reroutes = flow.lost, flow.retries, flow.reroutes
+        outcome.directory_bytes = directory_bytes_per_s(options.peers) * outcome.peer_seconds
         outcome.trace = self._trace.hexdigest(length=16)
 
     # --- coming and going

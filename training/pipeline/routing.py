@@ -30,6 +30,7 @@ SAMPLED = 3
 OWN_WORK_OFF = 0.5
 BUSY_SERVICES, LEAST_BUSY_SERVICES = 4.0, 1.0  # micro-batches queued: quick ones, and those ...
 RETURN_S = 0.5  # ... that take so long that a caller who was turned away is back in time with another
+FORWARD_SHARE = 1 / 3  # of a micro-batch's lane time: what a sender adds to a queue at first
 UNKNOWN_BUSY_S = 0.5  # until a lane has finished its first piece of work, ask so often
 HEDGE_QUANTILE = 0.95
 HEDGE_SAMPLES = 20  # fewer say nothing about a 95th percentile
@@ -86,8 +87,14 @@ def sample(services_s: Sequence[float], rng: random.Random) -> list[int]:
 
 
 def best(sampled: Sequence[Candidate], payload_bytes: int) -> Candidate | None:
-    """The one of least cost; of equals the first."""
-    return min(sampled, key=lambda candidate: cost_s(candidate, payload_bytes), default=None)
+    """The one of least cost, of those that would not turn us away if there are any; of equals the first."""
+    return min(sampled, key=lambda one: (_is_full(one), cost_s(one, payload_bytes)), default=None)
+
+
+def _is_full(candidate: Candidate) -> bool:
+    """Whether it would answer busy, as far as it is known: what it refuses has crossed the link, too."""
+    backlog_s = candidate.backlog_s + candidate.sent_since * FORWARD_SHARE * candidate.service_s
+    return busy_for_s(0, backlog_s, candidate.service_s) > 0.0
 
 
 def busy_for_s(queued: int, backlog_s: float, service_s: float) -> float:
