@@ -92,7 +92,7 @@ def best(sampled: Sequence[Candidate], payload_bytes: int) -> Candidate | None:
 
 
 def _is_full(candidate: Candidate) -> bool:
-    """Whether it would answer busy, as far as it is known: what it refuses has crossed the link, too."""
+    """Whether it would answer busy, as far as it is known: a refusal costs a round trip, or more."""
     backlog_s = candidate.backlog_s + candidate.sent_since * FORWARD_SHARE * candidate.service_s
     return busy_for_s(0, backlog_s, candidate.service_s) > 0.0
 
