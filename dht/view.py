@@ -12,6 +12,13 @@ from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.liveness import Liveness
 from shoal.protocol.identity import PeerId, Role
 
+LEAST_SERVICE_S = 1e-6  # no lane does a micro-batch in less; a rate made of such a claim may be infinite
+
+
+def is_measured(service_s: float) -> bool:
+    """Whether a claimed lane time of a micro-batch, in a beat or a record, says anything; else: unknown."""
+    return service_s >= LEAST_SERVICE_S
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:

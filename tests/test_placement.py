@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from shoal.dht.liveness import Liveness
 from shoal.dht.neighbours import neighbours
 from shoal.dht.view import Member, SwarmView
+from shoal.protocol import limits
 from shoal.protocol.identity import PeerId, Role
 from shoal.training.placement import place
 
@@ -74,6 +77,19 @@ def test_joiners_that_see_the_same_spread_evenly(seed: int) -> None:
     chosen = [place(picture, one.peer, EVEN[:stages]) for one in newcomers]
     counts = [chosen.count(stage) for stage in range(stages)]
     assert max(counts) - min(counts) <= 1
+
+
+stage_claims = st.lists(st.integers(0, limits.STAGES - 1) | st.integers(0, 2), max_size=8)
+
+
+@settings(max_examples=200)
+@given(claimed=st.lists(st.tuples(stage_claims, st.floats(0.0, 1e9)), max_size=12))
+@example(claimed=[([0], 5e-324), ([0], 1.0), ([1], 1.0)])
+@example(claimed=[([0], 5e-324), ([1], 5e-324)])
+@example(claimed=[([limits.STAGES - 1], 1e9)])
+def test_no_claim_that_the_wire_admits_keeps_a_joiner_out(claimed: list[tuple[list[int], float]]) -> None:
+    others = [member(f"p{n}", *stages, service_s=claim) for n, (stages, claim) in enumerate(claimed)]
+    assert place(view(joiner("z"), *others), PeerId("z"), (1.0, 2.0, 0.5)) in range(3)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -7,14 +7,17 @@ import dataclasses
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from outer_world import World, round_spec
 
-from shoal.protocol.identity import PeerId
+from shoal.dht.view import LEAST_SERVICE_S, Member, SwarmView
+from shoal.protocol import limits
+from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.policy import may_leave
 from shoal.training.rebalance import LEAST_GAP, Move, Placed, plan, settled
+from shoal.training.tenure import placed
 
 MOVE_S = 20.0
 
@@ -106,6 +109,38 @@ def test_what_nobody_measured_counts_as_usual() -> None:
     move = plan(replicas, [1.0, 1.0], 1, MOVE_S)
     assert move is not None
     assert (move.source, move.target) == (0, 1)
+
+
+claims = st.tuples(st.integers(0, limits.STAGES - 1) | st.integers(0, 2), st.floats(0.0, 1e9))
+
+
+@settings(max_examples=200)
+@given(claimed=st.lists(claims, max_size=12))
+@example(claimed=[(0, 5e-324), (0, 1.0), (0, 1.0), (1, 1.0)])
+@example(claimed=[(0, 1.0), (1, 1.0), (limits.STAGES - 1, 1.0)])
+def test_no_claim_that_the_wire_admits_breaks_the_plan(claimed: list[tuple[int, float]]) -> None:
+    """Each peer plans: one that lies must not end the training of all."""
+    replicas = [Placed(PeerId(f"p{n}"), stage, service_s) for n, (stage, service_s) in enumerate(claimed)]
+    move = plan(replicas, [1.0, 2.0, 0.5], 1, MOVE_S)
+    if move is not None:
+        assert max(move.source, move.target) < 3
+        assert plan([r for r in replicas if r.stage < 3], [1.0, 2.0, 0.5], 1, MOVE_S) == move
+
+
+def test_who_claims_to_take_no_time_counts_as_not_measured() -> None:
+    honest = swarm([1.0, 1.0, 1.0], [1.0, 1.0])
+    for claim in (5e-324, LEAST_SERVICE_S / 2):
+        liar = dataclasses.replace(honest[0], service_s=claim)
+        unknown = dataclasses.replace(honest[0], service_s=0.0)
+        assert plan([liar, *honest[1:]], [1.0] * 2, 1, MOVE_S) == plan(
+            [unknown, *honest[1:]], [1.0] * 2, 1, MOVE_S
+        )
+
+
+def test_only_trainers_are_replicas() -> None:
+    trainer = Member(peer=PeerId("a"), stages=(0,))
+    observer = Member(peer=PeerId("b"), stages=(0,), roles=frozenset({Role.OBSERVER}))
+    assert [one.peer for one in placed(SwarmView(PeerId("a"), 0.0, (trainer, observer)))] == ["a"]
 
 
 @settings(max_examples=200)

@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shoal.dht.view import Member, SwarmView
+from shoal.dht.view import Member, SwarmView, is_measured
 from shoal.protocol.identity import PeerId, Role
 
 ENOUGH_REPLICAS = 2
@@ -83,7 +83,7 @@ def _speeds(members: list[Member], costs: Sequence[float]) -> dict[PeerId, float
     known = {
         m.peer: costs[m.stages[0]] / m.service_s
         for m in members
-        if m.service_s > 0.0 and m.stages and m.stages[0] < len(costs)
+        if is_measured(m.service_s) and m.stages and m.stages[0] < len(costs)
     }
     usual = statistics.median(known.values()) if known else 1.0
     return {peer: speed / usual for peer, speed in known.items()}

@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shoal.dht.view import is_measured
 from shoal.protocol.identity import PeerId
 
 LEAST_GAP = 0.10  # between a source without the mover and the slowest stage; less is noise of measurements
@@ -53,6 +54,7 @@ def plan(
 
     `costs`: of a micro-batch at each stage, in any unit. `move_s`: during which a mover does no work.
     """
+    replicas = [replica for replica in replicas if replica.stage < len(costs)]  # a claim beyond is nobody's
     rates = _unit_rates(replicas, costs)
     groups: list[list[Placed]] = [[] for _ in costs]
     for replica in replicas:
@@ -94,7 +96,7 @@ def _rank(move: Move, left: float) -> tuple[bool, float, float, str]:
 
 def _unit_rates(replicas: Sequence[Placed], costs: Sequence[float]) -> dict[PeerId, float]:
     """Cost units a second of each peer, quantised; who has not measured counts as the median."""
-    known = {r.peer: _quantised(costs[r.stage] / r.service_s) for r in replicas if r.service_s > 0.0}
+    known = {r.peer: _quantised(costs[r.stage] / r.service_s) for r in replicas if is_measured(r.service_s)}
     ordered = sorted(known.values())
     usual = ordered[len(ordered) // 2] if ordered else 1.0
     return {r.peer: known.get(r.peer, usual) for r in replicas}

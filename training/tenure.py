@@ -15,7 +15,7 @@ from typing import Protocol
 
 from shoal.dht.view import SwarmView
 from shoal.protocol.errors import ShoalError
-from shoal.protocol.identity import PeerId
+from shoal.protocol.identity import PeerId, Role
 from shoal.training.decisions import DecisionLog
 from shoal.training.partition import spec_costs
 from shoal.training.rebalance import Move, Placed, plan, settled
@@ -148,7 +148,8 @@ def placed(view: SwarmView) -> list[Placed]:
     """The replicas that train, or will soon, as their beats tell."""
     found = []
     for member in view.here():
-        if member.state in ("online", "joining") and member.stages:
+        trains = member.state in ("online", "joining") and Role.TRAINER in member.roles
+        if trains and member.stages:
             stage = member.stages[0]
             beat = member.progress(stage)
             found.append(Placed(member.peer, stage, member.service_s, beat is not None and beat.fixed))
