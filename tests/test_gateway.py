@@ -211,6 +211,36 @@ def test_strangers_and_bodies_that_are_none_are_refused() -> None:
     told(story)
 
 
+def test_a_stream_that_cannot_begin_has_a_status_of_its_own() -> None:
+    async def story(served: Served) -> None:
+        asked: dict[str, Any] = {"model": MODEL, "prompt": "x" * 300, "stream": True}
+        with pytest.raises(openai.BadRequestError):
+            await served.client.completions.create(**asked)
+        bias = {"model": MODEL, "prompt": "x", "logit_bias": {"\ud800": 1000}}
+        assert (await served.post("/v1/completions", json.dumps(bias).encode()))[0] == 400
+
+    told(story)
+
+
+def test_without_keys_a_page_under_another_name_is_refused() -> None:
+    """DNS rebinding: a name of somebody else that points to this machine."""
+
+    async def story(served: Served) -> None:
+        gateway = Gateway(served.text, MODEL, 1, lambda: 2.0)
+        with bind("127.0.0.1:0", ()) as bound:
+            server = server_of(gateway.app)
+            running = asyncio.create_task(server.serve(sockets=[bound]))
+            keyless = Served(served.world, served.text, bound.getsockname()[1])
+            for host, status in (("evil.example", 403), ("127.0.0.1:1", 200), ("localhost", 200)):
+                found, _ = await keyless.raw(f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+                assert found == status, host
+            await keyless.client.close()
+            server.should_exit = True
+            await running
+
+    told(story)
+
+
 def test_more_requests_than_are_served_at_once_are_told_to_wait_and_the_others_finish() -> None:
     async def story(served: Served) -> None:
         servers = [peer.name for peer in served.world.peers]

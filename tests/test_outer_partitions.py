@@ -325,6 +325,31 @@ def test_the_last_one_of_a_side_goes_on_with_the_other_side_after_the_heal(kind:
     run(main)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_last_one_of_a_side_dies_before_it_reports_its_draft(seed: int) -> None:
+    """Then nobody has reported, and who leads, without a seat in that draft, begins anew."""
+    faults = Faults()
+
+    async def main() -> None:
+        world = PartitionWorld(3, partition_spec(inner_steps=3), size=SIZE, seed=seed, wrap=faults.wrap)
+        async with world:
+            await world.train(10)
+            first, second, other = world.nodes
+            world.cut([first, second], [other])
+            faults.arm(Report, "before", lambda peer: world.kill(named(world, peer)))
+            await world.train(10)
+            (last,) = {first, second} & set(world.live.values())
+            faults.arm(Go, "before", lambda peer: world.kill(last))
+            world.heal()
+            height = other.outer.height
+            await world.train(30)
+            assert list(world.live.values()) == [other]
+            assert other.outer.height > height
+            world.prove()
+
+    run(main)
+
+
 @pytest.mark.parametrize("kind", [Go, PublishedPart, Commit], ids=lambda kind: kind.__name__)
 def test_leader_and_owner_die_at_once(kind: type) -> None:
     faults = Faults()

@@ -161,7 +161,7 @@ class InnerSection(_Section):
     """Micro-batches of one driver under way at once. More hide slow links and cost memory at every stage."""
     recompute: bool = False
     """Between its forward and its backward a stage keeps the input of a micro-batch alone, and runs the
-    forward again: a third more compute, and hardly any memory for what waits for the stages behind."""
+    forward again: more compute, and hardly any memory for what waits for the stages behind."""
     mode: Literal["stream", "flush"] = "stream"
     """stream never drains the pipeline; flush drains it before every step and is for tests."""
 

@@ -39,6 +39,7 @@ class Answers:
     def __init__(self, writer: Writer, jobs: Sequence[tuple[Prompt, Options]]) -> None:
         self._queue: asyncio.Queue[Piece | Exception] = asyncio.Queue(_AHEAD)
         self._open = len(jobs)
+        self._first: Piece | None = None
         self._prompt_tokens = self._new_tokens = 0
         self._tasks = [
             asyncio.create_task(self._write(writer, index, *job), name="answer")
@@ -54,14 +55,22 @@ class Answers:
             "total_tokens": self._prompt_tokens + self._new_tokens,
         }
 
+    async def begun(self) -> None:
+        """Returns when there is a first piece. Raises what writing raised before it."""
+        self._first = await self._next()
+
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Pieces as they come. Raises what writing raised."""
         while self._open:
-            found = await self._queue.get()
-            if isinstance(found, Exception):
-                raise found
+            found, self._first = self._first or await self._next(), None
             self._open -= found.finish is not None
             yield found
+
+    async def _next(self) -> Piece:
+        found = await self._queue.get()
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     async def close(self) -> None:
         """Stop whatever is still being written."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -27,9 +28,11 @@ from shoal.node.inference.client import transcript
 from shoal.node.inference.writing import Options
 from shoal.protocol.errors import ShoalError
 
+T = TypeVar("T")
 BODY_BYTES = 1 << 20
 BODY_S = 10.0  # to send it in
 REQUESTS = 64  # answered at once
+_OWN_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 512  # where the caller sets no bound; the first is OpenAI's
 
 
@@ -98,14 +101,18 @@ class Gateway:
             )
         self._under_way += 1
         answers = Answers(self._writer, jobs)
-        if asked.stream:
+        streams = False
+        try:
+            if not asked.stream:
+                return JSONResponse(await _unless_left(request, whole(form, answers, count)))
+            await _unless_left(request, answers.begun())  # what fails until then has a status of its own
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
             stream = EventStream(events(form, answers, count, with_usage), lambda: self._done(answers))
+            streams = True
             return stream  # type: ignore[return-value]  # an ASGI application, as routes may return
-        try:
-            return JSONResponse(await _unless_left(request, whole(form, answers, count)))
         finally:
-            await self._done(answers)
+            if not streams:
+                await self._done(answers)
 
     async def _done(self, answers: Answers) -> None:
         self._under_way -= 1
@@ -127,7 +134,12 @@ class Gateway:
         return guarded
 
     def _require_key(self, request: Request) -> None:
-        if not self._keys or request.url.path == "/health":
+        if not self._keys:  # a page whose name was made to point here must not speak for this machine
+            name = re.sub(r":\d+$", "", request.headers.get("host", "").lower())
+            if name not in _OWN_NAMES:
+                raise Refusal(403, "without API keys only this machine may call, by its own name")
+            return
+        if request.url.path == "/health":
             return
         shown = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
         if not any([hmac.compare_digest(shown, key) for key in self._keys]):
@@ -160,9 +172,9 @@ async def _body(request: Request) -> bytes:
     return bytes(taken)
 
 
-async def _unless_left(request: Request, answer: Awaitable[dict[str, object]]) -> dict[str, object]:
+async def _unless_left(request: Request, answer: Coroutine[Any, Any, T]) -> T:
     """The answer, given up when its caller goes away."""
-    writing = asyncio.ensure_future(answer)
+    writing = asyncio.create_task(answer, name="writing")
     leaving = asyncio.create_task(_left(request), name="caller leaves")
     try:
         await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -172,8 +184,7 @@ async def _unless_left(request: Request, answer: Awaitable[dict[str, object]]) -
     finally:
         for task in (writing, leaving):
             task.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(writing, leaving, return_exceptions=True)
+        await asyncio.gather(writing, leaving, return_exceptions=True)
 
 
 async def _left(request: Request) -> None:

@@ -154,5 +154,7 @@ def parse(data: bytes, kind: type[BaseModel]) -> Any:
         return kind.model_validate(found)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(place) for place in first["loc"][:2])
+        field = (
+            ".".join(str(place) for place in first["loc"][:2]).encode("ascii", "backslashreplace").decode()
+        )
         raise Refusal(400, f"{field}: {first['msg']}", field) from None

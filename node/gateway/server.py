@@ -14,6 +14,7 @@ from shoal.protocol.errors import TransportLost, UsageError
 
 _HEADER_BYTES = 1 << 16
 _BACKLOG = 256
+_CONNECTIONS = 1024  # more are turned away before anything is read
 _CLOSING_S = 5
 
 
@@ -74,6 +75,7 @@ def server_of(app: Starlette) -> uvicorn.Server:
             server_header=False,
             proxy_headers=False,
             backlog=_BACKLOG,
+            limit_concurrency=_CONNECTIONS,
             h11_max_incomplete_event_size=_HEADER_BYTES,
             timeout_keep_alive=5,
             timeout_graceful_shutdown=_CLOSING_S,

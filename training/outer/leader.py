@@ -103,6 +103,7 @@ class Leader:
         self._lost: dict[PeerId, str] = {}
         # ... and later whose connection closes; never those merely silent: they may be going on without us.
         self._departed = set(self._last) - set(here) - set(silent)
+        self._silent = frozenset(silent)
         self._contested = False  # somebody is in another leader's round
         self._ran_s = self._now()
         self._change = Change()
@@ -363,8 +364,13 @@ class Leader:
         """Those here who had no seat in a draft that is gone on with: they can hold nothing of it.
 
         A draft from a side of a cut may have lost all but one of its members. That one must not wait for
-        them for ever, nor commit alone what it alone holds: with the bystanders it can begin anew.
+        them for ever, nor commit alone what it alone holds: with the bystanders it can begin anew. Not while
+        a member is silent: it may have committed that draft.
         """
+        missing = {draft.roster[seat].peer for seat in draft.present() if seat not in self._reports}
+        offered = {seat.peer for seat in self._offer.roster}
+        if any(peer in self._silent or peer in offered - self._departed for peer in missing):
+            return set()
         return {peer for peer in self._open() if draft.seat_of(peer) is None}
 
     def _require_quorum(self, here: Sequence[PeerId]) -> None:
@@ -386,6 +392,8 @@ class Leader:
         """
         parts, width = len(self._context.fragments[draft.fragment].parts), draft.bitmap_bytes
         reports = [self._reports[seat] for seat in sorted(self._reports)]
+        if not reports:
+            return [None] * parts
         results: list[tuple[bytes, bytes] | None] = []
         for part in range(parts):
             at = 32 * parts + width * part
