@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given
@@ -20,6 +23,7 @@ from shoal.node.inference.pieces import Decoder, StopFilter
 from shoal.node.inference.writing import Piece, Text
 from shoal.protocol.errors import TokenInvalid, UsageError
 from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.protocol.virtual_time import run
 from shoal.training.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from shoal.training.lane import ThreadLane
@@ -120,9 +124,41 @@ def test_what_the_model_cannot_do_is_refused_before_anybody_is_asked() -> None:
             )
             for prompt, options, words in wrong:
                 with pytest.raises(UsageError, match=words):
-                    text.writing(prompt, options)
+                    async with text.writing(prompt, options):
+                        pass
+            assert not any(peer.transport.counters().bytes_in for peer in world.peers)
 
     run(main, limit_s=60)
+
+
+def test_a_long_prompt_is_encoded_beside_the_loop() -> None:
+    class Slow(Tokenizer):
+        """Notes where it encodes; a token covers 1024 characters."""
+
+        vocabulary, end_of_document, fingerprint = 257, 256, ""
+        threads: ClassVar[list[int]] = []
+
+        def encode(self, text: str | bytes) -> np.ndarray:
+            self.threads.append(threading.get_ident())
+            return np.zeros(max(len(text) // 1024, 1), np.int32)
+
+        def decode(self, ids: Iterable[int]) -> str:
+            return ""
+
+    async def main() -> None:
+        network = MemoryNetwork()
+        client = network.transport(PeerId("client"))
+        text = Text(serving_spec(1), Slow(), client, Peers([[]]), random.Random(1))
+        async with text.writing("x" * 1024 * 100, Options()) as writing:
+            assert writing.prompt_tokens == 100
+        with pytest.raises(UsageError, match="a prompt of 200 tokens"):
+            async with text.writing("x" * 1024 * 200, Options()):
+                pass
+        assert threading.get_ident() not in Slow.threads
+        async with text.writing("x", Options()) as writing:
+            assert (writing.prompt_tokens, Slow.threads[-1]) == (1, threading.get_ident())
+
+    asyncio.run(main())
 
 
 def test_a_chat_is_a_transcript_that_stops_at_the_next_turn() -> None:

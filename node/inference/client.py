@@ -124,7 +124,10 @@ class AsyncClient:
         return self.spec.run.name
 
     def writing(self, prompt: str | Sequence[int], options: Options | None = None) -> Writing:
-        """A text, piece by piece: `async with`, then `async for`. Raises UsageError."""
+        """A text, piece by piece: `async with`, then `async for`.
+
+        Raises UsageError, at the latest once it is entered.
+        """
         self._last = self.text.writing(prompt, options or Options())
         return self._last
 

@@ -6,8 +6,9 @@ and by the gateway.
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -16,7 +17,7 @@ from shoal.protocol.errors import MessageInvalid, UsageError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
 from shoal.protocol.wire import encode
-from shoal.training.data.tokenizer import Tokenizer
+from shoal.training.data.tokenizer import ByteTokenizer, Tokenizer
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.serving.chain import ChainFigures, Generation
 from shoal.training.serving.messages import STOP, SamplingOptions, TokenBias
@@ -24,6 +25,7 @@ from shoal.training.spec import RunSpec
 
 _MOST_STOPS = 16
 _STOP_CHARACTERS = 256
+_SHORT_CHARACTERS = 1024  # up to so many a prompt is encoded in place; a longer one would hold up the loop
 
 
 @dataclass(frozen=True)
@@ -70,24 +72,55 @@ class Piece:
 class Writing:
     """One text. `async with`, and iterate for its pieces; afterwards `finish` says why it ended."""
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self.prompt_tokens = len(generation.tokens)
-        self.new_tokens = 0
+    def __init__(
+        self,
+        prompt: str | Sequence[int],
+        begin: Callable[[Sequence[int]], Generation],
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+    ) -> None:
+        """`begin` makes the generation of a prompt's tokens; it raises MessageInvalid for what cannot be."""
+        self.prompt_tokens = self.new_tokens = 0
         self.text = ""
         self.finish = ""
-        self._generation = generation
+        self._prompt, self._begin, self._tokenizer = prompt, begin, tokenizer
+        self._generation: Generation | None = None  # once entered
         self._decoder, self._filter = Decoder(tokenizer), StopFilter(stops)
 
     async def __aenter__(self) -> Self:
-        await self._generation.__aenter__()
+        """Raises UsageError for a prompt that the model does not take."""
+        prompt = self._prompt
+        if not isinstance(prompt, str):
+            tokens = [int(token) for token in prompt]
+        elif len(prompt) <= _SHORT_CHARACTERS:
+            tokens = self._encoded(prompt)
+        else:
+            tokens = await asyncio.to_thread(self._encoded, prompt)
+        try:
+            generation = self._begin(tokens or [self._tokenizer.end_of_document])
+        except MessageInvalid as error:
+            raise UsageError(str(error)) from None
+        self.prompt_tokens = len(generation.tokens)
+        self._generation = await generation.__aenter__()
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._generation.__aexit__(*error)
+        await self._entered.__aexit__(*error)
+
+    def _encoded(self, prompt: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(prompt).tolist()
+        return ids
+
+    @property
+    def _entered(self) -> Generation:
+        if self._generation is None:
+            raise UsageError("the text has not begun; use it as: async with client.writing(...) as writing")
+        return self._generation
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Raises StageEmpty, Busy, VersionRetired and AccessError."""
-        async for token in self._generation:
+        generation = self._entered
+        async for token in generation:
             self.new_tokens += 1
             yield self._piece(self._filter.add(self._decoder.add(token)), token)
             if self._filter.stopped:
@@ -96,18 +129,18 @@ class Writing:
         rest = self._filter.add(self._decoder.rest())
         if not self._filter.stopped:
             rest += self._filter.rest()
-        self.finish = STOP if self._filter.stopped else self._generation.finish
+        self.finish = STOP if self._filter.stopped else generation.finish
         if rest:
             yield self._piece(rest, None)
 
     def route(self) -> list[PeerId | None]:
-        """The server of each stage now."""
-        return self._generation.route()
+        """The server of each stage now; nothing before the text begins."""
+        return self._generation.route() if self._generation is not None else []
 
     @property
     def figures(self) -> ChainFigures:
         """What became of its servers."""
-        return self._generation.figures
+        return self._entered.figures
 
     def _piece(self, text: str, token: int | None) -> Piece:
         self.text += text
@@ -129,23 +162,22 @@ class Text:
         self._transport, self._replicas, self._rng = transport, replicas, rng
 
     def writing(self, prompt: str | Sequence[int], options: Options) -> Writing:
-        """A text that begins once it is entered. Raises UsageError for what this model cannot do.
+        """A text that begins once it is entered. Raises UsageError for options out of bounds.
 
-        A prompt that is empty begins a document.
+        A prompt that is empty begins a document. Whether it fits the model shows at the latest when the text
+        is entered, which raises UsageError as well: a long one is encoded then, in a thread.
         """
-        end = self.tokenizer.end_of_document
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        tokens = [int(token) for token in ids] or [end]
-        try:
-            generation = Generation(
-                self.spec,
-                self._transport,
-                self._replicas,
-                tokens,
-                options.max_new_tokens,
-                options.sampling(end),
-                random.Random(self._rng.getrandbits(64)),
+        most = self.spec.model.sequence
+        if isinstance(prompt, str) and isinstance(self.tokenizer, ByteTokenizer) and len(prompt) >= most:
+            raise UsageError(  # no token covers more than a byte
+                f"a prompt of {len(prompt)} tokens or more; this model takes 1 to {most - 1} tokens of prompt"
             )
-        except MessageInvalid as error:
-            raise UsageError(str(error)) from None
-        return Writing(generation, self.tokenizer, options.stop)
+        sampling = options.sampling(self.tokenizer.end_of_document)
+        rng = random.Random(self._rng.getrandbits(64))
+
+        def begin(tokens: Sequence[int]) -> Generation:
+            return Generation(
+                self.spec, self._transport, self._replicas, tokens, options.max_new_tokens, sampling, rng
+            )
+
+        return Writing(prompt, begin, self.tokenizer, options.stop)
