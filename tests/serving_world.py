@@ -158,6 +158,10 @@ class World:
         self.network.kill(peer.name)
         self._tasks[peer.name].cancel()
 
+    def leave(self, peer: Peer) -> None:
+        """It stops to serve, and stays connected."""
+        self._tasks[peer.name].cancel()
+
     def used(self, stage: int) -> Peer:
         """The server of a stage that `watched` uses now."""
         assert self.watched is not None

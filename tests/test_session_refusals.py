@@ -18,12 +18,14 @@ from shoal.protocol.errors import (
     ShoalError,
     Stale,
     StreamEnded,
+    TokenRevoked,
     VersionRetired,
     WrongRole,
 )
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Stream, Transport
 from shoal.protocol.virtual_time import run
+from shoal.training.serving.admission import SESSIONS
 from shoal.training.serving.messages import (
     ROWS,
     SESSION,
@@ -222,6 +224,30 @@ def test_a_server_that_breaks_the_protocol_is_replaced_and_suspected(lie: Lie) -
     run(main, limit_s=60)
 
 
+def test_a_server_without_access_costs_no_text_while_another_serves() -> None:
+    async def main() -> None:
+        async with World(serving_spec(2), 1) as world:
+            revoked = world.network.transport(PeerId("revoked".ljust(52, "1")), frozenset({Role.TRAINER}))
+            asked = 0
+
+            async def handler(stream: Stream) -> None:
+                nonlocal asked
+                asked += 1
+                raise TokenRevoked("the token of this peer is revoked")
+
+            revoked.serve(SESSION, handler, frozenset(Role))
+            await revoked.start()
+            world.strangers = {1: [revoked.me]}
+            for seed in range(6):
+                assert await world.text(PROMPT, 10, seed=seed) == reference(world, PROMPT, 10)
+            assert asked
+            world.hidden = {world.peers[1].name}
+            with pytest.raises(TokenRevoked):
+                await world.text()
+
+    run(main, limit_s=60)
+
+
 def test_a_thousand_streams_that_only_open_are_bounded_and_hurt_nobody() -> None:
     async def main() -> None:
         async with World(serving_spec(2), 1) as world:
@@ -240,7 +266,7 @@ def test_a_thousand_streams_that_only_open_are_bounded_and_hurt_nobody() -> None
 
             errors = await asyncio.gather(*(open_one(crowd[n % 20]) for n in range(1000)))
             refused = [error for error in errors if isinstance(error, Busy)]
-            assert len(refused) == 1000 - 256
+            assert len(refused) == 1000 - SESSIONS
             await asyncio.sleep(1)
             assert not server.server.sessions
             assert await world.text() == reference(world)

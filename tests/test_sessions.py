@@ -12,11 +12,12 @@ import torch
 from serving_world import GREEDY, PROMPT, World, greedy, reference, serving_spec, weights_of
 from trainer_world import TrainerWorld, round_spec
 
-from shoal.protocol.errors import Busy, MessageInvalid, NotHere, StreamBroken, VersionRetired
+from shoal.protocol.errors import Busy, MessageInvalid, NotHere, StageEmpty, StreamBroken, VersionRetired
 from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.limits import STREAMS_PER_PEER
 from shoal.protocol.virtual_time import run
 from shoal.training.pipeline.replicas import Replica
-from shoal.training.serving.admission import EVICT_IDLE_S, SESSIONS, SESSIONS_PER_PEER, Held, admit
+from shoal.training.serving.admission import EVICT_IDLE_S, SESSIONS, SESSIONS_PER_TOKEN, Held, admit
 from shoal.training.serving.batching import MOST_ROWS, PROMPT_ROWS, Waiting, next_batch
 from shoal.training.serving.chain import Generation
 from shoal.training.serving.messages import (
@@ -150,7 +151,7 @@ def test_a_server_without_room_says_when_to_ask_again_and_the_client_does() -> N
         async with World(spec, 1) as probe, probe.generation() as generation:
             await anext(aiter(generation))
             room = max(int(str(peer.server.status()["charged_bytes"])) for peer in probe.peers)
-        async with World(spec, 1, budget_bytes=2 * room) as world:
+        async with World(spec, 1, budget_bytes=4 * room) as world:  # half of it for one token
             texts = await asyncio.gather(*(world.text(seed=n) for n in range(5)))
             assert texts == 5 * [reference(world)]
             assert any(peer.server.refused for peer in world.peers)
@@ -186,7 +187,7 @@ def test_a_client_that_never_reads_costs_what_it_was_charged_and_is_evicted() ->
         async with World(spec, 1) as probe, probe.generation() as generation:
             await anext(aiter(generation))
             room = int(str(probe.peers[0].server.status()["charged_bytes"]))
-        async with World(spec, 1, budget_bytes=room) as world:
+        async with World(spec, 1, budget_bytes=2 * room) as world:  # half of it for one token
             server = world.peers[0].server
             opening = OpenSession(b"s" * 16, 0, len(PROMPT) + 64, b"", GREEDY)
             with contextlib.suppress(StreamBroken):
@@ -196,7 +197,7 @@ def test_a_client_that_never_reads_costs_what_it_was_charged_and_is_evicted() ->
                     (session,) = server.sessions.values()
                     assert session.finish == LENGTH
                     assert server.status()["charged_bytes"] == room
-                    with pytest.raises(Busy, match="all room is taken"):
+                    with pytest.raises(Busy, match="1 sessions of your token"):
                         async with world.generation(patience_s=1.0) as generation:
                             await anext(aiter(generation))
                     await asyncio.sleep(EVICT_IDLE_S)
@@ -232,6 +233,67 @@ def test_a_route_of_a_lower_epoch_is_passed_over() -> None:
                 (session,) = server.sessions.values()
                 assert session.route is not None
                 assert session.route.epoch == 5
+
+    run(main, limit_s=60)
+
+
+async def seconds_of_a_text(stage: int, idle: int) -> float:
+    """While as many sessions are open at a stage and get no rows but those they began with, if any."""
+    async with World(serving_spec(2), 1, duration_s=0.05) as world, contextlib.AsyncExitStack() as streams:
+        for number in range(idle):
+            stream = await streams.enter_async_context(world.client.open(world.peers[stage].name, SESSION))
+            opening = OpenSession(bytes([number]) * 16, stage, 64, b"", GREEDY)
+            await stream.send(opening, torch.tensor(PROMPT, dtype=torch.int32).numpy().tobytes())
+            await stream.receive(SessionOpened)
+        await asyncio.sleep(5)
+        begun_s = asyncio.get_running_loop().time()
+        assert await world.text(count=20) == reference(world, PROMPT, 20)
+        return asyncio.get_running_loop().time() - begun_s
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_batches_do_not_wait_for_sessions_that_do_not_move(stage: int) -> None:
+    alone_s = run(lambda: seconds_of_a_text(stage, 0), limit_s=60)
+    assert run(lambda: seconds_of_a_text(stage, 10), limit_s=60) < 1.05 * alone_s
+
+
+def test_a_session_that_cannot_be_drawn_for_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fragile(logits: torch.Tensor, before: list[int], options: SamplingOptions) -> int:
+        return next_token(logits * torch.nan if options.seed == 1 else logits, before, options)
+
+    monkeypatch.setattr("shoal.training.serving.engine.next_token", fragile)
+
+    async def main() -> None:
+        async with World(serving_spec(2), 1, duration_s=0.05) as world:
+            sound = [asyncio.create_task(world.text(count=30, seed=n)) for n in range(6)]
+            await asyncio.sleep(1)
+            with pytest.raises(StageEmpty, match="scores are not finite"):
+                await world.text(count=30, options=SamplingOptions(seed=1), seed=9, patience_s=1.0)
+            assert await asyncio.gather(*sound) == 6 * [reference(world, PROMPT, 30)]
+            assert not world.suspected
+
+    run(main, limit_s=60)
+
+
+def test_a_server_that_leaves_sends_its_sessions_away_and_takes_no_more() -> None:
+    async def main() -> None:
+        async with World(serving_spec(2), 2) as world:
+            text: list[int] = []
+            async with world.generation() as generation:
+                world.watched = generation
+                async for token in generation:
+                    text.append(token)
+                    if len(text) == 20:
+                        left = world.used(1)
+                        world.leave(left)
+            assert text == reference(world)
+            assert generation.figures.longest_gap_s < 1.0  # nobody waited for it in vain
+            assert not left.server.sessions
+            async with world.client.open(left.name, SESSION) as stream:
+                opening = OpenSession(b"s" * 16, 1, 64, b"", GREEDY)
+                await stream.send(opening, torch.tensor(PROMPT, dtype=torch.int32).numpy().tobytes())
+                with pytest.raises(NotHere, match="this peer has left stage 1"):
+                    await stream.receive(SessionOpened)
 
     run(main, limit_s=60)
 
@@ -275,36 +337,81 @@ def test_a_bias_can_force_and_forbid() -> None:
     assert (next_token(logits, [], forbidden), next_token(logits, [], forced)) == (1, 2)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-300, 1e-5])
+def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
+    assert next_token(torch.tensor([1.0, 30.0, 29.9]), [1], SamplingOptions(temperature=temperature)) == 1
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_not_finite_are_an_error(wrong: float, temperature: float) -> None:
+    with pytest.raises(NotHere, match="not finite"):
+        next_token(torch.tensor([-torch.inf, wrong]), [0], SamplingOptions(temperature=temperature))
+
+
 # --- policies
 
 
-def held(name: bytes, size: int = MIB, idle_s: float = 0.0, left_s: float = 1.0, peer: str = "a") -> Held:
-    return Held(name, peer, size, idle_s, left_s)
+def held(name: bytes, size: int = MIB, idle_s: float = 0.0, left_s: float = 1.0, token: str = "a") -> Held:
+    return Held(name, token, size, idle_s, left_s)
 
 
 def test_admission_takes_what_fits_and_evicts_the_longest_idle_only_for_need() -> None:
-    idle = [held(b"1", idle_s=EVICT_IDLE_S), held(b"2", idle_s=99.0), held(b"3")]
-    assert admit(MIB, "b", idle, 4 * MIB).evict == ()
-    assert admit(MIB, "b", idle, 3 * MIB).evict == (b"2",)
-    assert admit(2 * MIB, "b", idle, 3 * MIB).evict == (b"2", b"1")
-    refused = admit(3 * MIB, "b", idle, 3 * MIB)
+    idle = [held(b"1", idle_s=EVICT_IDLE_S), held(b"2", idle_s=99.0), *(held(bytes([n])) for n in range(4))]
+    assert admit(MIB, "b", idle, 7 * MIB).evict == ()
+    assert admit(MIB, "b", idle, 6 * MIB).evict == (b"2",)
+    assert admit(2 * MIB, "b", idle, 6 * MIB).evict == (b"2", b"1")
+    refused = admit(3 * MIB, "b", idle, 6 * MIB)
     assert refused.refusal
     assert not refused.evict
 
 
 def test_admission_names_the_time_until_enough_is_free() -> None:
-    busy = [held(b"1", left_s=9.0), held(b"2", left_s=2.0), held(b"3", left_s=5.0)]
-    assert admit(MIB, "b", busy, 3 * MIB).retry_after_s == 2.0
-    assert admit(2 * MIB, "b", busy, 3 * MIB).retry_after_s == 5.0
-    assert "ask for fewer tokens" in admit(4 * MIB, "b", busy, 3 * MIB).refusal
+    busy = [held(bytes([n]), 2 * MIB, left_s=left_s) for n, left_s in enumerate((9.0, 2.0, 5.0))]
+    assert admit(2 * MIB, "b", busy, 6 * MIB).retry_after_s == 2.0
+    assert admit(3 * MIB, "b", busy, 6 * MIB).retry_after_s == 5.0
+    assert "ask for fewer tokens" in admit(4 * MIB, "b", busy, 6 * MIB).refusal
 
 
-def test_admission_bounds_sessions_of_one_peer_and_of_all() -> None:
-    own = [held(bytes([n]), size=1, peer="b") for n in range(SESSIONS_PER_PEER)]
-    assert "of yours" in admit(1, "b", own, MIB).refusal
+def test_admission_bounds_sessions_of_one_token_and_of_all() -> None:
+    own = [held(bytes([n]), size=1, token="b") for n in range(SESSIONS_PER_TOKEN)]
+    assert "of your token" in admit(1, "b", own, MIB).refusal
     assert not admit(1, "a", own, MIB).refusal
-    everybody = [held(n.to_bytes(2), size=1, peer=str(n % 50)) for n in range(SESSIONS)]
+    everybody = [held(n.to_bytes(2), size=1, token=str(n % 50)) for n in range(SESSIONS)]
     assert admit(1, "x", everybody, MIB).refusal
+    assert SESSIONS < STREAMS_PER_PEER / 2  # a session holds a stream from a server to the next
+
+
+def test_admission_leaves_half_of_the_room_to_other_tokens() -> None:
+    own = [held(b"1", left_s=4.0, token="b"), held(b"2", left_s=3.0, token="b")]
+    refused = admit(MIB, "b", own, 5 * MIB)
+    assert "of your token" in refused.refusal
+    assert refused.retry_after_s == 3.0
+    assert not admit(MIB, "a", own, 5 * MIB).refusal
+    own[1] = held(b"2", idle_s=EVICT_IDLE_S, token="b")
+    assert admit(MIB, "b", [*own, held(b"3", idle_s=99.0)], 5 * MIB).evict == (b"2",)
+
+
+def test_peers_of_one_token_share_what_a_token_may_have() -> None:
+    async def main() -> None:
+        async with World(serving_spec(1), 1) as world, contextlib.AsyncExitStack() as stack:
+            names = [PeerId(f"one{n:02}x".ljust(52, "1")) for n in range(SESSIONS_PER_TOKEN + 1)]
+            roles, answers = frozenset({Role.INFERENCE}), list[object]()
+            for number, name in enumerate(names):
+                transport = world.network.transport(name, roles, token_id="shared")
+                await transport.start()
+                stream = await stack.enter_async_context(transport.open(world.peers[0].name, SESSION))
+                opening = OpenSession(bytes([number]) * 16, 0, 64, b"", GREEDY)
+                await stream.send(opening, torch.tensor(PROMPT, dtype=torch.int32).numpy().tobytes())
+                try:
+                    answers.append((await stream.receive(SessionOpened)).header)
+                except Busy as busy:
+                    answers.append(busy)
+            assert [isinstance(one, Busy) for one in answers] == SESSIONS_PER_TOKEN * [False] + [True]
+            assert "of your token" in str(answers[-1])
+            assert await world.text() == reference(world)
+
+    run(main, limit_s=60)
 
 
 def test_steps_go_first_and_prompts_still_get_their_share() -> None:

@@ -103,6 +103,7 @@ class Generation:
         self._avoid_until_s: dict[PeerId, float] = {}
         self._failures: dict[PeerId, int] = {}
         self._reasons: dict[int, ShoalError] = {}
+        self._denied: set[PeerId] = set()  # servers that were refused, or refused, for want of access
         self._lacking: set[int] = set()  # stages of which a replica lacks the pinned version
         self._restarted_at, self._vain = -1, 0
         self._epoch = 0
@@ -165,7 +166,8 @@ class Generation:
     async def _mend(self) -> None:
         """Bring the chain to what it should be, as far as that can be done now.
 
-        Raises VersionRetired when this version cannot go on, StageEmpty, Busy and AccessError for good.
+        Raises VersionRetired when this version cannot go on, StageEmpty and Busy for good, and AccessError
+        when all that are known of a stage gave it.
         """
         now_s = asyncio.get_running_loop().time()
         for stage, link in enumerate(self._links):
@@ -206,8 +208,12 @@ class Generation:
         """Remember what a server that is given up has done, so that the next choice is a better one."""
         was_open = link.version is not None
         self._reasons[stage] = trouble
-        if isinstance(trouble, AccessError) or (isinstance(trouble, VersionRetired) and was_open):
+        if isinstance(trouble, VersionRetired) and was_open:
             raise trouble
+        if isinstance(trouble, AccessError):  # of one server alone it may be its own certificate
+            self._denied.add(link.peer)
+            if self._denied.issuperset(one.peer for one in self._replicas.of_stage(stage)):
+                raise trouble
         if isinstance(trouble, VersionRetired):
             self._lacking.add(stage)
         if isinstance(trouble, NetworkError | ProtocolViolation):
@@ -263,6 +269,7 @@ class Generation:
             if link is None or not link.is_open:
                 continue
             self._empty_since_s.pop(stage, None)
+            self._denied.discard(link.peer)
             self._pins[stage] = link.version or b""
             behind = (stage + 1) % self._stages
             target = self._links[behind]

@@ -23,6 +23,7 @@ from shoal.training.serving.sampling import next_token
 
 _log = logging.getLogger(__name__)
 _SMOOTHING = 0.2
+_LATELY_S = 1.0  # a session that moved within it, or within two rounds of the ring, is soon here again
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +84,9 @@ class Engine:
         return [one for one in self._sessions.values() if one.waiting and one.failure is None]
 
     def _patience_s(self) -> float:
-        running = sum(not one.finish for one in self._sessions.values())
+        lately_s = max(_LATELY_S, 2 * self._servers * self.figures.step_s)
+        since_s = asyncio.get_running_loop().time() - lately_s
+        running = sum(one.runs and one.active_s >= since_s for one in self._sessions.values())
         return patience_s(len(self._waiting()), running, self._servers, self.figures.step_s)
 
     def _next(self) -> list[_Piece]:
@@ -99,10 +102,14 @@ class Engine:
         begun_s = loop.time()
         try:
             outcome = await self._lane.run(Work.SERVE, self._compute, pieces)
-        except Exception:  # the edge of this task: training goes on, these sessions do not
-            _log.exception("a batch of %d sessions could not be computed", len(pieces))
-            for piece in pieces:
-                piece.session.fail(ShoalError("computing the session's positions failed"))
+        except Exception as error:  # the edge of this task: training and the other sessions go on
+            if len(pieces) > 1:  # each alone, to find whose fault it is; caches take the same rows again
+                for piece in pieces:
+                    await self._run([piece])
+                return
+            _log.exception("a session's positions could not be computed")
+            told = ShoalError("computing the session's positions failed")
+            pieces[0].session.fail(error if isinstance(error, ShoalError) else told)
             return
         now_s = loop.time()
         self.figures.batches += 1

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from shoal.protocol.errors import MessageInvalid, ShoalError, Stale
-from shoal.protocol.identity import PeerId
+from shoal.protocol.identity import VerifiedPeer
 from shoal.training.serving.cache import Cache
 from shoal.training.serving.messages import LENGTH, STOP, OpenSession, SamplingOptions, SessionRoute
 from shoal.training.serving.versions import ServingVersion
@@ -26,7 +26,7 @@ class HostedSession:
     def __init__(
         self,
         opening: OpenSession,
-        peer: PeerId,
+        client: VerifiedPeer,
         version: ServingVersion,
         charged_bytes: int,
         *,
@@ -37,7 +37,7 @@ class HostedSession:
         now_s: float,
     ) -> None:
         """`tokens` known so far, at the ends of the chain."""
-        self.id, self.peer, self.version = opening.session, peer, version
+        self.id, self.token_id, self.version = opening.session, client.token_id, version
         self.capacity, self.charged_bytes = opening.capacity, charged_bytes
         self.sampling = opening.sampling or SamplingOptions()
         self.first, self.last = first, last
@@ -89,6 +89,11 @@ class HostedSession:
     def waiting(self) -> int:
         """Positions that are here and not computed."""
         return self.received - self.computed if not self.finish else 0
+
+    @property
+    def runs(self) -> bool:
+        """Rows have come, and more are to come."""
+        return self.received > 0 and not self.finish and self.failure is None
 
     def next_rows(self, count: int) -> torch.Tensor:
         """The first `count` of those that wait; they are gone from here then."""

@@ -6,21 +6,28 @@ from the seed and the position, so a server that takes over draws the same token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from blake3 import blake3
 
+from shoal.protocol.errors import NotHere
 from shoal.training.serving.messages import SamplingOptions
+
+_GREEDY_BELOW = 1e-4  # of temperature: the likeliest is drawn anyway, and smaller ones overflow scores
 
 
 def next_token(logits: torch.Tensor, before: Sequence[int], options: SamplingOptions) -> int:
-    """The token after `before`, of its logits fp32 [vocabulary]; greedy at temperature 0.
+    """The token after `before`, of its logits fp32 [vocabulary]; greedy at temperature 0, or next to it.
 
-    Where several are equally likely, greedy takes the lowest id.
+    Where several are equally likely, greedy takes the lowest id. Raises NotHere where NaN or infinity
+    is the largest logit.
     """
     scores = adjusted(logits, before, options)
-    if options.temperature <= 0:
+    if not math.isfinite(float(scores.max())):
+        raise NotHere(f"no token {len(before)} can be drawn here: the model's scores are not finite")
+    if options.temperature < _GREEDY_BELOW:
         return int(torch.argmax(scores))
     kept = filtered(scores.double() / options.temperature, options)
     cumulative = torch.softmax(kept, dim=0).cumsum(dim=0)

@@ -75,6 +75,7 @@ class SessionServer:
     ) -> None:
         self.sessions: dict[bytes, HostedSession] = {}
         self.refused = self.evicted = 0
+        self._left = False
         self._spec, self._stage, self._layout = spec, stage, layout
         self.versions = versions
         self._transport, self._budget_bytes = transport, budget_bytes
@@ -91,8 +92,13 @@ class SessionServer:
         self._transport.serve(ROWS, self._rows, SERVERS)
 
     async def run(self) -> None:
-        """Compute until cancelled."""
-        await self.engine.run()
+        """Compute until cancelled; whoever is here then is sent away, and so is who comes later."""
+        try:
+            await self.engine.run()
+        finally:
+            self._left = True
+            for session in self.sessions.values():
+                session.fail(self._gone())
 
     def status(self) -> dict[str, object]:
         """JSON-able."""
@@ -127,6 +133,8 @@ class SessionServer:
     def _open(self, message: Message[OpenSession], stream: Stream) -> HostedSession:
         """Raises MessageInvalid for what does not fit the model, Busy, VersionRetired and NotHere."""
         opening, layout = message.header, self._layout
+        if self._left:
+            raise self._gone()
         if opening.stage != self._stage:
             raise Stale(f"asked for stage {opening.stage}, this peer holds stage {self._stage}")
         if opening.session in self.sessions:
@@ -145,7 +153,7 @@ class SessionServer:
         version = self.versions.get(opening.version)
         return HostedSession(
             opening,
-            stream.remote.peer,
+            stream.remote,
             version,
             self._make_room(opening, stream),
             tokens=tokens,
@@ -161,7 +169,7 @@ class SessionServer:
             2 * 4 * self._spec.model.width * opening.capacity
         )  # fp32, waiting and for the next server
         wanted = rows_bytes + cache_bytes(self._spec, self._layout.layers, opening.capacity, self._dtype)
-        verdict = admit(wanted, stream.remote.peer, self._held(), self._budget_bytes)
+        verdict = admit(wanted, stream.remote.token_id, self._held(), self._budget_bytes)
         if verdict.refusal:
             self.refused += 1
             raise Busy(verdict.refusal, verdict.retry_after_s)
@@ -175,7 +183,7 @@ class SessionServer:
         return [
             Held(
                 one.id,
-                one.peer,
+                one.token_id,
                 one.charged_bytes,
                 now_s - one.active_s,
                 (one.capacity - one.received) * step_s if not one.finish else 0.0,
@@ -295,6 +303,9 @@ class SessionServer:
         count = payload.nbytes // 4
         ids: list[int] = self._form.unpack_tokens(payload, 1, count)[0].tolist()
         return ids
+
+    def _gone(self) -> NotHere:
+        return NotHere(f"this peer has left stage {self._stage}")
 
     def _retire(self, version: bytes) -> None:
         for session in self.sessions.values():
