@@ -46,7 +46,7 @@ class Worker:
         self._store = store
         self._events = events
         self._tenure: Tenure | None = None
-        self._decisions = DecisionLog(options.decisions) if options.decisions is not None else None
+        self._decisions = DecisionLog(options.decisions, events) if options.decisions else None
 
     async def run(self) -> None:
         """Learn the run, take a stage, train."""

@@ -11,7 +11,7 @@ import torch
 from trainer_world import Replica, TrainerWorld, round_spec
 
 from shoal.protocol import virtual_time
-from shoal.protocol.errors import MessageInvalid, MessageTooLarge, Stale
+from shoal.protocol.errors import MessageInvalid, MessageTooLarge, Stale, StorageError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import call
 from shoal.training.neighbours import stage_guardians
@@ -21,7 +21,7 @@ from shoal.training.outer.replica import Replica as Copy
 from shoal.training.plan import make_plan
 from shoal.training.recovery.guardians import Candidate, choose_guardians, guard_bytes, may_let_go
 from shoal.training.recovery.guarding import Guarding
-from shoal.training.recovery.snapshots import Snapshots
+from shoal.training.recovery.snapshots import Snapshots, clear
 
 SPARE = 1 << 30
 SLOWER = 10.0  # a round takes about two seconds
@@ -192,6 +192,51 @@ def test_a_copy_outlives_its_guardians_process_on_disk(tmp_path: Path) -> None:
     virtual_time.run(main)
 
 
+def test_a_copy_that_fails_is_begun_again_and_its_disk_too_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails() -> None:
+        raise OSError("no such luck")
+
+    async def main() -> None:
+        async with TrainerWorld(round_spec(2), spare_bytes=SPARE, disk=tmp_path, slower=SLOWER) as world:
+            await two_stages(world, 2, 1)
+            keeper, _ = await guarded(world, 1, copies=2)
+            own, folder = guarding(keeper), copy_of(keeper)[1].directory
+            assert folder is not None
+            (folder / "snapshot-000000000000.safetensors").mkdir(parents=True)  # which nobody can unlink
+            failed = own._guarded[1].guard
+            monkeypatch.setattr(failed, "_follow", fails)
+            async with asyncio.timeout(30.0):
+                while not (own.holds(1) and own._guarded[1].guard is not failed):
+                    await asyncio.sleep(0.1)
+            assert "no such luck" in str(keeper.heard("guard-failed")[0]["text"])
+            await keeper.reach(keeper.trainer.outer.height + 6)  # its snapshots are written meanwhile
+            async with asyncio.timeout(10.0):
+                await own._end(1, own._guarded[1])
+            assert any("snapshot-000000000000" in str(told["why"]) for told in keeper.heard("disk-refused"))
+            await keeper.reach(keeper.trainer.outer.height + 1)
+
+    virtual_time.run(main)
+
+
+def test_a_writer_outlives_a_folder_that_cannot_be_cleared(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with TrainerWorld(round_spec(1), disk=tmp_path, slower=SLOWER) as world:
+            replica = await world.add(0, 0)
+            (tmp_path / "other" / "snapshot-000000000000.safetensors").mkdir(parents=True)
+            with pytest.raises(StorageError, match="by hand"):
+                clear(tmp_path / "other")
+            snapshots = replica.trainer.outer._snapshots
+            snapshots.write(clear, tmp_path / "other")
+            async with asyncio.timeout(30.0):
+                await snapshots._writes.join()
+            assert replica.heard("disk-refused")
+            await replica.reach(replica.trainer.outer.height + 2)
+
+    virtual_time.run(main)
+
+
 def test_what_is_handed_to_a_guardian_has_to_be_a_lone_replicas_own_next_entry() -> None:
     """P8: nobody else's bytes get into a copy."""
 
@@ -269,10 +314,21 @@ def test_memory_to_spare_is_never_exceeded() -> None:
 
 
 def test_a_copy_is_let_go_only_when_two_others_have_it() -> None:
-    assert may_let_go(chosen=False, height=5, others=[5, 6], trained=True)
-    assert not may_let_go(chosen=False, height=5, others=[5, 4], trained=True)
-    assert not may_let_go(chosen=False, height=5, others=[5, 6], trained=False)
-    assert not may_let_go(chosen=True, height=5, others=[5, 6], trained=True)
+    me, a, b = PeerId("me"), PeerId("a"), PeerId("b")
+    assert may_let_go(me, [a, b], {me: 5, a: 5, b: 6}, trained=True)
+    assert not may_let_go(me, [a, b], {me: 5, a: 5, b: 4}, trained=True)
+    assert not may_let_go(me, [a, b], {me: 5, a: 5}, trained=True)
+    assert not may_let_go(me, [a, b], {me: 5, a: 5, b: 6}, trained=False)
+    assert not may_let_go(me, [me, b], {me: 5, a: 5, b: 6}, trained=True)
+
+
+def test_guardians_that_are_not_chosen_any_more_do_not_drop_the_last_copies_at_once() -> None:
+    leavers, chosen = [PeerId(name) for name in "abc"], [PeerId("d"), PeerId("e")]
+    heights = dict.fromkeys(leavers, 5)
+    for kept in ({}, {PeerId("d"): 0}, {PeerId("d"): 5}, {PeerId("d"): 5, PeerId("e"): 4}):
+        assert not any(may_let_go(peer, chosen, heights | kept, trained=True) for peer in leavers)
+    heights |= dict.fromkeys(chosen, 5)
+    assert all(may_let_go(peer, chosen, heights, trained=True) for peer in leavers)
 
 
 def test_a_copy_takes_states_and_a_tail_of_entries() -> None:

@@ -120,3 +120,12 @@ def test_a_stage_counts_as_lost_only_while_nobody_holds_it_and_the_run_has_entri
     assert lost(member("a", 0, 3), member("b", 1, 3, **silent)) is False, "it may thaw"
     assert lost(member("a", 0, 3), member("b", 1, 3, **silent), now_s=200.0) is True
     assert lost(member("b", 1, 3, departed=True, **silent)) is True
+
+    guards = Beat(stages=(StageBeat(0, height=3),), guards=(StageBeat(1, height=3),))
+    guardian = member("g", 0, 3, beat=guards)
+    assert lost(guardian) is False, "a copy is about to be taken from it"
+    assert lost(member("a", 0, 3), member("g", 0, 3, beat=guards, **silent)) is False, "it may thaw"
+    assert lost(member("a", 0, 3), member("g", 0, 3, beat=guards, **silent), now_s=200.0) is True
+    assert lost(member("a", 0, 3), member("g", 0, 3, beat=guards, departed=True, **silent)) is True
+    elsewhere = Beat(stages=(StageBeat(0, height=3),), guards=(StageBeat(2, height=3),))
+    assert lost(member("g", 0, 3, beat=elsewhere)) is True, "of another stage"

@@ -88,7 +88,7 @@ def log(path: Path, **changed: object) -> Path:
     move = plan(REPLICAS, spec_costs(quick()), 1, 30.0)
     assert move is not None
     candidates = [Candidate(peer, 0.01, 0.0, 0.0, 0, 0, 0.1) for peer in "ef"]
-    with DecisionLog(path) as decisions:
+    with DecisionLog(path, lambda kind, fields: None) as decisions:
         decisions.note("move", move, replicas=REPLICAS, move_s=30.0, **changed)
         decisions.note("route", None, candidates=[], payload_bytes=9, seed=7)
         decisions.note("route", "e", candidates=candidates[:1], payload_bytes=9, seed=7)
@@ -111,6 +111,22 @@ def test_a_killed_process_leaves_half_a_line_and_that_is_no_decision(tmp_path: P
     path = log(tmp_path / "decisions")
     path.write_text(path.read_text()[:-20])
     assert replay(quick(), [path]).decisions == {"move": 1, "route": 1}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to write to")
+def test_a_full_disk_is_told_once_and_stops_no_policy() -> None:
+    told: list[tuple[str, dict[str, object]]] = []
+    with DecisionLog(Path("/dev/full"), lambda kind, fields: told.append((kind, fields))) as decisions:
+        for _ in range(3):
+            decisions.note("route", None, candidates=[], payload_bytes=9, seed=7)
+    ((kind, fields),) = told
+    assert kind == "decisions-refused"
+    assert "/dev/full" in str(fields["text"])
+
+
+def test_a_file_that_cannot_be_opened_is_told_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--decisions .*; name a file that can be written"):
+        DecisionLog(tmp_path / "nowhere" / "decisions", lambda kind, fields: None)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,10 +58,14 @@ def choose_guardians(
     return tuple(chosen)
 
 
-def may_let_go(chosen: bool, height: int, others: Sequence[int], trained: bool) -> bool:
-    """Whether a guardian may forget a stage. `others`: heights that the other guardians have; `trained`: by
-    somebody."""
-    return trained and not chosen and sum(kept >= height for kept in others) >= GUARDIANS
+def may_let_go(me: PeerId, chosen: Sequence[PeerId], heights: Mapping[PeerId, int], trained: bool) -> bool:
+    """Whether this peer may forget a stage: others that shall guard it have what it has.
+
+    Those that shall not are no others: they may let go at the same moment. `heights`: of all copies, this
+    peer's among them; `trained`: by somebody.
+    """
+    have = sum(heights.get(peer, -1) >= heights[me] for peer in chosen)
+    return trained and me not in chosen and have >= GUARDIANS
 
 
 def _mixed(hashes: np.ndarray, stage: int) -> np.ndarray:

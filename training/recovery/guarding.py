@@ -1,7 +1,8 @@
 """Guarding: the stages that one peer keeps a copy of, besides the one that it trains.
 
 It looks now and then at who should guard what (`guardians`), begins what falls to this peer and ends what
-others have by now. Belongs to a trainer: who goes to another stage finds its copies on its disk again.
+others have by now. A copy that fails is begun again, and takes nothing else along. Belongs to a trainer: who
+goes to another stage finds its copies on its disk again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from shoal.dht.beats import StageBeat
 from shoal.dht.members import Members
 from shoal.dht.view import SwarmView
+from shoal.protocol.errors import StorageError
 from shoal.protocol.identity import Role
 from shoal.training.neighbours import stage_guardians, stage_members
 from shoal.training.outer.context import Context
@@ -91,11 +93,15 @@ class Guarding:
         chosen = choose_guardians(self._context.run_id, self._needs, self._candidates(view))
         for stage, guardians in enumerate(chosen):
             guarded = self._guarded.get(stage)
-            if guarded is None and me in guardians:
+            failed = guarded is not None and guarded.task.done()
+            if failed:
+                del self._guarded[stage]
+            if failed or (guarded is None and me in guardians):
                 self._begin(stage, tasks)
             elif guarded is not None:
-                others = [guardian.height for guardian in stage_guardians(self._members, stage)]
-                if may_let_go(me in guardians, guarded.guard.height, others, bool(view.online(stage))):
+                heights = {other.peer: other.height for other in stage_guardians(self._members, stage)}
+                heights[me] = guarded.guard.height
+                if may_let_go(me, guardians, heights, bool(view.online(stage))):
                     await self._end(stage, guarded)
 
     def _begin(self, stage: int, tasks: asyncio.TaskGroup) -> None:
@@ -104,7 +110,17 @@ class Guarding:
             return
         context = self._context.beside(stage, self._sizes[stage], payload_budget_bytes=0)
         guard = Guard(context, lambda: stage_members(self._members, stage), self._directory)
-        self._guarded[stage] = _Guarded(guard, tasks.create_task(guard.run(), name=f"guard stage {stage}"))
+        self._guarded[stage] = _Guarded(
+            guard, tasks.create_task(self._guard(stage, guard), name=f"guard stage {stage}")
+        )
+
+    async def _guard(self, stage: int, guard: Guard) -> None:
+        """Until cancelled, or the guard fails."""
+        try:
+            await guard.run()
+        except Exception as error:  # the edge of this task: a copy is no reason to train no more
+            text = f"the copy of stage {stage} failed, and is begun again: {type(error).__name__}: {error}"
+            self._context.event("guard-failed", {"stage": stage, "why": str(error), "text": text})
 
     async def _end(self, stage: int, guarded: _Guarded) -> None:
         """Two others have it: forget it, on disk too."""
@@ -114,7 +130,10 @@ class Guarding:
         self._context.event("guarding-ended", {"stage": stage})
         if self._directory is not None:
             folder = stage_directory(self._context.beside(stage, self._sizes[stage]), self._directory)
-            await self._context.offload(clear, folder)
+            try:
+                await self._context.offload(clear, folder)
+            except StorageError as error:
+                self._context.event("disk-refused", {"why": str(error)})
 
     def _on_disk(self) -> list[int]:
         """Stages whose copy an earlier process of this peer left."""

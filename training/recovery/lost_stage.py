@@ -42,7 +42,7 @@ class Loss:
 
     height: int  # of the highest log
     log_tokens: int  # of the longest
-    certain: bool  # whoever held the stage is gone for good; else somebody is only silent
+    certain: bool  # whoever held or guarded the stage is gone for good; else it may yet come from somebody
 
 
 def loss_of(view: SwarmView, stage: int) -> Loss | None:
@@ -55,12 +55,13 @@ def loss_of(view: SwarmView, stage: int) -> Loss | None:
     height = max((beat.height for beat in beats), default=0)
     if not height:
         return None
-    silent = any(
+    guardians = [m for m in others if m.beat is not None and any(g.stage == stage for g in m.beat.guards)]
+    hoped_for = any(
         member.liveness is not Liveness.GONE
         or (not member.departed and member.heard_s is not None and view.now_s - member.heard_s < SILENT_S)
-        for member in holders
+        for member in (*holders, *guardians)
     )
-    return Loss(height, max(beat.log_tokens for beat in beats), not silent)
+    return Loss(height, max(beat.log_tokens for beat in beats), not hoped_for)
 
 
 def told(stage: int, policy: str, loss: Loss) -> str:

@@ -146,7 +146,10 @@ class Snapshots:
                 await point(self._context.transport, _WRITING)
                 await self._context.offload(function, *arguments)
                 await point(self._context.transport, _WRITTEN)
-            except StorageError as error:  # training goes on; status and log say that the disk does not
+            except (
+                StorageError,
+                OSError,
+            ) as error:  # training goes on; status and log say that the disk does not
                 self._context.event("disk-refused", {"why": str(error)})
             finally:
                 self._writes.task_done()
@@ -176,10 +179,13 @@ def has_snapshot(directory: Path) -> bool:
 
 
 def clear(directory: Path) -> None:
-    """Forget a stage's state on disk."""
-    for pattern in ("snapshot-*.safetensors", "entry-*.safetensors"):
-        for path in directory.glob(pattern):
-            path.unlink(missing_ok=True)
+    """Forget a stage's state on disk. Raises StorageError."""
+    try:
+        for pattern in ("snapshot-*.safetensors", "entry-*.safetensors"):
+            for path in directory.glob(pattern):
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{directory}: {error}; remove it by hand") from error
 
 
 def newest_on_disk(directory: Path, size: int, fragments: Sequence[Fragment]) -> Snapshot | None:
