@@ -64,7 +64,11 @@ class Offered:
     # -- what comes in
 
     def note(self, entry: Entry, mine: Contribution | None, reached: frozenset[PeerId], now_s: float) -> None:
-        """A round has been applied; `mine` is what this process sent, listed or not, `reached` to whom."""
+        """A round has been applied; `mine` is what this process sent, listed or not.
+
+        `reached` are those who may hold another outcome of it: who got some of `mine`, or of another member's
+        contribution in an earlier attempt, and so whoever could decide the round.
+        """
         present = {entry.roster[seat].peer for seat in entry.present()}
         missing = _missing(entry, present)
         others = (present | reached) - {self._me}

@@ -105,13 +105,14 @@ class Replica:
         result = await step.finish(entry, means, contribution if listed else None)
         await self.digests(but=fragment.index)
         await local.rebase([*result.changes, *self._settle(entry)])
+        quorum = frozenset(self.log.quorum)  # those of them who are missing now may hold another outcome
         self.log.append(data)
         self._anchors[fragment.index], self._momenta[fragment.index] = result.anchor, result.momentum
         self._digests[fragment.index] = result.digests
         self.residuals.retire_contributed(result.remainders)
         if not entry.lost:
             now_s = asyncio.get_running_loop().time()
-            self.offered.note(entry, contribution if reached else None, reached, now_s)
+            self.offered.note(entry, contribution if reached else None, reached | quorum, now_s)
             self.lost.note(entry)
         digests = [digest for fragment in self._digests for digest in fragment]
         self.state_root = state_root(tensors_digest(digests), self.log.state())
