@@ -27,7 +27,8 @@ from shoal.node.owner.invitations import keep_addresses
 from shoal.node.paths import PeerFolder, checkpoint_store, run_folder
 from shoal.node.presence import Presence, present
 from shoal.node.revoked import leave_when_revoked
-from shoal.node.status import Status, stage_replicas, swarm_table
+from shoal.node.view.assemble import assemble
+from shoal.node.view.snapshot import Own, Snapshot
 from shoal.node.worker import Worker
 from shoal.protocol.admission import JoinToken
 from shoal.protocol.allocator import keep_freed_memory
@@ -92,6 +93,7 @@ class Daemon:
         key = await asyncio.to_thread(PeerKey.load_or_create, self._identity_path)
         actions = {
             "status": self._answer_status,
+            "snapshot": self._answer_snapshot,
             "leave": self._answer_leave,
             "ledger": self._answer_ledger,
             "reload_revocations": self._answer_reload,
@@ -175,15 +177,23 @@ class Daemon:
         text = f"left after {uptime_s / 60:.1f} min: {steps} steps, {tokens} tokens contributed. Thank you."
         return {"reason": self._stop_reason, "uptime_s": uptime_s, "training": done, "text": text}
 
-    def status(self) -> Status:
+    def snapshot(self) -> Snapshot:
         """Everything this peer knows, for the control socket."""
+        presence = self._presence
+        if presence is None:
+            raise NetworkError("this peer is still starting\ntry again in a moment")
+        spec = presence.spec.spec if presence.spec else None
+        return assemble(time.time(), self._own(), presence.members.view(), spec)
+
+    def _own(self) -> Own:
         presence, worker = self._presence, self._worker
         if presence is None or worker is None:
             raise NetworkError("this peer is still starting\ntry again in a moment")
         trainee, device = worker.trainee, worker.device
-        membership, view = presence.membership, presence.members.view()
+        membership = presence.membership
         spec = presence.spec.spec if presence.spec else None
-        return Status(
+        counters = presence.transport.counters()
+        return Own(
             version=version("shoal"),
             pid=os.getpid(),
             run_name=spec.run.name if spec else "",
@@ -208,17 +218,20 @@ class Daemon:
             leaf_until=membership.me.not_after,
             revocation_version=membership.revocations.version,
             data_dir=str(self._folder),
-            stage_replicas=stage_replicas(view, spec.stages.count) if spec else (),
             trouble=trainee.trouble if trainee else "",
-            peers=swarm_table(view),
             loop=self._meter.health(),
+            bytes_out=counters.bytes_out,
+            bytes_in=counters.bytes_in,
             training=trainee.status() if trainee else {},
         )
 
     # --- the control socket
 
     async def _answer_status(self, request: Mapping[str, Any]) -> object:
-        return self.status().to_json()
+        return self.snapshot().brief()
+
+    async def _answer_snapshot(self, request: Mapping[str, Any]) -> object:
+        return self.snapshot().to_json()
 
     async def _answer_leave(self, request: Mapping[str, Any]) -> object:
         self._ask_to_stop("shoal leave", 0)

@@ -19,8 +19,9 @@ from shoal.node.options import PeerOptions
 from shoal.node.placing import take_stage
 from shoal.node.presence import Presence
 from shoal.node.reachability import Reach, find_reach
-from shoal.node.status import stage_replicas, verdict
 from shoal.node.trainee import Trainee
+from shoal.node.view.assemble import stage_replicas
+from shoal.node.view.verdict import verdict
 from shoal.protocol.errors import UsageError
 from shoal.protocol.identity import PeerId
 from shoal.training.decisions import DecisionLog
@@ -167,7 +168,7 @@ class Worker:
                 f"{others or 'no'} other {'peer shares' if others == 1 else 'peers share'} it",
                 f"  memory    {planned.memory.total >> 20:,} MiB of {device.memory_bytes >> 20:,} MiB",
                 f"  address   {', '.join(presence.addresses)}: {self.reach.text}",
-                f"  status    {verdict(stage_replicas(view, spec.stages.count))}",
+                f"  status    {verdict(stage_replicas(view, spec.stages.count))[1]}",
             )
         )
         fields = {

@@ -26,7 +26,8 @@ from shoal.node.events import sentence
 from shoal.node.loop import LoopMeter, new_loop
 from shoal.node.owner.home import OwnerHome
 from shoal.node.signed_spec import SignedSpec
-from shoal.node.status import Status
+from shoal.node.view.parts import Stage
+from shoal.node.view.snapshot import Own, Snapshot
 from shoal.protocol.admission import JoinToken
 from shoal.protocol.errors import (
     PeerUnreachable,
@@ -288,7 +289,7 @@ def test_rates_and_what_is_none() -> None:
 def test_the_uplink_is_the_same_for_people_and_programs(
     measured: float | None, limit: float | None, shown: str
 ) -> None:
-    answer = json.loads(json.dumps(_status(measured, limit).to_json()))
+    answer = json.loads(json.dumps(_status(measured, limit).brief()))
     assert (answer["uplink_bytes_per_s"], answer["upload_limit_bytes_per_s"]) == (measured, limit)
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(status_view([answer]))
@@ -297,7 +298,7 @@ def test_the_uplink_is_the_same_for_people_and_programs(
 
 def test_what_keeps_a_peer_from_work_is_shown_with_what_to_do() -> None:
     text = told(1, "halt", Loss(height=12, log_tokens=1, certain=True))
-    answer = json.loads(json.dumps(_status(None, None, text).to_json()))
+    answer = json.loads(json.dumps(_status(None, None, text).brief()))
     assert answer["trouble"] == text
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(status_view([answer]))
@@ -308,8 +309,8 @@ def test_what_keeps_a_peer_from_work_is_shown_with_what_to_do() -> None:
 
 def _status(
     uplink_bytes_per_s: float | None, upload_limit_bytes_per_s: float | None, trouble: str = ""
-) -> Status:
-    return Status(
+) -> Snapshot:
+    own = Own(
         version="1",
         pid=1,
         run_name="run",
@@ -334,11 +335,10 @@ def _status(
         leaf_until=NOW,
         revocation_version=0,
         data_dir="/",
-        stage_replicas=(1,),
         trouble=trouble,
-        peers=(),
         loop=LoopMeter().health(),
     )
+    return Snapshot(at=NOW, me=own, stages=(Stage(stage=0, replicas=1),))
 
 
 def test_a_round_is_told_in_one_line_with_what_was_sent() -> None:

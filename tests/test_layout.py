@@ -22,6 +22,7 @@ PURE_POLICIES = (
     "dht/liveness.py",
     "dht/neighbours.py",
     "node/simulate/ideal.py",
+    "node/view/verdict.py",
     "training/partition.py",
     "training/placement.py",
     "training/outer/policy.py",

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.node.cli.units import rate_text
-from shoal.node.status import verdict
 
 
 def status_view(statuses: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -69,9 +68,7 @@ def _uplink(measured_bytes_per_s: float | None, limit_bytes_per_s: float | None)
 
 
 def _swarm(status: Mapping[str, Any]) -> RenderableType:
-    table = Table(
-        "peer", "stage", "state", "tok/s", "rtt", "round", title=verdict(tuple(status["stage_replicas"]))
-    )
+    table = Table("peer", "stage", "state", "tok/s", "rtt", "round", title=escape(status["verdict"]))
     for peer in status["peers"]:
         state = peer["state"] if peer["liveness"] == "alive" else f"{peer['liveness']}: {peer['reason']}"
         rtt = "-" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.1f} ms"
