@@ -2,7 +2,8 @@
 
 Each side first sends its own record (`RosterRecords`), then a `Beat` every second and at every change. In
 between, either may offer records it learned, ask for those it lacks, hand over a newer revocation
-list (`protocol.revocation`), and say goodbye. `link` speaks it; all readers of a `SwarmView` read the beats.
+list or newer amendments (`protocol.revocation`, `protocol.amendments`), and say goodbye. `link` speaks it; all
+readers of a `SwarmView` read the beats.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Beat:
     guards: Annotated[tuple[StageBeat, ...], Items(8)] = ()  # copies of other stages that it keeps
     spare_bytes: Count = 0  # memory that it gives for such copies, those it has included
     streams: Annotated[tuple[Identifier, ...], Items(8)] = ()  # of data, that this driver claims
+    amendment_version: Count = 0  # of the owner's orders that the sender holds; filled in by `Members`
 
     @property
     def service_s(self) -> float:

@@ -1,6 +1,6 @@
 """One heartbeat stream between two neighbours, the same code at both ends.
 
-`speak` sends what is due: own record, beats, offers of records, wanted records, a newer revocation list,
+`speak` sends what is due: own record, beats, offers of records, wanted records, newer lists of the owner's,
 goodbye. `listen` feeds what comes into the table. Nothing is queued: a link remembers what the
 other side lacks (bounded), and sends that when its turn comes, so a slow neighbour costs no memory.
 """
@@ -27,6 +27,7 @@ from shoal.dht.beats import (
 )
 from shoal.dht.directory import SignedRecord
 from shoal.dht.table import MemberTable
+from shoal.protocol.amendments import AmendmentBook, SignedAmendments
 from shoal.protocol.errors import PeerSilent, RecordInvalid, StorageError, StreamEnded
 from shoal.protocol.identity import PeerId
 from shoal.protocol.revocation import ENTRIES_BYTES, RevocationBook, RevocationNotice, SignedRevocations
@@ -37,7 +38,7 @@ FINISH_S = 2.0  # for the other side to end its half
 REPEATED_OFFERS = 4  # records a beat offered again: an answer may have been lost with another stream
 _SENT_KEPT = 16  # own beats whose echo may still come
 _ASKED_MOST = 1024  # names held of what one link wants, or owes
-_KINDS = (Beat, RosterRecords, RosterOffer, RosterWant, RevocationNotice, Goodbye)
+_KINDS = (Beat, RosterRecords, RosterOffer, RosterWant, RevocationNotice, SignedAmendments, Goodbye)
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Home(Protocol):
     rng: random.Random
     table: MemberTable
     revocations: RevocationBook
+    amendments: AmendmentBook
 
     def own_record(self) -> tuple[SignedRecord, int, int]:
         """This peer's newest record, its incarnation and its sequence."""
@@ -88,8 +90,8 @@ class Link:
         self._finish = False
         self._goodbye: str | None = None
         self._sent_sequence = -1
-        self._sent_revocations = 0
-        self._their_revocations = 0
+        self._told_revocations = 0  # the list's version that the other side has, or was sent
+        self._told_amendments = 0
         self._sent_s: OrderedDict[int, float] = OrderedDict()
         self._number = 0
         self._heard_number = 0
@@ -148,7 +150,7 @@ class Link:
             if self._goodbye is not None:
                 await self._stream.send(Goodbye(self._home.own_record()[1], self._goodbye))
                 break
-            await self._send_revocations()
+            await self._send_lists()
             self._check_silence(loop.time())
             due = self._beat_now or loop.time() >= next_beat_s
             if due and self._home.table.get(self.peer) is not None:  # no beats for refused records
@@ -171,12 +173,16 @@ class Link:
             self._sent_sequence = sequence
             await self._stream.send(RosterRecords((signed,)))
 
-    async def _send_revocations(self) -> None:
-        signed = self._home.revocations.signed
-        known = max(self._their_revocations, self._sent_revocations)
-        if self.heard and signed is not None and signed.notice.version > known:
-            self._sent_revocations = signed.notice.version
-            await self._stream.send(signed.notice, signed.entries)
+    async def _send_lists(self) -> None:
+        if not self.heard:
+            return
+        revocations, amendments = self._home.revocations, self._home.amendments
+        if revocations.signed is not None and revocations.version > self._told_revocations:
+            self._told_revocations = revocations.version
+            await self._stream.send(revocations.signed.notice, revocations.signed.entries)
+        if amendments.signed is not None and amendments.version > self._told_amendments:
+            self._told_amendments = amendments.version
+            await self._stream.send(amendments.signed)
 
     async def _send_beat(self, now: float) -> None:
         self._number += 1
@@ -251,17 +257,20 @@ class Link:
                     self._sent_sequence = -1
                 self._remember(self._owed, peers)
             case RevocationNotice():
-                self._their_revocations = max(self._their_revocations, header.version)
-                self._adopt(SignedRevocations(header, bytes(payload)))
+                self._told_revocations = max(self._told_revocations, header.version)
+                signed = SignedRevocations(header, bytes(payload))
+                self._adopt(lambda: self._home.revocations.adopt(signed))
+            case SignedAmendments():
+                self._adopt(lambda: self._home.amendments.adopt(header))
             case Goodbye(incarnation, reason):
                 now = asyncio.get_running_loop().time()
                 self._home.table.goodbye(self.peer, incarnation, reason or "said goodbye", now)
 
-    def _adopt(self, signed: SignedRevocations) -> None:
+    def _adopt(self, adopt: Callable[[], bool]) -> None:
         try:
-            self._home.revocations.adopt(signed)
+            adopt()
         except StorageError as error:  # it counts all the same, until this process ends
-            log.error("revocations were not stored", extra={"error": str(error)})
+            log.error("a list of the owner's was not stored", extra={"error": str(error)})
 
     def _take_beat(self, beat: Beat) -> None:
         now = asyncio.get_running_loop().time()
@@ -273,10 +282,12 @@ class Link:
             self._echoed = beat.heard_number
             rtt_s = max(0.0, now - sent_s - beat.held_s)
         self._heard_number, self._heard_s = beat.number, now
-        self._their_revocations = max(self._their_revocations, beat.revocation_version)
+        self._told_revocations = max(self._told_revocations, beat.revocation_version)
+        self._told_amendments = max(self._told_amendments, beat.amendment_version)
         if beat.record_sequence > entry.record.sequence:
             self._remember(self._wanted, (self.peer,))
-        if self._home.revocations.version > self._their_revocations:
+        revocations, amendments = self._home.revocations.version, self._home.amendments.version
+        if revocations > self._told_revocations or amendments > self._told_amendments:
             self._wake.set()
         if not self.heard:
             self.heard = True

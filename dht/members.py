@@ -77,6 +77,7 @@ class Members:
         self.rng = rng
         self.heartbeat_s = heartbeat_s
         self.revocations = membership.revocations
+        self.amendments = membership.amendments
         self.table = MemberTable(self._tell, self._view_changed)
         self._transport = transport
         self._membership = membership
@@ -116,6 +117,7 @@ class Members:
         """Begin to publish, look up, beat and judge."""
         self._roster = roster = self._make_roster()
         self.revocations.changed.append(self._revocations_changed)
+        self.amendments.changed.append(self.changed_now)
         self._membership.renewed.append(self.changed_now)
         self._spawn(roster.keep_published(), "members: publish")
         self._spawn(roster.keep_looking(), "members: look up")
@@ -127,6 +129,7 @@ class Members:
         if self._roster is None:
             return
         self.revocations.changed.remove(self._revocations_changed)
+        self.amendments.changed.remove(self.changed_now)
         self._membership.renewed.remove(self.changed_now)
         if self._announcement is not None:
             self._announcement.cancel()
@@ -228,6 +231,7 @@ class Members:
             incarnation=record.incarnation,
             record_sequence=record.sequence,
             revocation_version=self.revocations.version,
+            amendment_version=self.amendments.version,
             draining=beat.draining or self._leaving,
         )
 

@@ -109,6 +109,7 @@ class Daemon:
                 options.listening,
                 name=options.name,
                 revocations_path=owner.key.revocations_path if owner else None,
+                amendments_path=owner.key.amendments_path if owner else None,
                 alone_is_fine=owner is not None,
                 upload_bytes_per_s=options.upload_bytes_per_s,
             ) as presence,

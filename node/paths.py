@@ -3,9 +3,9 @@
     <root>/                       --data-dir, else $SHOAL_DATA_DIR, else the user's data folder
       checkpoints/                imported ones, from which runs start, and those put together by hand
       owner/                      never read by a volunteer's commands
-        <run>/                    root key, spec, tokens, revocations, bootstrap addresses of one run
+        <run>/                    root key, spec, tokens, the owner's lists, bootstrap addresses of one run
       peer-0/                     one peer of this machine: identity.key and the lock that says who uses it
-        <run>/                    one run as this peer knows it: spec, revocations, log, checkpoints,
+        <run>/                    one run as this peer knows it: spec, the owner's lists, log, checkpoints,
                                   control socket
       peer-1/ ...                 the second daemon on the same machine
 

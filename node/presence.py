@@ -1,7 +1,7 @@
 """A peer's presence in a swarm: identity, transport, directory and members, started and stopped as one.
 
 The daemon trains on top of it, the inference client asks through it. It knows nothing of models; it
-does serve the run's spec and revocations to joiners, since every peer must.
+does serve the run's spec and the owner's lists to joiners, since every peer must.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from shoal.node.reachability import serve_dial_back
 from shoal.node.signed_spec import SignedSpec, fetch_spec, serve_spec
 from shoal.protocol import limits
 from shoal.protocol.admission import JoinToken, Membership
+from shoal.protocol.amendments import AmendmentBook
 from shoal.protocol.contacts import ContactBook
 from shoal.protocol.errors import AccessError, BootstrapFailed, NetworkError, ShoalError
 from shoal.protocol.grpc_transport import GrpcTransport
@@ -161,18 +162,20 @@ async def present(
     *,
     name: str = "",
     revocations_path: Path | None = None,
+    amendments_path: Path | None = None,
     more_bootstrap: tuple[str, ...] = (),
     alone_is_fine: bool = False,
     upload_bytes_per_s: float | None = None,
 ) -> AsyncIterator[Presence]:
     """Join the swarm of `token`; leave it when the context ends.
 
-    `revocations_path`: where the list is kept, if not in `folder`. `alone_is_fine`: nobody answering is
-    no error (the owner starts first). `upload_bytes_per_s`: most that it may send, None: no limit. Raises
+    `revocations_path`, `amendments_path`: where the lists are kept, if not in `folder`. `alone_is_fine`:
+    nobody answering is no error (the owner starts first). `upload_bytes_per_s`: most that it may send, None: no limit. Raises
     AccessError, BootstrapFailed, TransportLost, and UsageError for a limit that is too low.
     """
     book = RevocationBook(token.run_id, token.root_der, revocations_path or folder / "revocations")
-    membership = Membership(token, key, time.time, book)
+    orders = AmendmentBook(token.run_id, token.root_der, amendments_path or folder / "amendments")
+    membership = Membership(token, key, time.time, book, orders)
     contacts = ContactBook()
     transport = GrpcTransport(membership, contacts, listening.host, listening.port, upload_bytes_per_s)
     settings = DirectorySettings(

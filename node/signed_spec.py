@@ -2,8 +2,8 @@
 
 A joiner knows the run id and the root certificate from its token. It takes the spec from any peer: the hash
 must be the run id and the signature the owner's, so it does not matter who answers.
-Method `spec`, one request, one reply; the newest revocation list rides in the same answer, so that a
-joiner has it before it talks to anybody else.
+Method `spec`, one request, one reply; the owner's newest lists (revocations, amendments) ride in the same
+answer, so that a joiner has them before it talks to anybody else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated
 
 from shoal.protocol import limits
 from shoal.protocol.admission import Membership, OwnerKey, verify_owner_signature
+from shoal.protocol.amendments import SignedAmendments
 from shoal.protocol.errors import NotHere, SpecError, StorageError
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.private_files import read_private, write_private
@@ -40,10 +41,12 @@ class SpecRequest:
 @wire_message
 @dataclass(frozen=True, slots=True)
 class SpecReply:
-    """The payload is the canonical spec. Then, where there is one, a RevocationNotice with its entries."""
+    """The payload is the canonical spec. Then, where there are any, a RevocationNotice with its entries, and
+    SignedAmendments."""
 
     signature: Annotated[bytes, Length(8, _SIGNATURE_BYTES)]
     revocations: bool
+    amendments: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +98,19 @@ def serve_spec(transport: Transport, known: Callable[[], SignedSpec | None], mem
         signed = known()
         if signed is None:
             raise NotHere("this peer has just joined and does not know the spec yet; ask another one")
-        revocations = membership.revocations.signed
-        await stream.send(SpecReply(signed.signature, revocations is not None), signed.spec.canonical())
+        revocations, amendments = membership.revocations.signed, membership.amendments.signed
+        reply = SpecReply(signed.signature, revocations is not None, amendments is not None)
+        await stream.send(reply, signed.spec.canonical())
         if revocations is not None:
             await stream.send(revocations.notice, revocations.entries)
+        if amendments is not None:
+            await stream.send(amendments)
 
     transport.serve(METHOD, answer, ROLES)
 
 
 async def fetch_spec(transport: Transport, peer: PeerId, membership: Membership) -> SignedSpec:
-    """The spec as `peer` tells it, verified; newer revocations are adopted. The caller sets the deadline.
+    """The spec as `peer` tells it, verified; newer lists are adopted. The caller sets the deadline.
 
     Raises what `Transport.open` raises, SpecError, RecordInvalid.
     """
@@ -116,5 +122,7 @@ async def fetch_spec(transport: Transport, peer: PeerId, membership: Membership)
         if header.revocations:
             listed = await stream.receive(RevocationNotice, max_payload_bytes=ENTRIES_BYTES)
             membership.revocations.adopt(SignedRevocations(listed.header, bytes(listed.payload)))
+        if header.amendments:
+            membership.amendments.adopt((await stream.receive(SignedAmendments)).header)
     token = membership.token
     return SignedSpec.verified(bytes(reply.payload), header.signature, token.run_id, token.root_der)

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from shoal.protocol import limits
+from shoal.protocol.amendments import AmendmentBook
 from shoal.protocol.certificates import leaf_dns_name, make_leaf, pem_of, utc, verify_chain, verify_token
 from shoal.protocol.certificates import verify_owner_signature as verify_owner_signature
 from shoal.protocol.errors import BindingInvalid, TokenExpired, TokenInvalid, TokenRevoked
@@ -48,11 +49,13 @@ class Membership:
         key: PeerKey,
         clock: Callable[[], float],
         revocations: RevocationBook | None = None,
+        amendments: AmendmentBook | None = None,
     ) -> None:
         """Raises TokenExpired, or ChainInvalid if this machine's clock lies before the token's time."""
         self.token = token
         self.key = key
         self.revocations = revocations or RevocationBook(token.run_id, token.root_der)
+        self.amendments = amendments or AmendmentBook(token.run_id, token.root_der)
         self.renewed: list[Callable[[], None]] = []
         self._clock = clock
         self._known: OrderedDict[bytes, VerifiedPeer] = OrderedDict()

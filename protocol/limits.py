@@ -50,6 +50,9 @@ CHAIN_LENGTH = 3
 TOKEN_CHARACTERS = 4 * KIB
 BOOTSTRAP_ADDRESSES = 8
 REVOCATIONS = 10_000
+AMENDMENTS_BYTES = 32 * KIB  # of a list with as many settings and errands as fit
+AMENDED_SETTINGS = 128
+ERRANDS = 32  # the oldest go first: processes that they name are long gone
 VERIFIED_CHAINS = 4096  # remembered, so that a reconnecting peer costs no signature checks; 1.5 KB each
 
 # Swarm

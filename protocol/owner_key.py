@@ -1,14 +1,15 @@
 """The run owner's root key: makes and extends tokens, revokes, and signs what only the owner may decide.
 
 One directory: `owner.key` (secret; back it up, nothing replaces it), `tokens.jsonl` (tokens issued, never
-their keys) and `revocations`. Used by `shoal up` and `shoal token`, off the event loop: it writes to disk.
+their keys), `revocations` and `amendments`. Used by `shoal up`, `shoal token` and the owner's orders, off the
+event loop: it writes to disk.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from shoal.protocol import limits
+from shoal.protocol.amendments import (
+    Amendments,
+    load_amendments,
+    sign_amendments,
+)
 from shoal.protocol.certificate_form import TOKEN_ID_BYTES, TokenGrant
 from shoal.protocol.certificates import (
     extend_token_certificate,
@@ -38,7 +44,8 @@ from shoal.protocol.revocation import (
 )
 from shoal.protocol.wire import Digest, Length, decode, encode, wire_message
 
-_KEY_FILE, _REGISTER_FILE, _REVOCATIONS_FILE = "owner.key", "tokens.jsonl", "revocations"
+_KEY_FILE, _REGISTER_FILE = "owner.key", "tokens.jsonl"
+_REVOCATIONS_FILE, _AMENDMENTS_FILE = "revocations", "amendments"
 _KEY_FILE_BYTES = 4 * limits.KIB
 _REGISTER_BYTES = 16 * limits.MIB  # 1.2 KB a token
 _Secret = Annotated[bytes, Length(32, 32)]
@@ -181,6 +188,30 @@ class OwnerKey:
             raise UsageError(f"only token ids and peer ids can be revoked: {error}") from error
         write_private(self.revocations_path, file_bytes(signed))
         return signed
+
+    @property
+    def amendments_path(self) -> Path:
+        """Likewise of the orders, for the daemon's AmendmentBook."""
+        return self.directory / _AMENDMENTS_FILE
+
+    def amendments(self) -> Amendments:
+        """As last signed. Raises StorageError."""
+        stored = load_amendments(self.amendments_path, self.run_id, self.root_der)
+        return stored[1] if stored else Amendments(self.run_id)
+
+    def amend(self, change: Callable[[Amendments], Amendments]) -> Amendments:
+        """The list that `change` makes of the newest one, signed and on disk if it is another.
+
+        `change` gets the version to come in `version`. Peers have to `adopt` it. Raises StorageError, and
+        ValueError for a list that may not be.
+        """
+        before = self.amendments()
+        coming = replace(before, version=before.version + 1)
+        after = change(coming)
+        if after == coming:
+            return before
+        write_private(self.amendments_path, encode(sign_amendments(after, self.sign)))
+        return after
 
     def sign(self, label: bytes, data: bytes) -> bytes:
         """A DER signature (ECDSA, SHA-256) that `verify_owner_signature` accepts for this label and data."""

@@ -23,6 +23,7 @@ from shoal.dht.records import RecordBook
 from shoal.dht.table import Event
 from shoal.dht.view import SwarmView
 from shoal.protocol.admission import Membership, OwnerKey
+from shoal.protocol.amendments import AmendmentBook
 from shoal.protocol.contacts import ContactBook
 from shoal.protocol.errors import NetworkError
 from shoal.protocol.identity import PeerId, PeerKey, Role
@@ -81,6 +82,7 @@ class Swarm:
         for number in numbers:
             member = membership(number)
             member.revocations = RevocationBook(RUN, member.token.root_der)
+            member.amendments = AmendmentBook(RUN, member.token.root_der)
             member.renewed.clear()
             transport = self.network.transport(member.key.peer, member.me.roles)
             self.state[number] = "online"

@@ -14,6 +14,7 @@ from pipeline_world import SECONDS, small_spec
 from shoal.dht.memory_directory import MemoryDirectoryHub
 from shoal.node.simulate.feed import RandomFeed
 from shoal.node.simulate.peer import SimulatedPeer
+from shoal.protocol.amendments import AmendmentBook
 from shoal.protocol.memory_transport import Link, MemoryNetwork
 from shoal.protocol.revocation import RevocationBook
 from shoal.protocol.transport import Transport
@@ -77,6 +78,7 @@ class TrainerWorld:
         self._starts += 1
         member = membership(number)
         member.revocations = RevocationBook(RUN, member.token.root_der)
+        member.amendments = AmendmentBook(RUN, member.token.root_der)
         member.renewed.clear()
         replica = Replica(
             self.spec,

@@ -22,6 +22,7 @@ from shoal.dht.members import Members
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
+from shoal.training.amended import Amended
 from shoal.training.checkpoint.replica import StageCheckpoints
 from shoal.training.data.stream_book import StreamBook
 from shoal.training.decisions import DecisionLog
@@ -97,6 +98,7 @@ class Trainer:
         self._fixed = fixed
         self._spare_bytes = spare_bytes
         self._replicas = MemberReplicas(members)
+        self._amended = Amended(spec, members.amendments)
         self.layout = stage_layout(spec, stage_ranges(spec)[stage])
         self._checkpoints: StageCheckpoints | None = None
         if data_dir is not None:
@@ -158,6 +160,7 @@ class Trainer:
             directory=self._data_dir,
             inherited=inherited,
             decisions=self._decisions,
+            amended=self._amended,
         )
         self._guarding = Guarding(self.outer.context, self._members, self._spare_bytes, self._data_dir)
         await self.outer.recover()
@@ -267,6 +270,7 @@ class Trainer:
             tasks.create_task(self.outer.run())
             tasks.create_task(self._guarding.run())
             tasks.create_task(self.sessions.run())
+            tasks.create_task(self._obey())
             if self._checkpoints is not None:
                 tasks.create_task(self._checkpoints.run())
             if self.hop is not None:
@@ -276,6 +280,17 @@ class Trainer:
                     tasks.create_task(self._streams.run())
                 tasks.create_task(self.driver.run(self._next_batch))
                 tasks.create_task(self._evaluate())
+
+    async def _obey(self) -> None:
+        """A driver begins nothing while the run is paused; what is in flight finishes, rounds go quiet."""
+        with self._amended.watch() as changed:
+            while self.driver is not None:
+                changed.clear()
+                if self._amended.paused:
+                    self.driver.pause()
+                else:
+                    self.driver.resume()
+                await changed.wait()
 
     async def prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
         """Another stage's newest snapshot to the own disk. Raises NotHere or StorageError."""
@@ -374,7 +389,9 @@ class Trainer:
             "head": outer.head.hex(),
             "state_root": outer.state_root.hex(),
             "log_tokens": outer.tokens,
+            "revision": outer.revision,
             "learning_rate": self._learning_rate(),
+            "round_inner_steps": outer.spec.outer.inner_steps,
             "inner_steps": weights.inner_steps,
             "gradient_norm": weights.gradient_norm,
             "tokens": self._ledger.tokens,
@@ -413,7 +430,7 @@ class Trainer:
         return figures
 
     def _learning_rate(self) -> float:
-        return learning_rate(self.spec, self.outer.tokens)
+        return learning_rate(self.outer.spec, self.outer.tokens)
 
     def _stepped(self) -> None:
         self.outer.stepped()
@@ -466,7 +483,7 @@ class Trainer:
             await asyncio.sleep(pause_s * self._rng.uniform(0.9, 1.1))
             view = self._members.view()
             drivers = [member.peer for member in view.online(0)]
-            if drivers and min(drivers) != self._me:
+            if self._amended.paused or (drivers and min(drivers) != self._me):
                 continue
             begun_s = loop.time()
             with contextlib.suppress(ShoalError):  # a stage is empty for now: the next time then

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from blake3 import blake3
 
 from shoal.protocol.admission import Membership
+from shoal.protocol.amendments import AmendmentBook
 from shoal.protocol.errors import ChainInvalid
 from shoal.protocol.identity import PeerId, PeerKey, Role, VerifiedPeer
 from shoal.protocol.revocation import RevocationBook
@@ -25,6 +26,7 @@ class PaperMembership(Membership):
     def __init__(self, run_id: bytes, key: PeerKey, clock: Callable[[], float]) -> None:
         self.key = key
         self.revocations = RevocationBook(run_id, b"")
+        self.amendments = AmendmentBook(run_id, b"")
         self.renewed = []
         self._run_id = run_id
         self._clock = clock

@@ -11,6 +11,7 @@ from typing import Any
 
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Transport
+from shoal.training.amended import Amended
 from shoal.training.outer.buffers import Buffers
 from shoal.training.outer.messages import method
 from shoal.training.outer.parts import Fragment, cut
@@ -40,6 +41,7 @@ class Context:
     event: Event
     rng: random.Random
     payload_budget_bytes: int
+    amended: Amended
     refused: Counter[PeerId] = field(default_factory=Counter)
     buffers: Buffers = field(default_factory=Buffers)
 
@@ -57,6 +59,7 @@ class Context:
         suspect: Callable[[PeerId, str], None],
         event: Event,
         rng: random.Random,
+        amended: Amended | None = None,
     ) -> Context:
         """What follows from the spec is computed here, once."""
         outer = spec.outer
@@ -75,6 +78,7 @@ class Context:
             event,
             rng,
             outer.payload_budget_bytes,
+            amended or Amended(spec),
         )
 
     def beside(self, stage: int, size: int, payload_budget_bytes: int | None = None) -> Context:
@@ -90,6 +94,7 @@ class Context:
             suspect=self.suspect,
             event=self.event,
             rng=self.rng,
+            amended=self.amended,
         )
         if payload_budget_bytes is None:
             return found

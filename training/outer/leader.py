@@ -74,7 +74,7 @@ class Leader:
             previous=log.head,
             ballot=ballot,
             leader=context.me,
-            revision=0,
+            revision=max(context.amended.revision, log.revision),
             fragment=log.next_fragment.index,
             roster=roster,
             contributors=(),

@@ -74,6 +74,7 @@ class LogState:
     ends: Annotated[tuple[StepsEnd, ...], Items(ENDS_KEPT)]
     positions: Annotated[tuple[StreamPosition, ...], Items(STREAMS_KEPT)]
     leaving: Annotated[tuple[Leaver, ...], Items(LEAVE_HEIGHTS)] = ()
+    revision: Count = 0  # of the spec, that the last entry named
 
 
 def state_root(tensors: bytes, state: LogState) -> bytes:
@@ -97,6 +98,7 @@ class Log:
         self.counted_tokens = state.tokens
         self.quorum = state.quorum
         self._leaving = state.leaving
+        self.revision = state.revision
         self._fragments = fragments
         self._ends = OrderedDict(((end.peer, end.incarnation), end) for end in state.ends)
         self._positions = OrderedDict((p.stream, p.samples) for p in state.positions)
@@ -128,6 +130,7 @@ class Log:
             tuple(self._ends.values()),
             tuple(StreamPosition(stream, samples) for stream, samples in self._positions.items()),
             self._leaving,
+            self.revision,
         )
 
     @property
@@ -171,6 +174,8 @@ class Log:
                 f"entry {entry.height} after {entry.previous.hex()[:8]} does not continue "
                 f"height {self.height}, head {self.head.hex()[:8]}; catch up first"
             )
+        if entry.revision < self.revision:
+            raise MessageInvalid(f"entry {entry.height}: revision {entry.revision} after {self.revision}")
         if entry.lost:
             self._check_reentry(entry)
             return
@@ -192,6 +197,7 @@ class Log:
         entry = parse(data)
         self.check(entry)
         self.height, self.head, self.counted_tokens = entry.height, entry_hash(data), entry.tokens
+        self.revision = entry.revision
         self.quorum = tuple(entry.roster[seat].peer for seat in entry.present())
         self._leaving = tuple(
             leaver

@@ -30,6 +30,7 @@ from shoal.training.outer.reentry import Reentering
 from shoal.training.outer.replica import Replica
 from shoal.training.outer.round import Round, draw_owners
 
+ORDERS_LAG_S = 2.0  # the owner's newest settings may still be on their way here
 GO_LAG_S = 2.0  # a neighbour's contribution may be here before the leader's GO
 APART_S = 2.0  # that others go without a member which repairs its state: as long as a silent one delays them
 NORM_MOST = 1e18  # entry.Norm's bound
@@ -75,6 +76,9 @@ class Member:
 
     async def prepare(self, prepare: Prepare, offer: bytes, leader: PeerId) -> tuple[Answer, bytes]:
         """Promise a ballot and say what there is to contribute. Raises Stale, Busy or MessageInvalid."""
+        revision = parse(offer).revision
+        if not await self._context.amended.known(revision, ORDERS_LAG_S):
+            raise Stale(f"revision {revision} of the settings is not known here")
         async with self._deciding:
             log = self.replica.log
             if prepare.height <= log.height and log.head_at(prepare.height - 1) == prepare.previous:

@@ -14,6 +14,7 @@ import torch
 from shoal.protocol.errors import ShoalError, StageEmpty
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
+from shoal.training.amended import Amended
 from shoal.training.decisions import DecisionLog
 from shoal.training.outer.change import Change
 from shoal.training.outer.context import Context, Event, Offload
@@ -103,6 +104,7 @@ class Outer:
         directory: Path | None = None,
         inherited: Inherited | None = None,
         decisions: DecisionLog | None = None,
+        amended: Amended | None = None,
     ) -> None:
         self._decisions = decisions
         self.context = self._context = Context.of(
@@ -116,6 +118,7 @@ class Outer:
             suspect=suspect,
             event=event,
             rng=rng,
+            amended=amended,
         )
         self._weights = weights
         self._peers = peers
@@ -160,6 +163,16 @@ class Outer:
     def tokens(self) -> int:
         """In the log, of all replicas, since genesis."""
         return self._replica.log.tokens
+
+    @property
+    def revision(self) -> int:
+        """Of the owner's settings, that is in force since the last entry."""
+        return self._replica.log.revision
+
+    @property
+    def spec(self) -> RunSpec:
+        """The spec with those settings: the same for all replicas at the same head."""
+        return self._context.amended.at(self.revision)
 
     @property
     def state_root(self) -> bytes:
@@ -379,7 +392,7 @@ class Outer:
     def _position(self, now_s: float, group: Sequence[GroupMember]) -> Position:
         me = self._context.me
         mine = next(member for member in group if member.peer == me)
-        apart = self._context.spec.outer.inner_steps / len(self._context.fragments)
+        apart = self.spec.outer.inner_steps / len(self._context.fragments)
         due = should_open(apart, mine, group).yes or bool(self._replica.lost)
         urgent = self._urgent and not self.all_listed
         series = self._brought_back_by  # whoever brings lost entries back goes on, the others let it

@@ -111,7 +111,8 @@ class Driver:
         self._running.clear()
 
     def resume(self) -> None:
-        self._running.set()
+        if not self._leaving:
+            self._running.set()
 
     async def drained(self) -> None:
         """Begin nothing more; returns when all is decided or given up, and commits are acknowledged.
