@@ -2,8 +2,8 @@
 
 Each side first sends its own record (`RosterRecords`), then a `Beat` every second and at every change. In
 between, either may offer records it learned, ask for those it lacks, hand over a newer revocation
-list or newer amendments (`protocol.revocation`, `protocol.amendments`), and say goodbye. `link` speaks it; all
-readers of a `SwarmView` read the beats.
+list or newer amendments (`protocol.revocation`, `protocol.amendments`), and say goodbye. `link` speaks it;
+all readers of a `SwarmView` read the beats.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ from shoal.node.control import serve_control
 from shoal.node.events import Events
 from shoal.node.gathering import Gathering
 from shoal.node.loop import LoopMeter, new_loop
+from shoal.node.obeying import leave_when_told
 from shoal.node.options import PeerOptions
+from shoal.node.owner.actions import OwnerActions
 from shoal.node.owner.home import OwnerHome
 from shoal.node.owner.invitations import keep_addresses
 from shoal.node.paths import PeerFolder, checkpoint_store, run_folder
@@ -80,6 +82,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._stop_reason = ""
         self._exit_code = 0
+        self._at_once = False  # leave without finishing what is held
         self._started_s = time.monotonic()
         self._presence: Presence | None = None
         self._names: dict[str, str] = {}  # for the last event of a peer that is not in the view any more
@@ -91,14 +94,16 @@ class Daemon:
         self._install_signals()
         options, owner = self._options, self._owner
         key = await asyncio.to_thread(PeerKey.load_or_create, self._identity_path)
+        orders = OwnerActions(owner, lambda: self._presence, lambda: self._gathering, self._events)
         actions = {
             "status": self._answer_status,
             "snapshot": self._answer_snapshot,
             "leave": self._answer_leave,
             "ledger": self._answer_ledger,
-            "reload_revocations": self._answer_reload,
+            "reload_lists": self._answer_reload,
             "checkpoint": self._answer_checkpoint,
             "checkpoint_status": self._answer_checkpoint_status,
+            **orders.actions(),
         }
         self._events("starting", {"peer": key.peer, "pid": os.getpid(), "data_dir": str(self._folder)})
         async with (
@@ -133,6 +138,7 @@ class Daemon:
                 tasks.create_task(presence.keep_leaf_fresh(), name="renew leaf"),
                 tasks.create_task(self._meter.watch_lag(), name="watch lag"),
                 tasks.create_task(leave_when_revoked(presence), name="watch revocations"),
+                tasks.create_task(self._obey(presence), name="obey the owner"),
                 tasks.create_task(worker.test_reach(), name="test reach"),
                 tasks.create_task(self._gather_checkpoints(), name="gather checkpoints"),
             ]
@@ -141,10 +147,17 @@ class Daemon:
             work = tasks.create_task(worker.run(), name="work")
             stop = tasks.create_task(self._stop.wait(), name="wait for stop")
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            if not work.done() and not self._at_once:
                 await self._drain(presence, worker)
             for task in (work, stop, *background):
                 task.cancel()
+
+    async def _obey(self, presence: Presence) -> None:
+        def leave(reason: str, at_once: bool) -> None:
+            self._at_once = at_once
+            self._ask_to_stop(reason, 0)
+
+        await leave_when_told(presence, presence.incarnation, leave, stays=self._owner is not None)
 
     async def _drain(self, presence: Presence, worker: Worker) -> None:
         self._events("draining", {"text": f"leaving ({self._stop_reason}): finishing what is held"})
@@ -243,8 +256,11 @@ class Daemon:
         return trainee.ledger() if trainee is not None else {}
 
     async def _answer_reload(self, request: Mapping[str, Any]) -> object:
-        presence = self._presence
-        return presence is not None and presence.membership.revocations.reload()
+        if self._presence is None:
+            return False
+        membership = self._presence.membership
+        revocations, amendments = membership.revocations.reload(), membership.amendments.reload()
+        return revocations or amendments
 
     async def _answer_checkpoint(self, request: Mapping[str, Any]) -> object:
         return self._checkpoints().ask()

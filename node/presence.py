@@ -170,7 +170,8 @@ async def present(
     """Join the swarm of `token`; leave it when the context ends.
 
     `revocations_path`, `amendments_path`: where the lists are kept, if not in `folder`. `alone_is_fine`:
-    nobody answering is no error (the owner starts first). `upload_bytes_per_s`: most that it may send, None: no limit. Raises
+    nobody answering is no error (the owner starts first). `upload_bytes_per_s`: most that it may send, None:
+    no limit. Raises
     AccessError, BootstrapFailed, TransportLost, and UsageError for a limit that is too low.
     """
     book = RevocationBook(token.run_id, token.root_der, revocations_path or folder / "revocations")

@@ -15,6 +15,8 @@ posing as another peer   test_a_forged_leaf_passes_tls_and_nothing_else;
                          test_grpc_transport: a_contact_with_somebody_elses_certificates_is_refused
 a stranger's DHT call    test_directory: a_plain_libp2p_caller_is_refused_and_leaves_no_trace,
                          a_stranger_neither_reads_nor_writes
+forged, replayed orders  test_forged_and_replayed_orders_(…), test_a_spec_that_is_not_(…); test_amendments,
+                         test_orders (the control socket's border)
 forged, replayed record  test_forged_and_replayed_records_(…); test_records;
                          test_directory: a_member_cannot_forge_replay_or_mask_anothers_record
 bad frames               test_frames_that_are_cut_oversized_or_out_of_turn_(…); test_framing: every bit
@@ -72,6 +74,14 @@ from shoal.node.signed_spec import LABEL, ROLES, SpecReply, SpecRequest, fetch_s
 from shoal.node.signed_spec import METHOD as SPEC
 from shoal.protocol import limits
 from shoal.protocol.admission import Membership, OwnerKey
+from shoal.protocol.amendments import (
+    PAUSED,
+    RUNNING,
+    STOPPED,
+    Amendments,
+    SignedAmendments,
+    sign_amendments,
+)
 from shoal.protocol.certificate_form import TokenGrant
 from shoal.protocol.certificates import make_leaf, make_token_certificate, pem_of
 from shoal.protocol.errors import (
@@ -89,6 +99,7 @@ from shoal.protocol.errors import (
     StageEmpty,
     Stale,
     StreamBroken,
+    StreamEnded,
     TokenExpired,
     TokenRevoked,
     WrongRole,
@@ -98,7 +109,7 @@ from shoal.protocol.grpc_settings import grpc
 from shoal.protocol.identity import PeerId, PeerKey, Role
 from shoal.protocol.revocation import RevocationList, sign_revocations
 from shoal.protocol.transport import Stream, Transport, call
-from shoal.protocol.wire import encode
+from shoal.protocol.wire import decode, encode
 from shoal.training.outer import follow
 from shoal.training.outer.entry import SKIP, Contributor, Entry, Seat, bitmap, draft_id
 from shoal.training.outer.line import Line, lifeline
@@ -353,8 +364,6 @@ def test_forged_and_replayed_records_on_a_heartbeat_stream_change_no_table(tmp_p
         async with members_peer(token) as bob:
             await bob.learn((new,), "the test")
             known = bob.own_record()[0]
-            from shoal.protocol.wire import decode
-
             run.contacts.learn(decode(PeerRecord, known.record).contact())
             for wrong in (forged, borrowed, stale, elsewhere, old):
                 async with sender.open(bob.me, BEAT) as stream:
@@ -368,6 +377,46 @@ def test_forged_and_replayed_records_on_a_heartbeat_stream_change_no_table(tmp_p
                 assert (member.stages, member.incarnation) == ((0,), 1)
             assert bob.health().roster.refused == 4, "an old record is no lie, only no news"
             while bob._transport.counters().streams_in:  # the last one is at its end
+                await asyncio.sleep(0.01)
+
+    play_run(scene, tmp_path)
+
+
+async def beats_with(sender: Transport, peer: PeerId, signed: SignedAmendments) -> None:
+    """Say that on a heartbeat stream, and hear the other side out."""
+    async with sender.open(peer, BEAT) as stream:
+        await stream.send(signed)
+        await stream.end()
+        while True:
+            await stream.receive(Beat, RosterRecords, SignedAmendments)
+
+
+def test_forged_and_replayed_orders_on_a_heartbeat_stream_change_nothing(tmp_path: Path) -> None:
+    """Carol is a member and says what the owner never ordered, or no longer orders."""
+
+    async def scene(run: Run) -> None:
+        owner = run.trust.owner
+        stranger = OwnerKey.create(tmp_path / "stranger", owner.run_id, "liar", run.trust.now)
+        carol = run.member()
+        sender = run.transport(member=carol)
+        run_id, newer = owner.run_id, Amendments(owner.run_id, 9, STOPPED)
+        old = sign_amendments(Amendments(run_id, 1, PAUSED), owner.sign)
+        cases = (
+            (sign_amendments(newer, stranger.sign), RecordInvalid),
+            (sign_amendments(Amendments(bytes(range(32)), 9, STOPPED), owner.sign), RecordInvalid),
+            (SignedAmendments(encode(newer), old.signature), RecordInvalid),
+            (SignedAmendments(b"\xff" * 100, old.signature), MessageInvalid),
+            (old, None),  # a replay is no lie, only no news
+        )
+        async with members_peer(run.trust.token()) as bob:
+            assert bob.amendments.adopt(old)
+            assert bob.amendments.adopt(sign_amendments(Amendments(run_id, 2), owner.sign))
+            run.contacts.learn(decode(PeerRecord, bob.own_record()[0].record).contact())
+            for signed, kind in cases:
+                with pytest.raises(kind or StreamEnded):
+                    await beats_with(sender, bob.me, signed)
+                assert (bob.amendments.version, bob.amendments.current.state) == (2, RUNNING)
+            while bob._transport.counters().streams_in:
                 await asyncio.sleep(0.01)
 
     play_run(scene, tmp_path)
@@ -852,6 +901,7 @@ def test_a_spec_that_is_not_the_owners_is_refused_whoever_tells_it(tmp_path: Pat
         other = RunSpec(run=RunSection(name="other")).canonical()
         listed = RevocationList().extended([run.trust.token().token_id], [])
         forged_list = sign_revocations(listed, owner.run_id, lambda label, data: bytes(70))
+        forged_orders = sign_amendments(Amendments(owner.run_id, 1, STOPPED), lambda label, data: bytes(70))
         own_key = OwnerKey.create(tmp_path / "liar", spec.run_id(), "liar", run.trust.now)
         answers: tuple[tuple[SpecReply, bytes, type[ShoalError], str], ...] = (
             (SpecReply(own_key.sign(LABEL, canonical), False), canonical, RecordInvalid, "did not sign"),
@@ -861,6 +911,7 @@ def test_a_spec_that_is_not_the_owners_is_refused_whoever_tells_it(tmp_path: Pat
             (SpecReply(signature, False), b"[1, 2]", SpecError, "not valid"),
             (SpecReply(signature, False), bytes(limits.SPEC_BYTES + 1), MessageTooLarge, "are allowed"),
             (SpecReply(signature, True), canonical, RecordInvalid, "did not sign"),
+            (SpecReply(signature, False, True), canonical, RecordInvalid, "did not sign"),
         )
         remaining = list(answers)
 
@@ -870,6 +921,8 @@ def test_a_spec_that_is_not_the_owners_is_refused_whoever_tells_it(tmp_path: Pat
             await stream.send(reply, payload)
             if reply.revocations:
                 await stream.send(forged_list.notice, forged_list.entries)
+            if reply.amendments:
+                await stream.send(forged_orders)
 
         liar, joiner = run.transport(), run.transport()
         liar.serve(SPEC, lie, ROLES)
@@ -882,6 +935,7 @@ def test_a_spec_that_is_not_the_owners_is_refused_whoever_tells_it(tmp_path: Pat
         assert not remaining
         assert membership.revocations.version == 0
         assert membership.revocations.signed is None
+        assert membership.amendments.signed is None
 
     play_run(scene, tmp_path)
 

@@ -109,7 +109,7 @@ async def _tell_daemons(root: Path, run_id: bytes) -> int:
     for path in control_sockets(root):
         if path.parent.name == run_id.hex()[:16]:
             try:
-                told += bool(await ask(path, "reload_revocations"))
+                told += bool(await ask(path, "reload_lists"))
             except PeerUnreachable:
                 continue  # a socket that a killed daemon left
     return told

@@ -76,9 +76,10 @@ class Member:
 
     async def prepare(self, prepare: Prepare, offer: bytes, leader: PeerId) -> tuple[Answer, bytes]:
         """Promise a ballot and say what there is to contribute. Raises Stale, Busy or MessageInvalid."""
-        revision = parse(offer).revision
-        if not await self._context.amended.known(revision, ORDERS_LAG_S):
-            raise Stale(f"revision {revision} of the settings is not known here")
+        if (prepare.height, prepare.previous) == (self.next_height, self.replica.log.head):
+            revision = parse(offer).revision
+            if not await self._context.amended.known(revision, ORDERS_LAG_S):
+                raise Stale(f"revision {revision} of the settings is not known here")
         async with self._deciding:
             log = self.replica.log
             if prepare.height <= log.height and log.head_at(prepare.height - 1) == prepare.previous:

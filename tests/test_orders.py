@@ -1,0 +1,201 @@
+"""The owner's desk: checked at the border, one effect an order, all in the log, nothing without the key."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import stat
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.node.events import Events
+from shoal.node.obeying import errand_for
+from shoal.node.owner.actions import OwnerActions
+from shoal.node.owner.audit import AuditEntry, AuditLog
+from shoal.node.owner.desk import OrderDesk
+from shoal.node.owner.home import OwnerHome
+from shoal.node.owner.orders import KINDS, parse_order
+from shoal.protocol import limits
+from shoal.protocol.amendments import DRAIN, KICK
+from shoal.protocol.errors import UsageError
+from shoal.protocol.identity import PeerId, PeerKey
+from shoal.training.spec import RunSpec
+
+ANN, BOB = (PeerKey.generate().peer for _ in range(2))
+HERE = {ANN: ("ann", 7), BOB: ("bob", 8)}
+
+
+class Clock:
+    now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> OwnerHome:
+    found = OwnerHome.of_run(tmp_path, RunSpec(), time.time())
+    found.keep_addresses(("/ip4/127.0.0.1/tcp/9/p2p/" + ANN,))
+    return found
+
+
+def perform(home: OwnerHome, **request: object) -> AuditEntry:
+    return OrderDesk(home, Clock()).perform(parse_order(request), HERE)
+
+
+def test_the_same_order_twice_has_one_effect(home: OwnerHome) -> None:
+    for request in (
+        {"what": "pause"},
+        {"what": "set", "values": {"inner.learning_rate": 0.001, "outer.inner_steps": 20}},
+        {"what": "drain", "peer": "ann"},
+        {"what": "kick", "peer": ANN},
+        {"what": "ban", "peer": "bob"},
+        {"what": "resume"},
+        {"what": "stop"},
+    ):
+        first, again = perform(home, **request), perform(home, **request)
+        assert (first.changed, again.changed) == (True, False)
+        assert again.version == first.version
+        assert again.text.startswith("nothing to do") or request["what"] == "ban"
+    listed = home.key.amendments()
+    assert [(e.kind, e.peer, e.incarnation) for e in listed.errands] == [(DRAIN, ANN, 7), (KICK, ANN, 7)]
+    assert [(s.key, s.value) for s in listed.settings] == [
+        ("inner.learning_rate", 0.001),
+        ("outer.inner_steps", 20.0),
+    ]
+    assert len({s.revision for s in listed.settings}) == 1, "one order, one revision"
+
+
+def test_an_order_under_one_key_is_performed_once_whatever_happened_since(home: OwnerHome) -> None:
+    first = perform(home, what="pause", key="click-1")
+    perform(home, what="resume")
+    assert perform(home, what="pause", key="click-1") == first
+    assert home.key.amendments().state == "running"
+
+
+def test_what_cannot_be_is_refused_at_the_border_or_by_the_spec(home: OwnerHome) -> None:
+    cases: list[tuple[dict[str, object], str]] = [
+        ({}, "is no order"),
+        ({"what": ["pause"]}, "is no order"),
+        ({"what": "format"}, "there are: pause"),
+        ({"what": "pause", "who": "x" * 65}, "at most 64 printable"),
+        ({"what": "pause", "who": 5}, "has to be text"),
+        ({"what": "pause", "key": "a\nb"}, "printable"),
+        ({"what": "kick"}, "needs a peer"),
+        ({"what": "kick", "peer": "nobody"}, "no peer 'nobody' is here"),
+        ({"what": "kick", "peer": "ann", "reason": "r" * 201}, "at most 200"),
+        ({"what": "ban", "peer": "12D3KooWnonsense"}, "no peer"),
+        ({"what": "set"}, "set needs values"),
+        ({"what": "set", "values": {}}, "set needs values"),
+        ({"what": "set", "values": {"inner.learning_rate": "fast"}}, "needs a number"),
+        ({"what": "set", "values": {"inner.learning_rate": True}}, "needs a number"),
+        ({"what": "set", "values": {"model.width": 64}}, "cannot be changed in a run"),
+        ({"what": "set", "values": {"inner.learning_rate": -1.0}}, "inner.learning_rate = -1 is refused"),
+        ({"what": "set", "values": {"inner.learning_rate": float("nan")}}, "is refused"),
+        ({"what": "set", "values": {"outer.inner_steps": 2.5}}, "is refused"),
+        ({"what": "set", "values": {"outer.inner_steps": 10**400}}, "smaller number"),
+        ({"what": "checkpoint"}, "gathered by a running peer"),
+    ]
+    for request, words in cases:
+        with pytest.raises(UsageError, match=words):
+            perform(home, **request)
+    assert home.key.amendments().version == 0
+    log = AuditLog(home.folder).entries()
+    assert log
+    assert all(entry.refused and not entry.changed for entry in log), "refused orders are in the log, too"
+
+
+def test_many_changes_of_one_setting_leave_a_list_that_fits(home: OwnerHome) -> None:
+    perform(home, what="set", values={"outer.inner_steps": 3})
+    for number in range(limits.AMENDED_SETTINGS + 5):
+        perform(home, what="set", values={"inner.learning_rate": 0.001 * (number + 1)})
+    settings = home.key.amendments().settings
+    assert len(settings) == limits.AMENDED_SETTINGS
+    assert settings[0].key == "outer.inner_steps", "in force still"
+    for number in range(limits.ERRANDS + 3):
+        OrderDesk(home).perform(parse_order({"what": "kick", "peer": "ann"}), {ANN: ("ann", number)})
+    assert len(home.key.amendments().errands) == limits.ERRANDS
+
+
+def test_the_log_is_private_bounded_and_survives_a_torn_line(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path, most_bytes=2000)
+    for number in range(40):
+        log.append(AuditEntry(number=0, at_unix_s=1.0, who="page:1", what="pause", text=str(number)))
+    found = log.entries()
+    assert [entry.number for entry in found] == list(range(41 - len(found), 41))
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2
+    assert all(path.stat().st_size <= 2000 for path in files)
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)
+    with (tmp_path / "orders.jsonl").open("a") as file:
+        file.write('{"number": 99, "who"')
+    assert log.append(AuditEntry(number=0, at_unix_s=1.0, who="cli", what="resume")).number == 41
+    assert log.entries()[-1].what == "resume"
+
+
+def test_tokens_are_made_and_revoked_and_the_log_never_has_their_text(home: OwnerHome) -> None:
+    desk = OrderDesk(home, time.time)
+    made = desk.create_token(
+        {"name": "ann", "roles": ["trainer"], "ttl_s": 3600, "who": "page:1", "key": "k"}
+    )
+    assert made["command"] == f"shoal join {made['token']}"
+    with pytest.raises(UsageError, match="done already"):
+        desk.create_token({"name": "ann", "key": "k"})
+    assert [(t["id"], t["state"]) for t in desk.tokens()] == [(made["id"], "good")]
+    assert desk.revoke_token({"id": made["id"], "who": "page:1"}).changed
+    assert not desk.revoke_token({"id": made["id"]}).changed
+    assert desk.tokens()[0]["state"] == "revoked"
+    kept = (home.folder / "orders.jsonl").read_text()
+    assert str(made["token"]) not in kept
+    assert [json.loads(line)["what"] for line in kept.split("\n") if line] == [
+        "token_create",
+        "token_revoke",
+        "token_revoke",
+    ]
+    for request, words in (
+        ({"roles": ["owner"]}, "grants trainer"),
+        ({"roles": ["king"]}, "roles are"),
+        ({"roles": "trainer"}, "grants trainer"),
+        ({"ttl_s": 1e12}, "a token lives"),
+        ({"ttl_s": "long"}, "number of seconds"),
+        ({"name": "x" * 65}, "at most 64"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            desk.create_token(request)
+    with pytest.raises(UsageError, match="issued no token"):
+        desk.revoke_token({"id": "00"})
+
+
+def test_a_peer_without_the_owners_key_says_where_to_go() -> None:
+    def silent(kind: str, fields: Mapping[str, object]) -> None:
+        raise AssertionError("nothing is to be told")
+
+    events: Events = silent
+    actions = OwnerActions(None, lambda: None, lambda: None, events).actions()
+    assert set(actions) == {"order", "orders", "tokens", "token_create", "token_revoke"}
+    request: dict[str, Any] = {"what": KINDS[0]}
+    for action in actions.values():
+        with pytest.raises(UsageError, match="run it on the machine of `shoal up`"):
+            asyncio.run(_asked(action, request))
+
+
+async def _asked(action: Any, request: dict[str, Any]) -> object:
+    return await action(request)
+
+
+def test_an_old_errand_is_not_for_a_process_that_came_back(home: OwnerHome) -> None:
+    perform(home, what="drain", peer="ann")
+    perform(home, what="kick", peer="ann")
+    listed = home.key.amendments()
+    found = errand_for(listed, ANN, 7)
+    assert found is not None
+    assert found.kind == KICK
+    assert errand_for(listed, ANN, 3) == found, "it moved to another stage meanwhile"
+    assert errand_for(listed, ANN, 8) is None
+    assert errand_for(listed, BOB, 7) is None
+    assert errand_for(listed, PeerId(""), 0) is None
