@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-from outer_world import World, round_spec
+import torch
+from outer_world import Node, World, round_spec
+from pydantic import ValidationError
 
 from shoal.protocol.errors import MessageInvalid
 from shoal.protocol.virtual_time import run
-from shoal.training.outer.codecs import codec_of, round_codecs
+from shoal.training.outer.codecs import codec_of, codecs_of, measure, mix_of, round_codecs, usual_codecs
 from shoal.training.outer.policy import slowest_uplink
 from shoal.training.spec import CompressionSection
 
@@ -58,5 +62,81 @@ def test_a_group_on_slow_lines_changes_to_fewer_bits_on_its_own() -> None:
             families = [entry.contribution.partition("/")[0] for entry in world.entries()]
             assert families == ["int8", "onebit", "onebit"]
             assert world.equal()
+
+    run(main)
+
+
+LAYERS = CompressionSection(contribution="layers", published="layers", warmup_rounds=1)
+
+
+def test_bits_go_where_they_save_most_error() -> None:
+    """Three layers, of which one carries nearly all of the delta: fewer bytes than int4 for no more error."""
+    generator = torch.Generator().manual_seed(1)
+    layers = [torch.randn(8192, generator=generator) * size for size in (1.0, 0.02, 0.001)]
+    measured = [measure(LAYERS, layer, layer.numel()) for layer in layers]
+    mix = mix_of(measured)
+    chosen = [choices[code] for choices, code in zip(measured, mix, strict=True)]
+    assert [choice.family for choice in chosen] == ["int4", "onebit", "onebit"]
+    int4 = [choices[1] for choices in measured]
+    assert sum(choice.squared_error for choice in chosen) <= 1.05 * sum(c.squared_error for c in int4)
+    assert sum(choice.encoded_bytes for choice in chosen) < 0.6 * sum(c.encoded_bytes for c in int4)
+
+
+def test_equal_layers_all_go_in_int4_which_is_what_forecasts_say() -> None:
+    values = torch.randn(8192, generator=torch.Generator().manual_seed(1))
+    assert set(mix_of([measure(LAYERS, values, values.numel())] * 5)) == {1}
+    assert [tag.partition("/")[0] for tag in usual_codecs(LAYERS)] == ["int4", "int4"]
+
+
+def test_one_leg_alone_cannot_go_by_layers() -> None:
+    with pytest.raises(ValidationError, match="layers both, or neither"):
+        CompressionSection(contribution="layers", published="int8")
+
+
+class Uneven(World):
+    """Steps that move the first part a thousand times as far as the others."""
+
+    def move(self, node: Node) -> None:
+        change = torch.randn(node.weights.size, generator=self.generator) * 1e-4
+        change[:1024] *= 1000.0
+        node.weights.step(change, 100)
+        node.changes.append(change.double())
+        node.outer.stepped()
+
+
+def test_a_group_finds_its_mix_and_stays_equal_when_its_leader_dies() -> None:
+    spec = round_spec(
+        compression={"contribution": "layers", "published": "layers", "warmup_rounds": 1, "entropy": "zlib"}
+    )
+
+    async def main() -> None:
+        async with Uneven(4, spec) as world:
+            for _ in range(6):
+                height = world.nodes[-1].outer.height
+                for _ in range(2):
+                    for node in world.live.values():
+                        world.move(node)
+                await world.reach(height + 1)
+                if height == 3:
+                    last = world.nodes[-1].outer.entry(height + 1)
+                    leader = world.live[last.leader if last is not None else world.nodes[0].name]
+                    world.kill(leader)
+                    world.nodes.remove(leader)
+            mixes = [entry.mix for entry in world.entries()]
+            assert mixes[0] == b"" and all(mix[1:] == bytes([2] * 4) for mix in mixes[2:]), mixes
+            assert {mix[0] for mix in mixes[2:]} <= {0, 1}
+            assert world.equal()
+
+    run(main)
+
+
+def test_a_mix_that_no_leader_makes_is_refused() -> None:
+    async def main() -> None:
+        async with World(2) as world:
+            await world.rounds(1)
+            (entry,) = world.entries()
+            for mix in (b"\1", b"\3" * entry.parts, bytes(entry.parts + 1)):
+                with pytest.raises(MessageInvalid, match="mix of codecs"):
+                    codecs_of(dataclasses.replace(entry, mix=mix), entry.parts)
 
     run(main)

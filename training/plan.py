@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from shoal.training.activation import VALUE_BYTES, activation_bytes
-from shoal.training.outer.codecs import codec_of, round_codecs
+from shoal.training.outer.codecs import codec_of, usual_codecs
 from shoal.training.outer.parts import cut
 from shoal.training.partition import layer_costs, stage_costs, stage_ranges
 from shoal.training.pipeline.payload import PayloadFormat
@@ -133,9 +133,8 @@ def _stage(spec: RunSpec, stage: int, layers: range, compute_share: float) -> St
     last = layers.stop == spec.model.layers
     form, sequences = PayloadFormat.of(spec), spec.inner.micro_batch_sequences
     hidden, tokens = form.hidden_bytes(sequences, form.widest), form.token_bytes(sequences)
-    after_warmup = round_codecs(codecs, codecs.warmup_rounds + 1, 0.0)
     contribution, published = (
-        sum(codec_of(tag).encoded_bytes(part.count) for part in parts) for tag in after_warmup
+        sum(codec_of(tag).encoded_bytes(part.count) for part in parts) for tag in usual_codecs(codecs)
     )
     return StagePlan(
         stage=stage,
@@ -155,8 +154,7 @@ def _stage(spec: RunSpec, stage: int, layers: range, compute_share: float) -> St
 def _memory(spec: RunSpec, layers: range, parameters: int, contribution_bytes: int) -> StageMemory:
     full = 4 * parameters
     feedback = spec.compression.feedback and any(
-        codec_of(tag).needs_feedback
-        for tag in round_codecs(spec.compression, spec.compression.warmup_rounds + 1, 0.0)
+        codec_of(tag).needs_feedback for tag in usual_codecs(spec.compression)
     )
     return StageMemory(
         master=full,

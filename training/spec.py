@@ -196,7 +196,7 @@ class OuterSection(_Section):
     """Memory for the payloads of past rounds, from which peers that missed some catch up."""
 
 
-CodecFamily = Literal["auto", "float32", "bfloat16", "int8", "int4", "onebit", "topk2", "topk8"]
+CodecFamily = Literal["auto", "layers", "float32", "bfloat16", "int8", "int4", "onebit", "topk2", "topk8"]
 
 
 class CompressionSection(_Section):
@@ -204,7 +204,8 @@ class CompressionSection(_Section):
 
     contribution: CodecFamily = "int8"
     """What a replica sends in a round. int8: a quarter of the bytes; int4, onebit (sign and block mean) and
-    topk2, topk8 (the largest 1/64) less, with error feedback. auto: by the slowest uplink of the round."""
+    topk2, topk8 (the largest 1/64) less, with error feedback. auto: by the slowest uplink of the round.
+    layers, for both legs: 1, 4 or 8 bits part by part, the fewest bytes that lose no more than int4 would."""
     published: CodecFamily = "int8"
     """What a part's owner sends back. Not topk: a mean of sparse contributions is not sparse."""
     block: Literal[256, 512, 1024] = 256
@@ -220,6 +221,12 @@ class CompressionSection(_Section):
     activations: Literal["auto", "float32", "bfloat16", "int8"] = "float32"
     """Activations and their gradients between stages. bfloat16 halves the bytes of every hop, int8 quarters
     them. auto: hop by hop the widest that the link carries while the device computes."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if (self.contribution == "layers") != (self.published == "layers"):
+            raise ValueError("compression.contribution and compression.published are layers both, or neither")
+        return self
 
 
 class CheckpointSection(_Section):

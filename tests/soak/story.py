@@ -35,7 +35,9 @@ SILENT_S = 20.0  # until a silent peer counts as departed; 120 outside, which is
 STEP_S = 2.0
 PEERS = (*[3] * 6, *[4] * 6, *[5] * 4, 6, 6, 7, 7, 8, 8, 9, 10, 11, 12)
 CODECS = (
-    *[("float32", "float32")] * 5,
+    ("float32", "float32"),
+    ("layers", "layers"),
+    *[("float32", "float32")] * 3,
     ("int8", "int8"),
     ("int4", "int8"),
     ("onebit", "int8"),

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from blake3 import blake3
 
-from shoal.compression.codec import Codec, bytes_of
+from shoal.compression.codec import bytes_of
+from shoal.training.outer.codecs import RoundCodecs
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import SKIP, Entry
@@ -40,7 +41,7 @@ class OuterStep:
         self,
         context: Context,
         fragment: Fragment,
-        codec: Codec,
+        codecs: RoundCodecs,
         anchor: torch.Tensor,
         momentum: torch.Tensor,
         digests: Sequence[bytes],  # of the parts' states before, if they are known
@@ -48,7 +49,7 @@ class OuterStep:
     ) -> None:
         self._context = context
         self._fragment = fragment
-        self._codec = codec
+        self._codecs = codecs
         self._anchor = anchor
         self._momentum = momentum
         self._digests = digests
@@ -109,7 +110,7 @@ class OuterStep:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def _step(self, number: int, published: Published | None) -> bytes:
-        part = self._fragment.parts[number]
+        part, codec = self._fragment.parts[number], self._codecs.published(number)
         span = self._fragment.within(part)
         after, velocity = self._after[span], self._velocity[span]
         if published is None:
@@ -117,12 +118,10 @@ class OuterStep:
             if self._velocity is not self._momentum:
                 velocity.copy_(self._momentum[span])
         elif self._scale is not None:
-            self._context.strategy.reenter(
-                self._codec, published.encoded, self._anchor[span], self._scale, after
-            )
+            self._context.strategy.reenter(codec, published.encoded, self._anchor[span], self._scale, after)
         else:
             anchor, momentum = self._anchor[span], self._momentum[span]
-            self._context.strategy.step(self._codec, published.encoded, anchor, momentum, after, velocity)
+            self._context.strategy.step(codec, published.encoded, anchor, momentum, after, velocity)
         if self._velocity is self._momentum and self._digests:
             return tensor_digest(after) + self._digests[number][PART_STATE_BYTES // 2 :]
         return part_state(after, velocity)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.compression.codec import Buffer, Codec, CodecError
+from shoal.compression.choice import Choice
+from shoal.compression.codec import Buffer, CodecError
+from shoal.training.outer.codecs import LAYERS, RoundCodecs, measure, mix_of, sample
 from shoal.training.outer.context import Offload
 from shoal.training.outer.local import Sent
 from shoal.training.outer.parts import Fragment, Part
@@ -24,12 +26,13 @@ class Contribution:
     """q = C(a − s + e) of every part of a fragment, with what was taken for it."""
 
     fragment: Fragment
-    codec: Codec
+    codecs: RoundCodecs
     anchor: torch.Tensor  # a [fragment] fp32 CPU
     sent: Sent  # s [fragment]
     encoded: dict[int, Buffer]  # q by part index
     remainders: dict[int, torch.Tensor]  # β·(a − s + e − decode(q)) by part index, where it is fed back
     norm: float  # ‖a − s + e‖; not finite where there is nothing to encode
+    mix: bytes = b""  # what the next round of this fragment might take (`codecs.mix_of`), where parts choose
 
     def remainder(self, part: Part) -> torch.Tensor | None:
         """What the entry that lists this part left out, [count].
@@ -41,7 +44,7 @@ class Contribution:
 
 async def contribute(
     fragment: Fragment,
-    codec: Codec,
+    codecs: RoundCodecs,
     section: CompressionSection,
     anchor: torch.Tensor,
     sent: Sent,
@@ -51,13 +54,14 @@ async def contribute(
     """Encodes a whole fragment off the loop, in as many threads as `offload` has."""
     encoded: dict[int, Buffer] = {}
     remainders: dict[int, torch.Tensor] = {}
-    feeds_back = codec.needs_feedback and section.feedback
+    measured: dict[int, list[Choice]] = {}
+    first = fragment.parts[0].index
 
     def encode(parts: Sequence[Part]) -> float:
         square = 0.0
         for part in parts:
-            span = fragment.within(part)
-            left = torch.empty(part.count) if feeds_back else None
+            span, codec = fragment.within(part), codecs.contribution(part.index - first)
+            left = torch.empty(part.count) if codec.needs_feedback and section.feedback else None
             encoded[part.index], norm2 = codec.encode_difference(
                 anchor[span],
                 sent.weights[span],
@@ -68,13 +72,19 @@ async def contribute(
             square += norm2
             if left is not None:
                 remainders[part.index] = left
+            if section.contribution == LAYERS:
+                delta = sample(anchor[span]) - sample(sent.weights[span])
+                if (carried := residuals.contributed(part)) is not None:
+                    delta += sample(carried)
+                measured[part.index] = measure(section, delta, part.count)
         return square
 
     try:
         norm = math.sqrt(sum(await asyncio.gather(*(offload(encode, p) for p in grouped(fragment.parts)))))
     except CodecError:
-        return Contribution(fragment, codec, anchor, sent, {}, {}, math.nan)
-    return Contribution(fragment, codec, anchor, sent, encoded, remainders, norm)
+        return Contribution(fragment, codecs, anchor, sent, {}, {}, math.nan)
+    mix = await offload(mix_of, [measured[part.index] for part in fragment.parts]) if measured else b""
+    return Contribution(fragment, codecs, anchor, sent, encoded, remainders, norm, mix)
 
 
 def grouped(parts: Sequence[Part]) -> list[Sequence[Part]]:

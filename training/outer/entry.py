@@ -86,6 +86,7 @@ class Entry:
     lost: Annotated[bytes, Length(0, LOST_BYTES)] = b""  # of a re-entry: the entry that it brings back
     scale: Annotated[float, Bounds(0.0, 1.0)] = 0.0  # of a re-entry: on the mean
     leaving: Annotated[str, Length(0, 64)] = ""  # LEAVE: a peer that may go from here on
+    mix: Annotated[bytes, Length(0, limits.PARTS)] = b""  # a code a part, where codecs go by part
 
     def __post_init__(self) -> None:
         peers = [seat.peer for seat in self.roster]

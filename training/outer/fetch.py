@@ -9,7 +9,7 @@ from shoal.protocol.errors import NotHere, ProtocolViolation, ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, call
 from shoal.training.outer.ask_around import ask_around, reasons
-from shoal.training.outer.codecs import codec_of
+from shoal.training.outer.codecs import codecs_of
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import SKIP, Entry
 from shoal.training.outer.messages import PartRequest, PublishedPart
@@ -55,7 +55,7 @@ async def fetch_parts(
 
 async def fetch_part(context: Context, entry: Entry, part: int, holders: Sequence[PeerId]) -> Published:
     """A part of an entry from the first holder that gives it, asked in random order. Raises NotHere."""
-    digest, codec = entry.digest(part), codec_of(entry.published)
+    digest, codec = entry.digest(part), codecs_of(entry, entry.parts).published(part)
     count = context.fragments[entry.fragment].parts[part].count
 
     async def ask(peer: PeerId) -> Published:

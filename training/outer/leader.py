@@ -53,8 +53,12 @@ class Leader:
         follow: Follow,
         secure: Callable[[Entry, bytes], Awaitable[bool]],
         lost: LostEntry | None = None,
+        mix: bytes = b"",
     ) -> None:
-        """`secure` returns when an entry may be committed, however few have it; whether that took a while."""
+        """`secure` returns when an entry may be committed, however few have it; whether that took a while.
+
+        `mix` is how the parts of a plain round are encoded, where the spec leaves that to measurement.
+        """
         self._context = context
         self._log = log
         self._follow = follow
@@ -81,6 +85,7 @@ class Leader:
             first_stage_head=first_stage_head,
             contribution=contribution,
             published=published,
+            mix=mix,
         )
         self._lost_entry = lost
         self._plain = self._offer
@@ -361,17 +366,18 @@ class Leader:
         return self._results(draft, len(reporters) + len(bystanders))
 
     def _bystanders(self, draft: Entry) -> set[PeerId]:
-        """Those here who had no seat in a draft that is gone on with: they can hold nothing of it.
+        """Those here who were not present in a draft that is gone on with: they can hold nothing of it.
 
         A draft from a side of a cut may have lost all but one of its members. That one must not wait for
         them for ever, nor commit alone what it alone holds: with the bystanders it can begin anew. Not while
         a member is silent: it may have committed that draft.
         """
-        missing = {draft.roster[seat].peer for seat in draft.present() if seat not in self._reports}
+        present = {draft.roster[seat].peer for seat in draft.present()}
+        missing = present - {draft.roster[seat].peer for seat in self._reports}
         offered = {seat.peer for seat in self._offer.roster}
         if any(peer in self._silent or peer in offered - self._departed for peer in missing):
             return set()
-        return {peer for peer in self._open() if draft.seat_of(peer) is None}
+        return self._open() - present
 
     def _require_quorum(self, here: Sequence[PeerId]) -> None:
         """Raises Stale unless enough of the last round's members are here, not counting those that departed.
@@ -445,6 +451,7 @@ def _reentry(offer: Entry, lost: LostEntry) -> Entry:
         fragment=lost.entry.fragment,
         contribution=lost.entry.contribution,
         published=lost.entry.published,
+        mix=lost.entry.mix,
         lost=lost.data,
         scale=lost.scale,
     )

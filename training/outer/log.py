@@ -19,7 +19,7 @@ from shoal.protocol import limits, wire
 from shoal.protocol.errors import MessageInvalid, Stale
 from shoal.protocol.identity import PeerId
 from shoal.protocol.wire import Count, Digest, Identifier, Items, wire_message
-from shoal.training.outer.codecs import codec_of
+from shoal.training.outer.codecs import codecs_of
 from shoal.training.outer.entry import (
     SKIP,
     Contributor,
@@ -184,8 +184,7 @@ class Log:
         expected = _place(self.stage, fragment.index, len(fragment.parts))
         if found != expected:
             raise MessageInvalid(f"entry {entry.height}: {found}; {expected} expected")
-        for tag in (entry.contribution, entry.published):
-            codec_of(tag)
+        codecs_of(entry, entry.parts)
         self._check_parts(entry)
         self._check_contributors(entry)
         present = {entry.roster[seat].peer for seat in entry.present()}
@@ -262,14 +261,14 @@ class Log:
     def check_source(self, draft: Entry) -> Entry:
         """The lost entry that a re-entry, or its draft, brings back. Raises MessageInvalid."""
         lost = draft.source()
-        fits = (lost.stage, lost.fragment, lost.contribution, lost.published)
+        fits = (lost.stage, lost.fragment, lost.contribution, lost.published, lost.mix)
         if lost.lost or not lost.contributors or lost.fragment >= len(self._fragments):
             raise MessageInvalid(f"entry {draft.height}: brings back what is no round of this stage")
-        if fits != (self.stage, draft.fragment, draft.contribution, draft.published):
+        if fits != (self.stage, draft.fragment, draft.contribution, draft.published, draft.mix):
             raise MessageInvalid(f"entry {draft.height}: stage, fragment or codecs are not the lost entry's")
         if lost.parts != len(self._fragments[lost.fragment].parts):
             raise MessageInvalid(f"entry {draft.height}: the lost entry has {lost.parts} parts")
-        codec_of(lost.published)
+        codecs_of(lost, lost.parts)
         return lost
 
     def holds(self, other: Entry) -> bool:

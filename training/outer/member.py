@@ -17,7 +17,7 @@ from shoal.protocol.faults import define
 from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.change import Change
-from shoal.training.outer.codecs import codec_of
+from shoal.training.outer.codecs import codecs_of
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution, contribute
 from shoal.training.outer.entry import Entry, StreamPosition, parse
@@ -62,6 +62,7 @@ class Member:
         self._local = local
         self._positions = positions
         self.contribution: Contribution | None = None  # to the height to come
+        self.mixes: dict[int, bytes] = {}  # by fragment, as the last contribution suggests
         self._reached: set[PeerId] = set()  # who may have got some of it, by whatever draft
         self._unapplied: bytes | None = None  # an entry of the height to come whose parts are not all here
         self._apart_until_s = -math.inf  # the own state is being repaired: no new round
@@ -103,6 +104,7 @@ class Member:
                 self.contribution = self.contribution if isinstance(self.round, Round) else None
             elif not isinstance(self.round, Round):
                 self.contribution = await self._contribute(entry)
+                self.mixes[entry.fragment] = self.contribution.mix
             return self._answer()
 
     async def _contribute(self, offer: Entry) -> Contribution:
@@ -110,7 +112,7 @@ class Member:
         sent = await self._local.sent(fragment.span, self._context.buffers.take(fragment.count))
         return await contribute(
             fragment,
-            codec_of(offer.contribution),
+            codecs_of(offer, len(fragment.parts)),
             self._context.spec.compression,
             self.replica.anchor_of(fragment.index),
             sent,
@@ -167,12 +169,12 @@ class Member:
         fragment = self.replica.log.next_fragment
         if draft.fragment != fragment.index:
             raise MessageInvalid(f"height {draft.height} synchronises fragment {fragment.index}")
-        codecs = codec_of(draft.contribution), codec_of(draft.published)
+        codecs = codecs_of(draft, len(fragment.parts))
         owner_of = await self._context.offload(draw_owners, self._context, draft, fragment)
         mine = self.contribution
         seat = draft.seat_of(self._context.me, self._context.incarnation)
         row = draft.row_of(seat) if seat is not None else None
-        if row is None or mine is None or mine.sent.inner_step != row.to_step or mine.codec is not codecs[0]:
+        if row is None or mine is None or mine.sent.inner_step != row.to_step or mine.codecs != codecs:
             mine = None  # a draft of another attempt: this peer is not listed, and loses nothing
         if mine is not None:
             self._reached |= {draft.roster[seat].peer for seat in draft.present()}
@@ -215,7 +217,7 @@ class Member:
                 self._unapplied = None
                 raise
             round_ = self.round if isinstance(self.round, Round) else None
-            begun = round_ is not None and not entry.lost and round_.draft.published == entry.published
+            begun = round_ is not None and not entry.lost and _codecs(round_.draft) == _codecs(entry)
             await point(self._context.transport, _APPLYING)
             await self.replica.apply(
                 data,
@@ -315,3 +317,8 @@ class Member:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.round is not None:
             await self.round.close()
+
+
+def _codecs(entry: Entry) -> tuple[str, bytes]:
+    """What a round's outer steps went by."""
+    return entry.published, entry.mix

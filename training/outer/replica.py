@@ -15,7 +15,7 @@ import torch
 from shoal.protocol.errors import NotHere
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.apply import OuterStep, part_state, tensors_digest
-from shoal.training.outer.codecs import codec_of
+from shoal.training.outer.codecs import codecs_of
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import SKIP, Entry, parse
@@ -126,8 +126,8 @@ class Replica:
         fragment = self._context.fragments[entry.fragment]
         anchor, momentum = self._anchors[fragment.index], self._momenta[fragment.index]
         scale = entry.scale if entry.lost else None
-        codec, digests = codec_of(entry.published), self._digests[fragment.index]
-        return OuterStep(self._context, fragment, codec, anchor, momentum, digests, scale)
+        codecs, digests = codecs_of(entry, len(fragment.parts)), self._digests[fragment.index]
+        return OuterStep(self._context, fragment, codecs, anchor, momentum, digests, scale)
 
     def _settle(self, entry: Entry) -> list[Rebase]:
         """Of a re-entry: what of this process's part in the lost round is in the agreed state from now on."""

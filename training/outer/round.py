@@ -11,11 +11,12 @@ from collections import defaultdict
 
 import torch
 
-from shoal.compression.codec import Buffer, Codec, CodecError
+from shoal.compression.codec import Buffer, CodecError
 from shoal.protocol.errors import MessageInvalid, ShoalError
 from shoal.protocol.transport import Channel
 from shoal.training.outer.apply import OuterStep
 from shoal.training.outer.change import Change
+from shoal.training.outer.codecs import RoundCodecs
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import SKIP, Contributor, Entry, draft_id
@@ -49,7 +50,7 @@ class Round:
         data: bytes,
         draft: Entry,
         fragment: Fragment,
-        codecs: tuple[Codec, Codec],
+        codecs: RoundCodecs,
         contribution: Contribution | None,
         residuals: Residuals,
         owner_of: list[int],
@@ -65,7 +66,7 @@ class Round:
         self.bytes_out = 0
         self._context = context
         self._parts = fragment.parts  # counted from 0 here and on the wire
-        self._incoming, self._outgoing = codecs
+        self._codecs = codecs
         self._residuals = residuals
         self.opened_s = asyncio.get_running_loop().time()
         self._deadline_s = deadline_s
@@ -122,8 +123,8 @@ class Round:
 
     def most_bytes(self, *, published: bool) -> int:
         """Of one part's payload."""
-        codec = self._outgoing if published else self._incoming
-        return max(codec.encoded_bytes(part.count) for part in self._parts)
+        codec_of = self._codecs.published if published else self._codecs.contribution
+        return max(codec_of(number).encoded_bytes(part.count) for number, part in enumerate(self._parts))
 
     def _part(self, part: int) -> Part:
         if part >= len(self._parts):
@@ -140,9 +141,9 @@ class Round:
 
         Raises MessageInvalid for a part or a size that cannot be.
         """
-        most = self._incoming.encoded_bytes(self._part(part).count)
-        size = memoryview(data).nbytes
-        if size > most or (self._incoming.exact and size != most):
+        count, codec = self._part(part).count, self._codecs.contribution(part)
+        most, size = codec.encoded_bytes(count), memoryview(data).nbytes
+        if size > most or (codec.exact and size != most):
             raise MessageInvalid(f"part {part}: {size} bytes, {most} expected")
         if part in self._to_reduce and seat not in self._received[part] and seat not in self._sent_all:
             self._received[part][seat] = data
@@ -160,7 +161,9 @@ class Round:
             raise MessageInvalid(f"{len(listed)} bytes of bitmap")
         if self._owner_of[part] != seat or part in self.held:
             return
-        published = await self._context.offload(checked, self._outgoing, part, listed, data, count)
+        published = await self._context.offload(
+            checked, self._codecs.published(part), part, listed, data, count
+        )
         self._hold(part, published)
 
     def _hold(self, part: int, published: Published) -> None:
@@ -239,8 +242,8 @@ class Round:
         try:
             mean: Mean = await self._context.offload(
                 weighted_mean,
-                self._incoming,
-                self._outgoing,
+                self._codecs.contribution(part),
+                self._codecs.published(part),
                 contributions,
                 self._parts[part].count,
                 len(self.draft.roster),

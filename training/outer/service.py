@@ -439,6 +439,7 @@ class Outer:
             lambda line: follow(self._context, self._member, line),
             self._guarded.secure,
             self._replica.lost.next(),
+            self._mix(height),
         )
         self._context.event("round-open", {"height": height, "roster": len(group)})
         try:
@@ -495,11 +496,18 @@ class Outer:
                 "overlap_steps": figures.overlap_steps,
                 "fragment": entry.fragment,
                 "codecs": [entry.contribution, entry.published],
+                "mixed_parts": sum(map(bool, entry.mix)),  # of fewer bits than those
                 "bytes_out": self._member.round.bytes_out if self._member.round is not None else 0,
                 "tokens": entry.tokens,
                 "leader": entry.leader,
             },
         )
+
+    def _mix(self, height: int) -> bytes:
+        """How each part is encoded from here on, where the spec leaves that to measurement."""
+        if height <= self._context.spec.compression.warmup_rounds:
+            return b""
+        return self._member.mixes.get(self._replica.log.next_fragment.index, b"")
 
     def _save_residuals(self, entry: Entry, listed: bool) -> None:
         context, kept = self._context, self._replica.residuals.take()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from shoal.protocol.errors import NotHere, Stale
 from shoal.training.outer.ask_around import ask_around, reasons
-from shoal.training.outer.codecs import codec_of, round_codecs
+from shoal.training.outer.codecs import codec_of, usual_codecs
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import parse
 from shoal.training.outer.fork import Chain, chain_of, most_tokens, wins
@@ -119,7 +119,7 @@ class CatchingUp:
 
     def _prefers_snapshot(self, target: Target) -> bool:
         context = self._context
-        codec = codec_of(round_codecs(context.spec.compression, target.height, 0.0)[1])
+        codec = codec_of(usual_codecs(context.spec.compression)[1])
         published = sum(codec.encoded_bytes(part.count) for part in context.fragments[0].parts)
         return prefers_snapshot(
             self._member.replica.log.height,
