@@ -8,20 +8,27 @@ import contextlib
 from shoal.dht.liveness import Liveness
 from shoal.node.presence import Presence
 from shoal.node.reachability import say_hello
-from shoal.protocol.errors import Busy, NetworkError, ProtocolViolation, TokenRevoked
+from shoal.node.signed_spec import fetch_spec
+from shoal.protocol.errors import Busy, NetworkError, ProtocolViolation, ShoalError, TokenRevoked
 
 _ASKED_WHEN_ALONE = 4
+_PARDON_S = 15.0  # to find somebody, and to hear of a newer list
 
 
 async def leave_when_revoked(presence: Presence) -> None:
     """Raises TokenRevoked once the owner's list names this peer.
 
     Others cut a revoked peer off before the list reaches it. So when nobody talks to it any more, it
-    asks one who used to; a single liar among live peers cannot send it away.
+    asks one who used to; a single liar among live peers cannot send it away. And whoever comes back with a
+    list that names it asks first whether there is a newer one: it may have been pardoned.
     """
     book, changed = presence.membership.revocations, asyncio.Event()
     book.changed.append(changed.set)
     presence.members.on_event(lambda event: changed.set())
+    if book.is_revoked(presence.membership.me):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PARDON_S):
+                await _ask_for_pardon(presence)
     while not book.is_revoked(presence.membership.me):
         await _ask_if_alone(presence)
         changed.clear()
@@ -30,6 +37,21 @@ async def leave_when_revoked(presence: Presence) -> None:
         f"the run's owner has shut this peer out (revocation list {book.version} names "
         f"token {presence.token.token_id} or this peer)\nonly a new token from the owner helps"
     )
+
+
+async def _ask_for_pardon(presence: Presence) -> None:
+    """Returns once a newer list lets this peer back, or somebody refuses it still."""
+    membership = presence.membership
+    while membership.revocations.is_revoked(membership.me):
+        for member in presence.members.view().here():
+            if member.peer != presence.transport.me:
+                try:
+                    await fetch_spec(presence.transport, member.peer, membership)
+                except TokenRevoked:
+                    return
+                except ShoalError:
+                    continue  # another one may answer
+        await presence.members.changed()
 
 
 async def _ask_if_alone(presence: Presence) -> None:

@@ -179,9 +179,19 @@ class OwnerKey:
 
         Raises UsageError for what is no id, MessageTooLarge for too many, StorageError.
         """
+        return self._sign_revocations(self.revocations().extended(token_ids, peers))
+
+    def pardon(self, peer: PeerId) -> SignedRevocations:
+        """The next list without this peer, as `revoke` makes it."""
+        return self._sign_revocations(self.revocations().pardoned(peer))
+
+    def revocations(self) -> RevocationList:
+        """As last signed. Raises StorageError."""
         stored = load_revocations(self.revocations_path, self.run_id, self.root_der)
-        current = stored[1] if stored else RevocationList()
-        signed = sign_revocations(current.extended(token_ids, peers), self.run_id, self.sign)
+        return stored[1] if stored else RevocationList()
+
+    def _sign_revocations(self, listed: RevocationList) -> SignedRevocations:
+        signed = sign_revocations(listed, self.run_id, self.sign)
         try:
             verify_revocations(signed, self.run_id, self.root_der)
         except RecordInvalid as error:

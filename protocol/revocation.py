@@ -1,8 +1,9 @@
 """Who is shut out: one list of token ids and peer ids, signed by the owner, cumulative and versioned.
 
 Its version rides on heartbeats; whoever knows a lower one fetches the list (notice as header, entries
-as payload) and adopts it. A newer list contains all of an older one, so nobody comes back by
-an owner's mistake. The daemon gives it to joiners first; the transport closes streams when it changes.
+as payload) and adopts it. A newer list contains all of an older one, or says which peers it lets back and
+since which version, so nobody comes back by an owner's mistake; tokens never do. The daemon gives it to
+joiners first; the transport closes streams when it changes.
 """
 
 from __future__ import annotations
@@ -56,23 +57,38 @@ class RevocationList:
     version: int = 0
     token_ids: frozenset[str] = frozenset()  # hex
     peers: frozenset[PeerId] = frozenset()
+    pardons: frozenset[tuple[PeerId, int]] = frozenset()  # peers let back, and the version that did it
 
     def __contains__(self, verified: VerifiedPeer) -> bool:
         return verified.token_id in self.token_ids or verified.peer in self.peers
 
     def covers(self, older: RevocationList) -> bool:
-        """Whether everything in `older` is in this list."""
-        return self.token_ids >= older.token_ids and self.peers >= older.peers
+        """Whether everything in `older` is in this list, but for those pardoned since."""
+        since = {peer for peer, version in self.pardons if version > older.version}
+        return self.token_ids >= older.token_ids and self.peers | since >= older.peers
 
     def extended(self, token_ids: Iterable[str], peers: Iterable[PeerId]) -> RevocationList:
         """The next version, with these added."""
-        return RevocationList(self.version + 1, self.token_ids.union(token_ids), self.peers.union(peers))
+        peers = frozenset(peers)
+        pardons = frozenset(pardon for pardon in self.pardons if pardon[0] not in peers)
+        return RevocationList(self.version + 1, self.token_ids.union(token_ids), self.peers | peers, pardons)
+
+    def pardoned(self, peer: PeerId) -> RevocationList:
+        """The next version, without this peer."""
+        version = self.version + 1
+        pardons = {pardon for pardon in self.pardons if pardon[0] != peer} | {(peer, version)}
+        return RevocationList(version, self.token_ids, self.peers - {peer}, frozenset(pardons))
 
     def entries(self) -> bytes:
-        """One line an id, sorted: "t" and a token id, or "p" and a peer id. Raises MessageTooLarge."""
-        if len(self.token_ids) + len(self.peers) > limits.REVOCATIONS:
+        """One line an id, sorted: "a" and a peer id with a version, "p" and a peer id, "t" and a token id.
+
+        Raises MessageTooLarge; a pardon takes the place of two.
+        """
+        if len(self.token_ids) + len(self.peers) + 2 * len(self.pardons) > limits.REVOCATIONS:
             raise MessageTooLarge(f"a revocation list holds {limits.REVOCATIONS} ids at most")
-        lines = [f"p{peer}\n" for peer in sorted(self.peers)] + [f"t{t}\n" for t in sorted(self.token_ids)]
+        lines = [f"a{peer} {version}\n" for peer, version in sorted(self.pardons)]
+        lines += [f"p{peer}\n" for peer in sorted(self.peers)]
+        lines += [f"t{token_id}\n" for token_id in sorted(self.token_ids)]
         return "".join(lines).encode()
 
 
@@ -184,7 +200,7 @@ def file_bytes(signed: SignedRevocations) -> bytes:
 
 
 def _parsed(version: int, entries: bytes) -> RevocationList:
-    token_ids, peers = set[str](), set[PeerId]()
+    token_ids, peers, pardons = set[str](), set[PeerId](), set[tuple[PeerId, int]]()
     try:
         for line in entries.decode("ascii").splitlines():
             if line.startswith("t") and _is_token_id(line[1:]):
@@ -192,11 +208,23 @@ def _parsed(version: int, entries: bytes) -> RevocationList:
             elif line.startswith("p"):
                 public_key_of(PeerId(line[1:]))
                 peers.add(PeerId(line[1:]))
+            elif line.startswith("a"):
+                peer, _, since = line[1:].partition(" ")
+                public_key_of(PeerId(peer))
+                pardons.add((PeerId(peer), _version(since, version)))
             else:
                 raise RecordInvalid(f"a revocation list with the entry {line[:64]!r}")
     except ValueError as error:
         raise RecordInvalid(f"a revocation list that is not text of ids: {error}") from error
-    return RevocationList(version, frozenset(token_ids), frozenset(peers))
+    if not peers.isdisjoint(peer for peer, _ in pardons):
+        raise RecordInvalid("a revocation list that shuts a peer out and lets it back")
+    return RevocationList(version, frozenset(token_ids), frozenset(peers), frozenset(pardons))
+
+
+def _version(text: str, newest: int) -> int:
+    if not text.isdecimal() or len(text) > 16 or not 1 <= int(text) <= newest:
+        raise RecordInvalid(f"a revocation list {newest} with a pardon of list {text[:16]!r}")
+    return int(text)
 
 
 def _is_token_id(text: str) -> bool:

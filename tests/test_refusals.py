@@ -5,7 +5,8 @@ The tests that show each item. Those without a file are below, on real sockets w
 no certificate           test_grpc_transport: no_certificate_and_a_certificate_of_another_run_are_refused
 forged chain             test_a_forged_leaf_passes_tls_and_nothing_else; test_trust: every byte of a chain
 expired leaf, token      test_an_expired_leaf_(…), test_an_expired_token_from_an_open_file_(…)
-revoked                  test_a_revoked_peers_streams_(…), test_a_joiner_with_a_revoked_token_is_told_so;
+revoked                  test_a_revoked_peers_streams_(…), test_a_joiner_with_a_revoked_token_is_told_so,
+                         test_a_banned_peer_that_comes_back_(…);
                          test_grpc_transport: a_revoked_peer_is_refused_in_words_and_its_streams_end
 wrong role               test_roles_are_checked_before_any_handler_of_a_replica_runs
 wrong run                test_grpc_transport: no_certificate_and_a_certificate_of_another_run_are_refused
@@ -70,6 +71,7 @@ from shoal.dht.view import SwarmView
 from shoal.node import paths
 from shoal.node.owner.home import OwnerHome
 from shoal.node.presence import Listening, present
+from shoal.node.revoked import leave_when_revoked
 from shoal.node.signed_spec import LABEL, ROLES, SpecReply, SpecRequest, fetch_spec
 from shoal.node.signed_spec import METHOD as SPEC
 from shoal.protocol import limits
@@ -107,7 +109,7 @@ from shoal.protocol.errors import (
 from shoal.protocol.framing import FrameEncoder, FrameKind
 from shoal.protocol.grpc_settings import grpc
 from shoal.protocol.identity import PeerId, PeerKey, Role
-from shoal.protocol.revocation import RevocationList, sign_revocations
+from shoal.protocol.revocation import RevocationBook, RevocationList, file_bytes, sign_revocations
 from shoal.protocol.transport import Stream, Transport, call
 from shoal.protocol.wire import decode, encode
 from shoal.training.outer import follow
@@ -1005,6 +1007,49 @@ def test_an_expired_token_from_an_open_file_is_refused_with_a_warning(tmp_path: 
     assert list((tmp_path / "data").rglob("identity*")), "the peer has a key"
     assert not open_to_others(tmp_path / "data")
     assert not open_to_others(tmp_path / "owner")
+
+
+def test_a_banned_peer_that_comes_back_is_refused_until_it_is_pardoned(tmp_path: Path) -> None:
+    """Its own list names it still, so it asks first whether there is a newer one."""
+
+    async def scene() -> None:
+        now = time.time()
+        home = OwnerHome.of_run(tmp_path / "owner", RunSpec(), now)
+        for name in ("peer", "bob"):
+            (tmp_path / name).mkdir(mode=0o700)
+        revocations_path = home.key.revocations_path
+        async with present(
+            *(home.own_token(now), PeerKey.generate(), tmp_path / "peer", Listening()),
+            revocations_path=revocations_path,
+            alone_is_fine=True,
+        ) as presence:
+            presence.spec = home.spec
+            presence.announce("online", (0,))
+            home.keep_addresses(presence.directory.bootstrap_addresses())
+            token, bob = home.issue((Role.TRAINER,), HOUR, "bob", now), PeerKey.generate()
+            banned = home.key.revoke(peers=[bob.peer])
+            home.key.pardon(bob.peer)
+            assert presence.membership.revocations.reload()
+            path = tmp_path / "bob" / "revocations"
+            RevocationBook(home.key.run_id, home.key.root_der, path).adopt(banned)
+            async with present(token, bob, tmp_path / "bob", Listening()) as back:
+                book = back.membership.revocations
+                assert book.is_revoked(back.membership.me)
+                waiting = asyncio.create_task(leave_when_revoked(back))
+                while book.version < 2:
+                    await asyncio.sleep(0.01)
+                await back.members.wait_for(hears(presence.transport.me), 20.0)
+                assert not waiting.done()
+                home.key.revoke(peers=[bob.peer])
+                assert presence.membership.revocations.reload()
+                with pytest.raises(TokenRevoked, match="only a new token"):
+                    await waiting
+            path.write_bytes(file_bytes(banned))
+            with pytest.raises(TokenRevoked):
+                async with present(token, bob, tmp_path / "bob", Listening()) as back:
+                    await leave_when_revoked(back)
+
+    asyncio.run(scene())
 
 
 def test_a_joiner_with_a_revoked_token_is_told_so(tmp_path: Path) -> None:

@@ -113,6 +113,43 @@ def test_the_owners_daemon_sees_what_the_command_line_revoked(world: World) -> N
     assert VerifiedPeer(PeerId("p"), frozenset(), "ab" * 8, NOW) in book.current
 
 
+def test_a_pardoned_peer_is_let_back_by_newer_lists_only(world: World) -> None:
+    judge = Membership(world.token(), PeerKey.generate(), lambda: world.now)
+    ann, bob = world.member(), world.member()
+    book, owner = judge.revocations, world.owner
+    banned = owner.revoke([bob.token.token_id], [ann.key.peer])
+    assert book.adopt(banned)
+    pardon = owner.pardon(ann.key.peer)
+    assert book.adopt(pardon)
+    judge.verify(ann.chain)
+    assert not book.adopt(banned), "a replay of the ban"
+    with pytest.raises(TokenRevoked):
+        judge.verify(bob.chain)
+
+    assert book.adopt(owner.revoke(peers=[ann.key.peer]))
+    with pytest.raises(TokenRevoked):
+        judge.verify(ann.chain)
+    old_copy = RevocationList(9, frozenset(), frozenset(), frozenset({(ann.key.peer, 2)}))
+    with pytest.raises(RecordInvalid, match="lacks entries"):
+        book.adopt(sign_revocations(old_copy, RUN, owner.sign))
+    late = RevocationBook(RUN, owner.root_der)  # has missed all in between
+    assert late.adopt(banned)
+    assert late.adopt(owner.pardon(ann.key.peer))
+    assert ann.me not in late.current
+    again = RevocationBook(RUN, owner.root_der, owner.revocations_path)
+    assert again.current == late.current
+
+
+@pytest.mark.parametrize("entry", ["", " 3", " 0", " x", " 2 2", "  1", " 1.0", " -1"])
+def test_a_pardon_that_cannot_be_is_refused(world: World, entry: str) -> None:
+    peer = PeerKey.generate().peer
+    for entries in (f"a{peer}{entry}\n", f"a{peer} 1\np{peer}\n"):
+        bare = RevocationNotice(RUN, 2, blake3(entries.encode()).digest(), b"")
+        notice = replace(bare, signature=world.owner.sign(LABEL, bare.signed_bytes()))
+        with pytest.raises(RecordInvalid):
+            RevocationBook(RUN, world.owner.root_der).adopt(SignedRevocations(notice, entries.encode()))
+
+
 @pytest.mark.parametrize("wrong", ["", "zz", "AB" * 8, "ab" * 7, " " + "ab" * 8, "ab\n" * 8])
 def test_what_is_no_id_is_not_revoked(world: World, wrong: str) -> None:
     with pytest.raises(UsageError):

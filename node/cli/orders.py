@@ -23,7 +23,7 @@ Run = Annotated[str | None, typer.Option("--run", help="Name or id of the run, w
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Reason = Annotated[str, typer.Option(help="Why, for the peer and the log.", show_default=False)]
-_WHO = "command line"
+WHO = "command line"
 
 
 def order(
@@ -32,7 +32,7 @@ def order(
     """Ask once, have it performed, and say what came of it."""
     home = _home(data_dir, run)
     confirm(f"{question} (run {home.key.run_name})", yes)
-    request = {"what": what, "who": _WHO, **more}
+    request = {"what": what, "who": WHO, **more}
     socket = asyncio.run(owners_socket(data_root(data_dir), home.key.run_id))
     if socket is not None:
         entry = asyncio.run(_ask(socket, "order", **request))

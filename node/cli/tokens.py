@@ -11,10 +11,11 @@ import typer
 from rich.table import Column, Table
 
 from shoal.node.cli.console import note, out, print_json
+from shoal.node.cli.orders import WHO
 from shoal.node.cli.units import duration_s
 from shoal.node.paths import control_sockets, data_root
-from shoal.protocol.errors import PeerUnreachable, UsageError
-from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.errors import PeerUnreachable
+from shoal.protocol.identity import Role
 
 app = typer.Typer(help="Invite people, and shut them out.", no_args_is_help=True)
 
@@ -35,41 +36,36 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Print a new join token. It is a secret: whoever has it can join."""
+    from shoal.node.owner.desk import OrderDesk
     from shoal.node.owner.home import OwnerHome
+    from shoal.node.owner.orders import TokenOrder
 
     home = OwnerHome.choose(data_root(data_dir), run)
-    token = home.issue(role, duration_s(ttl), name, time.time())
+    order = TokenOrder(roles=tuple(role), ttl_s=duration_s(ttl), who=WHO, name=name)
+    made = OrderDesk(home).create_token(order)
     if as_json:
-        print_json({"id": token.token_id, "roles": sorted(token.roles), "token": token.encode()})
+        print_json(made)
         return
-    roles = ", ".join(sorted(token.roles))
-    note(f"token {token.token_id} ({roles}), good for {ttl}; one volunteer, one token:")
-    typer.echo(token.encode())
+    roles = ", ".join(made["roles"])
+    note(f"token {made['id']} ({roles}), good for {ttl}; one volunteer, one token:")
+    typer.echo(made["token"])
 
 
 @app.command("list")
 def list_tokens(run: Run = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """Show the tokens issued."""
+    from shoal.node.owner.desk import OrderDesk
     from shoal.node.owner.home import OwnerHome
-    from shoal.protocol.revocation import load_revocations
 
     home = OwnerHome.choose(data_root(data_dir), run)
-    stored = load_revocations(home.key.revocations_path, home.key.run_id, home.key.root_der)
-    revoked = stored[1].token_ids if stored else frozenset[str]()
-    now = time.time()
-    rows = []
-    for token in home.key.tokens():
-        state = "revoked" if token.token_id in revoked else "expired" if token.not_after < now else "good"
-        roles = sorted(role.value for role in token.roles)
-        rows.append({"id": token.token_id, "name": token.name, "roles": roles, "state": state,
-                     "not_after": token.not_after})  # fmt: skip
+    rows = OrderDesk(home).tokens()
     if as_json:
         print_json(rows)
         return
     table = Table(Column("id", no_wrap=True), "name", "roles", "state", "until")
-    for row, token in zip(rows, home.key.tokens(), strict=True):
-        until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(token.not_after))
-        table.add_row(token.token_id, token.name, ", ".join(sorted(token.roles)), str(row["state"]), until)
+    for row in rows:
+        until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row["not_after"]))
+        table.add_row(row["id"], row["name"], ", ".join(row["roles"]), row["state"], until)
     out.print(table)
 
 
@@ -80,23 +76,24 @@ def revoke(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Shut out a token, or one peer, for good."""
+    """Shut out a token for good, or one peer (until shoal peer unban)."""
+    from shoal.node.owner.desk import OrderDesk
     from shoal.node.owner.home import OwnerHome
+    from shoal.node.owner.orders import parse_order
 
     root = data_root(data_dir)
     home = OwnerHome.choose(root, run)
-    known = {token.token_id for token in home.key.tokens()}
-    if token_id in known:
-        signed = home.key.revoke(token_ids=[token_id])
-    elif token_id.startswith("12D3"):
-        signed = home.key.revoke(peers=[PeerId(token_id)])
+    desk = OrderDesk(home)
+    if token_id.startswith("12D3"):
+        desk.perform(parse_order({"what": "ban", "peer": token_id, "who": WHO}))
     else:
-        raise UsageError(f"this owner issued no token {token_id}\nshow them with: shoal token list")
+        desk.revoke_token(token_id, WHO)
+    version = home.key.revocations().version
     told = asyncio.run(_tell_daemons(root, home.key.run_id))
     if as_json:
-        print_json({"id": token_id, "version": signed.notice.version, "daemons_told": told})
+        print_json({"id": token_id, "version": version, "daemons_told": told})
         return
-    note(f"{token_id} is shut out (revocation list {signed.notice.version})")
+    note(f"{token_id} is shut out (revocation list {version})")
     if not told:
         note("no daemon of this run answers here; the list spreads when `shoal up` runs again")
 

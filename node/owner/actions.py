@@ -17,7 +17,15 @@ from shoal.node.gathering import Gathering
 from shoal.node.owner.audit import AuditEntry
 from shoal.node.owner.desk import Here, OrderDesk
 from shoal.node.owner.home import OwnerHome
-from shoal.node.owner.orders import DIRECTED, KINDS, Order, parse_order
+from shoal.node.owner.orders import (
+    DIRECTED,
+    KINDS,
+    NAME_CHARACTERS,
+    Order,
+    parse_order,
+    parse_token_order,
+    text_of,
+)
 from shoal.node.presence import Presence
 from shoal.protocol.errors import NetworkError, UsageError
 
@@ -85,11 +93,13 @@ class OwnerActions:
 
     async def _token_create(self, request: Mapping[str, Any]) -> object:
         desk, _ = self._here()
-        return await asyncio.to_thread(desk.create_token, request)
+        return await asyncio.to_thread(desk.create_token, parse_token_order(request))
 
     async def _token_revoke(self, request: Mapping[str, Any]) -> object:
         desk, presence = self._here()
-        entry = await asyncio.to_thread(desk.revoke_token, request)
+        token_id = text_of(request, "id", NAME_CHARACTERS)
+        who = text_of(request, "who", NAME_CHARACTERS) or "local"
+        entry = await asyncio.to_thread(desk.revoke_token, token_id, who)
         self._spread(presence, entry)
         return entry.to_json()
 

@@ -10,20 +10,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from shoal.node.owner.audit import AuditEntry, AuditLog
 from shoal.node.owner.home import OwnerHome
-from shoal.node.owner.orders import DIRECTED, NAME_CHARACTERS, Order, amend, check_values, text_of
+from shoal.node.owner.orders import DIRECTED, Order, TokenOrder, amend, check_values
 from shoal.protocol.amendments import Amendments
 from shoal.protocol.errors import ShoalError, StorageError, UsageError
-from shoal.protocol.identity import PeerId, Role, public_key_of
-from shoal.protocol.revocation import RevocationList, load_revocations
+from shoal.protocol.identity import PeerId, public_key_of
 from shoal.training.amended import AMENDABLE, amended
 
 _LOCK = "orders.lock"
-TOKEN_TTL_S = (60.0, 366 * 86400.0)
 _WORDS = {
     "pause": "the run is paused: drivers begin nothing new",
     "resume": "the run goes on",
@@ -91,9 +89,9 @@ class OrderDesk:
 
     # --- tokens
 
-    def tokens(self) -> list[dict[str, object]]:
+    def tokens(self) -> list[dict[str, Any]]:
         """The tokens issued, oldest first."""
-        revoked, now = self._revoked().token_ids, self._clock()
+        revoked, now = self._home.key.revocations().token_ids, self._clock()
         return [
             {
                 "id": token.token_id,
@@ -107,29 +105,16 @@ class OrderDesk:
             for token in self._home.key.tokens()
         ]
 
-    def create_token(self, request: Mapping[str, Any]) -> dict[str, object]:
-        """A new token, as JSON asks for it. Raises UsageError. The log never sees its text."""
-        roles = _roles(request.get("roles", [Role.TRAINER.value]))
-        ttl_s = request.get("ttl_s", 7 * 86400.0)
-        if isinstance(ttl_s, bool) or not isinstance(ttl_s, (int, float)):
-            raise UsageError("ttl_s has to be a number of seconds")
-        if not TOKEN_TTL_S[0] <= ttl_s <= TOKEN_TTL_S[1]:
-            raise UsageError(f"a token lives {TOKEN_TTL_S[0]:g} to {TOKEN_TTL_S[1]:g} s (ttl_s = {ttl_s:g})")
-        name = text_of(request, "name", NAME_CHARACTERS)
-        who, key = text_of(request, "who", NAME_CHARACTERS), text_of(request, "key", NAME_CHARACTERS)
+    def create_token(self, order: TokenOrder) -> dict[str, Any]:
+        """A new token, which the log never sees. Raises UsageError, also where the order's key was used."""
         with self._locked():
-            if (done := self._log.with_key(key)) is not None:
+            if (done := self._log.with_key(order.key)) is not None:
                 raise UsageError(f"this was done already: {done.text}\na token is shown once; make another")
-            token = self._home.issue(roles, float(ttl_s), name, self._clock())
-            granted = sorted(token.roles)
-            self._note(
-                who or "local",
-                "token_create",
-                {"name": name, "roles": granted, "ttl_s": ttl_s},
-                text=f"token {token.token_id} was made",
-                changed=True,
-                key=key,
-            )
+            token = self._home.issue(order.roles, order.ttl_s, order.name, self._clock())
+            granted = sorted(role.value for role in token.roles)
+            arguments = {"name": order.name, "roles": granted, "ttl_s": order.ttl_s}
+            words = f"token {token.token_id} was made"
+            self._note(order.who, "token_create", arguments, text=words, changed=True, key=order.key)
         text = token.encode()
         return {
             "id": token.token_id,
@@ -139,20 +124,15 @@ class OrderDesk:
             "command": f"shoal join {text}",
         }
 
-    def revoke_token(self, request: Mapping[str, Any]) -> AuditEntry:
+    def revoke_token(self, token_id: str, who: str) -> AuditEntry:
         """Shut a token out for good. Raises UsageError."""
-        token_id = text_of(request, "id", NAME_CHARACTERS)
-        who = text_of(request, "who", NAME_CHARACTERS) or "local"
         with self._locked():
-            known = {token.token_id for token in self._home.key.tokens()}
-            if token_id not in known:
-                raise UsageError(
-                    f"this owner issued no token {token_id or '(none named)'}\n"
-                    "show them with: shoal token list"
-                )
-            changed = token_id not in self._revoked().token_ids
+            key = self._home.key
+            if token_id not in {token.token_id for token in key.tokens()}:
+                raise UsageError(f"this owner issued no token {token_id}\nshow them with: shoal token list")
+            changed = token_id not in key.revocations().token_ids
             if changed:
-                self._home.key.revoke(token_ids=[token_id])
+                key.revoke(token_ids=[token_id])
             text = f"token {token_id} {'is' if changed else 'was already'} shut out"
             return self._note(who, "token_revoke", {"id": token_id}, text=text, changed=changed)
 
@@ -178,17 +158,13 @@ class OrderDesk:
         return changed, words if changed else f"nothing to do: {words}"
 
     def _ban(self, peer: PeerId, what: str) -> tuple[bool, str]:
-        if what == "unban":
-            raise UsageError("unban is not possible yet")
-        if peer in self._revoked().peers:
+        if (peer in self._home.key.revocations().peers) == (what == "ban"):
             return False, f"nothing to do: {_WORDS[what]}"
-        self._home.key.revoke(peers=[peer])
+        if what == "ban":
+            self._home.key.revoke(peers=[peer])
+        else:
+            self._home.key.pardon(peer)
         return True, _WORDS[what]
-
-    def _revoked(self) -> RevocationList:
-        key = self._home.key
-        stored = load_revocations(key.revocations_path, key.run_id, key.root_der)
-        return stored[1] if stored else RevocationList()
 
     def _note(
         self,
@@ -250,7 +226,8 @@ def _target(order: Order, here: Here | None) -> tuple[str, int]:
     if order.what in ("ban", "unban") and _is_peer_id(order.peer):
         return order.peer, 0  # who is not here can be shut out, too
     if here is None:
-        raise UsageError(f"{order.what} needs the owner's peer to run\nstart it: shoal up run.toml")
+        either = ", or the peer's whole id" if order.what in ("ban", "unban") else ""
+        raise UsageError(f"{order.what} needs the owner's peer to run{either}\nstart it: shoal up run.toml")
     raise UsageError(f"no peer {order.peer!r} is here\nsee them with: shoal peers")
 
 
@@ -260,13 +237,3 @@ def _is_peer_id(text: str) -> bool:
     except ShoalError:
         return False
     return True
-
-
-def _roles(given: object) -> Sequence[Role]:
-    try:
-        roles = [Role(role) for role in given] if isinstance(given, list) else []
-    except ValueError as error:
-        raise UsageError(f"{error}\nroles are: {', '.join(Role)}") from error
-    if not roles or Role.OWNER in roles:
-        raise UsageError("a token grants trainer, inference or observer")
-    return roles

@@ -1,6 +1,7 @@
 """What the owner can order: checked once where it comes in, and what it makes of the signed list. Pure.
 
-The control socket and the command line make an `Order` of whatever they are given; `desk` performs it.
+The control socket and the command line make an `Order` or a `TokenOrder` of what they are given; `desk`
+performs it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from shoal.protocol import limits
 from shoal.protocol.amendments import DRAIN, KICK, PAUSED, RUNNING, STOPPED, Amendments, Errand, Setting
 from shoal.protocol.errors import UsageError
+from shoal.protocol.identity import Role
 from shoal.training.amended import AMENDABLE, checked
 from shoal.training.spec import RunSpec
 
@@ -20,6 +22,9 @@ DIRECTED = frozenset({"drain", "kick", "ban", "unban"})  # name a peer
 KINDS = (*STATES, "set", "checkpoint", *sorted(DIRECTED))
 NAME_CHARACTERS = 64
 REASON_CHARACTERS = 200
+TOKEN_TTL_S = 1.0, 366 * 86400.0
+WEEK_S = 7 * 86400.0
+GRANTED = (Role.INFERENCE, Role.OBSERVER, Role.TRAINER)  # an owner's token is made by hand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +60,36 @@ def parse_order(request: Mapping[str, Any]) -> Order:
     if what in DIRECTED and not order.peer:
         raise UsageError(f"{what} needs a peer: its id or its name")
     return order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOrder:
+    """A token to be made."""
+
+    roles: tuple[Role, ...]
+    ttl_s: float
+    who: str
+    name: str = ""  # for whom
+    key: str = ""
+
+
+def parse_token_order(request: Mapping[str, Any]) -> TokenOrder:
+    """From JSON. Raises UsageError."""
+    given, ttl_s = request.get("roles", [Role.TRAINER.value]), request.get("ttl_s", WEEK_S)
+    roles = given if isinstance(given, list) and len(given) <= len(Role) else []
+    if not roles or any(role not in GRANTED for role in roles):
+        raise UsageError(f"a token grants one or more of {', '.join(GRANTED)}")
+    if isinstance(ttl_s, bool) or not isinstance(ttl_s, (int, float)):
+        raise UsageError("ttl_s has to be a number of seconds")
+    if not TOKEN_TTL_S[0] <= ttl_s <= TOKEN_TTL_S[1]:
+        raise UsageError(f"a token lives {TOKEN_TTL_S[0]:g} to {TOKEN_TTL_S[1]:g} s")
+    return TokenOrder(
+        roles=tuple(map(Role, roles)),
+        ttl_s=float(ttl_s),
+        who=text_of(request, "who", NAME_CHARACTERS) or "local",
+        name=text_of(request, "name", limits.NAME_CHARACTERS),
+        key=text_of(request, "key", NAME_CHARACTERS),
+    )
 
 
 def text_of(request: Mapping[str, Any], name: str, most: int) -> str:
