@@ -4,6 +4,7 @@ A Unix socket (0600, inside a 0700 folder) that takes one JSON object a line and
 
     {"do": "status"}   ->   {"ok": true, "result": {...}}
     {"do": "dance"}    ->   {"ok": false, "exit_code": 2, "text": "..."}
+    {"do": "actions"}  ->   {"ok": true, "result": ["leave", "status", ...]}
 
 The daemon passes its actions in; nothing here knows what they do. Requests, connections and waiting
 are bounded, so a confused local process cannot grow the daemon.
@@ -90,6 +91,8 @@ async def _answer(line: bytes, actions: Mapping[str, Action]) -> dict[str, objec
 async def _perform(line: bytes, actions: Mapping[str, Action]) -> object:
     try:
         request = json.loads(line)
+        if request["do"] == "actions":  # so that a page has no button for what this daemon cannot do
+            return sorted(actions)
         action = actions[request["do"]]
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"the control socket knows {', '.join(sorted(actions))}") from error

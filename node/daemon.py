@@ -18,6 +18,7 @@ from typing import Any
 
 from shoal.dht.table import Event
 from shoal.node.control import serve_control
+from shoal.node.dashboard.child import Dashboard, dashboard
 from shoal.node.events import Events
 from shoal.node.gathering import Gathering
 from shoal.node.loop import LoopMeter, new_loop
@@ -88,6 +89,7 @@ class Daemon:
         self._names: dict[str, str] = {}  # for the last event of a peer that is not in the view any more
         self._worker: Worker | None = None
         self._gathering: Gathering | None = None
+        self._dashboard: Dashboard | None = None
 
     async def run(self) -> int:
         """Until it is told to stop; returns the exit code."""
@@ -106,7 +108,9 @@ class Daemon:
             **orders.actions(),
         }
         self._events("starting", {"peer": key.peer, "pid": os.getpid(), "data_dir": str(self._folder)})
+        control = self._folder / "control.sock"
         async with (
+            dashboard(options.dashboard, control, self._events) as self._dashboard,
             present(
                 self._token,
                 key,
@@ -118,7 +122,7 @@ class Daemon:
                 alone_is_fine=owner is not None,
                 upload_bytes_per_s=options.upload_bytes_per_s,
             ) as presence,
-            serve_control(self._folder / "control.sock", actions),
+            serve_control(control, actions | (self._dashboard.actions if self._dashboard else {})),
         ):
             self._presence = presence
             if owner is not None:
@@ -144,6 +148,8 @@ class Daemon:
             ]
             if self._owner is not None:
                 background.append(tasks.create_task(keep_addresses(presence, self._owner, self._events)))
+            if self._dashboard is not None:
+                background.append(tasks.create_task(self._dashboard.run(), name="keep the page"))
             work = tasks.create_task(worker.run(), name="work")
             stop = tasks.create_task(self._stop.wait(), name="wait for stop")
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)

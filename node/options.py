@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shoal.node.dashboard.address import DashboardOptions
 from shoal.node.presence import Listening
 
 ALL_THREADS: int | None = None
@@ -24,3 +25,4 @@ class PeerOptions:
     pace_s: float = 0.0  # a micro-batch takes at least so long, for speed tests: `training.lane.paced`
     decisions: Path | None = None  # where to write what the policies decide: `training.decisions`
     listening: Listening = field(default_factory=Listening)
+    dashboard: DashboardOptions | None = None  # the owner's page

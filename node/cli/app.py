@@ -7,7 +7,19 @@ from importlib.metadata import version
 
 import typer
 
-from shoal.node.cli import checkpoint, demo, inference, peer, peers, run, serve, simulate, spec, tokens
+from shoal.node.cli import (
+    checkpoint,
+    dashboard,
+    demo,
+    inference,
+    peer,
+    peers,
+    run,
+    serve,
+    simulate,
+    spec,
+    tokens,
+)
 from shoal.node.cli.console import explain, report_bug
 from shoal.node.parent import die_with_parent
 from shoal.protocol.errors import ShoalError
@@ -34,6 +46,7 @@ app.command()(peer.leave)
 app.command()(peers.peers)
 app.add_typer(peers.app, name="peer")
 app.add_typer(run.app, name="run")
+app.command()(dashboard.dashboard)
 app.add_typer(tokens.app, name="token")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(inference.generate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.node.cli import dashboard as page
 from shoal.node.cli.console import note, out, print_json
 from shoal.node.cli.units import rate_bytes_per_s, size_bytes
 from shoal.node.events import Events, json_events, plain_events
@@ -72,6 +74,9 @@ def up(
     no_train: NoTrain = False,
     pace: Pace = 0.0,
     decisions: Decisions = None,
+    dashboard: page.Address = None,
+    dashboard_tls: page.Tls = None,
+    dashboard_without_tls: page.WithoutTls = False,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -97,6 +102,11 @@ def up(
         pace,
         decisions,
     )
+    if dashboard is not None:
+        from shoal.node.dashboard.address import dashboard_options
+
+        shown = dashboard_options(dashboard, dashboard_tls, dashboard_without_tls)
+        options = dataclasses.replace(options, dashboard=shown)
     root = data_root(data_dir)
     home = OwnerHome.of_run(root, spec, time.time())
     with PeerFolder.claim(root) as folder:

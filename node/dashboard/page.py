@@ -1,0 +1,135 @@
+"""The page: panels laid out, redrawn when the feed has something new, and what a person does in them.
+
+One `OwnersPage` per browser tab. It never decides anything: orders go to the daemon, which signs them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from nicegui import ui
+from starlette.requests import Request
+
+from shoal.node.dashboard.deeds import Deeds
+from shoal.node.dashboard.feed import Feed
+from shoal.node.dashboard.live import Live
+from shoal.node.dashboard.markup import Markup
+from shoal.node.dashboard.panels import (
+    drawer,
+    events,
+    invitations,
+    network,
+    overview,
+    peers,
+    pipeline,
+    questions,
+    rounds,
+    safety,
+    training,
+    tryout,
+)
+from shoal.node.dashboard.state import PageState
+from shoal.node.view.snapshot import Snapshot
+
+TICK_S = 0.2
+Draw = Callable[[Snapshot, PageState], Markup]
+
+PANELS: tuple[tuple[str, str, Draw], ...] = (  # id, classes, what draws it
+    ("verdict", "verdict wide", overview.verdict),
+    ("tiles", "tiles wide", overview.tiles),
+    ("loss", "card two-thirds", training.loss),
+    ("throughput", "card third", training.throughput),
+    ("pipeline", "card wide", pipeline.pipeline),
+    ("peers", "card wide", peers.peers),
+    ("rounds", "card half", rounds.rounds),
+    ("links", "card half", network.links),
+    ("compression", "card half", rounds.compression),
+    ("churn", "card half", network.churn),
+    ("checkpoints", "card third", safety.checkpoints),
+    ("trust", "card third", safety.trust),
+    ("coordinator", "card third", safety.coordinator),
+    ("invitations", "card half", invitations.invitations),
+    ("tryout", "card half", tryout.tryout),
+    ("events", "card half", events.events),
+    ("orders", "card half", events.orders),
+    ("drawer", "over", drawer.drawer),
+    ("questions", "over", questions.dialogs),
+)
+_FOLDER = Path(__file__).parent
+
+
+def build_page(feed: Feed) -> None:
+    """Register the page at "/"."""
+    style = (_FOLDER / "style.css").read_text()
+    theme = (_FOLDER / "theme.js").read_text()
+
+    @ui.page("/", title="Shoal")
+    def show(request: Request) -> None:
+        ui.add_head_html(f"<style>{style}</style><script>{theme}</script>")
+        session: bytes = request.scope["shoal_session"]
+        OwnersPage(feed, f"page:{session.hex()[:12]}").build()
+
+
+class OwnersPage:
+    """See the module. `who` stands in the audit log."""
+
+    def __init__(self, feed: Feed, who: str) -> None:
+        self._feed = feed
+        self._state = PageState()
+        self._lives: list[tuple[Live, Callable[[Snapshot | None, PageState], Markup]]] = []
+        self._seen: tuple[int, PageState] | None = None
+        self._deeds = Deeds(feed, who, lambda: self._state, self._become)
+
+    def build(self) -> None:
+        """Empty frames, which the first tick fills: the page's own HTML never holds anybody's text."""
+        self._live("header", "top", "top-bar", overview.top_bar)
+        self._live("div", "stale", "stale", overview.stale_banner)
+        with ui.element("main").classes("panels"):
+            for name, kind, draw in PANELS:
+                self._live("section", name, kind, _when_known(draw))
+        toast = self._live("div", "toast", "toasts", questions.toast)
+        toast.props("role=status")
+        ui.timer(TICK_S, self._tick)
+
+    def _live(
+        self, kind: str, name: str, classes: str, draw: Callable[[Snapshot | None, PageState], Markup]
+    ) -> Live:
+        live = Live(kind, self._deeds.did)
+        live.props(f"id={name}").classes(classes)
+        self._lives.append((live, draw))
+        return live
+
+    def _tick(self) -> None:
+        self._feed.wanted()
+        feed = self._feed
+        if self._seen is None or self._seen[0] != feed.looks:
+            self._state = replace(
+                self._state,
+                now=time.time(),
+                actions=feed.actions,
+                tokens=tuple(feed.tokens),
+                orders=feed.orders,
+                trouble=feed.trouble,
+            )
+        self._redraw()
+
+    def _become(self, state: PageState) -> None:
+        """A step of the person's: shown at once."""
+        self._state = state
+        self._redraw()
+
+    def _redraw(self) -> None:
+        now = (self._feed.looks, self._state)
+        if now == self._seen or not self._feed.looks:
+            return
+        self._seen = now
+        for live, draw in self._lives:
+            live.show(draw(self._feed.snapshot, self._state))
+        ui.run_javascript("window.shoalAlive?.()")
+
+
+def _when_known(draw: Draw) -> Callable[[Snapshot | None, PageState], Markup]:
+    return lambda snapshot, state: draw(snapshot, state) if snapshot is not None else Markup()

@@ -1,0 +1,200 @@
+"""What the page draws, without a browser: all panels of all snapshots, and nothing that breaks out of it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from dashboard_world import full_snapshot
+from view_world import NOW, own
+
+from shoal.node.dashboard.charts import nice_ticks, thinned
+from shoal.node.dashboard.markup import Markup, tag, text
+from shoal.node.dashboard.page import PANELS
+from shoal.node.dashboard.panels.overview import stale_banner, tiles, top_bar, verdict_level
+from shoal.node.dashboard.panels.peers import as_csv, chosen
+from shoal.node.dashboard.panels.pipeline import pipeline
+from shoal.node.dashboard.panels.questions import question_of
+from shoal.node.dashboard.state import Invitation, PageState, Tryout
+from shoal.node.view import parts
+from shoal.node.view.snapshot import Snapshot
+
+EVERYTHING = frozenset(
+    ("snapshot", "order", "orders", "tokens", "token_create", "token_revoke", "generate_start")
+)
+KINDS = ["pause", "resume", "stop", "checkpoint", "set", "drain", "kick", "ban", "unban"]
+HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>`${7*7}`</textarea></dialog>\x00\u202e"
+BUSY = PageState(
+    now=NOW,
+    actions=EVERYTHING,
+    tokens=({"id": "aa", "name": "bob", "roles": ["trainer"], "state": "good", "not_after": NOW},),
+    orders={
+        "state": "paused",
+        "orders": [{"number": 1, "at_unix_s": NOW, "what": "pause", "text": "paused"}],
+    },
+    trouble="gone",
+    peer="12D3Koo0002",
+    rates_open=True,
+    refusal="no",
+    told="done",
+    invitation=Invitation("aa", "bob", "shoal join TOKEN", NOW),
+    tryout=Tryout("def ", "add", False, "3 tokens"),
+)
+
+
+class Elements(HTMLParser):
+    """All tags and attribute names of a text, and its visible words."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.links: set[str] = set()
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.links |= {str(value) for name, value in attrs if name in ("href", "src", "action")}
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def drawn(snapshot: Snapshot, state: PageState) -> str:
+    frame = (top_bar(snapshot, state), stale_banner(snapshot, state))
+    return "".join((*frame, *(draw(snapshot, state) for _, _, draw in PANELS)))
+
+
+def hostile(value: Any) -> Any:
+    """The same with every text, keys of mappings too, replaced by an attack; ids of peers stay."""
+    if isinstance(value, str):
+        return HOSTILE
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {field.name: hostile(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changed)
+    if isinstance(value, tuple | list):
+        return type(value)(hostile(one) for one in value)
+    if isinstance(value, Mapping):
+        return {hostile(key): hostile(one) for key, one in value.items()}
+    return value
+
+
+@pytest.mark.parametrize("state", [PageState(now=NOW), BUSY], ids=["fresh", "busy"])
+def test_every_panel_draws_a_run_of_which_nothing_is_known_yet(state: PageState) -> None:
+    assert drawn(Snapshot(at=NOW, me=own()), state)
+
+
+def test_no_text_of_a_peer_becomes_an_element_or_an_attribute() -> None:
+    honest = full_snapshot()
+    told = (PageState(now=NOW, actions=EVERYTHING), BUSY)
+    usual = Elements("".join(drawn(honest, state) for state in told))
+    attack = hostile(honest)
+    state = dataclasses.replace(hostile(BUSY), actions=EVERYTHING)
+    asked = question_of({"what": "ban", "peer": HOSTILE}, attack)
+    found = Elements(drawn(attack, state) + drawn(attack, dataclasses.replace(state, question=asked)))
+    assert "script" not in found.tags
+    assert found.tags - usual.tags <= {"dialog", "input", "label", "form", "p"}  # of the question
+    assert not [name for name in found.attributes if name.startswith("on")]
+    assert all(link.startswith(("#", "data:image/svg+xml", "/logout")) for link in found.links)
+    assert any("<script>alert(1)" in words for words in found.words), "the attack itself is shown, as text"
+
+
+def test_text_is_cut_and_loses_what_does_not_print() -> None:
+    assert text("a" * 1000, 10) == "aaaaaaaaa…"
+    assert text("a\x00b\u202ec\x1b") == "abc"
+    assert tag("p", "<b>", tag("b", "x"), title='"') == '<p title="&quot;">&lt;b&gt;<b>x</b></p>'
+    assert tag("p", Markup("<i>"), hidden=True, lang=None) == "<p hidden><i></p>"
+
+
+def test_the_weakest_stage_is_outlined_and_cells_grow_with_the_rate() -> None:
+    snapshot = full_snapshot()
+    html = pipeline(snapshot, PageState())
+    assert html.count('class="stage weakest"') == 1
+    fast, slow = max(snapshot.peers, key=lambda p: p.tokens_per_s), snapshot.peers[4]
+    sizes = {
+        peer.peer: float(html.split(f'data-key="{peer.peer}"')[0].rsplit("--size:", 1)[1].split("px")[0])
+        for peer in (fast, slow)
+    }
+    assert sizes[fast.peer] > sizes[slow.peer]
+
+
+def test_the_lamp_follows_the_verdict() -> None:
+    snapshot = full_snapshot()
+    assert verdict_level(snapshot) == "warn"
+    calm = dataclasses.replace(
+        snapshot,
+        verdict=parts.Verdict(state="training", text=""),
+        stages=(parts.Stage(stage=0, replicas=3),),
+    )
+    assert verdict_level(calm) == "ok"
+    lost = dataclasses.replace(calm, verdict=parts.Verdict(state="waiting", text=""))
+    assert verdict_level(lost) == "bad"
+    paused = dataclasses.replace(calm, verdict=parts.Verdict(state="paused", text=""))
+    assert verdict_level(paused) == "idle"
+
+
+def test_the_table_filters_by_words_and_sorts_by_any_column_unknown_last() -> None:
+    snapshot = full_snapshot()
+    found = chosen(snapshot, PageState(filter="stage 3 online"))
+    assert found and all(peer.stages == (3,) for peer in found)
+    rated = [p.tokens_per_s for p in chosen(snapshot, PageState(sort="rate", descending=True))]
+    assert rated == sorted(rated, reverse=True)
+    busy = [p.busy_share for p in chosen(snapshot, PageState(sort="busy"))]
+    assert busy[-1] is None and busy[:-1] == sorted(share for share in busy if share is not None)
+
+
+def test_csv_has_a_row_for_each_peer_and_no_formulas() -> None:
+    snapshot = full_snapshot()
+    evil = dataclasses.replace(
+        snapshot,
+        peers=(*snapshot.peers, dataclasses.replace(snapshot.peers[0], peer="x", name="=HYPERLINK(1)")),
+    )
+    rows = list(csv.reader(io.StringIO(as_csv(evil, PageState()))))
+    assert len(rows) == 1 + len(evil.peers)
+    assert not [cell for row in rows[1:] for cell in row if cell.startswith(("=", "@", "+"))]
+
+
+def test_what_the_daemon_cannot_do_has_no_button() -> None:
+    snapshot = full_snapshot()
+    opened = PageState(now=NOW, peer=snapshot.peers[1].peer)
+    html = drawn(snapshot, opened)
+    for word in ("Pause", "Kick", "Create token", "Checkpoint now", "Try it</h2>"):
+        assert word not in html
+    html = drawn(snapshot, dataclasses.replace(opened, actions=EVERYTHING, orders={"kinds": KINDS}))
+    for word in ("Pause", "Kick", "Create token", "Checkpoint now", "Try it</h2>"):
+        assert word in html
+
+
+def test_a_question_is_made_for_peers_that_are_there_and_names_what_follows() -> None:
+    snapshot = full_snapshot()
+    asked = question_of({"what": "ban", "peer": snapshot.peers[1].peer}, snapshot)
+    assert asked is not None and asked.asks_reason and snapshot.peers[1].if_leaves in asked.words
+    assert asked.arguments == {"what": "ban", "peer": snapshot.peers[1].peer}
+    shut = question_of({"what": "token_revoke", "token": "ab12"}, snapshot)
+    assert shut is not None and (shut.do, shut.arguments) == ("token_revoke", {"id": "ab12"})
+    assert question_of({"what": "ban", "peer": "nobody"}, snapshot) is None
+    assert question_of({"what": "format-disk"}, snapshot) is None
+
+
+def test_many_replicas_are_drawn_small_and_only_the_first_peers_in_the_table() -> None:
+    snapshot = full_snapshot(stages=8, replicas=25)
+    html = pipeline(snapshot, PageState())
+    assert "compact" in html
+    assert html.count("data-flip") == len(snapshot.peers)
+    assert drawn(snapshot, PageState()).count("<tr") < 150
+
+
+def test_ticks_are_round_and_cover_the_figures() -> None:
+    assert nice_ticks(0.0, 9.0, 4) == [0.0, 2.5, 5.0, 7.5, 10.0]
+    assert nice_ticks(3.0, 3.0, 4)[0] < 3.0 < nice_ticks(3.0, 3.0, 4)[-1]
+    assert thinned([(float(i), 0.0) for i in range(1001)], 100)[-1] == (1000.0, 0.0)
+    assert "None" not in tiles(Snapshot(at=NOW, me=own()), PageState())
