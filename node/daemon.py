@@ -7,11 +7,15 @@ is trained where (`worker`), who is alive (`dht.members`), who is not wanted any
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import logging
 import os
+import random
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,15 +34,20 @@ from shoal.node.owner.invitations import keep_addresses
 from shoal.node.paths import PeerFolder, checkpoint_store, run_folder
 from shoal.node.presence import Presence, present
 from shoal.node.revoked import leave_when_revoked
-from shoal.node.view.assemble import assemble
+from shoal.node.view.archive import Archive
+from shoal.node.view.buffer import Buffer
+from shoal.node.view.history import History
+from shoal.node.view.metrics import serve_metrics
+from shoal.node.view.observer import Observer
 from shoal.node.view.snapshot import Own, Snapshot
 from shoal.node.worker import Worker
 from shoal.protocol.admission import JoinToken
 from shoal.protocol.allocator import keep_freed_memory
 from shoal.protocol.errors import NetworkError, ShoalError
-from shoal.protocol.identity import PeerKey
+from shoal.protocol.identity import PeerKey, Role
 
 _INTERRUPTED = 130
+log = logging.getLogger(__name__)
 
 
 def run_daemon(
@@ -77,7 +86,8 @@ class Daemon:
         self._identity_path = folder.identity_path
         self._store = checkpoint_store(folder.root)
         self._options = options
-        self._events = events
+        self._buffer = Buffer(owner=Role.OWNER in token.roles)
+        self._events = events = self._buffer.tee(events)
         self._meter = meter
         self._owner = owner
         self._stop = asyncio.Event()
@@ -90,6 +100,7 @@ class Daemon:
         self._worker: Worker | None = None
         self._gathering: Gathering | None = None
         self._dashboard: Dashboard | None = None
+        self._observer: Observer | None = None
 
     async def run(self) -> int:
         """Until it is told to stop; returns the exit code."""
@@ -100,6 +111,7 @@ class Daemon:
         actions = {
             "status": self._answer_status,
             "snapshot": self._answer_snapshot,
+            "history": self._answer_history,
             "leave": self._answer_leave,
             "ledger": self._answer_ledger,
             "reload_lists": self._answer_reload,
@@ -131,12 +143,48 @@ class Daemon:
             presence.members.on_event(self._member_changed)
             worker = Worker(presence, options, self._folder, self._store, self._events)
             self._worker, presence.make_beat = worker, worker.beat
-            await self._live(presence, worker)
+            with ThreadPoolExecutor(1, thread_name_prefix="history") as disk:
+                self._observer = self._observe(presence, disk)
+                async with self._serve_metrics(self._observer):
+                    await self._live(presence, worker, self._observer)
             await presence.members.leave(self._stop_reason or "left")
         self._events("left", self._farewell())
         return self._exit_code
 
-    async def _live(self, presence: Presence, worker: Worker) -> None:
+    def _observe(self, presence: Presence, disk: Executor) -> Observer:
+        """What this peer shows, tells and, with the owner's role, takes and keeps."""
+
+        async def offload(function: Callable[..., Any], *arguments: object) -> Any:
+            return await asyncio.get_running_loop().run_in_executor(disk, function, *arguments)
+
+        takes = Role.OWNER in presence.membership.me.roles
+        archive = Archive(self._folder / "history.sqlite")
+        return Observer(
+            transport=presence.transport,
+            members=presence.members,
+            buffer=self._buffer,
+            own=self._own,
+            spec=lambda: presence.spec.spec if presence.spec else None,
+            standing=lambda: presence.membership.amendments.current.state,
+            process=presence.incarnation,
+            clock=time.time,
+            rng=random.Random(presence.rng.getrandbits(64)),
+            history=History(archive, offload, time.time) if takes else None,
+            takes=takes,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _serve_metrics(self, observer: Observer) -> AsyncIterator[None]:
+        if self._options.metrics is None:
+            yield
+            return
+        host, port = self._options.metrics
+        async with serve_metrics(host, port, observer.snapshot) as taken:
+            where = f"http://{host}:{taken}/metrics"
+            self._events("metrics", {"port": taken, "text": f"metrics for Prometheus: {where}"})
+            yield
+
+    async def _live(self, presence: Presence, worker: Worker, observer: Observer) -> None:
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(presence.keep_leaf_fresh(), name="renew leaf"),
@@ -145,6 +193,7 @@ class Daemon:
                 tasks.create_task(self._obey(presence), name="obey the owner"),
                 tasks.create_task(worker.test_reach(), name="test reach"),
                 tasks.create_task(self._gather_checkpoints(), name="gather checkpoints"),
+                tasks.create_task(self._watch_over(observer), name="observe"),
             ]
             if self._owner is not None:
                 background.append(tasks.create_task(keep_addresses(presence, self._owner, self._events)))
@@ -169,6 +218,15 @@ class Daemon:
         self._events("draining", {"text": f"leaving ({self._stop_reason}): finishing what is held"})
         presence.announce("draining", presence.stages)
         await worker.drain()
+
+    async def _watch_over(self, observer: Observer) -> None:
+        """What is shown of a run must not end it: a bug there is told, and training goes on."""
+        try:
+            await observer.run()
+        except Exception as error:
+            log.exception("observing failed")
+            text = "this peer tells nobody how it fares any more; it trains on"
+            self._events("view-failed", {"why": repr(error), "text": text})
 
     async def _gather_checkpoints(self) -> None:
         """When somebody asks; the owner's peer besides from time to time."""
@@ -199,11 +257,12 @@ class Daemon:
 
     def snapshot(self) -> Snapshot:
         """Everything this peer knows, for the control socket."""
-        presence = self._presence
-        if presence is None:
+        return self._watching().snapshot()
+
+    def _watching(self) -> Observer:
+        if self._observer is None:
             raise NetworkError("this peer is still starting\ntry again in a moment")
-        spec = presence.spec.spec if presence.spec else None
-        return assemble(time.time(), self._own(), presence.members.view(), spec)
+        return self._observer
 
     def _own(self) -> Own:
         presence, worker = self._presence, self._worker
@@ -220,7 +279,7 @@ class Daemon:
             run_id=presence.token.run_id.hex(),
             peer=presence.transport.me,
             name=presence.name,
-            roles=tuple(sorted(membership.me.roles)),
+            roles=tuple(sorted(role.value for role in membership.me.roles)),
             state=presence.state,
             stage=trainee.stage if trainee else None,
             stage_count=spec.stages.count if spec else 0,
@@ -242,6 +301,7 @@ class Daemon:
             loop=self._meter.health(),
             bytes_out=counters.bytes_out,
             bytes_in=counters.bytes_in,
+            refusals=counters.refusals,
             training=trainee.status() if trainee else {},
         )
 
@@ -252,6 +312,9 @@ class Daemon:
 
     async def _answer_snapshot(self, request: Mapping[str, Any]) -> object:
         return self.snapshot().to_json()
+
+    async def _answer_history(self, request: Mapping[str, Any]) -> object:
+        return await self._watching().ask_history(request)
 
     async def _answer_leave(self, request: Mapping[str, Any]) -> object:
         self._ask_to_stop("shoal leave", 0)

@@ -86,7 +86,8 @@ def _seconds(fields: Fields) -> str:
 
 def _checkpoint(fields: Fields) -> str:
     size = float(str(fields["bytes"])) / _MB
-    return f"checkpoint of {fields['what']}, {size:.1f} MB: {fields['path']}"
+    where = f": {fields['path']}" if "path" in fields else ""  # places on a volunteer's disk are told nobody
+    return f"checkpoint of {fields['what']}, {size:.1f} MB{where}"
 
 
 _SENTENCES: dict[str, Callable[[Fields], str | None]] = {

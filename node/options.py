@@ -24,5 +24,6 @@ class PeerOptions:
     train: bool = True
     pace_s: float = 0.0  # a micro-batch takes at least so long, for speed tests: `training.lane.paced`
     decisions: Path | None = None  # where to write what the policies decide: `training.decisions`
+    metrics: tuple[str, int] | None = None  # where /metrics is served
     listening: Listening = field(default_factory=Listening)
     dashboard: DashboardOptions | None = None  # the owner's page

@@ -23,6 +23,7 @@ from shoal.dht.records import RecordBook
 from shoal.node.network import announced_addresses, announced_routes
 from shoal.node.reachability import serve_dial_back
 from shoal.node.signed_spec import SignedSpec, fetch_spec, serve_spec
+from shoal.node.view.names import readable
 from shoal.protocol import limits
 from shoal.protocol.admission import JoinToken, Membership
 from shoal.protocol.amendments import AmendmentBook
@@ -207,5 +208,5 @@ async def present(
 
 
 def default_name(key: PeerKey) -> str:
-    """A short readable name for a peer nobody named: the end of its id."""
-    return f"peer-{key.peer[-6:]}"
+    """A readable name for a peer nobody named."""
+    return readable(key.peer)

@@ -155,6 +155,7 @@ class Trainee:
                 "head": progress.head.hex(),
                 "state_root": progress.state_root.hex(),
                 "inner_step": progress.inner_steps,
+                "log_tokens": progress.log_tokens,
                 "tokens_per_s": status["tokens_per_s"],
                 "loss": status.get("loss"),
             }

@@ -29,7 +29,7 @@ from shoal.protocol.errors import AccessError, ProtocolViolation, TokenInvalid, 
 from shoal.protocol.identity import Role
 from shoal.protocol.wire import Items, Length, decode, encode, wire_message
 
-_PREFIX = "shoal1-"
+TOKEN_PREFIX = "shoal1-"
 _CHECKSUM_BYTES = 6
 _FRONT_BYTES = 2 + _CHECKSUM_BYTES
 _BODY_BYTES = 8 * limits.KIB  # inflated; two certificates and eight addresses take 3 KiB
@@ -113,7 +113,7 @@ class JoinToken:
         deflate = zlib.compressobj(9, wbits=-15, zdict=_DICTIONARY)
         packed = deflate.compress(body) + deflate.flush()
         front = (len(packed) + _FRONT_BYTES).to_bytes(2, "big") + _checksum(packed)
-        return _PREFIX + _to_text(front + packed)
+        return TOKEN_PREFIX + _to_text(front + packed)
 
     @classmethod
     def parse(cls, text: str) -> JoinToken:
@@ -155,14 +155,14 @@ def read_token(argument: str, stdin: TextIO | None = None) -> tuple[JoinToken, s
 
 def _packed(text: str) -> bytes:
     """The deflated body, its length and checksum found right."""
-    if not text.startswith(_PREFIX):
+    if not text.startswith(TOKEN_PREFIX):
         raise TokenInvalid(
-            f"a token starts with {_PREFIX}, this text of {len(text)} characters does not; copy it whole"
+            f"a token starts with {TOKEN_PREFIX}, this text of {len(text)} characters does not; copy it whole"
         )
-    letters = text[len(_PREFIX) :]
+    letters = text[len(TOKEN_PREFIX) :]
     front = re.match(r"[A-Za-z0-9_-]{3}", letters)
     length = int.from_bytes(base64.urlsafe_b64decode(front[0] + "A")[:2], "big") if front else _FRONT_BYTES
-    expected = len(_PREFIX) + (length * 4 + 2) // 3
+    expected = len(TOKEN_PREFIX) + (length * 4 + 2) // 3
     if len(text) < expected:
         raise TokenInvalid(
             f"the token is cut off: {len(text)} characters, {expected} expected; copy it whole"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from view_world import NOW, a_spec, own, replica, swarm
 
-from shoal.node.view.assemble import assemble
+from shoal.node.view.assemble import Seen, assemble
 from shoal.node.view.parts import EventRow, Finding, Phase, Round, RoundMember, Verdict
 from shoal.node.view.snapshot import Snapshot
 
@@ -59,6 +59,15 @@ def test_the_verdict_says_what_would_stop_the_run_first(
     found = assemble(NOW, own("peer0"), view, a_spec()).verdict
     assert found.state == state
     assert text in found.text
+
+
+@pytest.mark.parametrize(
+    ("standing", "text"), [("paused", "Paused by the owner."), ("stopped", "Stopped by")]
+)
+def test_what_the_owner_ordered_comes_first(standing: str, text: str) -> None:
+    found = assemble(NOW, own(), swarm(replica("me", 0), replica("p", 1)), a_spec(), Seen(standing=standing))
+    assert found.verdict.state == standing
+    assert text in found.verdict.text
 
 
 def test_the_weakest_stage_is_the_one_with_least_replicas_then_the_slowest() -> None:

@@ -14,7 +14,7 @@ import typer
 
 from shoal.node.cli import dashboard as page
 from shoal.node.cli.console import note, out, print_json
-from shoal.node.cli.units import rate_bytes_per_s, size_bytes
+from shoal.node.cli.units import rate_bytes_per_s, size_bytes, socket_address
 from shoal.node.events import Events, json_events, plain_events
 from shoal.node.paths import PeerFolder, control_sockets, data_root
 from shoal.protocol.errors import PeerUnreachable, UsageError
@@ -56,6 +56,10 @@ Decisions = Annotated[
         show_default=False,
     ),
 ]
+Metrics = Annotated[
+    str | None,
+    typer.Option(help="Serve /metrics for Prometheus here, like 127.0.0.1:9100.", show_default=False),
+]
 NoTrain = Annotated[bool, typer.Option("--no-train", help="Take part without a stage.")]
 
 
@@ -77,6 +81,7 @@ def up(
     dashboard: page.Address = None,
     dashboard_tls: page.Tls = None,
     dashboard_without_tls: page.WithoutTls = False,
+    metrics: Metrics = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -101,6 +106,7 @@ def up(
         announce,
         pace,
         decisions,
+        metrics,
     )
     if dashboard is not None:
         from shoal.node.dashboard.address import dashboard_options
@@ -134,6 +140,7 @@ def join(
     no_train: NoTrain = False,
     pace: Pace = 0.0,
     decisions: Decisions = None,
+    metrics: Metrics = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -162,6 +169,7 @@ def join(
         announce,
         pace,
         decisions,
+        metrics,
     )
     with PeerFolder.claim(data_root(data_dir)) as folder:
         code = run_daemon(parsed, folder, options, _events(as_json))
@@ -266,6 +274,7 @@ def _options(
     announce: list[str] | None,
     pace_s: float,
     decisions: Path | None,
+    metrics: str | None,
 ) -> PeerOptions:
     memory_bytes = None if memory is None else size_bytes(memory)
     upload_bytes_per_s = None if upload is None else rate_bytes_per_s(upload)
@@ -287,6 +296,7 @@ def _options(
         train=not no_train,
         pace_s=pace_s,
         decisions=decisions,
+        metrics=None if metrics is None else socket_address(metrics),
         listening=listening,
     )
 

@@ -48,6 +48,14 @@ def rate_text(bytes_per_s: float) -> str:
     return f"{bits_per_s / size:.3g} {unit}/s"
 
 
+def socket_address(text: str) -> tuple[str, int]:
+    """Host and port of 127.0.0.1:9100, [::1]:9100, or 9100 alone, which is on loopback."""
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise UsageError(f"{text!r} is not an address like 127.0.0.1:9100")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
 def _split(text: str, wanted: str) -> tuple[float, str]:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z/]*)\s*", text)
     if found is None:

@@ -5,31 +5,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from shoal.dht.view import Member, SwarmView, is_measured
-from shoal.node.view.parts import Peer, Run, Stage, Throughput, Verdict
-from shoal.node.view.snapshot import Own, Snapshot
+from shoal.node.view.figures import Told
+from shoal.node.view.names import readable
+from shoal.node.view.parts import (
+    Compression,
+    Coordinator,
+    Finding,
+    Link,
+    Lost,
+    Peer,
+    Run,
+    Stage,
+    Throughput,
+    Trust,
+)
+from shoal.node.view.snapshot import LINKS, Own, Snapshot
+from shoal.node.view.tally import Tally, number
+from shoal.node.view.texts import printable
 from shoal.node.view.verdict import if_leaves, verdict
+from shoal.protocol.identity import PeerId
 from shoal.training.partition import stage_ranges
 from shoal.training.spec import RunSpec
 
+REFUSED = 64  # peers of which the snapshot says that others refused what they sent
 
-def assemble(at: float, own: Own, view: SwarmView, spec: RunSpec | None) -> Snapshot:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What an observer has gathered besides the view of the moment."""
+
+    standing: str = "running"  # as the owner has ordered: running, paused or stopped
+    told: Mapping[PeerId, Told] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+    findings: tuple[Finding, ...] = ()
+    recent: float | None = None  # tokens a second, while the run moved in the last minutes
+    hour: float | None = None
+    best: float | None = None
+    coordinator: Coordinator = field(default_factory=Coordinator)
+
+
+def assemble(
+    at: float, own: Own, view: SwarmView, spec: RunSpec | None, seen: Seen | None = None
+) -> Snapshot:
     """The snapshot at Unix time `at`."""
-    stages = stage_rows(view, spec)
-    replicas = [stage.replicas for stage in stages]
-    state, text = verdict(replicas)
+    seen = seen or Seen()
+    tally, stages = seen.tally, stage_rows(view, spec)
+    names = names_of(view)
+    said = verdict([stage.replicas for stage in stages], seen.standing)
+    redone_share = _redone_share(seen)
+    links = _links(view, seen)
     return Snapshot(
         at=at,
         me=own,
-        verdict=Verdict(state=state, text=text),
-        run=_run(own, view, spec, stages),
-        throughput=Throughput(now=stages[0].tokens_per_s if stages else 0.0),
+        verdict=replace(said, findings=seen.findings),
+        run=_run(own, view, spec, stages, seen),
+        loss=tally.loss(),
+        markers=tally.markers(),
+        throughput=Throughput(
+            now=stages[0].tokens_per_s if stages else 0.0,
+            hour=seen.hour,
+            best=seen.best,
+            lost=_lost(seen, redone_share),
+        ),
         stages=stages,
-        peers=peer_rows(view, stages),
+        peers=peer_rows(view, stages, seen),
+        rounds=tally.rounds([stage.height for stage in stages], names),
+        links=tuple(links[:LINKS]),
+        links_left_out=max(0, len(links) - LINKS),
+        compression=tuple(_compression(stage, tally) for stage in range(len(stages))),
+        churn=tally.churn(at, redone_share),
+        checkpoints=tally.checkpoints(at),
+        trust=_trust(own, seen),
+        coordinator=seen.coordinator,
+        totals=tally.totals(),
+        events=tuple(tally.events),
     )
+
+
+def names_of(view: SwarmView) -> dict[str, str]:
+    """What to call the members; those without a name get one that follows from their id."""
+    return {member.peer: member.name or readable(member.peer) for member in view.members}
 
 
 def stage_replicas(view: SwarmView, stage_count: int) -> tuple[int, ...]:
@@ -87,22 +148,62 @@ def _weakest(rows: Sequence[Stage]) -> int:
     return min(rows, key=order).stage if rows else -1
 
 
-def peer_rows(view: SwarmView, stages: Sequence[Stage]) -> tuple[Peer, ...]:
+def peer_rows(view: SwarmView, stages: Sequence[Stage], seen: Seen) -> tuple[Peer, ...]:
     """Everybody who is not gone, this peer first, then by stage."""
     members = sorted(view.here(), key=lambda member: (member.peer != view.me, member.stages, member.peer))
-    return tuple(_peer(member, view, stages) for member in members)
+    replicas, copies = [row.replicas for row in stages], [row.guardians for row in stages]
+    rows = []
+    for member in members:
+        row = _peer(member, view, replicas, copies)
+        told = seen.told.get(member.peer)
+        kinds = tuple(finding.kind for finding in seen.findings if finding.peer == member.peer)
+        rows.append(replace(_with_told(row, told, view.now_s), findings=kinds) if told else row)
+    return tuple(rows)
 
 
-def _peer(member: Member, view: SwarmView, stages: Sequence[Stage]) -> Peer:
+def _with_told(row: Peer, told: Told, now_s: float) -> Peer:
+    figures = told.figures
+    if figures is None:
+        return row
+    row = replace(
+        row,
+        told_s=round(max(0.0, now_s - told.told_s), 3),
+        uptime_s=figures.uptime_s,
+        version=printable(figures.version, 64),
+        memory_bytes=figures.memory_bytes,
+        reachable=printable(figures.reachable),
+        trouble=printable(figures.trouble),
+        bytes_out=figures.bytes_out,
+        bytes_in=figures.bytes_in,
+        up_bytes_per_s=told.up_bytes_per_s,
+        down_bytes_per_s=told.down_bytes_per_s,
+        busy_share=told.busy_share,
+    )
+    training = figures.training
+    if training is None:
+        return row
+    return replace(
+        row,
+        tokens=training.tokens,
+        micro_batches=training.micro_batches,
+        rejected=training.rejected,
+        redone=training.redone,
+        inner_steps=training.inner_steps,
+        loss=training.loss if training.loss >= 0.0 else None,
+        sessions=training.sessions,
+    )
+
+
+def _peer(member: Member, view: SwarmView, replicas: Sequence[int], copies: Sequence[int]) -> Peer:
+    name = member.name or readable(member.peer)
     progress = member.progress(member.stages[0]) if member.stages else None
     online = bool(member.stages) and member in view.online(member.stages[0])
     leaves = ""
-    if online and member.stages[0] < len(stages):
-        replicas, copies = [row.replicas for row in stages], [row.guardians for row in stages]
-        leaves = if_leaves(member.name, member.stages[0], replicas, copies)
+    if online and member.stages[0] < len(replicas):
+        leaves = if_leaves(name, member.stages[0], replicas, copies)
     return Peer(
         peer=member.peer,
-        name=member.name,
+        name=name,
         state=member.state,
         liveness=member.liveness.value,
         reason=member.reason,
@@ -113,7 +214,7 @@ def _peer(member: Member, view: SwarmView, stages: Sequence[Stage]) -> Peer:
         height=progress.height if progress else None,
         head=progress.head.hex() if progress else None,
         state_root=progress.state_root.hex() if progress else None,
-        roles=tuple(sorted(member.roles)),
+        roles=tuple(sorted(role.value for role in member.roles)),
         token_id=member.token_id,
         device=member.device,
         heard_s=None if member.heard_s is None else round(max(0.0, view.now_s - member.heard_s), 3),
@@ -125,12 +226,15 @@ def _peer(member: Member, view: SwarmView, stages: Sequence[Stage]) -> Peer:
     )
 
 
-def _run(own: Own, view: SwarmView, spec: RunSpec | None, stages: Sequence[Stage]) -> Run:
+def _run(own: Own, view: SwarmView, spec: RunSpec | None, stages: Sequence[Stage], seen: Seen) -> Run:
     if spec is None:
         return Run(name=own.run_name, run_id=own.run_id)
     beats = [beat for member in view.here() if (beat := member.progress(0)) is not None]
     tokens, goal = max((beat.log_tokens for beat in beats), default=0), spec.inner.total_tokens
-    rate = stages[0].tokens_per_s
+    rate = seen.recent or stages[0].tokens_per_s
+    known = (told.figures.training for told in seen.told.values() if told.figures and told.figures.training)
+    rates = [training.learning_rate for training in known if training.learning_rate >= 0.0]
+    steps = own.training.get("round_inner_steps")  # the owner may have ordered another number
     return Run(
         name=own.run_name,
         run_id=own.run_id,
@@ -139,6 +243,82 @@ def _run(own: Own, view: SwarmView, spec: RunSpec | None, stages: Sequence[Stage
         tokens=tokens,
         goal_tokens=goal,
         eta_s=max(0, goal - tokens) / rate if rate > 0 else None,
-        inner_steps=spec.outer.inner_steps,
+        learning_rate=statistics.median(rates) if rates else None,
+        inner_steps=steps if isinstance(steps, int) else spec.outer.inner_steps,
         height=min((row.height for row in stages), default=0),
+    )
+
+
+def _lost(seen: Seen, redone_share: float | None) -> tuple[Lost, ...]:
+    """Where time goes, as far as replicas tell."""
+    shares = [share for told in seen.told.values() if (share := told.busy_share) is not None]
+    found = []
+    if shares:
+        waiting = 1.0 - statistics.fmean(shares)
+        text = f"lanes of {len(shares)} peers waited {waiting:.0%} of the time"
+        found.append(Lost(what="waiting", share=waiting, text=text))
+    if redone_share is not None:
+        text = f"{redone_share:.1%} of the micro-batches were tried again or twice"
+        found.append(Lost(what="redone", share=redone_share, text=text))
+    return tuple(found)
+
+
+def _redone_share(seen: Seen) -> float | None:
+    training = [
+        told.figures.training for told in seen.told.values() if told.figures and told.figures.training
+    ]
+    redone, done = sum(one.redone for one in training), sum(one.micro_batches for one in training)
+    return redone / (redone + done) if redone + done else None
+
+
+def _links(view: SwarmView, seen: Seen) -> list[Link]:
+    """Between members who are here; those with a measured bandwidth first, then the longest."""
+    here = {member.peer for member in view.here()}
+    links = [
+        Link(
+            source=source,
+            target=link.peer,
+            rtt_ms=round(link.rtt_s * 1e3, 3) if link.rtt_s >= 0.0 else None,
+            bytes_per_s=link.bytes_per_s or None,
+            failures=link.failures,
+        )
+        for source, told in seen.told.items()
+        if source in here and told.figures is not None
+        for link in told.figures.links
+        if link.peer in here
+    ]
+    return sorted(links, key=lambda link: (link.bytes_per_s is None, -(link.rtt_ms or 0.0)))
+
+
+def _compression(stage: int, tally: Tally) -> Compression:
+    row = tally.compression.get(stage)
+    if row is None:
+        return Compression(stage=stage)
+    fields = row.fields
+    bits = number(fields, "bits_per_value")
+    contribution, _, published = str(fields.get("codecs", "")).partition(", ")
+    return Compression(
+        stage=stage,
+        contribution=contribution,
+        published=published,
+        bits_per_value=bits,
+        ratio=32.0 / bits if bits else None,
+        residual_norm=number(fields, "residual_norm"),
+        update_norm=number(fields, "update_norm"),
+        round_bytes=tally.bytes_of(stage, int(number(fields, "height") or 0)),
+    )
+
+
+def _trust(own: Own, seen: Seen) -> Trust:
+    refused: Counter[str] = Counter()
+    repaired = 0
+    for told in seen.told.values():
+        for one in told.figures.refused if told.figures else ():
+            refused[printable(one.peer, 64)] += one.count
+        repaired += told.figures.training.repaired_parts if told.figures and told.figures.training else 0
+    return Trust(
+        revocation_version=own.revocation_version,
+        refusals=dict(own.refusals),
+        refused=dict(refused.most_common(REFUSED)),
+        repaired_parts=repaired,
     )

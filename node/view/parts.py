@@ -25,7 +25,8 @@ class Finding:
 class Verdict:
     """How the run is, in one sentence, and why."""
 
-    state: str = "starting"  # starting | waiting | training | paused | finished
+    state: str = "starting"  # starting | waiting | training | paused | stopped
+    level: str = "warn"  # ok | warn | bad
     text: str = "Waiting for the spec."
     findings: tuple[Finding, ...] = ()  # the worst first
 
@@ -249,6 +250,24 @@ class Trust:
     refused: Mapping[str, int] = field(default_factory=dict)  # peer -> data that others refused from it
     repaired_parts: int = 0
     audits: int | None = None  # none are made yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    """Seconds, counted since the process started: how many took at most each bound, and how many in all."""
+
+    bounds: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()  # cumulative, the last is of all
+    sum: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Of this peer's own events since its process started; for `/metrics`."""
+
+    reroutes: Histogram = field(default_factory=Histogram)
+    phases: Mapping[str, Histogram] = field(default_factory=dict)  # of rounds
+    events: Mapping[str, int] = field(default_factory=dict)  # by kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

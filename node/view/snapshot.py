@@ -26,6 +26,7 @@ from shoal.node.view.parts import (
     Run,
     Stage,
     Throughput,
+    Totals,
     Trust,
     Verdict,
 )
@@ -70,6 +71,7 @@ class Own:
     loop: LoopHealth
     bytes_out: Mapping[str, int] = field(default_factory=dict)  # by method
     bytes_in: Mapping[str, int] = field(default_factory=dict)
+    refusals: Mapping[str, int] = field(default_factory=dict)  # inbound streams, by error
     training: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -94,6 +96,7 @@ class Snapshot:
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     trust: Trust = field(default_factory=Trust)
     coordinator: Coordinator = field(default_factory=Coordinator)
+    totals: Totals = field(default_factory=Totals)
     events: tuple[EventRow, ...] = ()  # the newest last
 
     @property

@@ -1,22 +1,32 @@
-"""The verdict sentence: what would stop the run first. Pure."""
+"""The verdict sentence: what would stop the run first; and what would become of it without a peer. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shoal.node.view.parts import Verdict
 
-def verdict(replicas: Sequence[int]) -> tuple[str, str]:
-    """State (as in `parts.Verdict`) and sentence, from the live online replicas of every stage."""
+
+def verdict(replicas: Sequence[int], standing: str = "running") -> Verdict:
+    """From the live online replicas of every stage; `standing` is what the owner has ordered."""
     if not replicas:
-        return "starting", "Waiting for the spec."
+        return Verdict()
+    if standing == "stopped":
+        return Verdict(state="stopped", level="warn", text="Stopped by the owner.")
     weakest = min(range(len(replicas)), key=replicas.__getitem__)
+    paused = standing == "paused"
     match replicas[weakest]:
         case 0:
-            return "waiting", f"Waiting: stage {weakest} has no replica."
+            text = f"stage {weakest} has no replica."
+            state, level = ("paused", "bad") if paused else ("waiting", "bad")
+            return Verdict(state=state, level=level, text=f"{'Paused' if paused else 'Waiting'}: {text}")
         case 1:
-            return "training", f"Training. Stage {weakest} has one replica: one loss away from stopping."
+            level, text = "warn", f"Stage {weakest} has one replica: one loss away from stopping."
         case count:
-            return "training", f"Training. Every stage has {count} replicas or more."
+            level, text = "ok", f"Every stage has {count} replicas or more."
+    if paused:
+        return Verdict(state="paused", level="warn", text=f"Paused by the owner. {text}")
+    return Verdict(state="training", level=level, text=f"Training. {text}")
 
 
 def if_leaves(name: str, stage: int, replicas: Sequence[int], guardians: Sequence[int]) -> str:

@@ -33,6 +33,16 @@ class Contribution:
     remainders: dict[int, torch.Tensor]  # β·(a − s + e − decode(q)) by part index, where it is fed back
     norm: float  # ‖a − s + e‖; not finite where there is nothing to encode
     mix: bytes = b""  # what the next round of this fragment might take (`codecs.mix_of`), where parts choose
+    residual_norm: float = 0.0  # of the remainders
+
+    def figures(self) -> dict[str, float]:
+        """What the round's event says of it."""
+        sent_bytes = sum(memoryview(data).nbytes for data in self.encoded.values())
+        return {
+            "bits_per_value": 8.0 * sent_bytes / self.fragment.count,
+            "update_norm": self.norm,
+            "residual_norm": self.residual_norm,
+        }
 
     def remainder(self, part: Part) -> torch.Tensor | None:
         """What the entry that lists this part left out, [count].
@@ -57,8 +67,8 @@ async def contribute(
     measured: dict[int, list[Choice]] = {}
     first = fragment.parts[0].index
 
-    def encode(parts: Sequence[Part]) -> float:
-        square = 0.0
+    def encode(parts: Sequence[Part]) -> tuple[float, float]:
+        square = left_square = 0.0
         for part in parts:
             span, codec = fragment.within(part), codecs.contribution(part.index - first)
             left = torch.empty(part.count) if codec.needs_feedback and section.feedback else None
@@ -72,19 +82,21 @@ async def contribute(
             square += norm2
             if left is not None:
                 remainders[part.index] = left
+                left_square += float(torch.dot(left, left))
             if section.contribution == LAYERS:
                 delta = sample(anchor[span]) - sample(sent.weights[span])
                 if (carried := residuals.contributed(part)) is not None:
                     delta += sample(carried)
                 measured[part.index] = measure(section, delta, part.count)
-        return square
+        return square, left_square
 
     try:
-        norm = math.sqrt(sum(await asyncio.gather(*(offload(encode, p) for p in grouped(fragment.parts)))))
+        squares = await asyncio.gather(*(offload(encode, p) for p in grouped(fragment.parts)))
     except CodecError:
         return Contribution(fragment, codecs, anchor, sent, {}, {}, math.nan)
+    norm, residual_norm = (math.sqrt(sum(column)) for column in zip(*squares, strict=True))
     mix = await offload(mix_of, [measured[part.index] for part in fragment.parts]) if measured else b""
-    return Contribution(fragment, codecs, anchor, sent, encoded, remainders, norm, mix)
+    return Contribution(fragment, codecs, anchor, sent, encoded, remainders, norm, mix, residual_norm)
 
 
 def grouped(parts: Sequence[Part]) -> list[Sequence[Part]]:

@@ -24,6 +24,7 @@ from shoal.training.outer.entry import Entry, StreamPosition, parse
 from shoal.training.outer.fetch import fetch_parts
 from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.messages import Answer, Prepare
+from shoal.training.outer.phases import Phases
 from shoal.training.outer.promise import Promise, Promises
 from shoal.training.outer.reduce import Published
 from shoal.training.outer.reentry import Reentering
@@ -63,6 +64,7 @@ class Member:
         self._positions = positions
         self.contribution: Contribution | None = None  # to the height to come
         self.mixes: dict[int, bytes] = {}  # by fragment, as the last contribution suggests
+        self.phases = Phases()
         self._reached: set[PeerId] = set()  # who may have got some of it, by whatever draft
         self._unapplied: bytes | None = None  # an entry of the height to come whose parts are not all here
         self._apart_until_s = -math.inf  # the own state is being repaired: no new round
@@ -100,11 +102,14 @@ class Member:
                 raise MessageInvalid(f"height {entry.height} synchronises fragment {log.next_fragment.index}")
             await self.promises.give(asked)
             self.engaged_with, self._engaged_height = leader, prepare.height
+            self.phases.prepare()
             if entry.lost or self.replica.lost:  # steps have to come in order: those that were lost first
                 self.contribution = self.contribution if isinstance(self.round, Round) else None
             elif not isinstance(self.round, Round):
                 self.contribution = await self._contribute(entry)
                 self.mixes[entry.fragment] = self.contribution.mix
+            self.phases.end("prepare")
+            self.phases.begin("wait")
             return self._answer()
 
     async def _contribute(self, offer: Entry) -> Contribution:
@@ -161,6 +166,7 @@ class Member:
         if draft.previous != self.replica.log.head:
             raise Stale(f"GO for height {draft.height} at height {self.replica.log.height}")
         self.round = round_
+        self.phases.end("wait")
         self.round.start()
         self.change.notify()
         return self.round
@@ -180,7 +186,17 @@ class Member:
             self._reached |= {draft.roster[seat].peer for seat in draft.present()}
         residuals, step = self.replica.residuals, self.replica.begin_step(draft)
         return Round(
-            self._context, data, draft, fragment, codecs, mine, residuals, owner_of, step, deadline_s
+            self._context,
+            data,
+            draft,
+            fragment,
+            codecs,
+            mine,
+            residuals,
+            owner_of,
+            step,
+            deadline_s,
+            self.phases,
         )
 
     async def commit(self, data: bytes, holders: Sequence[PeerId] = ()) -> None:
@@ -218,6 +234,8 @@ class Member:
                 raise
             round_ = self.round if isinstance(self.round, Round) else None
             begun = round_ is not None and not entry.lost and _codecs(round_.draft) == _codecs(entry)
+            self.phases.end("decide")
+            self.phases.begin("apply")
             await point(self._context.transport, _APPLYING)
             await self.replica.apply(
                 data,

@@ -22,6 +22,7 @@ from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import SKIP, Contributor, Entry, draft_id
 from shoal.training.outer.messages import ContributedPart, Contributing, PublishedPart, Publishing
 from shoal.training.outer.parts import Fragment, Part
+from shoal.training.outer.phases import Phases
 from shoal.training.outer.policy import closes_at, is_half, owners
 from shoal.training.outer.reduce import Mean, Published, checked, weighted_mean
 from shoal.training.outer.residuals import Residuals
@@ -56,6 +57,7 @@ class Round:
         owner_of: list[int],
         step: OuterStep,
         deadline_s: float,
+        phases: Phases,
     ) -> None:
         self.draft = draft
         self.data = data
@@ -70,6 +72,7 @@ class Round:
         self._residuals = residuals
         self.opened_s = asyncio.get_running_loop().time()
         self._deadline_s = deadline_s
+        self._phases = phases
         self._mine = draft.seat_of(context.me, context.incarnation)
         self._rows = {row.seat: row for row in draft.contributors}
         self._owner_of = owner_of
@@ -103,7 +106,10 @@ class Round:
     async def collected(self) -> None:
         """Returns when every part is held that can still come, or at twice the deadline."""
         limit_s = self.opened_s + 2 * self._deadline_s
+        self._phases.begin("collect")
         await self._change.until(lambda: not self._awaited_parts(), lambda: limit_s)
+        self._phases.end("collect")
+        self._phases.begin("decide")
 
     def report(self) -> bytes:
         """Digest of each part, then bitmap of each part; zeros for what is not held."""
@@ -192,6 +198,7 @@ class Round:
 
     async def _contribute(self, owner: int) -> None:
         """Send the owner its parts; nothing but END when this peer has nothing that the draft could list."""
+        self._phases.begin("send")
         mine = self.contribution.encoded if self.contribution is not None else {}
         owned = [part for part, seat in enumerate(self._owner_of) if seat == owner]
         parts = [(part, mine[index]) for part in owned if (index := self._parts[part].index) in mine]
@@ -210,13 +217,16 @@ class Round:
                     self.bytes_out += memoryview(data).nbytes
         except ShoalError as error:  # not listed then: the delta stays in the local weights
             self._context.event("contribution-cut", {"owner": peer, "why": str(error)})
+        self._phases.end("send")
 
     async def _reduce(self) -> None:
         """Close each part when all who still can have contributed, or the rest at the deadline or grace."""
+        self._phases.begin("reduce")
         while self._to_reduce:
             await self._change.until(lambda: bool(self._closable()), self._closes_at)
             for part in self._closable() or sorted(self._to_reduce):
                 await self._close_part(part)
+        self._phases.end("reduce")
 
     def _closable(self) -> list[int]:
         awaited = self._rows.keys() - self._gone - self._sent_all

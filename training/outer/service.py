@@ -483,6 +483,7 @@ class Outer:
             figures.bytes_out += self._member.round.bytes_out
         if self._member.contribution is not None:
             figures.overlap_steps = self._weights.inner_steps - self._member.contribution.sent.inner_step
+        sent = self._member.contribution
         self._wanted_since_s, self._ballot = None, 0
         self._brought_back_by = entry.leader if entry.lost else None
         self._save_residuals(entry, listed)
@@ -500,6 +501,8 @@ class Outer:
                 "bytes_out": self._member.round.bytes_out if self._member.round is not None else 0,
                 "tokens": entry.tokens,
                 "leader": entry.leader,
+                "phases": self._member.phases.applied(),
+                **(sent.figures() if sent is not None else {}),
             },
         )
 

@@ -1,0 +1,109 @@
+"""Who holds the run up? Names hung, slow-link and slow-compute peers and the limiting stage. Pure.
+
+From timings alone: lane times of micro-batches, when a lane last finished something, bytes and seconds of
+what was sent in rounds. A peer is compared with the median of the others, by its own median over the last
+rounds, so that neither a single hiccup nor a lasting difference of 2 between machines is an alarm. Slow is no
+fault: routing gives such a peer less. The owner is told, so that somebody may look.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shoal.node.view.parts import Finding, Stage
+
+WINDOW = 8  # rounds, or samples
+ENOUGH = 5  # of them, before anything is said
+SLOW_COMPUTE = 3.0  # times the others' median lane time for the same work
+SLOW_LINK = 4.0  # times less than the others' median send rate
+SLOW_SEND_S = 0.5  # a send that took less holds nobody up
+HUNG_S, HUNG_GAPS = 15.0, 8.0  # a lane with work that finishes nothing; or so many of its usual gaps
+LIMITS = 0.8  # of what the next stage could do
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """One replica, as far as it was watched."""
+
+    peer: str
+    name: str
+    stage: int
+    service_s: tuple[float, ...] = ()  # lane time of a micro-batch, a sample a round
+    sends: tuple[tuple[float, float], ...] = ()  # bytes and seconds, of each of the last rounds
+    stalled_s: float = 0.0  # with work queued, since its lane finished something
+    gap_s: float = 0.0  # usually between two finished items
+
+
+def diagnose(peers: Sequence[Timings], costs: Sequence[float]) -> tuple[Finding, ...]:
+    """What there is to say; `costs` of the stages, for work is compared across them."""
+    return (*_hung(peers), *_slow_compute(peers, costs), *_slow_links(peers))
+
+
+def limiting(stages: Sequence[Stage]) -> Finding | None:
+    """The stage that the others wait for, where one does."""
+    known = sorted((row for row in stages if row.could_tokens_per_s), key=lambda r: r.could_tokens_per_s or 0)
+    if len(known) < 2 or len(known) < len(stages):
+        return None
+    least, next_ = known[0].could_tokens_per_s or 0.0, known[1].could_tokens_per_s or 0.0
+    if least > LIMITS * next_:
+        return None
+    text = f"Stage {known[0].stage} limits the run: it could do {least:,.0f} tok/s, the next {next_:,.0f}."
+    return Finding(kind="limits-run", text=text, stage=known[0].stage)
+
+
+def _hung(peers: Sequence[Timings]) -> list[Finding]:
+    return [
+        Finding(
+            kind="hung",
+            text=f"{one.name} answers, but finished no work for {one.stalled_s:.0f} s with some queued.",
+            peer=one.peer,
+            name=one.name,
+            stage=one.stage,
+        )
+        for one in peers
+        if one.stalled_s > max(HUNG_S, HUNG_GAPS * one.gap_s)
+    ]
+
+
+def _slow_compute(peers: Sequence[Timings], costs: Sequence[float]) -> list[Finding]:
+    usual = {
+        one.peer: statistics.median(one.service_s) / costs[one.stage]
+        for one in peers
+        if len(one.service_s) >= ENOUGH and one.stage < len(costs) and costs[one.stage] > 0
+    }
+    found = []
+    for one in peers:
+        others = [seconds for peer, seconds in usual.items() if peer != one.peer]
+        if one.peer not in usual or not others:
+            continue
+        times = usual[one.peer] / statistics.median(others) if statistics.median(others) > 0 else 0.0
+        if times >= SLOW_COMPUTE:
+            text = f"{one.name} computes {times:.1f} times slower than its peers (stage {one.stage})."
+            found.append(
+                Finding(kind="slow-compute", text=text, peer=one.peer, name=one.name, stage=one.stage)
+            )
+    return found
+
+
+def _slow_links(peers: Sequence[Timings]) -> list[Finding]:
+    rates = {
+        one.peer: statistics.median(sent / max(seconds, 1e-6) for sent, seconds in one.sends)
+        for one in peers
+        if len(one.sends) >= ENOUGH
+    }
+    found = []
+    for one in peers:
+        others = [rate for peer, rate in rates.items() if peer != one.peer]
+        if one.peer not in rates or not others:
+            continue
+        seconds = statistics.median(seconds for _, seconds in one.sends)
+        times = statistics.median(others) / max(rates[one.peer], 1e-6)
+        if times >= SLOW_LINK and seconds >= SLOW_SEND_S:
+            text = (
+                f"{one.name} sends {times:.1f} times slower than its peers: {seconds:.1f} s of each round "
+                f"of stage {one.stage}."
+            )
+            found.append(Finding(kind="slow-link", text=text, peer=one.peer, name=one.name, stage=one.stage))
+    return found

@@ -1,0 +1,126 @@
+"""A peer's own figures as it pushes them, and what a reader of several keeps of them. For `observer`."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from shoal.dht.view import SwarmView
+from shoal.node.view.messages import (
+    LINKS,
+    REFUSALS,
+    TelemetryFigures,
+    TelemetryLink,
+    TelemetryRefusals,
+    TelemetryTraining,
+)
+from shoal.node.view.snapshot import Own
+from shoal.protocol.identity import PeerId
+
+_WINDOW_S = 30.0  # of rates
+_MARKS = 64
+
+
+def figures_of(own: Own, view: SwarmView) -> TelemetryFigures:
+    """What `own` says, as a message; figures that are not finite become "not measured"."""
+    training: Mapping[str, Any] = own.training
+    refused = training.get("outer", {}).get("refused", {}) if training else {}
+    return TelemetryFigures(
+        uptime_s=max(0.0, own.uptime_s),
+        version=own.version[:256],
+        memory_bytes=own.memory_bytes,
+        reachable=own.reachable[:256],
+        trouble=own.trouble[:256],
+        bytes_out=sum(own.bytes_out.values()),
+        bytes_in=sum(own.bytes_in.values()),
+        training=_training(training) if training else None,
+        links=_links(training, view),
+        refused=tuple(TelemetryRefusals(peer, count) for peer, count in sorted(refused.items())[:REFUSALS]),
+    )
+
+
+def _training(training: Mapping[str, Any]) -> TelemetryTraining:
+    outer = training["outer"]
+    return TelemetryTraining(
+        stage=training["stage"],
+        tokens=training["tokens"],
+        micro_batches=training["micro_batches"],
+        rejected=training["duplicates_refused"] + training["dropped"] + training.get("lost", 0),
+        redone=training["retries"] + training["hedges"] + training.get("restarted", 0),
+        inner_steps=training["inner_steps"],
+        rounds=outer["rounds"],
+        rounds_failed=outer["failed"],
+        repaired_parts=outer["repaired_parts"],
+        lane_busy_s=training["lane_busy_s"],
+        lane_finished=training["lane_finished"],
+        tokens_per_s=training["tokens_per_s"],
+        loss=_measured(training.get("loss")),
+        learning_rate=_measured(training["learning_rate"]),
+        checkpoint_height=training["checkpoint"].get("height") or 0,
+        sessions=training["sessions"].get("sessions", 0),
+    )
+
+
+def _links(training: Mapping[str, Any], view: SwarmView) -> tuple[TelemetryLink, ...]:
+    next_stage = {str(known["peer"]): known for known in training.get("next_stage", ())}
+    links = []
+    for member in view.here():
+        known = next_stage.get(member.peer, {})
+        if member.peer == view.me or (member.rtt_s is None and not known):
+            continue
+        rtt_s = -1.0 if member.rtt_s is None else member.rtt_s
+        rate = min(float(known.get("bytes_per_s") or 0.0), 1e12)
+        links.append(TelemetryLink(member.peer, rtt_s, rate, known.get("failures", 0)))
+    return tuple(links[:LINKS])
+
+
+def _measured(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) and value >= 0.0 else -1.0
+
+
+class Told:
+    """The newest figures of one peer, and rates over the last of them."""
+
+    def __init__(self, process: int) -> None:
+        self.process = process
+        self.number = 0  # of its last event that was taken
+        self.figures: TelemetryFigures | None = None
+        self.told_s = -math.inf  # loop time
+        self.dropped = 0
+        self._marks: deque[tuple[float, float, int, int]] = deque(maxlen=_MARKS)  # uptime, busy, out, in
+
+    def take(self, figures: TelemetryFigures, now_s: float) -> None:
+        """Newer figures of the same process."""
+        busy_s = figures.training.lane_busy_s if figures.training else 0.0
+        mark = (figures.uptime_s, busy_s, figures.bytes_out, figures.bytes_in)
+        if self._marks and any(new < old for new, old in zip(mark, self._marks[-1], strict=True)):
+            self._marks.clear()  # another stage: counters began anew
+        self._marks.append(mark)
+        while len(self._marks) > 2 and figures.uptime_s - self._marks[1][0] >= _WINDOW_S:
+            self._marks.popleft()
+        self.figures, self.told_s = figures, now_s
+
+    @property
+    def busy_share(self) -> float | None:
+        """Of its lane, of late."""
+        rate = self._rate(1)
+        return None if rate is None else min(1.0, rate)
+
+    @property
+    def up_bytes_per_s(self) -> float | None:
+        return self._rate(2)
+
+    @property
+    def down_bytes_per_s(self) -> float | None:
+        return self._rate(3)
+
+    def _rate(self, column: int) -> float | None:
+        if len(self._marks) < 2:
+            return None
+        first, last = self._marks[0], self._marks[-1]
+        return (last[column] - first[column]) / (last[0] - first[0]) if last[0] > first[0] else None
+
+
+ToldBy = Mapping[PeerId, Told]

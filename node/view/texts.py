@@ -1,0 +1,41 @@
+"""Texts that other peers wrote, made harmless before they are kept or shown: printable, one line, cut.
+
+Escaping for HTML or a terminal's markup is the front end's; here only length and control characters go.
+"""
+
+from __future__ import annotations
+
+from shoal.node.events import sentence
+from shoal.node.view.messages import TelemetryEvent
+
+EVENT_TEXT_CHARACTERS = 240
+Value = str | float
+
+
+def printable(text: str, characters: int = EVENT_TEXT_CHARACTERS) -> str:
+    """One line of printable characters, at most so many."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text[: 4 * characters])
+    return text[:characters].strip()
+
+
+def fields_of(event: TelemetryEvent) -> dict[str, Value]:
+    """The event's values by name."""
+    return {
+        printable(field.name): field.number if field.numeric else printable(field.text)
+        for field in event.fields
+    }
+
+
+def told(kind: str, fields: dict[str, Value]) -> str:
+    """The event in words; its kind where there are none or its fields are not what they should be."""
+    try:
+        text = sentence(kind, {name: _whole(value) for name, value in fields.items()})
+    except (KeyError, ValueError, TypeError, OverflowError):
+        text = None
+    text = text.strip().splitlines()[0] if text and text.strip() else ""
+    return printable(text or str(fields.get("why") or fields.get("reason") or "") or kind)
+
+
+def _whole(value: Value) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
