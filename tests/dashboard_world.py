@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -281,6 +281,7 @@ class FakeDaemon:
     tokens: list[dict[str, Any]] = field(default_factory=list)
     paused: bool = False
     logins: int = 0
+    hidden: frozenset[str] = frozenset()  # actions that it has no more
     page: Dashboard | None = None
 
     async def page_link(self) -> str:
@@ -378,7 +379,18 @@ async def served(
             daemon.logins += 1
             return await redeem(request)
 
-        actions = daemon.actions | page.actions | {"dashboard_login": counted}
+        class Shown(dict[str, Action]):
+            """Without what is hidden now."""
+
+            def __iter__(self) -> Iterator[str]:
+                return iter([name for name in self.keys() if name not in daemon.hidden])
+
+            def __getitem__(self, name: str) -> Action:
+                if name in daemon.hidden:
+                    raise KeyError(name)
+                return super().__getitem__(name)
+
+        actions = Shown(daemon.actions | page.actions | {"dashboard_login": counted})
         async with serve_control(control, actions):
             running = asyncio.create_task(page.run())
             try:

@@ -10,7 +10,7 @@ from shoal.node.dashboard.state import PageState, replicas_word
 from shoal.node.view.parts import Peer, Stage
 from shoal.node.view.snapshot import Snapshot
 
-CELL_LOW, CELL_HIGH = 40, 84  # pixels, by rate
+CELL_LOW, CELL_HIGH = 46, 88  # pixels, by rate
 COMPACT = 10  # more replicas than this in a stage: cells without words
 _STATES = ("online", "joining", "draining", "suspect", "gone", "observing")
 _SIGNS = {"online": "", "joining": "↗", "draining": "↘", "suspect": "!", "gone": "×", "observing": "◦"}

@@ -68,7 +68,7 @@ def throughput(snapshot: Snapshot, state: PageState) -> Markup:
         tag("ul", *lost, class_="bars") if lost else empty("Not measured yet."),
         figures(
             figure(
-                f"{snapshot.run.learning_rate:.2e}" if snapshot.run.learning_rate else "–", "learning rate"
+                f"{snapshot.run.learning_rate:.2g}" if snapshot.run.learning_rate else "–", "learning rate"
             ),
             figure(words.number(snapshot.run.inner_steps), "H, inner steps"),
         ),

@@ -1,0 +1,298 @@
+"""The page in a real browser, over a daemon that the test answers: reads well, works by keyboard, asks once.
+
+Needs Debian's chromium (`apt-get install chromium`); without it these tests fail and say so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import axe_playwright_python
+import psutil
+import pytest
+from dashboard_browser import browser, sign_in
+from dashboard_world import FakeDaemon, full_snapshot, served
+from playwright.async_api import Browser, Page, expect
+
+AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
+HOSTILE = "<img src=x onerror=window.pwned=1>\"'><script>window.pwned=1</script>"
+
+
+class World:
+    """One page process and one browser, for all tests of the module."""
+
+    def __init__(self, folder: Path) -> None:
+        self.daemon = FakeDaemon(full_snapshot())
+        self.runner = asyncio.Runner()
+        self._stack = AsyncExitStack()
+        self.runner.run(self._start(folder))
+
+    async def _start(self, folder: Path) -> None:
+        link = await self._stack.enter_async_context(served(folder, self.daemon))
+        self.browser: Browser = await self._stack.enter_async_context(browser())
+        self.context = await self.browser.new_context(viewport={"width": 1280, "height": 900})
+        self.page = await sign_in(self.context, link)
+
+    @asynccontextmanager
+    async def fresh(self) -> AsyncIterator[Page]:
+        """The page as it is after a reload, with the daemon as it was at first."""
+        self.daemon.snapshot, self.daemon.hidden = full_snapshot(), frozenset()
+        self.daemon.did.clear()
+        await self.page.reload()
+        await expect(self.page.locator(".sentence")).to_be_visible()
+        yield self.page
+
+    def close(self) -> None:
+        self.runner.run(self._stack.aclose())
+        self.runner.close()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("page"))
+    yield world
+    world.close()
+
+
+def test_it_reads_well_at_every_width_light_and_dark(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            await page.evaluate(f"() => {{ {AXE} }}")
+            for width in (360, 1280, 1920):
+                for theme in ("light", "dark"):
+                    await page.set_viewport_size({"width": width, "height": 900})
+                    await page.emulate_media(color_scheme=theme, reduced_motion="reduce")
+                    wide = await page.evaluate("document.documentElement.scrollWidth - innerWidth")
+                    assert wide <= 0, f"{width} px, {theme}: {wide} px too wide"
+                    assert not await overlapping(page), f"{width} px, {theme}"
+                    assert not await serious(page), f"{width} px, {theme}"
+            await page.set_viewport_size({"width": 1280, "height": 900})
+
+    world.runner.run(story())
+
+
+def test_drawer_and_questions_read_well_too(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            await page.evaluate(f"() => {{ {AXE} }}")
+            await page.locator("#peers .link", has_text="peer-2").click()
+            await expect(page.locator("dialog.drawer")).to_contain_text("If it leaves")
+            assert not await serious(page)
+            await page.locator("dialog.drawer button", has_text="Ban").click()
+            await expect(page.locator("dialog.question")).to_contain_text("Ban peer-2?")
+            assert not await serious(page)
+
+    world.runner.run(story())
+
+
+def test_it_can_be_used_with_the_keyboard_alone(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            await page.keyboard.press("Tab")
+            assert await page.evaluate("document.activeElement.className") == "skip"
+            cell = page.locator("#pipeline .cell").first
+            name = await cell.locator(".cell-name").inner_text()
+            await cell.focus()
+            await page.keyboard.press("Enter")
+            await expect(page.locator("dialog.drawer h2")).to_have_text(name.strip())
+            await page.keyboard.press("Escape")
+            await expect(page.locator("dialog.drawer")).to_have_count(0)
+            assert await page.evaluate("document.activeElement.classList.contains('cell')"), (
+                "the focus is back"
+            )
+
+    world.runner.run(story())
+
+
+def test_an_action_is_confirmed_once_and_done_once(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            await page.locator("#verdict button", has_text="Pause").click()
+            question = page.locator("dialog.question")
+            await question.locator("button", has_text="Cancel").click()
+            await expect(question).to_have_count(0)
+            assert not world.daemon.did
+            await page.locator("#verdict button", has_text="Pause").click()
+            await question.locator("button", has_text="Pause").click()
+            await expect(page.locator("#verdict button", has_text="Resume")).to_be_visible()
+            (did,) = world.daemon.did
+            assert did["what"] == "pause" and did["who"].startswith("page:") and did["key"]
+            await expect(page.locator("#orders")).to_contain_text("pause")
+            await page.locator("#peers .link", has_text="peer-2").click()
+            await page.locator("dialog.drawer button", has_text="Kick").click()
+            await question.locator("input").fill("too slow")
+            await question.locator("button", has_text="Kick").click()
+            await expect(question).to_have_count(0)
+            assert world.daemon.did[-1]["reason"] == "too slow"
+            await page.keyboard.press("Escape")
+            await page.locator("#verdict button", has_text="Learning rate").click()
+            await question.locator("input").first.fill("0.001")
+            await question.locator("button", has_text="Change").click()
+            await expect(question).to_have_count(0)
+            assert world.daemon.did[-1]["values"] == {"inner.learning_rate": 0.001, "outer.inner_steps": 50}
+
+    world.runner.run(story())
+
+
+def test_a_token_is_made_copied_and_shown_once(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            panel = page.locator("#invitations")
+            await panel.locator("input[name=name]").fill("ann")
+            await panel.locator("button", has_text="Create token").click()
+            command = panel.locator("#join-command")
+            await expect(command).to_contain_text("shoal join shoal1")
+            await world.context.grant_permissions(["clipboard-read", "clipboard-write"])
+            await panel.locator("button", has_text="Copy").click()
+            await expect(panel.locator("[data-copied]")).to_be_visible()
+            assert await page.evaluate("navigator.clipboard.readText()") == await command.inner_text()
+            await panel.locator("summary").click()
+            assert await panel.locator("img.qr").evaluate("image => image.naturalWidth") > 100
+            await panel.locator("button", has_text="Done").click()
+            await expect(command).to_have_count(0)
+            await expect(panel.locator("tbody")).to_contain_text("ann")
+
+    world.runner.run(story())
+
+
+def test_the_table_is_filtered_sorted_and_downloaded(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            rows = page.locator("#peers tbody tr")
+            await page.locator("#peers input").fill("stage 3")
+            await expect(rows).to_have_count(3)
+            await page.locator("#peers th button", has_text="tok/s").click()
+            await expect(page.locator("#peers th[aria-sort]")).to_have_attribute("aria-sort", "ascending")
+            await page.locator("#peers th button", has_text="tok/s").click()
+            await expect(page.locator("#peers th[aria-sort]")).to_have_attribute("aria-sort", "descending")
+            async with page.expect_download() as downloading:
+                await page.locator("#peers button", has_text="CSV").click()
+            content = (await (await downloading.value).path()).read_text()
+            assert len(content.splitlines()) == 4
+
+    world.runner.run(story())
+
+
+def test_cells_follow_the_swarm_within_two_looks(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            snapshot = world.daemon.snapshot
+            mover = snapshot.peers[-2]
+            assert mover.stages == (3,)
+            moved = dataclasses.replace(mover, stages=(2,))
+            peers = (*snapshot.peers[:-2], moved)  # one moved, one left
+            world.daemon.snapshot = dataclasses.replace(snapshot, peers=peers)
+            weak = page.locator("#pipeline .stage.weakest .cell")
+            await expect(weak).to_have_count(2, timeout=3000)
+            await expect(page.locator("#pipeline .stage.outside")).to_have_count(0)
+
+    world.runner.run(story())
+
+
+def test_a_peers_name_runs_nothing(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            snapshot = world.daemon.snapshot
+            evil = dataclasses.replace(snapshot.peers[1], name=HOSTILE, reason=HOSTILE, device=HOSTILE)
+            world.daemon.snapshot = dataclasses.replace(snapshot, peers=(snapshot.peers[0], evil))
+            await expect(page.locator("#peers")).to_contain_text("<img src=x onerror=")
+            await page.locator("#peers .link", has_text="<img").click()
+            await expect(page.locator("dialog.drawer h2")).to_contain_text("<script>")
+            assert await page.evaluate("window.pwned") is None
+            blocked = await page.evaluate(  # the second wall: were it not escaped, the policy would stop it
+                """() => new Promise(done => {
+                    const told = event => done(event.violatedDirective);
+                    document.addEventListener("securitypolicyviolation", told);
+                    document.body.insertAdjacentHTML("beforeend", "<img src=x onerror=window.pwned=1>");
+                })"""
+            )
+            assert blocked.startswith(("script-src", "img-src"))
+            assert await page.evaluate("window.pwned") is None
+
+    world.runner.run(story())
+
+
+def test_text_is_written_in_the_box(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            await page.locator("#tryout textarea").fill("def ")
+            await page.locator("#tryout button", has_text="Write").click()
+            await expect(page.locator("#tryout .written")).to_have_text("def add(a, b):\n    return a + b\n")
+            await expect(page.locator("#tryout")).to_contain_text("13 tokens")
+
+    world.runner.run(story())
+
+
+def test_what_the_daemon_cannot_do_is_not_there(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            world.daemon.hidden = frozenset({"order", "orders", "token_create", "generate_start", "snapshot"})
+            await expect(page.locator("#stale")).to_contain_text("does not answer")  # it looks what there is
+            world.daemon.hidden -= {"snapshot"}
+            await expect(page.locator("#stale")).to_have_text("")
+            await expect(page.locator("#verdict .buttons")).to_have_count(0)
+            await expect(page.locator("#tryout")).to_be_hidden()
+            await expect(page.locator("#invitations form")).to_have_count(0)
+
+    world.runner.run(story())
+
+
+def test_a_page_that_hears_nothing_says_so_and_comes_back(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            process = next(
+                child
+                for child in psutil.Process().children()
+                if "shoal.node.dashboard" in " ".join(child.cmdline())
+            )
+            process.send_signal(signal.SIGSTOP)
+            silent = page.locator("html[data-silent]")
+            await expect(silent).to_have_count(1, timeout=8000)
+            process.send_signal(signal.SIGCONT)
+            await expect(silent).to_have_count(0, timeout=20000)
+            await page.evaluate("window.before = 1")
+            process.send_signal(signal.SIGKILL)  # started again by the daemon; the session is good still
+            await page.wait_for_function("window.before === undefined", timeout=20000)
+            await expect(page.locator(".sentence")).to_be_visible()
+
+    world.runner.run(story())
+
+
+async def serious(page: Page) -> list[str]:
+    """What axe-core calls serious or critical."""
+    found: dict[str, Any] = await page.evaluate("axe.run()")
+    return [
+        f"{one['id']}: {one['help']}: {json.dumps([node['target'] for node in one['nodes']][:3])}"
+        f" {one['nodes'][0].get('failureSummary', '')}"
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
+
+
+async def overlapping(page: Page) -> list[str]:
+    """Panels that lie on another, and words that stick out of their panel."""
+    found: list[str] = await page.evaluate(
+        """() => {
+            const found = [], past = (x, y) => x.left < y.right - 1 && x.top < y.bottom - 1;
+            const all = [...document.querySelectorAll(".card, .tile, .verdict")];
+            const boxes = all.map(one => [one, one.getBoundingClientRect()]).filter(([, box]) => box.height);
+            for (const [a, x] of boxes) for (const [b, y] of boxes)
+                if (a !== b && past(x, y) && past(y, x)) found.push(`${a.id} lies on ${b.id}`);
+            for (const [card, box] of boxes)
+                for (const one of card.querySelectorAll("p, h2, h3, dd, dt, b, button")) {
+                    if (one.closest(".scroll, .feed, .map, .unseen, pre, .lane")) continue;
+                    const own = one.getBoundingClientRect();
+                    if (own.width && (own.right > box.right + 1 || own.left < box.left - 1))
+                        found.push(`${one.textContent.slice(0, 40)} sticks out of ${card.id}`);
+                }
+            return found;
+        }"""
+    )
+    return found
