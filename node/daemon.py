@@ -25,6 +25,7 @@ from shoal.node.control import serve_control
 from shoal.node.dashboard.child import Dashboard, dashboard
 from shoal.node.events import Events
 from shoal.node.gathering import Gathering
+from shoal.node.inference.tryout import Tryouts
 from shoal.node.loop import LoopMeter, new_loop
 from shoal.node.obeying import leave_when_told
 from shoal.node.options import PeerOptions
@@ -134,7 +135,11 @@ class Daemon:
                 alone_is_fine=owner is not None,
                 upload_bytes_per_s=options.upload_bytes_per_s,
             ) as presence,
-            serve_control(control, actions | (self._dashboard.actions if self._dashboard else {})),
+            Tryouts(presence) as tryouts,
+            serve_control(
+                control,
+                actions | (self._dashboard.actions | tryouts.actions if self._dashboard is not None else {}),
+            ),
         ):
             self._presence = presence
             if owner is not None:

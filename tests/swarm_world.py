@@ -166,12 +166,15 @@ class Swarm:
 
     # --- making
 
-    async def start(self, replicas: int) -> None:
-        """The owner and as many volunteers as fill every stage; returns when all are online and train."""
+    async def start(self, replicas: int, *owners: str) -> None:
+        """The owner and as many volunteers as fill every stage; returns when all are online and train.
+
+        `owners`: more options of its `shoal up`.
+        """
         owner = self._new_peer("owner")
         path = self.folder / "run.toml"
         path.write_text(spec_text.render(self.spec))
-        await owner.start("up", str(path), "--listen", HOST, "--stage", "0")
+        await owner.start("up", str(path), "--listen", HOST, "--stage", "0", *owners)
         await owner.event("invitation", START_S)
         wanted = [stage for stage in range(self.spec.stages.count) for _ in range(replicas)][1:]
         await asyncio.gather(*(self.join(stage=stage) for stage in wanted))

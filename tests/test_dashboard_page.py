@@ -11,17 +11,17 @@ import json
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import axe_playwright_python
 import psutil
 import pytest
 from dashboard_browser import browser, sign_in
 from dashboard_world import FakeDaemon, full_snapshot, served
 from playwright.async_api import Browser, Page, expect
 
-AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
+AXE = (files("axe_playwright_python") / "axe.min.js").read_text()
 HOSTILE = "<img src=x onerror=window.pwned=1>\"'><script>window.pwned=1</script>"
 
 

@@ -21,8 +21,9 @@ SILENT_S = 120.0  # until a peer that stopped talking counts as departed (design
 class MemberReplicas:
     """Implements `pipeline.replicas.Replicas` on `dht.members`."""
 
-    def __init__(self, members: Members) -> None:
-        self._members = members
+    def __init__(self, members: Members, itself: bool = False) -> None:
+        """`itself`: this peer counts among them, for who asks as any client would."""
+        self._members, self._itself = members, itself
 
     def of_stage(self, stage: int) -> Sequence[Replica]:
         view = self._members.view()
@@ -35,7 +36,7 @@ class MemberReplicas:
                 heard_s=m.heard_s if m.heard_s is not None else -math.inf,
             )
             for m in view.online(stage)
-            if m.peer != view.me
+            if self._itself or m.peer != view.me
         ]
 
     def suspect(self, peer: PeerId, reason: str) -> None:
