@@ -217,7 +217,8 @@ class Daemon:
             self._at_once = at_once
             self._ask_to_stop(reason, 0)
 
-        await leave_when_told(presence, presence.incarnation, leave, stays=self._owner is not None)
+        book, me = presence.membership.amendments, presence.transport.me
+        await leave_when_told(book, me, presence.incarnation, leave, stays=self._owner is not None)
 
     async def _drain(self, presence: Presence, worker: Worker) -> None:
         self._events("draining", {"text": f"leaving ({self._stop_reason}): finishing what is held"})

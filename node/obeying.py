@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shoal.node.presence import Presence
-from shoal.protocol.amendments import DRAIN, STOPPED, Amendments, Errand
+from shoal.protocol.amendments import DRAIN, STOPPED, AmendmentBook, Amendments, Errand
 from shoal.protocol.identity import PeerId
 
 
 async def leave_when_told(
-    presence: Presence, begun: int, leave: Callable[[str, bool], None], *, stays: bool
+    book: AmendmentBook, me: PeerId, begun: int, leave: Callable[[str, bool], None], *, stays: bool
 ) -> None:
     """Calls `leave(reason, at_once)` when the owner's list says so; until cancelled.
 
     `begun`: this process's first incarnation. `stays`: it outlives the run's end, so that who comes late
     hears of it (the owner's peer).
     """
-    book = presence.membership.amendments
     with book.watch() as changed:
         while True:
             changed.clear()
-            errand = errand_for(book.current, presence.transport.me, begun)
+            errand = errand_for(book.current, me, begun)
             if errand is not None:
                 reason = f": {errand.reason}" if errand.reason else ""
                 leave(f"the run's owner asked for it{reason}", errand.kind != DRAIN)

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from shoal.node.cli.app import app
 from shoal.node.events import Events
-from shoal.node.obeying import errand_for
+from shoal.node.obeying import errand_for, leave_when_told
 from shoal.node.owner.actions import OwnerActions
 from shoal.node.owner.audit import AuditEntry, AuditLog
 from shoal.node.owner.desk import OrderDesk
 from shoal.node.owner.home import OwnerHome
 from shoal.node.owner.orders import KINDS, TokenOrder, parse_order, parse_token_order
 from shoal.protocol import limits
-from shoal.protocol.amendments import DRAIN, KICK
-from shoal.protocol.errors import UsageError
+from shoal.protocol.amendments import DRAIN, KICK, AmendmentBook
+from shoal.protocol.errors import ShoalError, UsageError
 from shoal.protocol.identity import PeerId, PeerKey
 from shoal.training.spec import RunSpec
 
@@ -204,3 +206,98 @@ def test_an_old_errand_is_not_for_a_process_that_came_back(home: OwnerHome) -> N
     assert errand_for(listed, ANN, 8) is None
     assert errand_for(listed, BOB, 7) is None
     assert errand_for(listed, PeerId(""), 0) is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "told"),
+    [
+        (
+            {"what": "drain", "peer": "ann", "reason": "an update"},
+            ("the run's owner asked for it: an update", False),
+        ),
+        ({"what": "kick", "peer": "ann"}, ("the run's owner asked for it", True)),
+        ({"what": "stop"}, ("the run's owner has stopped the run", False)),
+    ],
+)
+def test_a_peer_leaves_when_it_is_told_and_the_owners_own_outlives_the_run(
+    home: OwnerHome, request_: dict[str, object], told: tuple[str, bool]
+) -> None:
+    async def main() -> None:
+        key, heard = home.key, list[tuple[str, bool]]()
+        book = AmendmentBook(key.run_id, key.root_der, key.amendments_path)
+        gone = asyncio.Event()
+
+        def leave(reason: str, at_once: bool) -> None:
+            heard.append((reason, at_once))
+            gone.set()
+
+        waiting = asyncio.create_task(leave_when_told(book, ANN, 7, leave, stays=False))
+        others = [
+            asyncio.create_task(leave_when_told(book, BOB, 8, leave, stays=True)),
+            asyncio.create_task(leave_when_told(book, ANN, 9, leave, stays=True)),
+        ]
+        await asyncio.sleep(0)
+        perform(home, what="pause")
+        perform(home, **request_)
+        assert book.reload()
+        await gone.wait()
+        await asyncio.sleep(0)
+        assert heard == [told]
+        for task in (waiting, *others):
+            task.cancel()
+
+    asyncio.run(main())
+
+
+def shoal(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Run a command here; its exit code and what it printed."""
+    result = CliRunner().invoke(app, [*arguments, "--data-dir", str(folder)])
+    error = result.exception
+    if isinstance(error, ShoalError):  # `main` makes the message and the code of it
+        return error.exit_code, result.stdout, str(error)
+    assert error is None or isinstance(error, SystemExit), error
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_line_orders_on_the_owners_folder_where_no_daemon_runs(
+    tmp_path: Path, home: OwnerHome
+) -> None:
+    code, said, why = shoal(tmp_path, "run", "pause")
+    assert (code, said) == (2, "")
+    assert "nobody can be asked" in why
+    assert "--yes" in why
+    assert home.key.amendments().version == 0
+
+    code, said, _ = shoal(tmp_path, "run", "pause", "--yes", "--json")
+    assert code == 0
+    entry = json.loads(said)
+    assert (entry["who"], entry["what"], entry["changed"], entry["spread"]) == (
+        "command line",
+        "pause",
+        True,
+        False,
+    )
+    code, said, why = shoal(tmp_path, "run", "set", "inner.learning_rate=1e-4", "--yes")
+    assert (code, said) == (0, "")
+    assert "inner.learning_rate = 0.0001 from the next round on" in why
+    assert "peers hear of it when `shoal up` runs again" in why
+    found = json.loads(shoal(tmp_path, "run", "status", "--json")[1])
+    assert (found["state"], found["version"], found["owner_runs"]) == ("paused", 2, False)
+    assert found["values"]["inner.learning_rate"] == 1e-4
+    assert [order["what"] for order in found["orders"]] == ["set", "pause"]
+    for arguments, words in (
+        (("run", "set", "inner.learning_rate", "--yes"), "is not KEY=VALUE"),
+        (("run", "set", "model.width=8", "--yes"), "cannot be changed in a run"),
+        (("peer", "kick", "ann", "--yes"), "kick needs the owner's peer to run"),
+        (("peer", "ban", "ann", "--yes"), "or the peer's whole id"),
+    ):
+        code, _, why = shoal(tmp_path, *arguments)
+        assert code == 2
+        assert words in why
+    assert shoal(tmp_path, "peer", "ban", ANN, "--reason", "lies", "--yes")[0] == 0
+    assert ANN in home.key.revocations().peers
+    assert shoal(tmp_path, "peer", "unban", ANN, "--yes")[0] == 0
+    assert ANN not in home.key.revocations().peers
+    code, _, why = shoal(tmp_path / "elsewhere", "run", "pause", "--yes")
+    assert code == 2
+    assert "no run was started from" in why
