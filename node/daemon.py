@@ -35,6 +35,7 @@ from shoal.node.owner.invitations import keep_addresses
 from shoal.node.paths import PeerFolder, checkpoint_store, run_folder
 from shoal.node.presence import Presence, present
 from shoal.node.revoked import leave_when_revoked
+from shoal.node.tokenizers import serve_tokenizer
 from shoal.node.view.archive import Archive
 from shoal.node.view.buffer import Buffer
 from shoal.node.view.history import History
@@ -144,6 +145,7 @@ class Daemon:
             self._presence = presence
             if owner is not None:
                 presence.spec = owner.spec
+            serve_tokenizer(presence.transport, lambda: presence.spec)
             self._gathering = Gathering(presence, self._folder, self._store, self._events)
             presence.members.on_event(self._member_changed)
             worker = Worker(presence, options, self._folder, self._store, self._events)

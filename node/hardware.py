@@ -16,6 +16,7 @@ from shoal.training.plan import StagePlan
 
 _MIB = 1 << 20
 _COMPILED_FROM = 1 << 22  # weights of a stage
+_SESSIONS_BESIDE_TRAINING = 512 * _MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +86,17 @@ def check_memory(device: Device, stage: StagePlan) -> None:
         )
 
 
+def session_bytes(device: Device, stage: StagePlan, *, trains: bool) -> int:
+    """Memory of the device for sessions: half of what the stage leaves, or most where it only serves."""
+    left_bytes = max(0, device.memory_bytes - stage.memory.total)
+    return min(left_bytes // 2, _SESSIONS_BESIDE_TRAINING) if trains else left_bytes * 3 // 4
+
+
 def spare_bytes(device: Device, stage: StagePlan) -> int:
-    """Memory of the machine for copies of other stages: half of what the own one leaves."""
+    """Memory of the machine for copies of other stages: half of what the own one and sessions leave."""
     if device.torch_name == "cpu":
-        return max(0, device.memory_bytes - stage.memory.total) // 2
+        sessions = session_bytes(device, stage, trains=True)
+        return max(0, device.memory_bytes - stage.memory.total - sessions) // 2
     return psutil.virtual_memory().available // 2
 
 

@@ -18,10 +18,12 @@ from shoal.node.events import Events
 from shoal.node.hardware import Device
 from shoal.node.paths import cache_root
 from shoal.node.presence import Presence
+from shoal.node.tokenizers import with_tokenizer
 from shoal.protocol.identity import PeerId
 from shoal.training.decisions import DecisionLog
 from shoal.training.feed import CorpusFeed, Feed
 from shoal.training.lane import ThreadLane, paced
+from shoal.training.serving.host import Host
 from shoal.training.spec import RunSpec
 from shoal.training.streams import own_stream
 from shoal.training.trainer import Trainer
@@ -46,11 +48,13 @@ class Trainee:
         fixed: bool,
         pace_s: float = 0.0,
         spare_bytes: int = 0,
+        session_bytes: int,
         decisions: DecisionLog | None = None,
     ) -> None:
         """`folder` takes what is written of the run, `store` has the imported checkpoints.
 
-        A micro-batch takes at least `pace_s` of the lane. `spare_bytes`: for copies of other stages.
+        A micro-batch takes at least `pace_s` of the lane. `spare_bytes`: for copies of other stages;
+        `session_bytes`: for inference.
         """
         self.stage = stage
         self.trouble = ""  # why this peer does not get to work, and what to do
@@ -63,9 +67,10 @@ class Trainee:
         self._fixed = fixed
         self._pace_s = pace_s
         self._spare_bytes = spare_bytes
+        self._session_bytes = session_bytes
         self._decisions = decisions
         self._pool = ThreadPoolExecutor(_OFFLOAD_THREADS, thread_name_prefix="offload")
-        self._trainer: Trainer | None = None
+        self._trainer: Trainer | Host | None = None
 
     async def __aenter__(self) -> Self:
         self._lane = ThreadLane(least_s=paced(self._pace_s))
@@ -80,8 +85,13 @@ class Trainee:
 
     async def recover(self) -> None:
         """Bring the stage to its group's state; afterwards it serves."""
+        trainer = await self._made() if self._spec.trains else self._host()
+        await trainer.recover()
+        self._trainer = trainer
+
+    async def _made(self) -> Trainer:
         presence = self._presence
-        trainer = Trainer(
+        return Trainer(
             self._spec,
             self.stage,
             transport=presence.transport,
@@ -98,10 +108,27 @@ class Trainee:
             fixed=self._fixed,
             imported=(self._store,),
             spare_bytes=self._spare_bytes,
+            session_bytes=self._session_bytes,
             decisions=self._decisions,
         )
-        await trainer.recover()
-        self._trainer = trainer
+
+    def _host(self) -> Host:
+        presence = self._presence
+        return Host(
+            self._spec,
+            self.stage,
+            transport=presence.transport,
+            members=presence.members,
+            lane=self._lane,
+            offload=self._offload,
+            event=self._tell,
+            rng=random.Random(presence.rng.getrandbits(64)),
+            folder=self._folder,
+            device=self._device.torch_name,
+            imported=(self._store,),
+            session_bytes=self._session_bytes,
+            fixed=self._fixed,
+        )
 
     async def run(self) -> None:
         """Train until cancelled; after `recover`."""
@@ -173,6 +200,5 @@ class Trainee:
         """The corpus; the streams to read come from the log, or this driver begins its own."""
         folder = cache_root() / "corpora"
         self._events("corpus", {"text": "opening the corpus (built on the first use)"})
-        return await CorpusFeed.open(
-            self._spec, folder, own_stream(self._presence.transport.me, {}), self._offload
-        )
+        spec = await with_tokenizer(self._presence, self._spec)
+        return await CorpusFeed.open(spec, folder, own_stream(self._presence.transport.me, {}), self._offload)

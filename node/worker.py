@@ -14,7 +14,15 @@ from pathlib import Path
 
 from shoal.dht.beats import Beat
 from shoal.node.events import Events
-from shoal.node.hardware import Device, check_memory, choose_device, spare_bytes, warm_up, warm_up_codecs
+from shoal.node.hardware import (
+    Device,
+    check_memory,
+    choose_device,
+    session_bytes,
+    spare_bytes,
+    warm_up,
+    warm_up_codecs,
+)
 from shoal.node.options import PeerOptions
 from shoal.node.placing import take_stage
 from shoal.node.presence import Presence
@@ -95,6 +103,7 @@ class Worker:
             fixed=options.stage is not None,
             pace_s=options.pace_s,
             spare_bytes=spare_bytes(device, planned),
+            session_bytes=session_bytes(device, planned, trains=spec.trains),
             decisions=self._decisions,
         ) as trainee:
             self.trainee = trainee

@@ -19,7 +19,7 @@ from shoal.training.partition import stage_ranges
 from shoal.training.pipeline.replicas import Replica
 from shoal.training.serving.chain import Generation
 from shoal.training.serving.messages import SamplingOptions
-from shoal.training.serving.server import BUDGET_BYTES, SessionServer
+from shoal.training.serving.server import SessionServer
 from shoal.training.serving.versions import Versions
 from shoal.training.spec import RunSpec
 
@@ -78,7 +78,7 @@ class World:
         replicas: int,
         *,
         duration_s: float = 0.005,
-        budget_bytes: int = BUDGET_BYTES,
+        budget_bytes: int = 512 << 20,
         wrap: Callable[[Transport], Transport] = lambda transport: transport,
     ) -> None:
         self.spec = spec

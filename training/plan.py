@@ -30,7 +30,7 @@ class StageMemory:
     optimizer: int  # AdamW's two moments
     anchor: int  # float32, of the last round
     outer_momentum: int
-    serving: int  # float32, the anchors that inference is served from, current and previous
+    serving: int  # the anchors that inference is served from, current and previous, in float32
     round: int  # a copy of a fragment's weights and its contribution, encoded
     residuals: int  # float32, of contributions and at most as much of means; below 8 bits only
     activations: int  # of `inner.in_flight` micro-batches
@@ -152,13 +152,15 @@ def _stage(spec: RunSpec, stage: int, layers: range, compute_share: float) -> St
 
 
 def _memory(spec: RunSpec, layers: range, parameters: int, contribution_bytes: int) -> StageMemory:
-    full = 4 * parameters
+    full, typed = 4 * parameters, parameters * VALUE_BYTES[spec.model.dtype]
+    if not spec.trains:  # the float32 weights as they are read, and the one version that is served
+        return StageMemory(full if typed < full else 0, 0, 0, 0, 0, 0, typed, 0, 0, 0)
     feedback = spec.compression.feedback and any(
         codec_of(tag).needs_feedback for tag in usual_codecs(spec.compression)
     )
     return StageMemory(
         master=full,
-        versions=2 * parameters * VALUE_BYTES[spec.model.dtype],
+        versions=2 * typed,
         gradient=full,
         optimizer=2 * full if spec.inner.optimizer == "adamw" else 0,
         anchor=full,

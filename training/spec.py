@@ -162,8 +162,9 @@ class InnerSection(_Section):
     recompute: bool = False
     """Between its forward and its backward a stage keeps the input of a micro-batch alone, and runs the
     forward again: more compute, and hardly any memory for what waits for the stages behind."""
-    mode: Literal["stream", "flush"] = "stream"
-    """stream never drains the pipeline; flush drains it before every step and is for tests."""
+    mode: Literal["stream", "flush", "off"] = "stream"
+    """stream never drains the pipeline; flush drains it before every step and is for tests. off: nothing is
+    trained, the swarm serves the checkpoint it starts from (shoal serve-model)."""
 
 
 class OuterSection(_Section):
@@ -297,6 +298,11 @@ class RunSpec(_Section):
     def run_id(self) -> bytes:
         """BLAKE3 of the canonical bytes, 32 bytes."""
         return blake3(self.canonical()).digest()
+
+    @property
+    def trains(self) -> bool:
+        """Whether its peers train, or only serve."""
+        return self.inner.mode != "off"
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -79,6 +79,7 @@ class Trainer:
         fixed: bool = False,  # it stays at this stage
         imported: Sequence[Path] = (),  # folders of checkpoints, one of which the run may start from
         spare_bytes: int = 0,  # memory for copies of other stages
+        session_bytes: int = 512 << 20,  # and for inference sessions
         decisions: DecisionLog | None = None,
     ) -> None:
         self._decisions = decisions
@@ -97,6 +98,7 @@ class Trainer:
         self._data_dir = data_dir
         self._fixed = fixed
         self._spare_bytes = spare_bytes
+        self._session_bytes = session_bytes
         self._replicas = MemberReplicas(members)
         self._amended = Amended(spec, members.amendments)
         self.layout = stage_layout(spec, stage_ranges(spec)[stage])
@@ -201,6 +203,7 @@ class Trainer:
             lane=self._lane,
             versions=self._versions,
             device=self._device,
+            budget_bytes=self._session_bytes,
         )
         self._versions.publish(self.outer.head, *self.outer.anchors)
         self.sessions.serve()

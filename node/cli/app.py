@@ -16,6 +16,7 @@ from shoal.node.cli import (
     peers,
     run,
     serve,
+    serve_model,
     simulate,
     spec,
     tokens,
@@ -52,6 +53,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(inference.generate)
 app.command()(inference.chat)
 app.command()(serve.serve)
+app.command("serve-model")(serve_model.serve_model)
 app.command()(demo.demo)
 app.command()(simulate.simulate)
 

@@ -192,8 +192,8 @@ def import_(
     if to.exists():
         raise UsageError(f"{to} exists and is left as it is; name another file with --to")
     with progress_bar("importing") as progress:
-        made = _taken_in(source, checkpoint_store(data_root(data_dir)), stages, weights_only, progress)
-    spec = _started_from(made, stages)
+        made = taken_in(source, checkpoint_store(data_root(data_dir)), stages, weights_only, progress)
+    spec = started_from(made, stages)
     if tokenizer := _bring_tokenizer(source, spec, to.parent):
         note(f"every peer needs {tokenizer} where it is started; its hash is in {to.name}")
     spec_file.write(spec, to)
@@ -206,7 +206,7 @@ def import_(
     out.print(f"next: look through {to}, then: shoal plan {to}    shoal up {to}", soft_wrap=True)
 
 
-def _taken_in(source: Path, store: Path, stages: int | None, weights_only: bool, progress: Any) -> Checkpoint:
+def taken_in(source: Path, store: Path, stages: int | None, weights_only: bool, progress: Any) -> Checkpoint:
     from shoal.training.checkpoint import hf_import
     from shoal.training.checkpoint.manifest import MANIFEST
     from shoal.training.checkpoint.read import open_checkpoint
@@ -221,12 +221,18 @@ def _taken_in(source: Path, store: Path, stages: int | None, weights_only: bool,
     )
 
 
-def _started_from(made: Checkpoint, stages: int | None) -> RunSpec:
+def started_from(
+    made: Checkpoint, stages: int | None, *, serves_only: bool = False, dtype: str | None = None
+) -> RunSpec:
     """The spec of a run that starts from a checkpoint; checked once more, for the stages may not fit."""
     from shoal.training.spec import RunSpec
 
     values = made.spec.model_dump()
     values["checkpoint"]["start"] = made.digest
+    if dtype is not None:
+        values["model"]["dtype"] = dtype
+    if serves_only:
+        values["inner"]["mode"], values["checkpoint"]["every_s"] = "off", 0.0
     if stages is not None and stages != made.spec.stages.count:
         values["stages"] |= {"count": stages, "first_layers": ()}
     try:

@@ -92,7 +92,7 @@ def up(
     from shoal.node.daemon import run_daemon
     from shoal.node.owner.home import OwnerHome
 
-    options = _options(
+    options = peer_options(
         device,
         memory,
         threads,
@@ -116,7 +116,7 @@ def up(
     root = data_root(data_dir)
     home = OwnerHome.of_run(root, spec, time.time())
     with PeerFolder.claim(root) as folder:
-        code = run_daemon(home.own_token(time.time()), folder, options, _events(as_json), home)
+        code = run_daemon(home.own_token(time.time()), folder, options, peer_events(as_json), home)
     raise typer.Exit(code)
 
 
@@ -155,7 +155,7 @@ def join(
 
     if listen is None:
         listen = LOOPBACK if all(map(on_loopback, parsed.bootstrap)) else EVERYWHERE
-    options = _options(
+    options = peer_options(
         device,
         memory,
         threads,
@@ -172,7 +172,7 @@ def join(
         metrics,
     )
     with PeerFolder.claim(data_root(data_dir)) as folder:
-        code = run_daemon(parsed, folder, options, _events(as_json))
+        code = run_daemon(parsed, folder, options, peer_events(as_json))
     raise typer.Exit(code)
 
 
@@ -260,7 +260,7 @@ def _show(statuses: list[dict[str, Any]], as_json: bool) -> None:
     out.print(status_view(statuses))
 
 
-def _options(
+def peer_options(
     device: str,
     memory: str | None,
     threads: int | None,
@@ -301,7 +301,7 @@ def _options(
     )
 
 
-def _events(as_json: bool) -> Events:
+def peer_events(as_json: bool) -> Events:
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
     )

@@ -28,13 +28,15 @@ def _own(status: Mapping[str, Any]) -> RenderableType:
     table.add_row("device", escape(status["device"] or "-"))
     table.add_row("address", escape(f"{', '.join(status['addresses'])}: {status['reachable']}"))
     table.add_row("uplink", _uplink(status["uplink_bytes_per_s"], status["upload_limit_bytes_per_s"]))
-    if training:
+    if "inner_steps" in training:
         loss = training.get("held_out_loss") or training.get("loss")
         table.add_row("training", f"round {training['height']}, {training['inner_steps']} steps, "
                       f"{training['tokens']:,} tokens, {training['tokens_per_s']:,.0f} tok/s"
                       + (f", loss {loss:.3f}" if loss else ""))  # fmt: skip
         table.add_row("micro-batches", micro_batches_text(training))
         table.add_row("copies", copies_text(training))
+    if "sessions" in training:
+        table.add_row("serving", sessions_text(training["sessions"]))
     loop = status["loop"]
     table.add_row("loop", f"lag p99 {loop['lag_p99_ms']:.1f} ms, longest callback "
                   f"{loop['callback_worst_ms']:.1f} ms CPU ({escape(loop['callback_worst'])})")  # fmt: skip
@@ -50,6 +52,15 @@ def micro_batches_text(training: Mapping[str, Any]) -> str:
     if "lost" in training:  # of a driver
         text += f", {training['lost']} lost at other stages"
     return text + f"; {training['retries']} retries, {training['hedges']} hedges"
+
+
+def sessions_text(sessions: Mapping[str, Any]) -> str:
+    """Inference at this peer, and the memory it may take."""
+    charged, budget = sessions["charged_bytes"] >> 20, sessions["budget_bytes"] >> 20
+    return (
+        f"{sessions['sessions']} sessions in {charged:,} of {budget:,} MiB, {sessions['positions']:,} positions, "
+        f"{sessions['refused']} refused, {sessions['evicted']} evicted"
+    )
 
 
 def copies_text(training: Mapping[str, Any]) -> str:

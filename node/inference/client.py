@@ -21,6 +21,7 @@ from typing import Self, overload
 from shoal.node.inference.writing import Options, Piece, Text, Writing
 from shoal.node.paths import PeerFolder, data_root, run_folder
 from shoal.node.presence import Listening, Presence, present
+from shoal.node.tokenizers import with_tokenizer
 from shoal.protocol.admission import JoinToken
 from shoal.protocol.errors import NetworkError, UsageError
 from shoal.protocol.identity import PeerKey
@@ -88,12 +89,12 @@ class AsyncClient:
             presence = await self._stack.enter_async_context(joining)
             presence.state = "observing"
             spec = (await presence.learn_spec(own_folder)).spec
-            tokenizer = await asyncio.to_thread(load_tokenizer, spec.data)
             stages = range(spec.stages.count)
             await presence.members.wait_for(
                 lambda view: all(view.online(stage) for stage in stages), _SWARM_S
             )
             self._stack.push_async_callback(presence.members.leave, "done")
+            tokenizer = await asyncio.to_thread(load_tokenizer, (await with_tokenizer(presence, spec)).data)
             replicas = MemberReplicas(presence.members)
             self._text = Text(spec, tokenizer, presence.transport, replicas, presence.rng)
             self._presence = presence

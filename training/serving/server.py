@@ -53,7 +53,6 @@ CLIENTS = frozenset({Role.TRAINER, Role.OWNER, Role.INFERENCE})
 SERVERS = frozenset({Role.TRAINER, Role.OWNER})
 PULSE_S = 0.5
 CHUNK_ROWS = 128  # of one message
-BUDGET_BYTES = 512 << 20
 _REASON_CHARACTERS = 200
 _REOPEN_S = 0.2  # until the stream of a client that comes again is seen to be gone
 
@@ -71,7 +70,7 @@ class SessionServer:
         lane: Lane,
         versions: Versions,
         device: str = "cpu",
-        budget_bytes: int = BUDGET_BYTES,
+        budget_bytes: int,
     ) -> None:
         self.sessions: dict[bytes, HostedSession] = {}
         self.refused = self.evicted = 0

@@ -1,0 +1,154 @@
+"""Host: one replica of a stage in a swarm that only serves (`inner.mode = "off"`).
+
+It stands where `Trainer` stands in a run that trains: the daemon's `Trainee` makes one. It holds the weights
+that the run starts from, in the type they are computed with, and nothing else; every replica has the same
+ones, so a mover needs nobody's agreement but that its stage is not left empty.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from shoal.dht.beats import Beat, StageBeat
+from shoal.dht.members import Members
+from shoal.protocol.identity import PeerId
+from shoal.protocol.transport import Transport
+from shoal.training.checkpoint.replica import StageCheckpoints
+from shoal.training.lane import Lane
+from shoal.training.model.layout import StageLayout, genesis, stage_layout
+from shoal.training.outer.context import Event, Offload
+from shoal.training.partition import stage_ranges
+from shoal.training.serving.server import SessionServer
+from shoal.training.serving.versions import Versions
+from shoal.training.spec import RunSpec
+
+
+class Host:
+    """See the module. `recover` loads and serves; `run` computes until cancelled."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        stage: int,
+        *,
+        transport: Transport,
+        members: Members,
+        lane: Lane,
+        offload: Offload,
+        event: Event,
+        rng: random.Random,
+        folder: Path,
+        device: str = "cpu",
+        imported: Sequence[Path] = (),
+        session_bytes: int,
+        fixed: bool = False,
+    ) -> None:
+        """`folder` takes what is fetched from peers, `imported` are folders of checkpoints."""
+        self.stage = stage
+        self._spec = spec
+        self._transport = transport
+        self._members = members
+        self._lane = lane
+        self._offload = offload
+        self._event = event
+        self._rng = rng
+        self._folder = folder
+        self._device = device
+        self._imported = imported
+        self._fixed = fixed
+        self._name = bytes.fromhex(spec.checkpoint.start) or spec.run_id()  # of the only version
+        self._layout = stage_layout(spec, stage_ranges(spec)[stage])
+        self.sessions = SessionServer(
+            spec,
+            stage,
+            self._layout,
+            transport=transport,
+            lane=lane,
+            versions=Versions(),
+            device=device,
+            budget_bytes=session_bytes,
+        )
+
+    @property
+    def layers(self) -> range:
+        """Those it holds."""
+        return self._layout.layers
+
+    async def recover(self) -> None:
+        """Load the stage from the disk or from peers. Raises StageEmpty, StorageError, SpecError."""
+        weights = await self._load(self.stage, self._layout)
+        dtype = getattr(torch, self._spec.model.dtype)
+        held = await self._offload(weights.to, self._device, dtype)
+        self.sessions.versions.publish(self._name, held)
+        self.sessions.serve()
+
+    async def _load(self, stage: int, layout: StageLayout) -> torch.Tensor:
+        checkpoints = StageCheckpoints(
+            self._spec,
+            stage,
+            layout,
+            transport=self._transport,
+            members=self._members,
+            folder=self._folder,
+            imported=self._imported,
+            offload=self._offload,
+            event=self._event,
+            rng=random.Random(self._rng.getrandbits(64)),
+        )
+        start = await checkpoints.start()
+        if start is not None:
+            return start.weights
+        found: torch.Tensor = await self._offload(genesis, self._spec, layout)
+        return found
+
+    async def run(self) -> None:
+        """Answer until cancelled; sessions that are open then go on at another replica."""
+        await self.sessions.run()
+
+    async def prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
+        """Another stage's files to the own disk, while this one is served. Raises what `recover` raises."""
+        await self._load(stage, stage_layout(self._spec, stage_ranges(self._spec)[stage]))
+
+    async def permission(self) -> None:
+        """Returns when another replica serves the stage. Two that go at once come back by the plan."""
+        me = self._members.view().me
+        while all(member.peer == me for member in self._members.view().online(self.stage)):
+            await self._members.changed()
+
+    async def drain(self, deadline_s: float) -> None:
+        """Nothing is held that others lack: clients go on elsewhere, with what they have."""
+
+    def heartbeat(self) -> Beat:
+        """What neighbours hear: one version, which is the head, and the lane's load."""
+        load = self._lane.load()
+        stage = StageBeat(stage=self.stage, head=self._name, service_s=load.service_s, fixed=self._fixed)
+        return Beat(backlog_s=load.backlog_s, finished_work=load.finished, stages=(stage,))
+
+    def beat(self) -> tuple[StageBeat, ...]:
+        """What heartbeats say of this stage."""
+        return self.heartbeat().stages
+
+    def ledger(self) -> dict[str, list[tuple[int, int]]]:
+        """No micro-batch is applied here."""
+        return {}
+
+    def status(self) -> dict[str, object]:
+        """Figures for `shoal status`, JSON-able, keys as in a trainer's."""
+        load = self._lane.load()
+        return {
+            "stage": self.stage,
+            "layers": [self._layout.layers.start, self._layout.layers.stop],
+            "parameters": self._layout.size,
+            "height": 0,
+            "head": self._name.hex(),
+            "lane_queued": load.queued,
+            "lane_backlog_s": load.backlog_s,
+            "lane_busy_s": load.busy_s,
+            "lane_service_s": load.service_s,
+            "lane_finished": load.finished,
+            "sessions": self.sessions.status(),
+        }
