@@ -30,7 +30,7 @@ from shoal.protocol.amendments import AmendmentBook
 from shoal.protocol.contacts import ContactBook
 from shoal.protocol.errors import AccessError, BootstrapFailed, NetworkError, ShoalError
 from shoal.protocol.grpc_transport import GrpcTransport
-from shoal.protocol.identity import PeerKey
+from shoal.protocol.identity import PeerId, PeerKey
 from shoal.protocol.revocation import RevocationBook
 
 _SPEC_S = 30.0  # for somebody who knows the spec to be found
@@ -86,6 +86,12 @@ class Presence:
     def addresses(self) -> tuple[str, ...]:
         """ "host:port" of the transport, as others are told."""
         return announced_addresses(self.listening.host, self.transport.port, self.listening.announce)
+
+    def others(self) -> list[PeerId]:
+        """Whoever else is here, in random order."""
+        here = [member.peer for member in self.members.view().here() if member.peer != self.transport.me]
+        self.rng.shuffle(here)
+        return here
 
     def announce(self, state: str, stages: tuple[int, ...]) -> None:
         """Tell everybody what this peer does from now on."""

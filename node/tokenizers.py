@@ -6,14 +6,13 @@ Clients write text with it, drivers read the corpus with it; who only serves nee
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
 from shoal.node.paths import cache_root
-from shoal.node.presence import Presence
 from shoal.node.signed_spec import SignedSpec
 from shoal.protocol import limits
 from shoal.protocol.errors import NetworkError, NotHere, ProtocolViolation, ShoalError
@@ -61,15 +60,15 @@ def serve_tokenizer(transport: Transport, known: Callable[[], SignedSpec | None]
     transport.serve(METHOD, answer, ROLES, Channel.BULK)
 
 
-async def with_tokenizer(presence: Presence, spec: RunSpec) -> RunSpec:
-    """The spec, naming the file where it lies on this machine; fetched from a peer if it is not here.
+async def with_tokenizer(spec: RunSpec, transport: Transport, peers: Sequence[PeerId]) -> RunSpec:
+    """The spec, naming the file where it lies on this machine; fetched from one of `peers` if it is not here.
 
     Raises NetworkError when nobody has it, StorageError when it cannot be kept.
     """
     if not spec.data.tokenizer_blake3:
         return spec
     found = await asyncio.to_thread(_find, spec.data)
-    path = found[0] if found is not None else await _fetched(presence, spec.data)
+    path = found[0] if found is not None else await _fetched(spec.data, transport, peers)
     return spec.model_copy(update={"data": spec.data.model_copy(update={"tokenizer": str(path)})})
 
 
@@ -86,14 +85,12 @@ def _find(data: DataSection) -> tuple[Path, bytes] | None:
     return None
 
 
-async def _fetched(presence: Presence, data: DataSection) -> Path:
-    peers = [member.peer for member in presence.members.view().here() if member.peer != presence.transport.me]
-    presence.rng.shuffle(peers)
+async def _fetched(data: DataSection, transport: Transport, peers: Sequence[PeerId]) -> Path:
     reasons: list[str] = []
     for peer in peers:
         try:
             async with asyncio.timeout(_FETCH_S):
-                content = await _ask(presence.transport, peer, data.tokenizer_blake3)
+                content = await _ask(transport, peer, data.tokenizer_blake3)
         except (ShoalError, TimeoutError) as error:
             reasons.append(str(error) or f"no answer within {_FETCH_S:g} s")
             continue

@@ -200,5 +200,5 @@ class Trainee:
         """The corpus; the streams to read come from the log, or this driver begins its own."""
         folder = cache_root() / "corpora"
         self._events("corpus", {"text": "opening the corpus (built on the first use)"})
-        spec = await with_tokenizer(self._presence, self._spec)
+        spec = await with_tokenizer(self._spec, self._presence.transport, self._presence.others())
         return await CorpusFeed.open(spec, folder, own_stream(self._presence.transport.me, {}), self._offload)

@@ -208,7 +208,9 @@ def test_on_real_sockets_a_server_that_dies_changes_nothing(tmp_path: Path, stru
             transport, versions, lane = net.transport(Role.TRAINER), Versions(), ThreadLane()
             versions.publish(bytes(32), weights[stage])
             layout = stage_layout(spec, stage_ranges(spec)[stage])
-            server = SessionServer(spec, stage, layout, transport=transport, lane=lane, versions=versions)
+            server = SessionServer(
+                spec, stage, layout, transport=transport, lane=lane, versions=versions, budget_bytes=512 << 20
+            )
             server.serve()
             await transport.start()
             net.learn(transport)

@@ -48,6 +48,31 @@ def test_a_joiner_reaches_equal_bits_and_contributes(rounds: int) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("rounds", [3, 5, 9, 13])
+def test_a_joiner_has_the_newest_snapshot_of_the_others_and_so_serves_their_version(rounds: int) -> None:
+    async def main() -> None:
+        async with World(2) as world:
+            await world.rounds(rounds)
+            joiner = await join(world, 5)
+            newest: dict[PeerId, tuple[bytes, torch.Tensor]] = {}
+
+            def watch(node: Node) -> None:
+                node.outer.watch_snapshots(
+                    lambda kept: newest.update({node.name: (kept.state.head, kept.anchor)})
+                )
+
+            watch(world.nodes[0])
+            watch(joiner)
+            for _ in range(2):
+                (head, anchor), (other, same) = newest.values()
+                assert head == other
+                assert torch.equal(anchor, same)
+                await world.rounds(4)  # past the next one
+            assert newest[joiner.name][0] != head
+
+    run(main)
+
+
 def big_spec() -> dict[str, dict[str, object]]:
     return {
         "outer": {"part_bytes": 1 << 18, "snapshot_every": 2, "payload_budget_bytes": 1, "inner_steps": 1}

@@ -205,7 +205,7 @@ class Trainer:
             device=self._device,
             budget_bytes=self._session_bytes,
         )
-        self._versions.publish(self.outer.head, *self.outer.anchors)
+        self.outer.watch_snapshots(lambda kept: self._versions.publish(kept.state.head, kept.anchor))
         self.sessions.serve()
         self.outer.serve()
 
@@ -468,8 +468,6 @@ class Trainer:
     def _outer_event(self, kind: str, data: dict[str, object]) -> None:
         if kind == "round":  # the group waits for beats at the new height before it opens another
             self._members.changed_now()
-            if self.outer.height % self.spec.outer.snapshot_every == 0:
-                self._versions.publish(self.outer.head, *self.outer.anchors)
         self._event(kind, data)
 
     def _group(self) -> Sequence[GroupMember]:

@@ -47,6 +47,7 @@ def serve_model(
     upload: peer.Upload = None,
     name: peer.Name = "owner",
     stage: peer.Stage = None,
+    metrics: peer.Metrics = None,
     data_dir: peer.DataDir = None,
     as_json: peer.AsJson = False,
 ) -> None:
@@ -56,7 +57,20 @@ def serve_model(
     from shoal.node.owner.home import OwnerHome
 
     options = peer.peer_options(
-        device, memory, threads, upload, name, stage, False, listen, port, dht_port, announce, 0.0, None
+        device,
+        memory,
+        threads,
+        upload,
+        name,
+        stage,
+        False,
+        listen,
+        port,
+        dht_port,
+        announce,
+        0.0,
+        None,
+        metrics,
     )
     root = data_root(data_dir)
     with progress_bar("importing") as progress:

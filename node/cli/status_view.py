@@ -58,8 +58,8 @@ def sessions_text(sessions: Mapping[str, Any]) -> str:
     """Inference at this peer, and the memory it may take."""
     charged, budget = sessions["charged_bytes"] >> 20, sessions["budget_bytes"] >> 20
     return (
-        f"{sessions['sessions']} sessions in {charged:,} of {budget:,} MiB, {sessions['positions']:,} positions, "
-        f"{sessions['refused']} refused, {sessions['evicted']} evicted"
+        f"{sessions['sessions']} sessions in {charged:,} of {budget:,} MiB, {sessions['positions']:,} "
+        f"positions, {sessions['refused']} refused, {sessions['evicted']} evicted"
     )
 
 

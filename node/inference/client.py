@@ -94,7 +94,8 @@ class AsyncClient:
                 lambda view: all(view.online(stage) for stage in stages), _SWARM_S
             )
             self._stack.push_async_callback(presence.members.leave, "done")
-            tokenizer = await asyncio.to_thread(load_tokenizer, (await with_tokenizer(presence, spec)).data)
+            local = await with_tokenizer(spec, presence.transport, presence.others())
+            tokenizer = await asyncio.to_thread(load_tokenizer, local.data)
             replicas = MemberReplicas(presence.members)
             self._text = Text(spec, tokenizer, presence.transport, replicas, presence.rng)
             self._presence = presence

@@ -131,7 +131,9 @@ async def served(spec: RunSpec, count: int, sessions: int) -> tuple[Speed, float
             layout = stage_layout(spec, layers)
             transport, versions, lane = net.transport(Role.TRAINER), Versions(), ThreadLane()
             versions.publish(bytes(32), genesis(spec, layout))
-            server = SessionServer(spec, stage, layout, transport=transport, lane=lane, versions=versions)
+            server = SessionServer(
+                spec, stage, layout, transport=transport, lane=lane, versions=versions, budget_bytes=512 << 20
+            )
             server.serve()
             await transport.start()
             net.learn(transport)

@@ -185,14 +185,14 @@ class Outer:
         return self._replica.anchor
 
     @property
-    def anchors(self) -> tuple[torch.Tensor, ...]:
-        """The same, one tensor a fragment: nothing is copied."""
-        return self._replica.pieces()[0]
-
-    @property
     def momentum(self) -> torch.Tensor:
         """The outer momentum [size] fp32 CPU; never changed in place."""
         return self._replica.momentum
+
+    def watch_snapshots(self, kept: Callable[[Snapshot], None]) -> None:
+        """`kept` gets each snapshot that is or will be here. All replicas of a stage keep those of the same
+        heights."""
+        self._snapshots.watch(kept)
 
     async def snapshot(self) -> Snapshot:
         """The agreed state as it is now, joined off the loop; its tensors are never changed in place."""

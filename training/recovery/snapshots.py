@@ -38,6 +38,7 @@ class Snapshots:
         self._replica = replica
         self.directory = stage_directory(context, directory) if directory else None
         self._kept = {genesis.height: genesis}
+        self._watchers: list[Callable[[Snapshot], None]] = []
         self._writes: asyncio.Queue[tuple[Callable[..., None], tuple[Any, ...]]] = asyncio.Queue(QUEUED)
         self._writer: asyncio.Task[None] | None = None
         replica.applied.append(self._on_entry)
@@ -79,11 +80,19 @@ class Snapshots:
         every = self._context.spec.outer.snapshot_every
         return self.get(next((h for h in sorted(self._kept) if height <= h < height + every), height))
 
+    def watch(self, kept: Callable[[Snapshot], None]) -> None:
+        """`kept` gets those that are here, the oldest first, and each one from now on."""
+        self._watchers.append(kept)
+        for height in sorted(self._kept):
+            kept(self._kept[height])
+
     def keep(self, snapshot: Snapshot) -> None:
         """Hold a snapshot (a joiner's, too, which so becomes a donor) and let older state go."""
         self._kept[snapshot.height] = snapshot
         for height in sorted(self._kept)[:-KEPT]:
             del self._kept[height]
+        for kept in self._watchers:
+            kept(snapshot)
         self._replica.prune(snapshot.height)
         if self.directory is not None and snapshot.height:
             self.write(_store, self.directory, snapshot, min(self._kept))

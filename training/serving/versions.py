@@ -1,8 +1,8 @@
 """Serving versions: the weights that sessions are pinned to. The current one is kept, and the one before.
 
-A replica serves anchors, never its moving local weights. It publishes the anchor of every height divisible
-by `outer.snapshot_every`: all replicas of a stage keep the same ones, without asking each other, for they
-agree on the log. A version's name is the log's head there; of an imported model, the checkpoint's digest.
+A replica serves anchors, never its moving local weights, and of them those of its snapshots: all replicas of
+a stage keep the same ones, without asking each other, and a joiner begins with one. A version's name is the
+log's head there; in a swarm that only serves, the checkpoint's digest.
 """
 
 from __future__ import annotations
