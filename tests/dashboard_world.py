@@ -155,6 +155,7 @@ def full_snapshot(stages: int = 4, replicas: int = 3, at: float = NOW, seed: int
         ("peer_suspect", "peer peer-3 (stage 0) is slow to answer: no heartbeat for 2.3 s"),
         ("checkpoint", "checkpoint of stage 2, 12.3 MB"),
         ("held-out", "held-out loss 1.723"),
+        ("moving", "stage 2 needs this peer more than stage 0"),
     )
     events = tuple(
         parts.EventRow(
@@ -298,6 +299,7 @@ class FakeDaemon:
             "tokens": self._tokens,
             "token_create": self._create,
             "token_revoke": self._order,
+            "history": self._history,
             "generate_start": self._start,
             "generate_more": self._more,
             "generate_stop": self._stop,
@@ -348,6 +350,21 @@ class FakeDaemon:
         }
         self.tokens.append({**made, "state": "good"})
         return {**made, "token": "shoal1" + "x" * 1200}
+
+    async def _history(self, request: Mapping[str, Any]) -> object:
+        rows = [
+            {
+                "peer": peer.peer,
+                "name": peer.name,
+                "tokens": peer.tokens,
+                "uptime_s": peer.uptime_s,
+                "micro_batches": peer.micro_batches,
+                "first_at": NOW - 1e5,
+                "last_at": NOW,
+            }
+            for peer in self.snapshot.peers
+        ]
+        return {"contributors": rows}
 
     async def _start(self, request: Mapping[str, Any]) -> object:
         return {"session": "1"}

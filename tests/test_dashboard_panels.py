@@ -16,6 +16,7 @@ from view_world import NOW, own
 from shoal.node.dashboard.charts import nice_ticks, thinned
 from shoal.node.dashboard.markup import Markup, tag, text
 from shoal.node.dashboard.page import PANELS
+from shoal.node.dashboard.panels.events import events, orders
 from shoal.node.dashboard.panels.overview import stale_banner, tiles, top_bar, verdict_level
 from shoal.node.dashboard.panels.peers import as_csv, chosen
 from shoal.node.dashboard.panels.pipeline import pipeline
@@ -38,6 +39,7 @@ BUSY = PageState(
         "orders": [{"number": 1, "at_unix_s": NOW, "what": "pause", "text": "paused"}],
     },
     trouble="gone",
+    contributors=({"peer": "p", "name": "bob", "tokens": 5, "uptime_s": 1.0, "last_at": NOW},),
     peer="12D3Koo0002",
     rates_open=True,
     refusal="no",
@@ -182,6 +184,8 @@ def test_a_question_is_made_for_peers_that_are_there_and_names_what_follows() ->
     shut = question_of({"what": "token_revoke", "token": "ab12"}, snapshot)
     assert shut is not None and (shut.do, shut.arguments) == ("token_revoke", {"id": "ab12"})
     assert question_of({"what": "ban", "peer": "nobody"}, snapshot) is None
+    back = question_of({"what": "unban", "peer": "somebody gone"}, snapshot)
+    assert back is not None and back.arguments == {"what": "unban", "peer": "somebody gone"}
     assert question_of({"what": "format-disk"}, snapshot) is None
 
 
@@ -191,6 +195,27 @@ def test_many_replicas_are_drawn_small_and_only_the_first_peers_in_the_table() -
     assert "compact" in html
     assert html.count("data-flip") == len(snapshot.peers)
     assert drawn(snapshot, PageState()).count("<tr") < 150
+
+
+def test_events_name_peers_by_name_and_an_order_can_be_taken_back() -> None:
+    snapshot = full_snapshot()
+    id_ = "12D3KooW" + "a" * 44
+    peer = dataclasses.replace(snapshot.peers[1], peer=id_, name="heron")
+    row = dataclasses.replace(snapshot.events[0], text=f"the stream to {id_} broke")
+    found = events(dataclasses.replace(snapshot, peers=(peer,), events=(row,)), PageState())
+    assert "the stream to heron broke" in found and id_ not in found
+    ban: dict[str, object] = {
+        "number": 2,
+        "what": "ban",
+        "arguments": {"peer": id_},
+        "text": "it is shut out",
+    }
+    told = orders(snapshot, PageState(actions=EVERYTHING, orders={"kinds": KINDS, "orders": [ban]}))
+    assert "Unban" in told
+    kinds = [kind for kind in KINDS if kind != "unban"]
+    assert "Unban" not in orders(
+        snapshot, PageState(actions=EVERYTHING, orders={"kinds": kinds, "orders": [ban]})
+    )
 
 
 def test_ticks_are_round_and_cover_the_figures() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,12 +20,14 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
 from shoal.node.dashboard.address import DashboardOptions, dashboard_options
+from shoal.node.dashboard.child import CRASHES, Dashboard
 from shoal.node.dashboard.guard import LOGIN_BURST, WEBSOCKETS
 from shoal.node.dashboard.logins import LINK_S, LoginCodes
 from shoal.node.dashboard.refusals import EVERY_S, Bucket, Refusals
 from shoal.node.dashboard.server import CONNECTIONS
 from shoal.node.dashboard.sessions import SESSION_S, Sessions, session_key
 from shoal.protocol.errors import StorageError, UsageError
+from shoal.protocol.virtual_time import run
 
 SOCKET = "/_nicegui_ws/socket.io/?EIO=4&transport=websocket&client_id=x"
 
@@ -258,6 +261,28 @@ def test_a_crashed_page_comes_back_and_nobody_has_to_sign_in_again(world: World)
 
 
 # --- the parts, on a clock of the test's
+
+
+def test_a_page_that_always_crashes_is_left_alone_until_somebody_wants_it(tmp_path: Path) -> None:
+    class Crashing(Dashboard):
+        async def _once(self) -> int:
+            return 1
+
+    async def story() -> list[str]:
+        told: list[str] = []
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            options = DashboardOptions(host="127.0.0.1", port=0)
+            page = Crashing(options, listener, tmp_path, lambda kind, _: told.append(kind))
+            running = asyncio.create_task(page.run())
+            await asyncio.sleep(3600)
+            assert told == ["dashboard-link", *["dashboard-restarted"] * (CRASHES - 1), "dashboard-down"]
+            await page.actions["dashboard_link"]({})
+            await asyncio.sleep(3600)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        return told
+
+    assert run(story).count("dashboard-down") == 2
 
 
 def test_a_refusal_is_logged_once_and_the_rest_as_a_number(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,9 @@ is back with its history after the owner's own machine was gone. One swarm, one 
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -109,8 +111,9 @@ async def asked(page: Page) -> None:
 async def back_after_a_restart(swarm: Swarm, page: Page, link: str) -> None:
     """The owner's machine goes; training does not care, and the page comes back signed in, with what was."""
     owner = swarm.peers[0]
-    owner.kill()
+    os.kill(owner.pid, signal.SIGKILL)  # its daemon alone: the page's process ends with its parent
     await expect(page.locator("html[data-silent]")).to_have_count(1, timeout=PATIENT_MS)
+    owner.kill()
     address = link.removeprefix("http://").partition("/")[0]
     returned = Peer("owner", owner.folder, swarm)
     swarm.peers.append(returned)

@@ -16,6 +16,7 @@ from shoal.protocol.errors import ShoalError
 
 EVERY_S = 1.0
 SELDOM = 5  # looks
+CONTRIBUTORS = 30
 IDLE_S = 5.0  # so long after the last page was there, nobody looks any more
 
 
@@ -33,6 +34,7 @@ class Feed:
         self.actions: frozenset[str] = frozenset()  # what the daemon can be asked
         self.tokens: list[dict[str, Any]] = []
         self.orders: dict[str, Any] = {}
+        self.contributors: list[dict[str, Any]] = []
 
     def wanted(self) -> None:
         """A page is there."""
@@ -72,6 +74,9 @@ class Feed:
             self.tokens = await self.ask("tokens")
         if "orders" in self.actions:
             self.orders = await self.ask("orders", most=20)
+        if "history" in self.actions:
+            told = await self.ask("history", what="contributors", most=CONTRIBUTORS)
+            self.contributors = told["contributors"]
 
     async def ask(self, do: str, **arguments: object) -> Any:
         """An action of the daemon. Raises ShoalError with its text."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nicegui import ui
+from nicegui.element import Element
 from starlette.requests import Request
 
 from shoal.node.dashboard.deeds import Deeds
@@ -18,6 +19,7 @@ from shoal.node.dashboard.feed import Feed
 from shoal.node.dashboard.live import Live
 from shoal.node.dashboard.markup import Markup
 from shoal.node.dashboard.panels import (
+    contributors,
     drawer,
     events,
     invitations,
@@ -44,17 +46,18 @@ PANELS: tuple[tuple[str, str, Draw], ...] = (  # id, classes, what draws it
     ("throughput", "card third", training.throughput),
     ("pipeline", "card wide", pipeline.pipeline),
     ("peers", "card wide", peers.peers),
-    ("rounds", "card half tall", rounds.rounds),
-    ("links", "card half", network.links),
-    ("compression", "card half", rounds.compression),
-    ("churn", "card quarter", network.churn),
-    ("checkpoints", "card quarter", safety.checkpoints),
-    ("trust", "card quarter", safety.trust),
-    ("coordinator", "card quarter", safety.coordinator),
+    ("rounds", "card half", rounds.rounds),
+    ("links", "card stacked", network.links),
+    ("compression", "card stacked", rounds.compression),
+    ("churn", "card stacked", network.churn),
+    ("checkpoints", "card third", safety.checkpoints),
+    ("trust", "card third", safety.trust),
+    ("coordinator", "card third", safety.coordinator),
     ("invitations", "card half", invitations.invitations),
     ("tryout", "card half", tryout.tryout),
     ("events", "card half", events.events),
-    ("orders", "card half", events.orders),
+    ("contributors", "card stacked", contributors.contributors),
+    ("orders", "card stacked", events.orders),
     ("drawer", "over", drawer.drawer),
     ("questions", "over", questions.dialogs),
 )
@@ -88,8 +91,15 @@ class OwnersPage:
         self._live("header", "top", "top-bar", overview.top_bar)
         self._live("div", "stale", "stale", overview.stale_banner)
         with ui.element("main").classes("panels"):
+            beside: Element | None = None  # panels that share a column with what is next to them
             for name, kind, draw in PANELS:
-                self._live("section", name, kind, _when_known(draw))
+                if "stacked" not in kind:
+                    beside = None
+                    self._live("section", name, kind, _when_known(draw))
+                    continue
+                beside = beside or ui.element("div").classes("beside half")
+                with beside:
+                    self._live("section", name, kind, _when_known(draw))
         toast = self._live("div", "toast", "toasts", questions.toast)
         toast.props("role=status")
         ui.timer(TICK_S, self._tick)
@@ -112,6 +122,7 @@ class OwnersPage:
                 actions=feed.actions,
                 tokens=tuple(feed.tokens),
                 orders=feed.orders,
+                contributors=tuple(feed.contributors),
                 trouble=feed.trouble,
             )
         self._redraw()

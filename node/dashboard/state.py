@@ -54,6 +54,7 @@ class PageState:
     actions: frozenset[str] = frozenset()  # what the daemon can be asked
     tokens: tuple[Mapping[str, object], ...] = ()
     orders: Mapping[str, object] = field(default_factory=dict)
+    contributors: tuple[Mapping[str, object], ...] = ()
     trouble: str = ""  # why the daemon does not answer
     filter: str = ""
     sort: str = "stage"

@@ -63,7 +63,7 @@ def _inside(peer: Peer, snapshot: Snapshot, state: PageState) -> list[Markup | N
         tag("p", "Token ", tag("code", peer.token_id), class_="note") if peer.token_id else None,
         _orders(peer, snapshot, state),
         tag("h3", "Events"),
-        event_list(told) if told else empty("Nothing of late."),
+        event_list(told, snapshot) if told else empty("Nothing of late."),
     ]
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from shoal.node.dashboard import words
 from shoal.node.dashboard.markup import Markup, tag
-from shoal.node.dashboard.panels.card import badge, card, empty
+from shoal.node.dashboard.panels.card import badge, button, card, empty
 from shoal.node.dashboard.state import PageState
 from shoal.node.view.parts import EventRow
 from shoal.node.view.snapshot import Snapshot
 
 _SHOWN = 60
+_PEER_ID = re.compile(r"12D3KooW[1-9A-HJ-NP-Za-km-z]{44}")
 _BAD = ("gone", "lost", "refused", "suspect", "fault", "cut", "dropped", "down", "hung")
 
 
@@ -36,7 +38,7 @@ def events(snapshot: Snapshot, state: PageState) -> Markup:
             spellcheck="false",
         ),
     )
-    feed = event_list(found[:_SHOWN]) if found else empty("Nothing happened, or nothing fits the filter.")
+    feed = event_list(found[:_SHOWN], snapshot) if found else empty("Nothing, or nothing that fits.")
     return card(
         "Events",
         tag("div", search, class_="tools"),
@@ -44,17 +46,23 @@ def events(snapshot: Snapshot, state: PageState) -> Markup:
     )
 
 
-def event_list(found: Sequence[EventRow]) -> Markup:
-    return tag("ol", *(_event(event) for event in found), class_="events")
+def event_list(found: Sequence[EventRow], snapshot: Snapshot) -> Markup:
+    names = {peer.peer: peer.name for peer in snapshot.peers}
+    return tag("ol", *(_event(event, names) for event in found), class_="events")
 
 
-def _event(event: EventRow) -> Markup:
+def _event(event: EventRow, names: Mapping[str, str]) -> Markup:
     kind = "bad" if any(word in event.kind for word in _BAD) else ""
+    told = (
+        ""
+        if event.text == event.kind
+        else _PEER_ID.sub(lambda id_: names.get(id_[0], id_[0][-6:]), event.text)
+    )
     return tag(
         "li",
         tag("time", words.clock(event.at), title=words.day(event.at)),
-        badge(event.kind.replace("_", " "), kind),
-        tag("span", tag("b", event.name, " ") if event.name else None, event.text),
+        badge(event.kind.replace("_", " ").replace("-", " "), kind),
+        tag("span", told, tag("small", " " if told else "", event.name) if event.name else None),
         data_key=str(event.number),
     )
 
@@ -65,7 +73,7 @@ def orders(snapshot: Snapshot, state: PageState) -> Markup:
         return Markup()
     entries = state.orders.get("orders")
     rows = (
-        [_order(entry) for entry in entries if isinstance(entry, Mapping)]
+        [_order(entry, state) for entry in entries if isinstance(entry, Mapping)]
         if isinstance(entries, list)
         else []
     )
@@ -76,12 +84,25 @@ def orders(snapshot: Snapshot, state: PageState) -> Markup:
     )
 
 
-def _order(entry: Mapping[str, object]) -> Markup:
+def _order(entry: Mapping[str, object], state: PageState) -> Markup:
     at = entry.get("at_unix_s")
     return tag(
         "li",
         tag("time", words.clock(float(at)) if isinstance(at, int | float) else ""),
         badge(str(entry.get("what", ""))),
-        tag("span", str(entry.get("text", "")), tag("small", f" by {entry.get('who', '')}")),
+        tag(
+            "span",
+            str(entry.get("text", "")),
+            tag("small", f" by {entry.get('who', '')}"),
+            _undo(entry) if state.can("order", "unban") else None,
+        ),
         data_key=f"order {entry.get('number')}",
     )
+
+
+def _undo(entry: Mapping[str, object]) -> Markup | None:
+    """A ban can be taken back from where it stands; one that was taken back already answers that it was."""
+    arguments = entry.get("arguments")
+    if entry.get("what") != "ban" or entry.get("refused") or not isinstance(arguments, Mapping):
+        return None
+    return button("Unban", "ask", "small quiet", what="unban", peer=str(arguments.get("peer", "")))

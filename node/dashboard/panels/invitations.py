@@ -101,7 +101,8 @@ def _row(token: Mapping[str, object], state: PageState) -> Markup:
     kind, token_id = str(token.get("state", "")), str(token.get("id", ""))
     until, roles = token.get("not_after"), token.get("roles")
     shut = None
-    if kind == "good" and state.can("token_revoke"):
+    own = isinstance(roles, list) and "owner" in roles  # without it the owner would shut itself out
+    if kind == "good" and not own and state.can("token_revoke"):
         shut = button("Revoke", "ask", "danger small", what="token_revoke", token=token_id)
     return tag(
         "tr",

@@ -7,10 +7,12 @@ from shoal.node.dashboard.charts import bar
 from shoal.node.dashboard.markup import Markup, tag
 from shoal.node.dashboard.panels.card import badge, card, empty
 from shoal.node.dashboard.state import PageState, replicas_word
-from shoal.node.view.parts import Peer, Stage
+from shoal.node.view.parts import EventRow, Peer, Stage
 from shoal.node.view.snapshot import Snapshot
 
 CELL_LOW, CELL_HIGH = 46, 88  # pixels, by rate
+MOVES = ("moving", "move-cut")
+_MOVES_SHOWN = 3
 COMPACT = 10  # more replicas than this in a stage: cells without words
 _STATES = ("online", "joining", "draining", "suspect", "gone", "observing")
 _SIGNS = {"online": "", "joining": "↗", "draining": "↘", "suspect": "!", "gone": "×", "observing": "◦"}
@@ -27,6 +29,7 @@ def pipeline(snapshot: Snapshot, state: PageState) -> Markup:
         cells = tag("div", *(_cell(peer, top, len(outside) > COMPACT) for peer in outside), class_="cells")
         head = tag("header", tag("h3", "No stage"), tag("p", words.count(len(outside), "peer")))
         columns.append(tag("section", head, cells, class_="stage outside", data_key="outside"))
+    moves = [event for event in snapshot.events if event.kind in MOVES][-_MOVES_SHOWN:]
     present = [name for name in _STATES if any(peer_state(peer) == name for peer in snapshot.peers)]
     keys = (tag("span", tag("i", class_=f"swatch cell-{name}"), name, class_="key") for name in present)
     return card(
@@ -40,7 +43,14 @@ def pipeline(snapshot: Snapshot, state: PageState) -> Markup:
             role="region",
             aria_label="Stages and their replicas",
         ),
+        tag("ul", *(_move(event) for event in moves), class_="moves") if moves else None,
         aside=tag("span", *keys, class_="legend"),
+    )
+
+
+def _move(event: EventRow) -> Markup:
+    return tag(
+        "li", tag("time", words.clock(event.at)), tag("b", event.name), event.text, data_key=str(event.number)
     )
 
 

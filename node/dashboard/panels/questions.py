@@ -30,6 +30,7 @@ _ORDERS = {
     ),
     "kick": ("Kick {name}?", "It is sent away at once. It may come back.", "Kick"),
     "ban": ("Ban {name}?", "It is sent away and not let in again, until it is unbanned.", "Ban"),
+    "unban": ("Let {name} in again?", "It may join with its token, if that is still good.", "Unban"),
 }
 RATES = (
     ("inner.learning_rate", "Learning rate"),
@@ -54,6 +55,9 @@ def question_of(values: Mapping[str, object], snapshot: Snapshot | None) -> Ques
         return None
     title, sentence, press = _ORDERS[what]
     arguments: dict[str, object] = {"what": what}
+    if what == "unban":
+        arguments["peer"] = peer
+        return Question(title.format(name=peer[-6:]), sentence, press, "order", arguments)
     if what in ("drain", "kick", "ban"):
         known = {row.peer: row for row in snapshot.peers} if snapshot else {}
         if peer not in known:

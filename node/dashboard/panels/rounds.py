@@ -10,7 +10,7 @@ from shoal.node.view.parts import Round
 from shoal.node.view.snapshot import Snapshot
 
 PHASES = ("prepare", "wait", "send", "reduce", "collect", "decide", "apply")
-_ROUNDS, _MEMBERS = 8, 12
+_ROUNDS, _MEMBERS = 7, 12
 
 
 def rounds(snapshot: Snapshot, state: PageState) -> Markup:
@@ -51,21 +51,25 @@ def _round(found: Round, span_s: float) -> Markup:
         " ".join(found.codecs),
         f"{found.skipped} skipped" if found.skipped else "",
     ]
-    slowest = ", ".join(f"{phase} {_name(found, peer)}" for phase, peer in found.slowest.items())
     left_out = len(found.members) - len(rows)
     return tag(
         "div",
         tag("h3", f"Round {found.height}, stage {found.stage}", tag("small", " · ".join(filter(None, told)))),
         *rows,
         tag("p", f"and {left_out} more members", class_="note") if left_out > 0 else None,
-        tag("p", f"Slowest: {slowest}", class_="note") if slowest else None,
+        tag("p", longest, class_="note") if (longest := _longest(found)) else None,
         class_="round",
         data_key=f"{found.stage}/{found.height}",
     )
 
 
-def _name(found: Round, peer: str) -> str:
-    return next((member.name for member in found.members if member.peer == peer), peer[-6:])
+def _longest(found: Round) -> str:
+    """Where a round of several members spent most, and at whom."""
+    every = [(phase.seconds, phase.name, member.name) for member in found.members for phase in member.phases]
+    if len(found.members) < 2 or not every:
+        return ""
+    seconds, phase, name = max(every)
+    return f"Longest: {phase} at {name}, {words.duration(seconds)}"
 
 
 def _phase(name: str, start_s: float, seconds: float, span_s: float) -> Markup:
