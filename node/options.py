@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shoal.node.dashboard.address import DashboardOptions
 from shoal.node.presence import Listening
+from shoal.training.lane import SHARE
 
 ALL_THREADS: int | None = None
 
@@ -22,6 +23,7 @@ class PeerOptions:
     name: str = ""
     stage: int | None = None  # None: where the swarm needs it most
     train: bool = True
+    inference_share: float = SHARE  # of the lane's time while training would use all of it
     pace_s: float = 0.0  # a micro-batch takes at least so long, for speed tests: `training.lane.paced`
     decisions: Path | None = None  # where to write what the policies decide: `training.decisions`
     metrics: tuple[str, int] | None = None  # where /metrics is served

@@ -47,14 +47,15 @@ class Trainee:
         *,
         fixed: bool,
         pace_s: float = 0.0,
+        inference_share: float,
         spare_bytes: int = 0,
         session_bytes: int,
         decisions: DecisionLog | None = None,
     ) -> None:
         """`folder` takes what is written of the run, `store` has the imported checkpoints.
 
-        A micro-batch takes at least `pace_s` of the lane. `spare_bytes`: for copies of other stages;
-        `session_bytes`: for inference.
+        A micro-batch takes at least `pace_s` of the lane, inference its share. `spare_bytes`: for copies of
+        other stages; `session_bytes`: for inference.
         """
         self.stage = stage
         self.trouble = ""  # why this peer does not get to work, and what to do
@@ -66,6 +67,7 @@ class Trainee:
         self._events = events
         self._fixed = fixed
         self._pace_s = pace_s
+        self._inference_share = inference_share
         self._spare_bytes = spare_bytes
         self._session_bytes = session_bytes
         self._decisions = decisions
@@ -73,7 +75,7 @@ class Trainee:
         self._trainer: Trainer | Host | None = None
 
     async def __aenter__(self) -> Self:
-        self._lane = ThreadLane(least_s=paced(self._pace_s))
+        self._lane = ThreadLane(least_s=paced(self._pace_s), share=self._inference_share)
         self._served_before = self._presence.transport.methods
         return self
 

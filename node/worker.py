@@ -102,6 +102,7 @@ class Worker:
             self._events,
             fixed=options.stage is not None,
             pace_s=options.pace_s,
+            inference_share=options.inference_share,
             spare_bytes=spare_bytes(device, planned),
             session_bytes=session_bytes(device, planned, trains=spec.trains),
             decisions=self._decisions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 
 import pytest
@@ -31,10 +32,10 @@ URGENT_FIRST = [Work.UPDATE, Work.BACKWARD, Work.FORWARD, Work.FORWARD, Work.WEI
 
 def test_backward_goes_before_forward_and_weights_fill_the_gaps() -> None:
     async def real() -> list[Work]:
-        return await in_order(ThreadLane(), QUEUED, threading.Event())
+        return await in_order(ThreadLane(share=0.0), QUEUED, threading.Event())
 
     async def twin() -> list[Work]:
-        return await in_order(InlineLane(), QUEUED)
+        return await in_order(InlineLane(share=0.0), QUEUED)
 
     assert asyncio.run(real()) == virtual_time.run(twin) == URGENT_FIRST
 
@@ -46,11 +47,40 @@ def test_weight_gradients_that_pile_up_go_before_forwards() -> None:
     assert virtual_time.run(twin)[:2] == [Work.WEIGHT, Work.WEIGHT]
 
 
-def test_a_busy_lane_still_serves() -> None:
-    async def twin() -> list[Work]:
-        return await in_order(InlineLane(), [Work.SERVE] + [Work.FORWARD] * 40)
+async def busy_with_both(share: float, seconds: float, training: bool = True) -> dict[Work, float]:
+    """Time that training and serving get of a lane which both would fill; pieces of serving differ."""
+    rng, spent = random.Random(1), dict.fromkeys(Work, 0.0)
+    duration_s = {kind: 0.02 for kind in Work}
 
-    assert virtual_time.run(twin).index(Work.SERVE) < 10
+    def draw(kind: Work) -> float:
+        found = rng.uniform(0.001, 0.06) if kind is Work.SERVE else duration_s[kind]
+        spent[kind] += found
+        return found
+
+    lane = InlineLane(draw, share)
+    kinds = ([Work.BACKWARD, Work.FORWARD] if training else []) + [Work.SERVE] * 2
+
+    async def caller(kind: Work) -> None:
+        while True:
+            await lane.run(kind, lambda: None)
+
+    tasks = [asyncio.create_task(caller(kind)) for kind in kinds]
+    await asyncio.sleep(seconds)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return spent
+
+
+@pytest.mark.parametrize("share", [0.05, 0.125, 0.3, 0.6])
+def test_of_a_lane_that_trains_all_the_time_serving_takes_its_share(share: float) -> None:
+    spent = virtual_time.run(lambda: busy_with_both(share, 100.0))
+    assert abs(spent[Work.SERVE] / sum(spent.values()) - share) < 0.02
+
+
+def test_without_a_share_a_busy_lane_only_trains_and_a_free_one_serves() -> None:
+    assert virtual_time.run(lambda: busy_with_both(0.0, 20.0))[Work.SERVE] == 0.0
+    assert virtual_time.run(lambda: busy_with_both(0.0, 20.0, training=False))[Work.SERVE] > 19.0
 
 
 def test_errors_reach_the_caller_and_the_lane_goes_on() -> None:

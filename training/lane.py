@@ -4,8 +4,8 @@ Whoever computes asks the lane. `ThreadLane` runs a worker thread; `InlineLane` 
 work runs on the loop and then takes its declared duration of virtual time.
 
 Weight gradients yield to forwards, since nobody waits for them; once WEIGHTS_WAITING of them queue up they
-go first, or a busy stage would never step and their activations would fill memory. Serving yields to all
-training, but a lane that trains without a pause still serves one piece in SERVE_EVERY.
+go first, or a busy stage would never step and their activations would fill memory. Serving fills the gaps of
+training, and of a lane that trains without a pause it takes its share of the time (`--inference-share`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 WEIGHTS_WAITING = 2
-SERVE_EVERY = 8  # at most an eighth of a busy lane goes to inference and scoring
+SHARE = 0.125  # of a busy lane that inference and scoring may take, where nobody says another
+_CREDIT_S = 0.5  # of a share that was not used stays so much: a burst, after which training is left alone
 _RECENT = (
     5  # pieces of a kind whose median is its usual duration: the first ones import, allocate and compile
 )
@@ -64,12 +65,12 @@ def paced(micro_batch_s: float) -> Callable[[Work], float]:
     }.__getitem__
 
 
-def next_kind(waiting: Sequence[int], since_serve: int = 0) -> Work | None:
+def next_kind(waiting: Sequence[int], serving_is_due: bool = False) -> Work | None:
     """Which queue to serve, given how many wait in each (by Work's order). Pure.
 
-    `since_serve`: pieces of other work finished since the last one of SERVE.
+    `serving_is_due`: one more piece of it stays within its share.
     """
-    if waiting[Work.SERVE] and since_serve >= SERVE_EVERY - 1:
+    if waiting[Work.SERVE] and serving_is_due and not waiting[Work.UPDATE]:
         return Work.SERVE
     if waiting[Work.WEIGHT] >= WEIGHTS_WAITING and not waiting[Work.UPDATE] and not waiting[Work.BACKWARD]:
         return Work.WEIGHT
@@ -79,24 +80,36 @@ def next_kind(waiting: Sequence[int], since_serve: int = 0) -> Work | None:
 class _Durations:
     """How long each kind takes of late."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._credit_s = 0.0  # share · (all that ran) − serving
         self.usual_s = [0.0] * len(Work)
         self._recent: tuple[deque[float], ...] = tuple(deque(maxlen=_RECENT) for _ in Work)
         self.finished = 0
         self.busy_s = 0.0
-        self.since_serve = 0
 
     def record(self, kind: Work, seconds: float) -> None:
         self._recent[kind].append(seconds)
         self.usual_s[kind] = statistics.median_low(self._recent[kind])
         self.finished += 1
-        self.since_serve = 0 if kind is Work.SERVE else self.since_serve + 1
         self.busy_s += seconds
+        earned_s = self._share * seconds - (seconds if kind is Work.SERVE else 0.0)
+        self._credit_s = min(max(self._credit_s + earned_s, -_CREDIT_S), _CREDIT_S)
+
+    @property
+    def serving_is_due(self) -> bool:
+        """Whether a piece of serving, as long as usual, stays within the share."""
+        usual_s = self.usual_s[Work.SERVE] or self._typical_s()
+        return self._share > 0.0 and self._credit_s >= min((1.0 - self._share) * usual_s, _CREDIT_S)
+
+    def _typical_s(self) -> float:
+        """Of a piece of a micro-batch, for kinds that have yet to come."""
+        known = [self.usual_s[kind] for kind in _OF_MICRO_BATCH if self.usual_s[kind]]
+        return sum(known) / len(known) if known else 0.0
 
     def load(self, waiting: Sequence[int], running: tuple[Work, float] | None) -> LaneLoad:
         """`running`: the kind of what runs, and since how many seconds."""
-        known = [self.usual_s[kind] for kind in _OF_MICRO_BATCH if self.usual_s[kind]]
-        typical_s = sum(known) / len(known) if known else 0.0  # for kinds that have yet to come
+        typical_s = self._typical_s()
         usual_s = [
             usual or (typical_s if kind in _OF_MICRO_BATCH else 0.0)
             for kind, usual in enumerate(self.usual_s)
@@ -142,13 +155,19 @@ class _Job:
 class ThreadLane(Lane):
     """A worker thread with one queue for each kind of work."""
 
-    def __init__(self, name: str = "lane", least_s: Callable[[Work], float] = lambda kind: 0.0) -> None:
-        """`least_s`: a piece of work takes at least so long; the rest of it the thread sleeps (`paced`)."""
+    def __init__(
+        self,
+        name: str = "lane",
+        least_s: Callable[[Work], float] = lambda kind: 0.0,
+        share: float = SHARE,
+    ) -> None:
+        """`least_s`: a piece of work takes at least so long; the rest of it the thread sleeps (`paced`).
+        `share`: of the lane's time for serving, from 0 to 1, while training would use all of it."""
         self._least_s = least_s
         self._queues: tuple[deque[_Job], ...] = tuple(deque() for _ in Work)
         self._wake = threading.Condition()
         self._closed = False
-        self._durations = _Durations()
+        self._durations = _Durations(share)
         self._running: tuple[Work, float] | None = None  # since when, on the performance counter
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -188,7 +207,7 @@ class ThreadLane(Lane):
     def _next(self) -> tuple[Work, _Job] | None:
         with self._wake:
             while True:
-                kind = next_kind([len(queue) for queue in self._queues], self._durations.since_serve)
+                kind = next_kind([len(queue) for queue in self._queues], self._durations.serving_is_due)
                 if kind is not None:
                     return kind, self._queues[kind].popleft()
                 if self._closed:
@@ -227,12 +246,14 @@ def _settle(future: asyncio.Future[Any], outcome: object, failure: Exception | N
 class InlineLane(Lane):
     """The twin for virtual time: same order, durations declared instead of measured."""
 
-    def __init__(self, duration_s: Callable[[Work], float] = lambda kind: 0.001) -> None:
+    def __init__(
+        self, duration_s: Callable[[Work], float] = lambda kind: 0.001, share: float = SHARE
+    ) -> None:
         self._duration_s = duration_s
         self._waiting: tuple[deque[asyncio.Future[None]], ...] = tuple(deque() for _ in Work)
         self._busy = False
         self._running: tuple[Work, float] | None = None  # since when, in loop time
-        self._durations = _Durations()
+        self._durations = _Durations(share)
 
     async def run(self, kind: Work, function: Callable[..., T], *arguments: Any) -> T:
         if self._busy:
@@ -277,7 +298,7 @@ class InlineLane(Lane):
 
     def _hand_over(self) -> None:
         while (
-            kind := next_kind([len(queue) for queue in self._waiting], self._durations.since_serve)
+            kind := next_kind([len(queue) for queue in self._waiting], self._durations.serving_is_due)
         ) is not None:
             turn = self._waiting[kind].popleft()
             if not turn.done():

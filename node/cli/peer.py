@@ -48,6 +48,10 @@ DhtPort = Annotated[int, typer.Option(min=0, max=65535, help="TCP port of the di
 Announce = Annotated[
     list[str] | None, typer.Option(help="Host under which others reach you.", show_default=False)
 ]
+InferenceShare = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Share of a busy device's time for inference; idle time is free."),
+]
 Pace = Annotated[float, typer.Option(min=0.0, hidden=True, help="Seconds a micro-batch takes, at least.")]
 Decisions = Annotated[
     Path | None,
@@ -76,6 +80,7 @@ def up(
     name: Name = "owner",
     stage: Stage = None,
     no_train: NoTrain = False,
+    inference_share: InferenceShare = 0.125,
     pace: Pace = 0.0,
     decisions: Decisions = None,
     dashboard: page.Address = None,
@@ -104,6 +109,7 @@ def up(
         port,
         dht_port,
         announce,
+        inference_share,
         pace,
         decisions,
         metrics,
@@ -138,6 +144,7 @@ def join(
     name: Name = "",
     stage: Stage = None,
     no_train: NoTrain = False,
+    inference_share: InferenceShare = 0.125,
     pace: Pace = 0.0,
     decisions: Decisions = None,
     metrics: Metrics = None,
@@ -167,6 +174,7 @@ def join(
         port,
         dht_port,
         announce,
+        inference_share,
         pace,
         decisions,
         metrics,
@@ -272,6 +280,7 @@ def peer_options(
     port: int,
     dht_port: int,
     announce: list[str] | None,
+    inference_share: float,
     pace_s: float,
     decisions: Path | None,
     metrics: str | None,
@@ -294,6 +303,7 @@ def peer_options(
         name=name,
         stage=stage,
         train=not no_train,
+        inference_share=inference_share,
         pace_s=pace_s,
         decisions=decisions,
         metrics=None if metrics is None else socket_address(metrics),

@@ -68,6 +68,7 @@ def serve_model(
         port,
         dht_port,
         announce,
+        1.0,
         0.0,
         None,
         metrics,
