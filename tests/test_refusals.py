@@ -290,7 +290,8 @@ def test_frames_that_are_cut_oversized_or_out_of_turn_reach_no_handler(tmp_path:
         with pytest.raises(grpc.aio.AioRpcError, match="RESOURCE_EXHAUSTED"):  # gRPC itself
             await raw_call(run, server, *certified(member), "work", huge)
         assert server.counters().bytes_in["work"] < limits.FRAME_BYTES
-        assert not outcomes, "no message came, and the handler was cancelled"
+        # No message came: the handler was cancelled, or saw the stream break before that.
+        assert {type(outcome) for outcome in outcomes} <= {StreamBroken}
         while server.counters().streams_in:
             await asyncio.sleep(0.01)
 
