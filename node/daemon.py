@@ -319,7 +319,7 @@ class Daemon:
         return self.snapshot().brief()
 
     async def _answer_snapshot(self, request: Mapping[str, Any]) -> object:
-        return self.snapshot().to_json()
+        return await asyncio.to_thread(self.snapshot().to_json)  # tens of ms where peers are hundreds
 
     async def _answer_history(self, request: Mapping[str, Any]) -> object:
         return await self._watching().ask_history(request)

@@ -1,4 +1,4 @@
-"""What the page knows: the daemon's newest Snapshot, asked for once a second while anybody looks.
+"""What the page knows: the daemon's newest Snapshot, asked for every second while anybody looks.
 
 One for the whole process, however many browsers are open. Called by `server`, read by `page`.
 """
@@ -14,7 +14,7 @@ from shoal.node.control import ask
 from shoal.node.view.snapshot import Snapshot
 from shoal.protocol.errors import ShoalError
 
-EVERY_S = 1.0
+EVERY_S = 0.8  # so that what is new is on the page within a second
 SELDOM = 5  # looks
 CONTRIBUTORS = 30
 IDLE_S = 5.0  # so long after the last page was there, nobody looks any more

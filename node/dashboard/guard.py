@@ -7,6 +7,7 @@ well: only the login page, which is text and nothing else, does not. Called by `
 
 from __future__ import annotations
 
+import asyncio
 import fnmatch
 import ipaddress
 import secrets
@@ -23,6 +24,7 @@ from shoal.node.dashboard.refusals import Bucket, Refusals
 from shoal.node.dashboard.sessions import SESSION_S, Sessions
 
 BODY_BYTES = 64 * 1024
+BODY_S = 10.0  # for it to come
 WEBSOCKETS = 24  # three browsers with a few tabs each
 LOGIN_BURST, LOGINS_PER_S = 10, 0.5
 WEBSOCKET_PATH = "/_nicegui_ws/"
@@ -194,15 +196,19 @@ def _length(headers: Headers) -> int:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The whole body, None if it is longer than allowed."""
+    """The whole body, None if it is longer than allowed, or takes longer."""
     body = b""
-    while True:
-        message = await receive()
-        body += bytes(message.get("body", b""))
-        if len(body) > BODY_BYTES:
-            return None
-        if not message.get("more_body", False):
-            return body
+    try:
+        async with asyncio.timeout(BODY_S):
+            while True:
+                message = await receive()
+                body += bytes(message.get("body", b""))
+                if len(body) > BODY_BYTES:
+                    return None
+                if not message.get("more_body", False):
+                    return body
+    except TimeoutError:
+        return None
 
 
 def _capped(receive: Receive) -> Receive:

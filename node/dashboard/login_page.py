@@ -16,7 +16,7 @@ color:var(--ink);font:16px/1.5 system-ui,sans-serif;padding:24px}
 main{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:32px;max-width:440px;
 width:100%}
 h1{font-size:20px;margin:0 0 8px}p{margin:0 0 20px;color:var(--soft)}
-code{font:14px ui-monospace,monospace;color:var(--ink)}
+a{color:var(--go)}code{font:14px ui-monospace,monospace;color:var(--ink)}
 button{font:inherit;font-weight:600;border:0;border-radius:8px;padding:10px 20px;background:var(--go);
 color:var(--card);cursor:pointer;width:100%}
 button:focus-visible{outline:3px solid var(--go);outline-offset:3px}
@@ -36,6 +36,7 @@ def login_page(code: str, nonce: str, trouble: str = "") -> str:
         body = (
             f"<p>{escape(trouble)} Open the link that the daemon printed at its start, or make "
             "another on its machine with</p><p><code>shoal dashboard</code></p>"
+            '<p><a href="/">Signed in on this browser already?</a></p>'
         )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Shoal: sign in</title>'

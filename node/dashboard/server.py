@@ -97,18 +97,16 @@ class _ImpatientProtocol(H11Protocol):
         super().connection_made(transport)
         self._made_at = self.loop.time()
         if len(self.connections) > CONNECTIONS:
-            waiting = [
-                one for one in self.connections if isinstance(one, _ImpatientProtocol) and not one._asked
-            ]
-            min(waiting, key=lambda one: one._made_at).transport.abort()  # this one at least is waiting
+            idle = [one for one in self.connections if isinstance(one, _ImpatientProtocol) and one._idle]
+            min(idle, key=lambda one: one._made_at).transport.abort()  # this one at least is idle
         self.loop.call_later(FIRST_REQUEST_S, self._give_up)
 
     @property
-    def _asked(self) -> bool:
-        return self.cycle is not None
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
 
     def _give_up(self) -> None:
-        if not self._asked and self in self.connections:
+        if self.cycle is None and self in self.connections:
             self.transport.abort()
 
 
