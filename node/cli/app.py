@@ -11,6 +11,7 @@ from shoal.node.cli import (
     checkpoint,
     dashboard,
     demo,
+    events,
     inference,
     peer,
     peers,
@@ -44,6 +45,8 @@ app.command()(peer.up)
 app.command()(peer.join)
 app.command()(peer.status)
 app.command()(peer.leave)
+app.command()(events.events)
+app.command()(events.replay)
 app.command()(peers.peers)
 app.add_typer(peers.app, name="peer")
 app.add_typer(run.app, name="run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -191,21 +192,33 @@ def status(
 ) -> None:
     """Show the peers that run on this machine and the swarm as they see it."""
     root = data_root(data_dir)
-    if not watch:
+    if watch:
+        asyncio.run(_watch(root, as_json))
+    else:
         _show(asyncio.run(_ask_all(root, "status")), as_json)
-        return
+
+
+async def _watch(root: Path, as_json: bool) -> None:
+    """The first peer of this machine, until Ctrl-C: live on a terminal, elsewhere a line a change."""
     from rich.live import Live
 
-    from shoal.node.cli.status_view import status_view
+    from shoal.node.cli.live import change, line, live_view
+    from shoal.node.view.snapshot import Snapshot
 
-    if as_json or not out.is_terminal:
+    live = Live(console=out, auto_refresh=False, screen=True) if out.is_terminal and not as_json else None
+    told: object = None
+    with live or contextlib.nullcontext():
         while True:
-            _show(asyncio.run(_ask_all(root, "status")), as_json)
-            time.sleep(WATCH_S)
-    with Live(console=out, auto_refresh=False) as live:
-        while True:
-            live.update(status_view(asyncio.run(_ask_all(root, "status"))), refresh=True)
-            time.sleep(WATCH_S)
+            snapshot = Snapshot.from_json((await _ask_all(root, "snapshot"))[0])
+            if live is not None:
+                live.update(live_view(snapshot), refresh=True)
+            elif change(snapshot) != told:
+                told = change(snapshot)
+                if as_json:
+                    print_json({"at": snapshot.at, **snapshot.brief()})
+                else:
+                    out.print(line(snapshot), markup=False, soft_wrap=True)
+            await asyncio.sleep(WATCH_S)
 
 
 def leave(

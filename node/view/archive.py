@@ -162,10 +162,14 @@ class Archive:
                     "(SELECT peer, process FROM contributors ORDER BY last_at DESC LIMIT -1 OFFSET ?)",
                     (CONTRIBUTORS,),
                 )
-            while self.used_bytes() > self._size_bytes and self._drop_oldest(db):
-                db.execute("PRAGMA incremental_vacuum").fetchall()
-            db.execute("PRAGMA incremental_vacuum").fetchall()
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            while self._shrunk_bytes(db) > self._size_bytes and self._drop_oldest(db):
+                pass
+        return self.used_bytes()
+
+    def _shrunk_bytes(self, db: sqlite3.Connection) -> int:
+        """Give free pages back, and the log's into the file."""
+        db.executescript("PRAGMA incremental_vacuum")  # `execute` steps once, which frees one page
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return self.used_bytes()
 
     def used_bytes(self) -> int:
@@ -240,7 +244,6 @@ class Archive:
                         f"DELETE FROM {table} WHERE {order} < coalesce(({where}), 1e300)", (1 + count // 10,)
                     )
                     gone += count
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return gone > 0
 
     @contextlib.contextmanager

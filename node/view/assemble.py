@@ -103,7 +103,8 @@ def stage_rows(view: SwarmView, spec: RunSpec | None) -> tuple[Stage, ...]:
     if spec is None:
         return ()
     micro_batch = spec.inner.micro_batch_sequences * spec.model.sequence
-    rows = [_stage(view, stage, layers, micro_batch) for stage, layers in enumerate(stage_ranges(spec))]
+    steps = spec.outer.inner_steps
+    rows = [_stage(view, at, layers, micro_batch, steps) for at, layers in enumerate(stage_ranges(spec))]
     could = [row.could_tokens_per_s for row in rows]
     known = [rate for rate in could if rate is not None]
     weakest = _weakest(rows)
@@ -117,12 +118,13 @@ def stage_rows(view: SwarmView, spec: RunSpec | None) -> tuple[Stage, ...]:
     )
 
 
-def _stage(view: SwarmView, stage: int, layers: range, micro_batch_tokens: int) -> Stage:
+def _stage(view: SwarmView, stage: int, layers: range, micro_batch_tokens: int, inner_steps: int) -> Stage:
     online = view.online(stage)
     beats = [beat for member in view.group(stage) if (beat := member.progress(stage)) is not None]
     height = max((beat.height for beat in beats), default=0)
     there = {(beat.head, beat.state_root) for beat in beats if beat.height == height}
     count = sum(beat.height == height for beat in beats)
+    made = [beat.steps_since_round for beat in beats if beat.height == height]
     rates = [micro_batch_tokens / m.service_s for m in online if is_measured(m.service_s)]
     return Stage(
         stage=stage,
@@ -134,6 +136,7 @@ def _stage(view: SwarmView, stage: int, layers: range, micro_batch_tokens: int) 
         ),
         height=height,
         heads_equal=len(there) == 1 if count > 1 else None,
+        round_share=min(1.0, statistics.fmean(made) / inner_steps) if made else None,
         tokens_per_s=sum(member.tokens_per_s for member in online),
         could_tokens_per_s=sum(rates) if rates else None,
     )

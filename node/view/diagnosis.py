@@ -2,7 +2,7 @@
 
 From timings alone: lane times of micro-batches, when a lane last finished something, bytes and seconds of
 what was sent in rounds. A peer is compared with the median of the others, by its own median over the last
-rounds, so that neither a single hiccup nor a lasting difference of 2 between machines is an alarm. Slow is no
+rounds, so that neither a single hiccup is an alarm nor that machines differ by 2 and links by 3. Slow is no
 fault: routing gives such a peer less. The owner is told, so that somebody may look.
 """
 
@@ -17,7 +17,7 @@ from shoal.node.view.parts import Finding, Stage
 WINDOW = 8  # rounds, or samples
 ENOUGH = 5  # of them, before anything is said
 SLOW_COMPUTE = 3.0  # times the others' median lane time for the same work
-SLOW_LINK = 4.0  # times less than the others' median send rate
+SLOW_LINK = 5.0  # times less than the others' median send rate; uplinks differ by 3 in health
 SLOW_SEND_S = 0.5  # a send that took less holds nobody up
 HUNG_S, HUNG_GAPS = 15.0, 8.0  # a lane with work that finishes nothing; or so many of its usual gaps
 LIMITS = 0.8  # of what the next stage could do

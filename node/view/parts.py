@@ -97,6 +97,7 @@ class Stage:
     guardians: int = 0  # peers of other stages that keep a copy
     height: int = 0
     heads_equal: bool | None = None  # P1 at that height; None: fewer than two tell
+    round_share: float | None = None  # how much of the next round's inner steps are made
     tokens_per_s: float = 0.0  # what its replicas do
     could_tokens_per_s: float | None = None  # what they could, by their lane times
     balance: float | None = None  # could_tokens_per_s over that of the strongest stage
