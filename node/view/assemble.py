@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import heapq
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from shoal.dht.liveness import Liveness
 from shoal.dht.view import Member, SwarmView, is_measured
 from shoal.node.view.figures import Told
 from shoal.node.view.names import readable
@@ -59,7 +61,7 @@ def assemble(
     names = names_of(view)
     said = verdict([stage.replicas for stage in stages], seen.standing)
     redone_share = _redone_share(seen)
-    links = _links(view, seen)
+    links, left_out = _links(view, seen)
     return Snapshot(
         at=at,
         me=own,
@@ -76,8 +78,8 @@ def assemble(
         stages=stages,
         peers=peer_rows(view, stages, seen),
         rounds=tally.rounds([stage.height for stage in stages], names),
-        links=tuple(links[:LINKS]),
-        links_left_out=max(0, len(links) - LINKS),
+        links=links,
+        links_left_out=left_out,
         compression=tuple(_compression(stage, tally) for stage in range(len(stages))),
         churn=tally.churn(at, redone_share),
         checkpoints=tally.checkpoints(at),
@@ -200,7 +202,7 @@ def _with_told(row: Peer, told: Told, now_s: float) -> Peer:
 def _peer(member: Member, view: SwarmView, replicas: Sequence[int], copies: Sequence[int]) -> Peer:
     name = member.name or readable(member.peer)
     progress = member.progress(member.stages[0]) if member.stages else None
-    online = bool(member.stages) and member in view.online(member.stages[0])
+    online = bool(member.stages) and member.state == "online" and member.liveness is Liveness.ALIVE
     leaves = ""
     if online and member.stages[0] < len(replicas):
         leaves = if_leaves(name, member.stages[0], replicas, copies)
@@ -274,10 +276,19 @@ def _redone_share(seen: Seen) -> float | None:
     return redone / (redone + done) if redone + done else None
 
 
-def _links(view: SwarmView, seen: Seen) -> list[Link]:
-    """Between members who are here; those with a measured bandwidth first, then the longest."""
+def _links(view: SwarmView, seen: Seen) -> tuple[tuple[Link, ...], int]:
+    """Between members who are here, and how many do not fit: those with a measured bandwidth first, then the
+    longest."""
     here = {member.peer for member in view.here()}
-    links = [
+    found = [
+        (link.bytes_per_s <= 0.0, -link.rtt_s, source, link)
+        for source, told in seen.told.items()
+        if source in here and told.figures is not None
+        for link in told.figures.links
+        if link.peer in here
+    ]
+    kept = heapq.nsmallest(LINKS, found, key=lambda one: one[:3])
+    links = tuple(
         Link(
             source=source,
             target=link.peer,
@@ -285,12 +296,9 @@ def _links(view: SwarmView, seen: Seen) -> list[Link]:
             bytes_per_s=link.bytes_per_s or None,
             failures=link.failures,
         )
-        for source, told in seen.told.items()
-        if source in here and told.figures is not None
-        for link in told.figures.links
-        if link.peer in here
-    ]
-    return sorted(links, key=lambda link: (link.bytes_per_s is None, -(link.rtt_ms or 0.0)))
+        for _, _, source, link in kept
+    )
+    return links, len(found) - len(links)
 
 
 def _compression(stage: int, tally: Tally) -> Compression:

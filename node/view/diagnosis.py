@@ -8,8 +8,9 @@ fault: routing gives such a peer less. The owner is told, so that somebody may l
 
 from __future__ import annotations
 
+import bisect
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.node.view.parts import Finding, Stage
@@ -73,12 +74,12 @@ def _slow_compute(peers: Sequence[Timings], costs: Sequence[float]) -> list[Find
         for one in peers
         if len(one.service_s) >= ENOUGH and one.stage < len(costs) and costs[one.stage] > 0
     }
+    others = _medians_of_others(usual)
     found = []
     for one in peers:
-        others = [seconds for peer, seconds in usual.items() if peer != one.peer]
-        if one.peer not in usual or not others:
+        if one.peer not in others:
             continue
-        times = usual[one.peer] / statistics.median(others) if statistics.median(others) > 0 else 0.0
+        times = usual[one.peer] / others[one.peer] if others[one.peer] > 0 else 0.0
         if times >= SLOW_COMPUTE:
             text = f"{one.name} computes {times:.1f} times slower than its peers (stage {one.stage})."
             found.append(
@@ -93,17 +94,31 @@ def _slow_links(peers: Sequence[Timings]) -> list[Finding]:
         for one in peers
         if len(one.sends) >= ENOUGH
     }
+    others = _medians_of_others(rates)
     found = []
     for one in peers:
-        others = [rate for peer, rate in rates.items() if peer != one.peer]
-        if one.peer not in rates or not others:
+        if one.peer not in others:
             continue
         seconds = statistics.median(seconds for _, seconds in one.sends)
-        times = statistics.median(others) / max(rates[one.peer], 1e-6)
+        times = others[one.peer] / max(rates[one.peer], 1e-6)
         if times >= SLOW_LINK and seconds >= SLOW_SEND_S:
             text = (
                 f"{one.name} sends {times:.1f} times slower than its peers: {seconds:.1f} s of each round "
                 f"of stage {one.stage}."
             )
             found.append(Finding(kind="slow-link", text=text, peer=one.peer, name=one.name, stage=one.stage))
+    return found
+
+
+def _medians_of_others(values: Mapping[str, float]) -> dict[str, float]:
+    """For each the median of all but it; empty for a lone one."""
+    if len(values) < 2:
+        return {}
+    ordered = sorted(values.values())
+    left = len(ordered) - 1
+    found = {}
+    for peer, value in values.items():
+        at = bisect.bisect_left(ordered, value)
+        low, high = ((k if k < at else k + 1) for k in ((left - 1) // 2, left // 2))
+        found[peer] = (ordered[low] + ordered[high]) / 2
     return found

@@ -42,24 +42,29 @@ def figures_of(own: Own, view: SwarmView) -> TelemetryFigures:
 
 
 def _training(training: Mapping[str, Any]) -> TelemetryTraining:
-    outer = training["outer"]
+    """A peer that only serves tells less of itself than one that trains."""
+    outer = training.get("outer", {})
+
+    def count(*names: str) -> int:
+        return sum(int(training.get(name, 0)) for name in names)
+
     return TelemetryTraining(
-        stage=training["stage"],
-        tokens=training["tokens"],
-        micro_batches=training["micro_batches"],
-        rejected=training["duplicates_refused"] + training["dropped"] + training.get("lost", 0),
-        redone=training["retries"] + training["hedges"] + training.get("restarted", 0),
-        inner_steps=training["inner_steps"],
-        rounds=outer["rounds"],
-        rounds_failed=outer["failed"],
-        repaired_parts=outer["repaired_parts"],
-        lane_busy_s=training["lane_busy_s"],
-        lane_finished=training["lane_finished"],
-        tokens_per_s=training["tokens_per_s"],
+        stage=count("stage"),
+        tokens=count("tokens"),
+        micro_batches=count("micro_batches"),
+        rejected=count("duplicates_refused", "dropped", "lost"),
+        redone=count("retries", "hedges", "restarted"),
+        inner_steps=count("inner_steps"),
+        rounds=outer.get("rounds", 0),
+        rounds_failed=outer.get("failed", 0),
+        repaired_parts=outer.get("repaired_parts", 0),
+        lane_busy_s=training.get("lane_busy_s", 0.0),
+        lane_finished=count("lane_finished"),
+        tokens_per_s=training.get("tokens_per_s", 0.0),
         loss=_measured(training.get("loss")),
-        learning_rate=_measured(training["learning_rate"]),
-        checkpoint_height=training["checkpoint"].get("height") or 0,
-        sessions=training["sessions"].get("sessions", 0),
+        learning_rate=_measured(training.get("learning_rate")),
+        checkpoint_height=training.get("checkpoint", {}).get("height") or 0,
+        sessions=training.get("sessions", {}).get("sessions", 0),
     )
 
 

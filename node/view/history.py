@@ -7,12 +7,12 @@ trouble is stated in the snapshot, and goes away when the disk takes something a
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from shoal.node.view.archive import Archive, Contribution, Entry, Start, Write
+from shoal.node.view.plain import plain
 from shoal.protocol.errors import ShoalError, StorageError, UsageError
 
 QUEUE = 8192  # events that wait for the disk
@@ -126,7 +126,7 @@ class History:
                     after, newest = int(request.get("after", 0)), bool(request.get("newest", False))
                     kind, peer = request.get("kind"), request.get("peer")
                     rows = await self._offload(lambda: archive.events(after, kind, peer, most, newest=newest))
-                    return {"events": [dataclasses.asdict(row) for row in rows]}
+                    return {"events": plain(rows)}
                 case "series":
                     name, since = str(request.get("name")), float(request.get("since", 0.0))
                     points = int(request.get("points", 300))

@@ -1,4 +1,4 @@
-"""Frozen dataclasses from the plain values that `dataclasses.asdict` and JSON make of them."""
+"""Frozen dataclasses as plain values, and back from what JSON made of those."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _known: dict[Any, dict[str, Any]] = {}  # by class
+_names: dict[Any, tuple[str, ...]] = {}
+_SIMPLE = frozenset({str, int, float, bool, types.NoneType})
 
 
 def read(cls: type[T], values: Mapping[str, object]) -> T:
@@ -67,3 +69,21 @@ def _one_of(kinds: tuple[Any, ...], value: Any) -> Any:
             except ValueError:
                 continue
     raise ValueError(f"{value!r:.64} is none of {kinds}")
+
+
+def plain(value: Any) -> Any:
+    """Dicts, lists and plain values of a dataclass and all in it; `dataclasses.asdict` without its copies."""
+    kind = type(value)
+    if kind in _SIMPLE:
+        return value
+    names = _names.get(kind)
+    if names is not None:
+        return {name: plain(getattr(value, name)) for name in names}
+    if kind is tuple or kind is list:
+        return [plain(element) for element in value]
+    if isinstance(value, Mapping):
+        return {name: plain(element) for name, element in value.items()}
+    if dataclasses.is_dataclass(kind):
+        _names[kind] = tuple(field.name for field in dataclasses.fields(kind))
+        return plain(value)
+    return value

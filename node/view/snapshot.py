@@ -7,7 +7,6 @@ else what their heartbeats say. `to_json` has stable keys, `from_json` reads it 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -30,7 +29,7 @@ from shoal.node.view.parts import (
     Trust,
     Verdict,
 )
-from shoal.node.view.plain import read
+from shoal.node.view.plain import plain, read
 
 LOSS_POINTS = 400  # most of a snapshot; what is older is thinned out
 MARKERS = 100
@@ -106,7 +105,8 @@ class Snapshot:
 
     def to_json(self) -> dict[str, object]:
         """Plain values with stable keys."""
-        return dataclasses.asdict(self)
+        values: dict[str, object] = plain(self)
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> Snapshot:
@@ -116,11 +116,11 @@ class Snapshot:
     def brief(self) -> dict[str, object]:
         """What `shoal status --json` prints: the own part's keys on top, then verdict, stages and peers."""
         return {
-            **dataclasses.asdict(self.me),
+            **plain(self.me),
             "verdict": self.verdict.text,
             "stage_replicas": self.replicas,
-            "findings": [dataclasses.asdict(finding) for finding in self.verdict.findings],
+            "findings": plain(self.verdict.findings),
             "tokens_per_s": self.throughput.now,
-            "stages": [dataclasses.asdict(stage) for stage in self.stages],
-            "peers": [dataclasses.asdict(peer) for peer in self.peers],
+            "stages": plain(self.stages),
+            "peers": plain(self.peers),
         }
