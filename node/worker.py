@@ -178,7 +178,7 @@ class Worker:
                 f"{others or 'no'} other {'peer shares' if others == 1 else 'peers share'} it",
                 f"  memory    {planned.memory.total >> 20:,} MiB of {device.memory_bytes >> 20:,} MiB",
                 f"  address   {', '.join(presence.addresses)}: {self.reach.text}",
-                f"  status    {verdict(stage_replicas(view, spec.stages.count)).text}",
+                f"  status    {verdict(stage_replicas(view, spec.stages.count), trains=spec.trains).text}",
             )
         )
         fields = {

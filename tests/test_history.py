@@ -123,7 +123,15 @@ def test_a_disk_that_refuses_is_stated_and_nothing_else_stops(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "request_", [{}, {"what": "secrets"}, {"what": "events", "after": "x"}, {"what": "series", "since": []}]
+    "request_",
+    [
+        {},
+        {"what": "secrets"},
+        {"what": "events", "after": "x"},
+        {"what": "events", "after": 2**70},
+        {"what": "events", "most": float("inf")},
+        {"what": "series", "since": []},
+    ],
 )
 def test_a_question_that_makes_no_sense_is_refused(tmp_path: Path, request_: dict[str, object]) -> None:
     async def scene(world: World) -> None:

@@ -70,6 +70,14 @@ def test_what_the_owner_ordered_comes_first(standing: str, text: str) -> None:
     assert text in found.verdict.text
 
 
+def test_a_swarm_that_only_serves_says_so() -> None:
+    spec = a_spec()
+    spec = spec.model_copy(update={"inner": spec.inner.model_copy(update={"mode": "off"})})
+    found = assemble(NOW, own(), swarm(replica("me", 0), replica("p", 1)), spec)
+    assert found.verdict.state == "serving"
+    assert found.verdict.text.startswith("Serving. Stage 0 has one replica")
+
+
 def test_the_weakest_stage_is_the_one_with_least_replicas_then_the_slowest() -> None:
     slow = swarm(*(replica(f"p{i}", i % 2, service_s=0.4 if i % 2 else 0.1) for i in range(4)), me="p0")
     stages = assemble(NOW, own("p0"), slow, a_spec()).stages

@@ -59,7 +59,8 @@ def assemble(
     seen = seen or Seen()
     tally, stages = seen.tally, stage_rows(view, spec)
     names = names_of(view)
-    said = verdict([stage.replicas for stage in stages], seen.standing)
+    trains = spec is None or spec.trains
+    said = verdict([stage.replicas for stage in stages], seen.standing, trains=trains)
     redone_share = _redone_share(seen)
     links, left_out = _links(view, seen)
     return Snapshot(

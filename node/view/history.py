@@ -124,7 +124,7 @@ class History:
             match request.get("what"):
                 case "events":
                     after, newest = int(request.get("after", 0)), bool(request.get("newest", False))
-                    kind, peer = request.get("kind"), request.get("peer")
+                    kind, peer = (_text(request.get(key)) for key in ("kind", "peer"))
                     rows = await self._offload(lambda: archive.events(after, kind, peer, most, newest=newest))
                     return {"events": plain(rows)}
                 case "series":
@@ -135,7 +135,7 @@ class History:
                     return {"names": await self._offload(archive.series_names)}
                 case "contributors":
                     return {"contributors": await self._offload(archive.contributors, most)}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"history: {error}") from error
         raise UsageError("history knows what: events, series, names, contributors")
 
@@ -153,3 +153,7 @@ class History:
 
     def _refused(self, error: ShoalError) -> None:
         self.trouble = str(error).splitlines()[0]
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

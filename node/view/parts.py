@@ -25,7 +25,7 @@ class Finding:
 class Verdict:
     """How the run is, in one sentence, and why."""
 
-    state: str = "starting"  # starting | waiting | training | paused | stopped
+    state: str = "starting"  # starting | waiting | training | serving | paused | stopped
     level: str = "warn"  # ok | warn | bad
     text: str = "Waiting for the spec."
     findings: tuple[Finding, ...] = ()  # the worst first

@@ -6,7 +6,7 @@ Escaping for HTML or a terminal's markup is the front end's; here only length an
 from __future__ import annotations
 
 from shoal.node.events import sentence
-from shoal.node.view.messages import TelemetryEvent
+from shoal.node.view.messages import TelemetryEvent, TelemetryField
 
 EVENT_TEXT_CHARACTERS = 240
 Value = str | float
@@ -22,9 +22,14 @@ def printable(text: str, characters: int = EVENT_TEXT_CHARACTERS) -> str:
 def fields_of(event: TelemetryEvent) -> dict[str, Value]:
     """The event's values by name."""
     return {
-        printable(field.name): field.number if field.numeric else printable(field.text)
+        printable(field.name): field.number if field.numeric else printable(_first_line(field))
         for field in event.fields
     }
+
+
+def _first_line(field: TelemetryField) -> str:
+    """Of what was written for people the rest is detail; other values are short."""
+    return field.text.lstrip().split("\n", 1)[0] if field.name == "text" else field.text
 
 
 def told(kind: str, fields: dict[str, Value]) -> str:
@@ -33,7 +38,6 @@ def told(kind: str, fields: dict[str, Value]) -> str:
         text = sentence(kind, {name: _whole(value) for name, value in fields.items()})
     except (KeyError, ValueError, TypeError, OverflowError):
         text = None
-    text = text.strip().splitlines()[0] if text and text.strip() else ""
     return printable(text or str(fields.get("why") or fields.get("reason") or "") or kind)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from shoal.node.view.parts import Verdict
 
 
-def verdict(replicas: Sequence[int], standing: str = "running") -> Verdict:
+def verdict(replicas: Sequence[int], standing: str = "running", *, trains: bool = True) -> Verdict:
     """From the live online replicas of every stage; `standing` is what the owner has ordered."""
     if not replicas:
         return Verdict()
@@ -26,7 +26,8 @@ def verdict(replicas: Sequence[int], standing: str = "running") -> Verdict:
             level, text = "ok", f"Every stage has {count} replicas or more."
     if paused:
         return Verdict(state="paused", level="warn", text=f"Paused by the owner. {text}")
-    return Verdict(state="training", level=level, text=f"Training. {text}")
+    does = "Training" if trains else "Serving"
+    return Verdict(state=does.lower(), level=level, text=f"{does}. {text}")
 
 
 def if_leaves(name: str, stage: int, replicas: Sequence[int], guardians: Sequence[int]) -> str:
