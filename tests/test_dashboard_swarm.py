@@ -106,6 +106,7 @@ async def asked(page: Page) -> None:
     await box.get_by_role("button", name="Write").click()
     await expect(box).to_contain_text("12 tokens in", timeout=PATIENT_MS)
     assert (await box.locator(".written").inner_text()).startswith("def ")
+    await expect(box).to_contain_text("owner → peer-1")  # who wrote it
 
 
 async def back_after_a_restart(swarm: Swarm, page: Page, link: str) -> None:

@@ -89,11 +89,13 @@ class Tryouts:
     async def _write(self, session: _Session, prompt: str, options: Options) -> None:
         """A task's edge: what goes wrong is told to the reader."""
         begun_s = time.monotonic()
+        route: list[str] = []
         try:
             async with (await self._writer()).writing(prompt, options) as writing:
                 async for piece in writing:
                     session.pieces.append(piece.text)
-                route = [self._name(peer) for peer in writing.route()]
+                    if all(now := writing.route()):  # they are let go before the last piece
+                        route = [self._name(peer) for peer in now]
             seconds = time.monotonic() - begun_s
             session.note = (
                 f"{writing.new_tokens} tokens in {seconds:.2f} s, {writing.new_tokens / seconds:.1f} a second"

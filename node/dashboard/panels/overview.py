@@ -129,7 +129,7 @@ def tiles(snapshot: Snapshot, state: PageState) -> Markup:
             _tile(
                 "Tokens a second",
                 words.number(throughput.now),
-                f"best {words.number(throughput.best)}" if throughput.best else "now",
+                f"best {words.number(max(throughput.best, throughput.now))}" if throughput.best else "now",
                 spark(rates(snapshot), "Tokens a second of late"),
             ),
             _tile(

@@ -6,7 +6,7 @@ from shoal.node.dashboard import words
 from shoal.node.dashboard.markup import Markup, join, tag
 from shoal.node.dashboard.panels.card import card, empty, table
 from shoal.node.dashboard.state import PageState
-from shoal.node.view.parts import Round
+from shoal.node.view.parts import Phase, Round, RoundMember
 from shoal.node.view.snapshot import Snapshot
 
 PHASES = ("prepare", "wait", "send", "reduce", "collect", "decide", "apply")
@@ -36,7 +36,7 @@ def _round(found: Round, span_s: float) -> Markup:
             tag("span", member.name, class_="who"),
             tag(
                 "div",
-                *(_phase(phase.name, phase.start_s, phase.seconds, span_s) for phase in member.phases),
+                *(_phase(phase.name, phase.start_s, phase.seconds, span_s) for phase in _shown(member)),
                 class_="lane",
             ),
             class_="member",
@@ -63,9 +63,14 @@ def _round(found: Round, span_s: float) -> Markup:
     )
 
 
+def _shown(member: RoundMember) -> list[Phase]:
+    """The phases of the round itself: what a member told of its inner steps came before."""
+    return [phase for phase in member.phases if phase.name in PHASES]
+
+
 def _longest(found: Round) -> str:
     """Where a round of several members spent most, and at whom."""
-    every = [(phase.seconds, phase.name, member.name) for member in found.members for phase in member.phases]
+    every = [(phase.seconds, phase.name, member.name) for member in found.members for phase in _shown(member)]
     if len(found.members) < 2 or not every:
         return ""
     seconds, phase, name = max(every)
@@ -73,9 +78,8 @@ def _longest(found: Round) -> str:
 
 
 def _phase(name: str, start_s: float, seconds: float, span_s: float) -> Markup:
-    kind = name if name in PHASES else "other"
     place = f"left:{start_s / span_s * 100:.2f}%;width:{max(0.4, seconds / span_s * 100):.2f}%"
-    return tag("i", class_=f"phase-{kind}", style=place, title=f"{name}: {words.duration(seconds)}")
+    return tag("i", class_=f"phase-{name}", style=place, title=f"{name}: {words.duration(seconds)}")
 
 
 def compression(snapshot: Snapshot, state: PageState) -> Markup:
