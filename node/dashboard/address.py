@@ -7,6 +7,8 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography import x509
+
 from shoal.protocol.errors import UsageError
 
 
@@ -57,3 +59,13 @@ def _check_pair(certificate: Path, key: Path) -> None:
         raise UsageError(
             f"--dashboard-tls: {certificate} and {key} are no certificate with its key, as PEM ({error})"
         ) from error
+
+
+def certificate_names(certificate: Path) -> tuple[str, ...]:
+    """The host names that a certificate is for, wildcards included. Blocking."""
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes()).extensions
+        names = found.get_extension_for_class(x509.SubjectAlternativeName).value
+        return tuple(name.lower() for name in names.get_values_for_type(x509.DNSName))
+    except (ValueError, x509.ExtensionNotFound):
+        return ()

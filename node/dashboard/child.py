@@ -19,9 +19,10 @@ from typing import Any
 
 from shoal.node import parent
 from shoal.node.control import Action
-from shoal.node.dashboard.address import DashboardOptions
+from shoal.node.dashboard.address import DashboardOptions, certificate_names
 from shoal.node.dashboard.logins import LoginCodes
 from shoal.node.events import Events
+from shoal.node.network import announced_addresses
 from shoal.protocol.errors import UsageError
 
 CRASHES, CRASHES_S = 5, 600.0  # so many in so long a time, and it is left alone
@@ -48,10 +49,15 @@ class Dashboard:
 
     def link(self) -> str:
         """A new one-time login link."""
+        return f"{self._options.scheme}://{self._address()}/login?code={self._codes.issue()}"
+
+    def _address(self) -> str:
+        """As the certificate calls this machine, else as it is reached."""
         host, port = self._listener.getsockname()[:2]
-        host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
-        host = f"[{host}]" if ":" in host else host
-        return f"{self._options.scheme}://{host}:{port}/login?code={self._codes.issue()}"
+        for name in certificate_names(self._options.certificate) if self._options.certificate else ():
+            if "*" not in name:
+                return f"{name}:{port}"
+        return announced_addresses(host, port, ())[0]
 
     async def run(self) -> None:
         """Keep the page's process alive until cancelled."""

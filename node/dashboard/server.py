@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from cryptography import x509
 from fastapi import FastAPI
 from nicegui import ui
 from starlette.middleware.gzip import GZipMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shoal.node.control import ask
+from shoal.node.dashboard.address import certificate_names
 from shoal.node.dashboard.feed import Feed
 from shoal.node.dashboard.guard import BODY_BYTES, Guard
 from shoal.node.dashboard.page import build_page
@@ -62,7 +62,7 @@ async def serve(listener: socket.socket, control: Path, tls: tuple[Path, Path] |
         redeem,
         Refusals(clock),
         clock,
-        names=() if tls is None else await asyncio.to_thread(_names, tls[0]),
+        names=() if tls is None else await asyncio.to_thread(certificate_names, tls[0]),
         secure=tls is not None,
         port=listener.getsockname()[1],
     )
@@ -108,16 +108,6 @@ class _ImpatientProtocol(H11Protocol):
     def _give_up(self) -> None:
         if self.cycle is None and self in self.connections:
             self.transport.abort()
-
-
-def _names(certificate: Path) -> tuple[str, ...]:
-    """The host names that a certificate is for, wildcards included."""
-    try:
-        found = x509.load_pem_x509_certificate(certificate.read_bytes()).extensions
-        names = found.get_extension_for_class(x509.SubjectAlternativeName).value
-        return tuple(name.lower() for name in names.get_values_for_type(x509.DNSName))
-    except (ValueError, x509.ExtensionNotFound):
-        return ()
 
 
 def _raise_file_limit() -> None:
