@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from dataclasses import replace
 
 import pytest
 from orders_world import Owner, check_tiling, decided
@@ -11,7 +12,9 @@ from trainer_world import TrainerWorld, round_spec
 
 from shoal.protocol import virtual_time
 from shoal.protocol.amendments import PAUSED, RUNNING
+from shoal.protocol.errors import Busy, MessageInvalid
 from shoal.training.amended import AMENDABLE, amended
+from shoal.training.outer.entry import Entry
 from shoal.training.weights import learning_rate
 
 SETTLE_S = 5.0  # for what is in flight, and its commits
@@ -174,6 +177,35 @@ def test_settings_change_for_all_members_of_a_stage_in_the_same_round(
             assert joiner.trainer.outer.spec == expected
 
     virtual_time.run(main)
+
+
+def test_no_entry_under_settings_that_the_owner_never_made_enters_a_log() -> None:
+    """In the log it would be in the way of every later round: nobody could know its revision."""
+
+    async def main() -> None:
+        async with TrainerWorld(round_spec(1), seed=8) as world:
+            replica = await world.add(0, 0)
+            await world.heights(2)
+            outer, before = replica.trainer.outer, replica.trainer.outer.height
+            forged = replace(outer.entry(before) or _no_entry(), height=before + 1, previous=outer.head)
+            with pytest.raises(Busy, match="revision 9 of the settings is not known"):
+                await outer._member.commit(replace(forged, revision=9).encode())
+            await world.heights(before + 3)
+            for height in range(1, outer.height + 1):
+                assert (outer.entry(height) or _no_entry()).revision == 0
+
+            assert replica.members.amendments.adopt(Owner().set("outer.inner_steps", 3))
+            await world.heights(outer.height + 2)
+            assert outer.revision == 1
+            entry = replace(outer.entry(outer.height) or _no_entry(), height=outer.height + 1)
+            with pytest.raises(MessageInvalid, match="revision 0 after 1"):
+                outer._member.replica.log.check(replace(entry, previous=outer.head, revision=0))
+
+    virtual_time.run(main)
+
+
+def _no_entry() -> Entry:
+    raise AssertionError("the log has no such entry")
 
 
 def test_only_some_keys_can_change_and_none_beyond_its_bounds() -> None:

@@ -59,6 +59,8 @@ class Amended:
 
     async def known(self, revision: int, within_s: float) -> bool:
         """Whether the settings of a revision are known here, or come to be in that time."""
+        if revision <= self.revision:
+            return True
         with self._book.watch() as changed:
             try:
                 async with asyncio.timeout(within_s):

@@ -202,7 +202,8 @@ class Member:
     async def commit(self, data: bytes, holders: Sequence[PeerId] = ()) -> None:
         """Apply an entry, from a leader's COMMIT or from a donor. Goes on when its caller is cancelled.
 
-        Raises Stale or MessageInvalid from the log's rules, NotHere when a part is found nowhere.
+        Raises Stale or MessageInvalid from the log's rules, NotHere when a part is found nowhere, Busy for an
+        entry under settings that are not known here yet.
         """
         task: asyncio.Task[object] = asyncio.create_task(self._commit(data, holders))
         self._tasks.add(task)
@@ -215,8 +216,11 @@ class Member:
             task.exception()  # the caller has it, or went away and will learn from the next PREPARE
 
     async def _commit(self, data: bytes, holders: Sequence[PeerId]) -> None:
+        entry, log = parse(data), self.replica.log
+        if entry.height > log.height and not await self._context.amended.known(entry.revision, ORDERS_LAG_S):
+            # Once in the log, a revision that the owner never made would be in the way of all later rounds.
+            raise Busy(f"revision {entry.revision} of the settings is not known here", retry_after_s=1.0)
         async with self._deciding:
-            entry, log = parse(data), self.replica.log
             if entry.height <= log.height:
                 if log.entry(entry.height) == data:
                     return
