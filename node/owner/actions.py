@@ -105,8 +105,10 @@ class OwnerActions:
 
     def _spread(self, presence: Presence, entry: AuditEntry) -> None:
         """Take over what was signed, and tell."""
-        presence.membership.amendments.reload()
-        presence.membership.revocations.reload()
+        if entry.what in ("ban", "unban", "token_revoke"):  # a long list takes a while to read
+            presence.membership.revocations.reload()
+        else:
+            presence.membership.amendments.reload()
         fields = entry.to_json()
         self._events("order", {**fields, "text": f"order of {entry.who}: {entry.what}: {entry.text}"})
 
