@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
+expect.set_options(timeout=15_000)  # two cores, and whatever else the machine does
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -18,6 +18,7 @@ from shoal.node.dashboard.address import DashboardOptions
 from shoal.node.dashboard.child import Dashboard, dashboard
 from shoal.node.view import parts
 from shoal.node.view.snapshot import Snapshot
+from shoal.protocol.errors import StorageError
 
 PHASES = (
     ("prepare", 0.05),
@@ -282,6 +283,7 @@ class FakeDaemon:
     tokens: list[dict[str, Any]] = field(default_factory=list)
     paused: bool = False
     logins: int = 0
+    disk_full: bool = False
     hidden: frozenset[str] = frozenset()  # actions that it has no more
     page: Dashboard | None = None
 
@@ -352,6 +354,8 @@ class FakeDaemon:
         return {**made, "token": "shoal1" + "x" * 1200}
 
     async def _history(self, request: Mapping[str, Any]) -> object:
+        if self.disk_full:
+            raise StorageError("cannot write the history: no space left on device")
         rows = [
             {
                 "peer": peer.peer,
@@ -364,7 +368,8 @@ class FakeDaemon:
             }
             for peer in self.snapshot.peers
         ]
-        return {"contributors": rows}
+        rates = [(NOW - 600 * i, 5000 + 600 * math.sin(i / 9)) for i in range(100, 0, -1)]
+        return {"contributors": rows, "points": rates, "events": [{"number": 1, "text": "left"}]}
 
     async def _start(self, request: Mapping[str, Any]) -> object:
         return {"session": "1"}

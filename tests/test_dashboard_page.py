@@ -190,9 +190,15 @@ def test_cells_follow_the_swarm_within_two_looks(world: World) -> None:
             moved = dataclasses.replace(mover, stages=(2,))
             peers = (*snapshot.peers[:-2], moved)  # one moved, one left
             world.daemon.snapshot = dataclasses.replace(snapshot, peers=peers)
+            await page.emulate_media(reduced_motion="no-preference")
+            gliding = page.wait_for_function(
+                "document.getAnimations().some(one => one.effect.target.dataset?.flip)", polling="raf"
+            )
+            seen = asyncio.create_task(gliding)
             weak = page.locator("#pipeline .stage.weakest .cell")
             await expect(weak).to_have_count(2, timeout=3000)
             await expect(page.locator("#pipeline .stage.outside")).to_have_count(0)
+            await seen
 
     world.runner.run(story())
 
@@ -241,6 +247,24 @@ def test_what_the_daemon_cannot_do_is_not_there(world: World) -> None:
             await expect(page.locator("#verdict .buttons")).to_have_count(0)
             await expect(page.locator("#tryout")).to_be_hidden()
             await expect(page.locator("#invitations form")).to_have_count(0)
+
+    world.runner.run(story())
+
+
+def test_a_full_disk_of_the_history_takes_nothing_else_away(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            world.daemon.disk_full = True
+            world.daemon.tokens.append({"id": "0badf00d", "name": "zoe", "roles": [], "state": "good"})
+            await expect(page.locator("#invitations tbody")).to_contain_text("zoe")
+            await expect(page.locator("#stale")).to_have_text("")
+            await page.locator("#events button", has_text="JSON").click()
+            await expect(page.locator("#toast")).to_contain_text("no space left")
+            world.daemon.disk_full = False
+            async with page.expect_download() as downloading:
+                await page.locator("#events button", has_text="JSON").click()
+            content = (await (await downloading.value).path()).read_text()
+            assert [json.loads(line)["text"] for line in content.splitlines()] == ["left"]
 
     world.runner.run(story())
 

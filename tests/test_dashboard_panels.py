@@ -39,6 +39,7 @@ BUSY = PageState(
         "orders": [{"number": 1, "at_unix_s": NOW, "what": "pause", "text": "paused"}],
     },
     trouble="gone",
+    rates=((NOW - 600, 10.0), (NOW, 20.0)),
     contributors=({"peer": "p", "name": "bob", "tokens": 5, "uptime_s": 1.0, "last_at": NOW},),
     peer="12D3Koo0002",
     rates_open=True,

@@ -6,6 +6,7 @@ Refusals of the daemon are shown where the question was asked.
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from shoal.node.dashboard.state import Invitation, PageState, Tryout
 from shoal.protocol.errors import ShoalError
 
 _FILTER_CHARACTERS = 64
+_EVENTS = 1000
 _TRYOUT_EVERY_S = 0.2
 Values = Mapping[str, object]
 
@@ -41,6 +43,7 @@ class Deeds:
             "sort": self._sort,
             "all-peers": lambda values: self._step(all_peers=True),
             "csv": self._csv,
+            "events-file": self._events_file,
             "ask": self._ask,
             "confirm": self._confirm,
             "rates": lambda values: self._step(rates_open=True, refusal=""),
@@ -80,6 +83,15 @@ class Deeds:
         if self._feed.snapshot is not None:
             content = as_csv(self._feed.snapshot, self._state()).encode()
             ui.download.content(content, "peers.csv", "text/csv")
+
+    async def _events_file(self, values: Values) -> None:
+        """The newest events of the history, one JSON object a line."""
+        try:
+            told = await self._feed.ask("history", what="events", most=_EVENTS, newest=True)
+        except ShoalError as error:
+            return self._step(told=str(error))
+        lines = "".join(json.dumps(event) + "\n" for event in told["events"])
+        ui.download.content(lines.encode(), "events.jsonl", "application/x-ndjson")
 
     # --- orders
 

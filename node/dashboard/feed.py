@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from shoal.protocol.errors import ShoalError
 
 EVERY_S = 0.8  # so that what is new is on the page within a second
 SELDOM = 5  # looks
-CONTRIBUTORS = 30
+CONTRIBUTORS, ORDERS = 30, 20  # shown
+RATES_S = 24 * 3600.0  # back in time
 IDLE_S = 5.0  # so long after the last page was there, nobody looks any more
 
 
@@ -35,6 +37,7 @@ class Feed:
         self.tokens: list[dict[str, Any]] = []
         self.orders: dict[str, Any] = {}
         self.contributors: list[dict[str, Any]] = []
+        self.rates: list[tuple[float, float]] = []  # Unix seconds, tokens a second
 
     def wanted(self) -> None:
         """A page is there."""
@@ -69,14 +72,21 @@ class Feed:
             self.trouble = str(error).partition("\n")[0]
 
     async def _look_at_papers(self) -> None:
-        """What changes only when the owner does something; somebody may do so on the command line as well."""
-        if "tokens" in self.actions:
-            self.tokens = await self.ask("tokens")
-        if "orders" in self.actions:
-            self.orders = await self.ask("orders", most=20)
-        if "history" in self.actions:
-            told = await self.ask("history", what="contributors", most=CONTRIBUTORS)
-            self.contributors = told["contributors"]
+        """What changes seldom, or when the owner does something; on the command line as well."""
+        since = time.time() - RATES_S
+        self.tokens = await self._paper("tokens", self.tokens)
+        self.orders = await self._paper("orders", self.orders, most=ORDERS)
+        told = await self._paper("history", {}, what="contributors", most=CONTRIBUTORS)
+        self.contributors = told.get("contributors", self.contributors)
+        told = await self._paper("history", {}, what="series", name="tokens_per_s", since=since)
+        self.rates = told.get("points", self.rates)
+
+    async def _paper(self, do: str, known: Any, **arguments: object) -> Any:
+        """What the daemon says, or what was known: a full disk, for one, is no reason to show nothing."""
+        try:
+            return await self.ask(do, **arguments) if do in self.actions else known
+        except ShoalError:
+            return known
 
     async def ask(self, do: str, **arguments: object) -> Any:
         """An action of the daemon. Raises ShoalError with its text."""

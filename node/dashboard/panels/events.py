@@ -38,10 +38,11 @@ def events(snapshot: Snapshot, state: PageState) -> Markup:
             spellcheck="false",
         ),
     )
+    save = button("JSON", "events-file", "quiet") if state.can("history") else None
     feed = event_list(found[:_SHOWN], snapshot) if found else empty("Nothing, or nothing that fits.")
     return card(
         "Events",
-        tag("div", search, class_="tools"),
+        tag("div", search, save, class_="tools"),
         tag("div", feed, class_="feed", tabindex="0", role="region", aria_label="Events"),
     )
 

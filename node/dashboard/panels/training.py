@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shoal.node.dashboard import words
-from shoal.node.dashboard.charts import Line, Mark, bar, chart, thinned
+from shoal.node.dashboard.charts import Line, Mark, bar, chart, spark, thinned
 from shoal.node.dashboard.markup import Markup, tag
 from shoal.node.dashboard.panels.card import card, empty, figure, figures
 from shoal.node.dashboard.state import PageState
@@ -72,5 +72,16 @@ def throughput(snapshot: Snapshot, state: PageState) -> Markup:
             ),
             figure(words.number(snapshot.run.inner_steps), "H, inner steps"),
         ),
+        _day(state),
         aside=tag("span", "tokens a second", class_="legend"),
     )
+
+
+def _day(state: PageState) -> Markup | None:
+    """The curve that the history has of the last day."""
+    if len(state.rates) < 2:
+        return None
+    begun, ended = words.day(state.rates[0][0])[-5:], words.day(state.rates[-1][0])[-5:]
+    curve = spark([rate for _, rate in state.rates], f"Tokens a second from {begun} to {ended}")
+    ends = tag("div", tag("span", begun), tag("span", ended), class_="ends")
+    return tag("div", curve, ends, class_="day")
