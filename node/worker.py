@@ -28,7 +28,7 @@ from shoal.node.placing import take_stage
 from shoal.node.presence import Presence
 from shoal.node.reachability import Reach, find_reach
 from shoal.node.trainee import Trainee
-from shoal.node.view.assemble import stage_replicas
+from shoal.node.view.rows import stage_replicas
 from shoal.node.view.verdict import verdict
 from shoal.protocol.errors import UsageError
 from shoal.protocol.identity import PeerId

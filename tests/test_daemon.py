@@ -9,7 +9,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from shoal.node.control import ask
 from shoal.node.demo.processes import PeerProcess, run_shoal
+from shoal.node.paths import control_sockets
+from shoal.node.view.snapshot import Snapshot
 from shoal.training.spec_file import write_template
 
 START_S = 90.0  # a machine that runs other tests beside these is slow to import torch
@@ -76,6 +79,20 @@ async def _seen_by(peer: PeerProcess, names: set[str]) -> None:
             await asyncio.sleep(0.1)
 
 
+async def _told_by(owner: PeerProcess, names: set[str]) -> None:
+    """Returns once the owner's snapshot has what these peers push, its history their events."""
+    (control,) = control_sockets(owner.folder / "data")
+    async with asyncio.timeout(START_S):
+        while True:
+            found = Snapshot.from_json(await ask(control, "snapshot"))
+            told = {peer.name for peer in found.peers if peer.told_s is not None and peer.version}
+            kept = await ask(control, "history", what="events", kind="observing")
+            if names == told == {event["name"] for event in kept["events"]}:
+                break
+            await asyncio.sleep(0.1)
+    assert found.coordinator.history.startswith("kept in ")
+
+
 def test_peers_join_see_each_other_and_leave(tmp_path: Path) -> None:
     async def scenario(swarm: Swarm) -> None:
         ada, ben = await asyncio.gather(
@@ -92,6 +109,7 @@ def test_peers_join_see_each_other_and_leave(tmp_path: Path) -> None:
         assert status["loop"]["callbacks"] > 0
         assert status["upload_limit_bytes_per_s"] == 2.5e6
         assert status["uplink_bytes_per_s"] is None, "it has sent nothing in bulk"
+        await _told_by(swarm.owner, everybody)
         left = await run_shoal("leave", "--data-dir", str(ada.folder / "data"), "--json", timeout_s=START_S)
         assert left == {"leaving": ["ada"]}
         await _exits(ada, 0)

@@ -253,9 +253,10 @@ def test_html_control_characters_and_absurd_figures_are_shown_as_harmless_text()
                 event(1, "<script>\x1b[2J\n", text="<img onerror=x>\x00\u202e" + "y" * 100),
                 event(2, "reroute", stage="none"),
                 event(3, "checkpoint", bytes="much", what="stage " + "9" * 100),
-                event(4, "round", height=1e300, stage=-1.0, seconds=-5.0),
+                event(4, "checkpoint", bytes=1.0, what="stage 0000" + "7" * 9, height=1.0),
+                event(5, "round", height=1e300, stage=-1.0, seconds=-5.0),
                 event(
-                    5, "round", height=3.0, stage=0.0, **{"phases.send.start_s": 1e9, "phases.send.s": -1.0}
+                    6, "round", height=3.0, stage=0.0, **{"phases.send.start_s": 1e9, "phases.send.s": -1.0}
                 ),
             )
             await stream.send(TelemetryBatch(events))

@@ -24,7 +24,7 @@ class Crowd:
         self.now = 0.0
         self._stages = stages
         self._rng = random.Random(seed)
-        self._buffers = {name: Buffer(clock=lambda: self.now) for name in self.names}
+        self._buffers = {name: Buffer(clock=lambda: self.now, capacity=16) for name in self.names}
         self._sent = dict.fromkeys(self.names, 0)
         self._view = swarm(*(replica(name, 0) for name in self.names[:8]), me="nobody")
 

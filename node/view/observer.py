@@ -16,7 +16,7 @@ import psutil
 
 from shoal.dht.members import Members
 from shoal.node.view.archive import Contribution, Entry, Start
-from shoal.node.view.assemble import Seen, assemble, names_of
+from shoal.node.view.assemble import Seen, assemble
 from shoal.node.view.buffer import Buffer
 from shoal.node.view.diagnosis import diagnose, limiting
 from shoal.node.view.figures import Told, figures_of
@@ -26,6 +26,7 @@ from shoal.node.view.messages import TelemetryEvent, TelemetryFigures
 from shoal.node.view.names import readable
 from shoal.node.view.parts import Coordinator, EventRow, Finding
 from shoal.node.view.push import FIGURES_S, Push
+from shoal.node.view.rows import names_of
 from shoal.node.view.snapshot import Own, Snapshot
 from shoal.node.view.tally import Tally
 from shoal.node.view.texts import fields_of, printable, told
@@ -152,7 +153,7 @@ class Observer:
         self._number, self._heard = start.number, dict(start.heard)
         _, stages = self._progress()
         for row in start.events:
-            self._tally.take(row, mine=False, tokens=0, stages=stages)
+            self._tally.take(row, mine=row.peer == self._members.me, tokens=0, stages=stages, new=False)
         for row in start.losses:
             self._tally.take_loss(row)
         self._rates.extend(start.rates)
@@ -217,7 +218,7 @@ class Observer:
         view, spec = self._members.view(), self._spec()
         found: list[Finding] = []
         if spec is not None:
-            timings = self._watch.timings(view, self._tally.told_rounds(), names_of(view))
+            timings = self._watch.timings(view, self._tally.rounds.told(), names_of(view))
             found += diagnose(timings, spec_costs(spec))
             found += [one for one in (limiting(snapshot.stages),) if one is not None]
         if self._history is not None and self._history.trouble:

@@ -5,6 +5,8 @@ Escaping for HTML or a terminal's markup is the front end's; here only length an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from shoal.node.events import sentence
 from shoal.node.view.messages import TelemetryEvent, TelemetryField
 
@@ -43,3 +45,15 @@ def told(kind: str, fields: dict[str, Value]) -> str:
 
 def _whole(value: Value) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def number(fields: Mapping[str, Value], name: str) -> float | None:
+    """A field, if it is a number."""
+    value = fields.get(name)
+    return value if isinstance(value, float) else None
+
+
+def whole(fields: Mapping[str, Value], name: str, otherwise: int = 0) -> int:
+    """A counter; `otherwise` where it is none."""
+    value = fields.get(name)
+    return int(value) if isinstance(value, float) and 0.0 <= value < 2**53 else otherwise

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from shoal.dht.liveness import Liveness
 from shoal.dht.view import Member, SwarmView, is_measured
 from shoal.node.view.diagnosis import WINDOW, Timings
-from shoal.node.view.tally import ToldRound
+from shoal.node.view.rounds import ToldRound
 from shoal.protocol.identity import PeerId
 
 _SMOOTHING = 0.2
@@ -59,10 +59,9 @@ class Watch:
         """Of everybody online; `rounds` as their members told them."""
         sends: dict[str, deque[tuple[float, float]]] = {}
         for told in rounds:
-            sent = told.row.fields.get("bytes_out")
             seconds = next((phase.seconds for phase in told.phases if phase.name == "send"), None)
-            if isinstance(sent, float) and sent > 0 and seconds is not None:
-                sends.setdefault(told.row.peer, deque(maxlen=WINDOW)).append((sent, seconds))
+            if told.bytes_out and seconds is not None:
+                sends.setdefault(told.peer, deque(maxlen=WINDOW)).append((told.bytes_out, seconds))
         found = []
         for peer, known in sorted(self._watched.items()):
             member = view.get(peer)
