@@ -20,6 +20,7 @@ from shoal.training.pipeline.replicas import Replica
 from shoal.training.serving.chain import Generation
 from shoal.training.serving.messages import SamplingOptions
 from shoal.training.serving.server import SessionServer
+from shoal.training.serving.tuning import TuningServer
 from shoal.training.serving.versions import Versions
 from shoal.training.spec import RunSpec
 
@@ -118,6 +119,15 @@ class World:
             versions=versions,
             budget_bytes=budget_bytes,
         )
+        TuningServer(
+            self.spec,
+            stage,
+            server._layout,
+            transport=transport,
+            lane=server.engine._lane,
+            versions=versions,
+            device="cpu",
+        ).serve()
         server.serve()
         return Peer(name, stage, transport, server, versions)
 

@@ -45,6 +45,7 @@ from shoal.training.recovery.guarding import Guarding
 from shoal.training.recovery.lost_stage import LostStage
 from shoal.training.recovery.prefetch import prefetch
 from shoal.training.serving.server import SessionServer
+from shoal.training.serving.tuning import TuningServer
 from shoal.training.serving.versions import Versions
 from shoal.training.spec import RunSpec
 from shoal.training.streams import Streams
@@ -207,6 +208,15 @@ class Trainer:
         )
         self.outer.watch_snapshots(lambda kept: self._versions.publish(kept.state.head, kept.anchor))
         self.sessions.serve()
+        TuningServer(
+            self.spec,
+            self.stage,
+            self.layout,
+            transport=self._transport,
+            lane=self._lane,
+            versions=self._versions,
+            device=self._device,
+        ).serve()
         self.outer.serve()
 
     async def _search(self) -> None:

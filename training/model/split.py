@@ -28,6 +28,21 @@ class Tape:
         self._notes.append((start, add, count))
         self.held_bytes += sum(t.numel() * t.element_size() for t in kept)
 
+    def linear(self, inputs: torch.Tensor, weight: torch.Tensor, start: int) -> torch.Tensor:
+        """See the function of this name; `start` is where the weight lies in the flat vector."""
+        result: torch.Tensor = _Linear.apply(inputs, weight, start, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def scale(self, inputs: torch.Tensor, factor: torch.Tensor, start: int) -> torch.Tensor:
+        """See the function."""
+        result: torch.Tensor = _Scale.apply(inputs, factor, start, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def shift(self, inputs: torch.Tensor, bias: torch.Tensor, start: int) -> torch.Tensor:
+        """See the function."""
+        result: torch.Tensor = _Shift.apply(inputs, bias, start, self)  # type: ignore[no-untyped-call]
+        return result
+
     @torch.no_grad()
     def apply(self, gradient: torch.Tensor) -> None:
         """Add every noted gradient to the stage's flat fp32 gradient, and let go of the activations."""
@@ -100,26 +115,17 @@ class _Shift(torch.autograd.Function):
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, start: int, tape: Tape | None) -> torch.Tensor:
     """inputs [..., n] times weight [m, n] transposed; its gradient goes by way of the tape."""
-    if tape is None:
-        return functional.linear(inputs, weight)
-    result: torch.Tensor = _Linear.apply(inputs, weight, start, tape)  # type: ignore[no-untyped-call]
-    return result
+    return functional.linear(inputs, weight) if tape is None else tape.linear(inputs, weight, start)
 
 
 def scale(inputs: torch.Tensor, factor: torch.Tensor, start: int, tape: Tape | None) -> torch.Tensor:
     """inputs [..., n] times factor [n], elementwise."""
-    if tape is None:
-        return inputs * factor
-    result: torch.Tensor = _Scale.apply(inputs, factor, start, tape)  # type: ignore[no-untyped-call]
-    return result
+    return inputs * factor if tape is None else tape.scale(inputs, factor, start)
 
 
 def shift(inputs: torch.Tensor, bias: torch.Tensor, start: int, tape: Tape | None) -> torch.Tensor:
     """inputs [..., n] plus bias [n]."""
-    if tape is None:
-        return inputs + bias
-    result: torch.Tensor = _Shift.apply(inputs, bias, start, tape)  # type: ignore[no-untyped-call]
-    return result
+    return inputs + bias if tape is None else tape.shift(inputs, bias, start)
 
 
 def note_embedding(tape: Tape, start: int, count: int, tokens: torch.Tensor, gradient: torch.Tensor) -> None:

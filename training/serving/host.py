@@ -23,6 +23,7 @@ from shoal.training.model.layout import StageLayout, genesis, stage_layout
 from shoal.training.outer.context import Event, Offload
 from shoal.training.partition import stage_ranges
 from shoal.training.serving.server import SessionServer
+from shoal.training.serving.tuning import TuningServer
 from shoal.training.serving.versions import Versions
 from shoal.training.spec import RunSpec
 
@@ -73,6 +74,16 @@ class Host:
             budget_bytes=session_bytes,
         )
 
+        self._tuning = TuningServer(
+            spec,
+            stage,
+            self._layout,
+            transport=transport,
+            lane=lane,
+            versions=self.sessions.versions,
+            device=device,
+        )
+
     @property
     def layers(self) -> range:
         """Those it holds."""
@@ -85,6 +96,7 @@ class Host:
         held = await self._offload(weights.to, self._device, dtype)
         self.sessions.versions.publish(self._name, held)
         self.sessions.serve()
+        self._tuning.serve()
 
     async def _load(self, stage: int, layout: StageLayout) -> torch.Tensor:
         checkpoints = StageCheckpoints(

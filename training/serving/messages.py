@@ -11,8 +11,10 @@ from typing import Annotated
 
 from shoal.dht.directory import PeerIdText, StageIndex
 from shoal.protocol.wire import Bounds, Count, Identifier, Items, Length, OneOf, Text, wire_message
+from shoal.training.model.lowrank import TARGETS
 
-SESSION, ROWS = "session", "session.rows"  # methods
+SESSION, ROWS, TUNE = "session", "session.rows", "tune"  # methods
+HIDDEN, LOGITS, LOSS = "hidden", "logits", "loss"
 POSITIONS = 1 << 20  # the spec's most
 STOP, LENGTH = "stop", "length"
 SessionId = Annotated[bytes, Length(16, 16)]
@@ -20,6 +22,7 @@ Version = Annotated[bytes, Length(0, 32)]
 Position = Annotated[int, Bounds(0, POSITIONS)]
 Rows = Annotated[int, Bounds(1, 1024)]
 TokenId = Annotated[int, Bounds(0, (1 << 20) - 1)]
+Target = Annotated[str, OneOf(frozenset(TARGETS))]
 Finish = Annotated[str, OneOf(frozenset({"", STOP, LENGTH}))]
 
 
@@ -132,3 +135,36 @@ class RowsChunk:
 
     start: Position
     count: Rows
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class TuneSpan:
+    """A client asks for one stage of a batch, with its own adapter, and for the way back. Method `tune`.
+
+    Payload, fp32 but for ids: tokens int32 [B, T] at the first stage, else hidden [B, P + T, width]; the
+    adapter's tensors in the order of `AdapterForm.shapes`; for LOSS labels int32 [B, T], -1 where none is
+    wanted; and to go back from HIDDEN the gradient of what came out. The answer: hidden states, logits
+    [B, P + T, vocabulary] or nothing; on the way back the gradients of the hidden states that came in and of
+    the adapter's tensors.
+    """
+
+    stage: StageIndex
+    version: Version  # empty: the current one
+    sequences: Annotated[int, Bounds(1, 256)]
+    length: Annotated[int, Bounds(1, POSITIONS)]
+    output: Annotated[str, OneOf(frozenset({HIDDEN, LOGITS, LOSS}))]
+    back: bool = False
+    rank: Annotated[int, Bounds(0, 256)] = 0
+    alpha: Annotated[float, Bounds(-1e6, 1e6)] = 1.0
+    targets: Annotated[tuple[Target, ...], Items(7)] = ()
+    prompt: Annotated[int, Bounds(0, 4096)] = 0
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class TunedSpan:
+    """The answer, and on which weights it was computed."""
+
+    version: Version
+    loss: Annotated[float, Bounds(-1e9, 1e9)] = 0.0  # mean over the labels
