@@ -26,6 +26,8 @@ another's spec           test_a_spec_that_is_not_the_owners_is_refused_whoever_t
 bad training messages    the tests of pipeline and rounds below; for owners and donors that send rubbish in
                          the middle of a round: test_outer_faults, test_recovery
 a copy's guardian        test_guardians: what_is_handed_to_a_guardian_(…), a_guardian_that_lies_(…)
+bad tuning requests      test_tuning: requests_that_do_not_fit_(…), more_requests_than_fit_(…)
+a wrong tokenizer        test_serve_model: a_tokenizer_comes_from_whoever_has_the_right_one
 bad sessions             test_session_refusals: sessions_that_do_not_fit_(…), rows_that_do_not_fit_(…),
                          a_thousand_streams_(…); test_sessions: a_client_that_never_reads_(…)
 open files               test_an_expired_token_from_an_open_file_(…); test_identity, test_tokens, test_cli

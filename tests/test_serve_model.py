@@ -18,6 +18,7 @@ from blake3 import blake3
 from shoal.node import AsyncClient, Options
 from shoal.node.cli.serve_model import _serving_only
 from shoal.node.demo.processes import PeerProcess, run_shoal
+from shoal.node.hf import SwarmModelForCausalLM
 from shoal.node.paths import CACHE_KEY
 from shoal.node.signed_spec import SignedSpec
 from shoal.node.tokenizers import METHOD, TokenizerReply, TokenizerRequest, serve_tokenizer, with_tokenizer
@@ -84,6 +85,16 @@ def test_strangers_lend_machines_to_a_model_and_its_text_is_that_of_transformers
             warnings.simplefilter("ignore")
             theirs = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0][ids.shape[1] :]
 
+        def tune(token: str) -> None:
+            """In the shape of Transformers, through the same strangers."""
+            with SwarmModelForCausalLM.from_pretrained(join=token, data_dir=folder / "tuner") as remote:
+                with torch.no_grad():
+                    expected = model(ids).logits
+                torch.testing.assert_close(remote(ids).logits, expected, rtol=0.0, atol=1e-4)
+                remote.add_adapter(rank=2)
+                remote(ids, labels=ids).loss.backward()
+                assert all(parameter.grad is not None for parameter in remote.parameters())
+
         async def story() -> str:
             owner, lender = peers = [
                 PeerProcess(name, folder / name, lambda peer, event: None) for name in ("owner", "lender")
@@ -103,6 +114,7 @@ def test_strangers_lend_machines_to_a_model_and_its_text_is_that_of_transformers
                 )
                 async with AsyncClient(str(made["token"]), data_dir=folder / "client") as client:
                     done = await client.generate(PROMPT, Options(max_new_tokens=TOKENS, temperature=0.0))
+                await asyncio.to_thread(tune, str(made["token"]))
                 status = await lender.status()
                 assert status is not None
                 assert status["training"]["sessions"]["positions"] > 0

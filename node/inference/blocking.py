@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, overload
 
 from shoal.node.inference.client import AsyncClient, Completion, Options, Turn
+from shoal.node.inference.writing import Text
 from shoal.protocol.admission import JoinToken
+from shoal.training.serving.tuner import Tuner
 
 T = TypeVar("T")
 
@@ -27,7 +29,7 @@ class Client:
     def __enter__(self) -> Self:
         self._thread.start()
         try:
-            self._wait(self._client.__aenter__())
+            self.wait(self._client.__aenter__())
         except BaseException:
             self._stop()
             raise
@@ -35,7 +37,7 @@ class Client:
 
     def __exit__(self, *error: object) -> None:
         try:
-            self._wait(self._client.__aexit__(*error))
+            self.wait(self._client.__aexit__(*error))
         finally:
             self._stop()
 
@@ -58,23 +60,23 @@ class Client:
     ) -> Completion | list[Completion]:
         """A whole text, or one for each prompt."""
         if isinstance(prompt, str):
-            return self._wait(self._client.generate(prompt, options, timeout_s=timeout_s))
-        return self._wait(self._client.generate(prompt, options, timeout_s=timeout_s))
+            return self.wait(self._client.generate(prompt, options, timeout_s=timeout_s))
+        return self.wait(self._client.generate(prompt, options, timeout_s=timeout_s))
 
     def stream(self, prompt: str, options: Options | None = None) -> Iterator[str]:
         """The text as it comes; closing the iterator ends it."""
         pieces = self._client.stream(prompt, options)
         try:
-            while (text := self._wait(_next(pieces))) is not None:
+            while (text := self.wait(_next(pieces))) is not None:
                 yield text
         finally:
-            self._wait(pieces.aclose())
+            self.wait(pieces.aclose())
 
     def chat(
         self, turns: Sequence[Turn], options: Options | None = None, *, timeout_s: float | None = None
     ) -> Completion:
         """The assistant's next turn."""
-        return self._wait(self._client.chat(turns, options, timeout_s=timeout_s))
+        return self.wait(self._client.chat(turns, options, timeout_s=timeout_s))
 
     def route(self) -> list[str | None]:
         """The servers of the text that was begun last, by stage."""
@@ -84,7 +86,23 @@ class Client:
         """The run and who serves it."""
         return self._client.status()
 
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+    @property
+    def text(self) -> Text:
+        """What writes, for programs that bring their own `wait`."""
+        return self._client.text
+
+    @property
+    def model(self) -> str:
+        """The run's name."""
+        return self._client.model
+
+    @property
+    def tuner(self) -> Tuner:
+        """What forwards and tunes."""
+        return self._client.tuner
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine that runs on the client's loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _stop(self) -> None:

@@ -27,6 +27,7 @@ from shoal.protocol.errors import NetworkError, UsageError
 from shoal.protocol.identity import PeerKey
 from shoal.training.data.tokenizer import Tokenizer, load_tokenizer
 from shoal.training.neighbours import MemberReplicas
+from shoal.training.serving.tuner import Tuner
 from shoal.training.spec import RunSpec
 
 __all__ = ["AsyncClient", "Completion", "Options", "Piece", "Text", "Turn", "Writing"]
@@ -76,6 +77,7 @@ class AsyncClient:
         self._stack = AsyncExitStack()
         self._presence: Presence | None = None
         self._text: Text | None = None
+        self._tuner: Tuner | None = None
         self._last: Writing | None = None
 
     async def __aenter__(self) -> Self:
@@ -98,6 +100,7 @@ class AsyncClient:
             tokenizer = await asyncio.to_thread(load_tokenizer, local.data)
             replicas = MemberReplicas(presence.members)
             self._text = Text(spec, tokenizer, presence.transport, replicas, presence.rng)
+            self._tuner = Tuner(spec, presence.transport, replicas, presence.rng)
             self._presence = presence
             self._stack = self._stack.pop_all()
         return self
@@ -111,6 +114,13 @@ class AsyncClient:
         if self._text is None:
             raise UsageError("the client has not joined; use it as: async with AsyncClient(...) as client")
         return self._text
+
+    @property
+    def tuner(self) -> Tuner:
+        """What forwards and tunes. Raises UsageError before the client is entered."""
+        if self._tuner is None:
+            raise UsageError("the client has not joined; use it as: async with AsyncClient(...) as client")
+        return self._tuner
 
     @property
     def spec(self) -> RunSpec:
