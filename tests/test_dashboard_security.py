@@ -20,7 +20,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
 from shoal.node.dashboard.address import DashboardOptions, dashboard_options
-from shoal.node.dashboard.child import CRASHES, Dashboard
+from shoal.node.dashboard.child import CRASHES, Dashboard, dashboard
 from shoal.node.dashboard.guard import LOGIN_BURST, WEBSOCKETS
 from shoal.node.dashboard.logins import LINK_S, LoginCodes
 from shoal.node.dashboard.refusals import EVERY_S, Bucket, Refusals
@@ -355,6 +355,17 @@ def test_other_machines_get_the_page_over_tls_or_when_forced() -> None:
     assert dashboard_options("[::1]:0", None, False).host == "::1"
     with pytest.raises(UsageError, match="no certificate with its key"):
         dashboard_options("0.0.0.0:8080", (Path("/nowhere"), Path("/nowhere")), False)
+
+
+def test_an_address_in_use_is_refused_when_the_daemon_starts(tmp_path: Path) -> None:
+    async def story() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            options = DashboardOptions(host="127.0.0.1", port=other.getsockname()[1])
+            with pytest.raises(UsageError, match="name another port"):
+                async with dashboard(options, tmp_path / "control.sock", lambda kind, fields: None):
+                    pass
+
+    asyncio.run(story())
 
 
 def test_over_tls_the_cookie_is_for_tls_alone_and_the_certificate_names_the_host(tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ from shoal.protocol.errors import UsageError
 
 CRASHES, CRASHES_S = 5, 600.0  # so many in so long a time, and it is left alone
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
-STOP_S = 5.0
 _NICENESS = 5  # a page that is slow for a moment is better than a training step that is
 _BACKLOG = 128
 
@@ -94,14 +93,16 @@ class Dashboard:
             stdin=self._listener.fileno(),
             stdout=asyncio.subprocess.DEVNULL,
             env={**os.environ, parent.ENVIRONMENT_KEY: str(os.getpid())},
+            start_new_session=True,  # Ctrl-C in a terminal is for the daemon
         )
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
         try:
             return await process.wait()
         finally:
-            if process.returncode is None:
-                await _end(process)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()  # it keeps nothing that would have to be put in order
+            await process.wait()
 
     async def _answer_login(self, request: Mapping[str, Any]) -> object:
         return {"right": self._codes.redeem(request.get("code"))}
@@ -129,15 +130,3 @@ async def dashboard(
         ) from error
     with listener:
         yield Dashboard(options, listener, control, events)
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-    try:
-        async with asyncio.timeout(STOP_S):
-            await process.wait()
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()

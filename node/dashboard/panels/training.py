@@ -47,7 +47,11 @@ def throughput(snapshot: Snapshot, state: PageState) -> Markup:
     best = max(found.best or 0.0, found.now, found.hour or 0.0) or 1.0
     rows = [
         tag("div", tag("span", name), bar(value / best), tag("b", words.number(value)), class_="bar-row")
-        for name, value in (("now", found.now), ("hour", found.hour), ("best", found.best))
+        for name, value in (
+            ("now", found.now),
+            ("hour", found.hour),
+            ("best", found.best and max(found.best, found.now)),
+        )
         if value is not None
     ]
     lost = [
