@@ -27,6 +27,9 @@ def serve(
         Path | None,
         typer.Option(help="Keys that callers may show, one a line; needed to listen on other addresses."),
     ] = None,
+    verify: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the answers that a second chain recomputes.")
+    ] = 0.0,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of keys and runs.", show_default=False)
     ] = None,
@@ -41,17 +44,22 @@ def serve(
         note(warning)
     keys = read_keys(api_key_file)
     with bind(listen, keys) as bound:
-        asyncio.run(_serve(parsed, data_dir, bound, keys, as_json))
+        asyncio.run(_serve(parsed, data_dir, bound, keys, verify, as_json))
 
 
 async def _serve(
-    token: JoinToken, data_dir: Path | None, bound: socket.socket, keys: tuple[str, ...], as_json: bool
+    token: JoinToken,
+    data_dir: Path | None,
+    bound: socket.socket,
+    keys: tuple[str, ...],
+    verify: float,
+    as_json: bool,
 ) -> None:
     from shoal.node.gateway.app import Gateway
     from shoal.node.gateway.server import server_of
     from shoal.node.inference.client import AsyncClient
 
-    async with AsyncClient(token, data_dir=data_dir) as client:
+    async with AsyncClient(token, data_dir=data_dir, verify=verify) as client:
         gateway = Gateway(client, client.model, int(time.time()), time.time, keys)
         host, port = bound.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"

@@ -20,9 +20,14 @@ class Client:
     """Use as `with Client(token) as client:`; raises what `AsyncClient` raises."""
 
     def __init__(
-        self, join: str | JoinToken, *, data_dir: Path | None = None, timeout_s: float | None = None
+        self,
+        join: str | JoinToken,
+        *,
+        data_dir: Path | None = None,
+        timeout_s: float | None = None,
+        verify: float = 0.0,
     ) -> None:
-        self._client = AsyncClient(join, data_dir=data_dir, timeout_s=timeout_s)
+        self._client = AsyncClient(join, data_dir=data_dir, timeout_s=timeout_s, verify=verify)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="shoal client", daemon=True)
 

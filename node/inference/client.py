@@ -11,6 +11,8 @@ Called by `shoal generate`, `shoal chat` and the gateway; `blocking.Client` is t
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
@@ -27,11 +29,13 @@ from shoal.protocol.errors import NetworkError, UsageError
 from shoal.protocol.identity import PeerKey
 from shoal.training.data.tokenizer import Tokenizer, load_tokenizer
 from shoal.training.neighbours import MemberReplicas
+from shoal.training.serving.audit import NEAR_SCORE, Auditor, Disagreement
 from shoal.training.serving.tuner import Tuner
 from shoal.training.spec import RunSpec
 
 __all__ = ["AsyncClient", "Completion", "Options", "Piece", "Text", "Turn", "Writing"]
 _SWARM_S = 20.0  # to see a replica of every stage
+_log = logging.getLogger(__name__)
 _AT_ONCE = 32  # texts of one batch
 
 
@@ -69,15 +73,24 @@ class AsyncClient:
     """One member of the swarm that only asks. Use as `async with`; texts may be written side by side."""
 
     def __init__(
-        self, join: str | JoinToken, *, data_dir: Path | None = None, timeout_s: float | None = None
+        self,
+        join: str | JoinToken,
+        *,
+        data_dir: Path | None = None,
+        timeout_s: float | None = None,
+        verify: float = 0.0,
     ) -> None:
-        """`timeout_s`: for a whole text, where a call does not say another. Raises TokenInvalid."""
+        """`timeout_s`: for a whole text, where a call does not say another. `verify`: share of the texts that
+        a second chain recomputes; `status()["checks"]` tells. Raises TokenInvalid, UsageError."""
+        if not 0.0 <= verify <= 1.0:
+            raise UsageError(f"verify = {verify}: a share lies between 0 and 1")
         self._token = JoinToken.parse(join.strip()) if isinstance(join, str) else join
-        self._data_dir, self._timeout_s = data_dir, timeout_s
+        self._data_dir, self._timeout_s, self._verify = data_dir, timeout_s, verify
         self._stack = AsyncExitStack()
         self._presence: Presence | None = None
         self._text: Text | None = None
         self._tuner: Tuner | None = None
+        self._auditor: Auditor | None = None
         self._last: Writing | None = None
 
     async def __aenter__(self) -> Self:
@@ -101,6 +114,10 @@ class AsyncClient:
             replicas = MemberReplicas(presence.members)
             self._text = Text(spec, tokenizer, presence.transport, replicas, presence.rng)
             self._tuner = Tuner(spec, presence.transport, replicas, presence.rng)
+            near = NEAR_SCORE if spec.model.dtype == "float32" else 100 * NEAR_SCORE
+            auditor = Auditor(self._tuner, self._verify, presence.rng, _warn, near)
+            self._auditor = await self._stack.enter_async_context(auditor)
+            self._text.ended = auditor.ended
             self._presence = presence
             self._stack = self._stack.pop_all()
         return self
@@ -215,6 +232,7 @@ class AsyncClient:
                 for stage in range(self.spec.stages.count)
             ],
             "route": self.route(),
+            "checks": self._auditor.status() if self._auditor is not None else {},
         }
 
     async def _complete(self, prompt: str, options: Options | None) -> Completion:
@@ -230,6 +248,10 @@ class AsyncClient:
             writing.new_tokens,
             round(time.monotonic() - begun_s, 3),
         )
+
+
+def _warn(found: Disagreement) -> None:
+    _log.warning("two chains disagree on a token: %s", json.dumps(found.to_json()))
 
 
 def transcript(turns: Sequence[Turn], options: Options) -> tuple[str, Options]:

@@ -19,7 +19,7 @@ from shoal.protocol.transport import Transport
 from shoal.protocol.wire import encode
 from shoal.training.data.tokenizer import ByteTokenizer, Tokenizer
 from shoal.training.pipeline.replicas import Replicas
-from shoal.training.serving.chain import ChainFigures, Generation
+from shoal.training.serving.chain import ChainFigures, Generation, Written
 from shoal.training.serving.messages import STOP, SamplingOptions, TokenBias
 from shoal.training.spec import RunSpec
 
@@ -78,12 +78,17 @@ class Writing:
         begin: Callable[[Sequence[int]], Generation],
         tokenizer: Tokenizer,
         stops: Sequence[str],
+        ended: Callable[[Written], None] = lambda written: None,
     ) -> None:
-        """`begin` makes the generation of a prompt's tokens; it raises MessageInvalid for what cannot be."""
+        """`begin` makes the generation of a prompt's tokens; it raises MessageInvalid for what cannot be.
+
+        `ended` gets a text that came to its end.
+        """
         self.prompt_tokens = self.new_tokens = 0
         self.text = ""
         self.finish = ""
         self._prompt, self._begin, self._tokenizer = prompt, begin, tokenizer
+        self._ended = ended
         self._generation: Generation | None = None  # once entered
         self._decoder, self._filter = Decoder(tokenizer), StopFilter(stops)
 
@@ -105,7 +110,10 @@ class Writing:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._entered.__aexit__(*error)
+        generation = self._entered
+        await generation.__aexit__(*error)
+        if self.finish:
+            self._ended(generation.written())
 
     def _encoded(self, prompt: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(prompt).tolist()
@@ -160,6 +168,7 @@ class Text:
     ) -> None:
         self.spec, self.tokenizer = spec, tokenizer
         self._transport, self._replicas, self._rng = transport, replicas, rng
+        self.ended: Callable[[Written], None] = lambda written: None  # of each text
 
     def writing(self, prompt: str | Sequence[int], options: Options) -> Writing:
         """A text that begins once it is entered. Raises UsageError for options out of bounds.
@@ -180,4 +189,4 @@ class Text:
                 self.spec, self._transport, self._replicas, tokens, options.max_new_tokens, sampling, rng
             )
 
-        return Writing(prompt, begin, self.tokenizer, options.stop)
+        return Writing(prompt, begin, self.tokenizer, options.stop, self.ended)

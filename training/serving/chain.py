@@ -64,6 +64,19 @@ class ChainFigures:
     longest_gap_s: float = 0.0  # between two tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A text that is complete: tokens with its prompt's first, and who computed it on which versions."""
+
+    tokens: tuple[int, ...]
+    prompt: int
+    options: SamplingOptions
+    versions: tuple[bytes, ...]  # by stage
+    servers: frozenset[PeerId]
+    stopped: bool  # by a token that ended it
+    restarted: bool = False  # some of it was computed on versions before these
+
+
 class Generation:
     """One text. Use as `async with`, and iterate for its tokens; `finish` says why it ended."""
 
@@ -91,6 +104,7 @@ class Generation:
         self.tokens = list(prompt)
         self.finish = ""
         self.figures = ChainFigures()
+        self.servers: set[PeerId] = set()  # all that had a part in it
         self._capacity = min(len(prompt) + max_new_tokens, most)
         self._prompt = len(prompt)
         self._spec, self._transport, self._replicas = spec, transport, replicas
@@ -144,6 +158,18 @@ class Generation:
     def versions(self) -> list[bytes]:
         """What the session is pinned to, one of each stage; empty where it is not open yet."""
         return list(self._pins)
+
+    def written(self) -> Written:
+        """What a check needs to know of a text that is complete."""
+        return Written(
+            tuple(self.tokens),
+            self._prompt,
+            self._options,
+            tuple(self._pins),
+            frozenset(self.servers),
+            self.finish == STOP,
+            self.figures.restarted > 0,
+        )
 
     # --- the loop
 
@@ -270,6 +296,7 @@ class Generation:
                 continue
             self._empty_since_s.pop(stage, None)
             self._denied.discard(link.peer)
+            self.servers.add(link.peer)
             self._pins[stage] = link.version or b""
             behind = (stage + 1) % self._stages
             target = self._links[behind]

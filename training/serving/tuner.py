@@ -52,6 +52,8 @@ class _Trip:
     tensors: Tensors
     entered: list[torch.Tensor] = field(default_factory=list)  # what went into each stage
     pins: dict[int, bytes] = field(default_factory=dict)  # stage -> version
+    avoid: frozenset[PeerId] = frozenset()
+    servers: list[PeerId] = field(default_factory=list)  # that answered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +62,7 @@ class Answer:
 
     logits: torch.Tensor
     hidden: tuple[torch.Tensor, ...]
+    servers: tuple[PeerId, ...]  # by stage
 
 
 class Tuner:
@@ -85,15 +88,24 @@ class Tuner:
     ) -> Answer:
         """Of tokens int64 [B, T]. Raises StageEmpty, Busy, AccessError and MessageInvalid."""
         for _ in range(_RESTARTS):
-            trip = _Trip(tokens, form, tensors or {})
             try:
-                await self._forward(trip)
-                _, out = await self._ask(len(self.layouts) - 1, trip, LOGITS)
+                return await self._answer(_Trip(tokens, form, tensors or {}))
             except VersionRetired:
                 continue
-            rows = out.view(*self._rows(trip)[:2], self._spec.data.vocabulary)
-            return Answer(rows[:, form.prompt :], tuple(h[:, form.prompt :] for h in trip.entered[1:]))
         raise VersionRetired(f"the model changed {_RESTARTS} times under one batch; ask again")
+
+    async def again(
+        self, tokens: torch.Tensor, versions: dict[int, bytes], avoid: frozenset[PeerId]
+    ) -> Answer:
+        """On these versions, by none of these servers. Raises VersionRetired, StageEmpty without others."""
+        return await self._answer(_Trip(tokens, NO_ADAPTER, {}, pins=dict(versions), avoid=avoid))
+
+    async def _answer(self, trip: _Trip) -> Answer:
+        await self._forward(trip)
+        _, out = await self._ask(len(self.layouts) - 1, trip, LOGITS)
+        rows, start = out.view(*self._rows(trip)[:2], self._spec.data.vocabulary), trip.form.prompt
+        hidden = tuple(entered[:, start:] for entered in trip.entered[1:])
+        return Answer(rows[:, start:], hidden, tuple(trip.servers))
 
     async def loss(
         self,
@@ -169,7 +181,7 @@ class Tuner:
         parts = [trip.entered[stage], *own, *([] if more is None else [more])]
         payload = b"".join(map(_bytes, parts))
         wanted = self._expected(trip, stage, output, back)
-        trip.pins[stage], loss, out = await self._from_anybody(request, payload, wanted)
+        trip.pins[stage], loss, out = await self._from_anybody(request, payload, wanted, trip)
         return loss, out
 
     def _expected(self, trip: _Trip, stage: int, output: str, back: bool) -> int:
@@ -180,18 +192,22 @@ class Tuner:
         return sequences * length * each
 
     async def _from_anybody(
-        self, request: TuneSpan, payload: bytes, wanted: int
+        self, request: TuneSpan, payload: bytes, wanted: int, trip: _Trip
     ) -> tuple[bytes, float, torch.Tensor]:
         loop = asyncio.get_running_loop()
         until_s, reason = loop.time() + self._patience_s, "no replica of it is known"
         while loop.time() < until_s:
-            known = self._replicas.of_stage(request.stage)
+            known = [one for one in self._replicas.of_stage(request.stage) if one.peer not in trip.avoid]
+            if trip.avoid and not known:
+                raise StageEmpty(f"no other peer serves stage {request.stage}")
             peer = choose(known, self._avoid_until_s, loop.time(), self._rng.random())
             if peer is None:
                 await asyncio.sleep(self._rng.uniform(*_PAUSE_S))
                 continue
             try:
-                return await self._from(peer, request, payload, wanted)
+                found = await self._from(peer, request, payload, wanted)
+                trip.servers.append(peer)
+                return found
             except (VersionRetired, MessageInvalid, AccessError):
                 raise
             except ShoalError as error:
