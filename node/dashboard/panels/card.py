@@ -11,14 +11,9 @@ def card(title: str, *content: Child, note: str = "", aside: Child = None) -> Ma
     return join([tag("header", tag("h2", title), aside, class_="card-head"), words, *content])
 
 
-def figure(value: str, label: str, detail: Child = None) -> Markup:
+def figure(value: str, label: str) -> Markup:
     """A number with its name."""
-    return tag(
-        "div",
-        tag("dt", label),
-        tag("dd", tag("b", value), tag("small", detail) if detail else None),
-        class_="figure",
-    )
+    return tag("div", tag("dt", label), tag("dd", tag("b", value)), class_="figure")
 
 
 def figures(*rows: Markup) -> Markup:

@@ -25,7 +25,7 @@ def rounds(snapshot: Snapshot, state: PageState) -> Markup:
         "Rounds",
         *(_round(r, span_s) for r in shown),
         note=note,
-        aside=tag("span", *keys, class_="legend wrap"),
+        aside=tag("span", *keys, class_="legend"),
     )
 
 
