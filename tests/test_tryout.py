@@ -1,4 +1,4 @@
-"""The daemon's side of the try-it box is bounded in number, length and time. For texts: test_dashboard_swarm."""
+"""The daemon's side of the try-it box is bounded in number, length and time. Texts: test_dashboard_swarm."""
 
 from __future__ import annotations
 
