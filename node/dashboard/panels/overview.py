@@ -49,13 +49,12 @@ def top_bar(snapshot: Snapshot | None, state: PageState) -> Markup:
 
 
 def stale_banner(snapshot: Snapshot | None, state: PageState) -> Markup:
-    """Shown when the daemon does not answer; what the browser itself notices is in `live.js`."""
+    """Shown when the daemon does not answer; what the browser itself notices is in `theme.js`."""
     if not state.trouble:
         return Markup()
     since = f" Everything below is as of {words.clock(snapshot.at)}." if snapshot else ""
-    return tag(
-        "p", tag("b", "The daemon does not answer."), f"{since} Training goes on without it.", role="alert"
-    )
+    why = tag("small", f" ({state.trouble})")
+    return tag("p", tag("b", "The daemon does not answer."), f"{since} Training goes on.", why, role="alert")
 
 
 def verdict(snapshot: Snapshot, state: PageState) -> Markup:
