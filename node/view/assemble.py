@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import heapq
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -133,18 +132,11 @@ def _redone_share(seen: Seen) -> float | None:
 
 
 def _links(view: SwarmView, seen: Seen) -> tuple[tuple[Link, ...], int]:
-    """Between members who are here, and how many do not fit: those with a measured bandwidth first, then the
-    longest."""
+    """Between members who are here, the same number of each source where not all fit; how many do not."""
     here = {member.peer for member in view.here()}
-    found = [
-        (link.bytes_per_s <= 0.0, -link.rtt_s, source, link)
-        for source, told in seen.told.items()
-        if source in here and told.figures is not None
-        for link in told.figures.links
-        if link.peer in here
-    ]
-    kept = heapq.nsmallest(LINKS, found, key=lambda one: one[:3])
-    links = tuple(
+    sources = {peer: told.links for peer, told in seen.told.items() if peer in here and told.links}
+    each = max(1, LINKS // max(1, len(sources)))
+    links = [
         Link(
             source=source,
             target=link.peer,
@@ -152,9 +144,11 @@ def _links(view: SwarmView, seen: Seen) -> tuple[tuple[Link, ...], int]:
             bytes_per_s=link.bytes_per_s or None,
             failures=link.failures,
         )
-        for _, _, source, link in kept
-    )
-    return links, len(found) - len(links)
+        for source, found in sources.items()
+        for link in found[:each]
+        if link.peer in here
+    ]
+    return tuple(links[:LINKS]), sum(map(len, sources.values())) - min(len(links), LINKS)
 
 
 def _trust(own: Own, seen: Seen) -> Trust:

@@ -93,6 +93,7 @@ class Told:
         self.number = 0  # of its last event that was taken
         self.figures: TelemetryFigures | None = None
         self.told_s = -math.inf  # loop time
+        self.links: tuple[TelemetryLink, ...] = ()  # those with a measured bandwidth first, then the longest
         self.dropped = 0
         self._marks: deque[tuple[float, float, int, int]] = deque(maxlen=_MARKS)  # uptime, busy, out, in
 
@@ -106,6 +107,7 @@ class Told:
         while len(self._marks) > 2 and figures.uptime_s - self._marks[1][0] >= _WINDOW_S:
             self._marks.popleft()
         self.figures, self.told_s = figures, now_s
+        self.links = tuple(sorted(figures.links, key=lambda link: (link.bytes_per_s <= 0.0, -link.rtt_s)))
 
     @property
     def busy_share(self) -> float | None:

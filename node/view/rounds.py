@@ -47,6 +47,8 @@ class Rounds:
 
     def __init__(self) -> None:
         self._told: OrderedDict[str, deque[ToldRound]] = OrderedDict()
+        self._members: dict[tuple[int, int], list[ToldRound]] = {}  # the same, by stage and height
+        self._rows: dict[tuple[int, int], tuple[int, Round]] = {}  # of so many members, as last shown
 
     def take(self, row: EventRow, stages: int) -> None:
         """A `round` event; one that cannot be, or is told again, is left out."""
@@ -54,12 +56,14 @@ class Rounds:
         stage, height = whole(fields, "stage", -1), whole(fields, "height", -1)
         if not 0 <= stage < stages or height < 1:
             return
-        kept = self._told.setdefault(row.peer, deque(maxlen=ROUNDS_OF_A_PEER))
+        kept = self._told.setdefault(row.peer, deque())
         self._told.move_to_end(row.peer)
         if len(self._told) > REPORTERS:
-            self._told.popitem(last=False)
+            self._forget(*self._told.popitem(last=False)[1])
         if any((told.stage, told.height) == (stage, height) for told in kept):
             return
+        if len(kept) >= ROUNDS_OF_A_PEER:
+            self._forget(kept.popleft())
         kept.append(
             ToldRound(
                 peer=row.peer,
@@ -79,6 +83,15 @@ class Rounds:
                 update_norm=number(fields, "update_norm"),
             )
         )
+        self._members.setdefault((stage, height), []).append(kept[-1])
+
+    def _forget(self, *gone: ToldRound) -> None:
+        for told in gone:
+            key = (told.stage, told.height)
+            self._members[key].remove(told)
+            self._rows.pop(key, None)
+            if not self._members[key]:
+                del self._members[key]
 
     def told(self) -> Iterator[ToldRound]:
         """All that is kept, whoever told it."""
@@ -87,26 +100,29 @@ class Rounds:
 
     def shown(self, heights: Sequence[int], names: Mapping[str, str]) -> tuple[Round, ...]:
         """The newest, those of all stages together; `heights` of the stages bound what can have been."""
-        newest = sorted(self._possible(heights).values(), key=lambda members: min(one.at for one in members))
-        return tuple(_round(members, names) for members in newest[-ROUNDS:])
+        newest = sorted(self._possible(heights), key=lambda key: (self._members[key][0].at, key))[-ROUNDS:]
+        return tuple(self._row(key, names) for key in newest)
+
+    def _row(self, key: tuple[int, int], names: Mapping[str, str]) -> Round:
+        members = self._members[key]
+        count, row = self._rows.get(key, (0, None))
+        if row is None or count != len(members):
+            row = _round(members, names)
+            self._rows[key] = len(members), row
+        return row
 
     def compression(self, heights: Sequence[int]) -> tuple[Compression, ...]:
         """What the last round of each stage says."""
-        possible = self._possible(heights)
         last: dict[int, int] = {}
-        for stage, height in possible:
+        for stage, height in self._possible(heights):
             last[stage] = max(last.get(stage, 0), height)
         return tuple(
-            _compression(stage, possible.get((stage, last.get(stage, 0)), []))
+            _compression(stage, self._members.get((stage, last.get(stage, 0)), []))
             for stage in range(len(heights))
         )
 
-    def _possible(self, heights: Sequence[int]) -> dict[tuple[int, int], list[ToldRound]]:
-        found: dict[tuple[int, int], list[ToldRound]] = {}
-        for told in self.told():
-            if told.stage < len(heights) and told.height <= heights[told.stage] + 1:
-                found.setdefault((told.stage, told.height), []).append(told)
-        return found
+    def _possible(self, heights: Sequence[int]) -> list[tuple[int, int]]:
+        return [key for key in self._members if key[0] < len(heights) and key[1] <= heights[key[0]] + 1]
 
 
 def phases_of(fields: Mapping[str, Value]) -> Iterable[Phase]:

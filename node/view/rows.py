@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from shoal.dht.liveness import Liveness
 from shoal.dht.view import Member, SwarmView, is_measured
@@ -101,33 +102,30 @@ def _with_told(row: Peer, told: Told, now_s: float) -> Peer:
     figures = told.figures
     if figures is None:
         return row
-    row = replace(
-        row,
-        told_s=round(max(0.0, now_s - told.told_s), 3),
-        uptime_s=figures.uptime_s,
-        version=printable(figures.version, 64),
-        memory_bytes=figures.memory_bytes,
-        reachable=printable(figures.reachable),
-        trouble=printable(figures.trouble),
-        bytes_out=figures.bytes_out,
-        bytes_in=figures.bytes_in,
-        up_bytes_per_s=told.up_bytes_per_s,
-        down_bytes_per_s=told.down_bytes_per_s,
-        busy_share=told.busy_share,
-    )
-    training = figures.training
-    if training is None:
-        return row
-    return replace(
-        row,
-        tokens=training.tokens,
-        micro_batches=training.micro_batches,
-        rejected=training.rejected,
-        redone=training.redone,
-        inner_steps=training.inner_steps,
-        loss=training.loss if training.loss >= 0.0 else None,
-        sessions=training.sessions,
-    )
+    changed: dict[str, Any] = {
+        "told_s": round(max(0.0, now_s - told.told_s), 3),
+        "uptime_s": figures.uptime_s,
+        "version": printable(figures.version, 64),
+        "memory_bytes": figures.memory_bytes,
+        "reachable": printable(figures.reachable),
+        "trouble": printable(figures.trouble),
+        "bytes_out": figures.bytes_out,
+        "bytes_in": figures.bytes_in,
+        "up_bytes_per_s": told.up_bytes_per_s,
+        "down_bytes_per_s": told.down_bytes_per_s,
+        "busy_share": told.busy_share,
+    }
+    if (training := figures.training) is not None:
+        changed |= {
+            "tokens": training.tokens,
+            "micro_batches": training.micro_batches,
+            "rejected": training.rejected,
+            "redone": training.redone,
+            "inner_steps": training.inner_steps,
+            "loss": training.loss if training.loss >= 0.0 else None,
+            "sessions": training.sessions,
+        }
+    return replace(row, **changed)
 
 
 def _peer(member: Member, view: SwarmView, replicas: Sequence[int], copies: Sequence[int]) -> Peer:
