@@ -13,7 +13,7 @@ from view_crowd import ROUND_S, Crowd
 from view_peers import TRAINER, World, clock
 from view_world import replica
 
-from shoal.node.view import intake
+from shoal.node.view import intake, observer
 from shoal.node.view.messages import METHOD, TelemetryHello, TelemetryTaken
 from shoal.node.view.observer import Observer
 from shoal.protocol import virtual_time
@@ -22,10 +22,10 @@ from shoal.protocol.identity import PeerId
 PEERS, MINUTES = 200, 60
 
 
-def kept(observer: Observer) -> int:
+def kept(watcher: Observer) -> int:
     """Elements of all containers that the observer and its parts hold."""
     seen: set[int] = set()
-    waiting: list[Any] = [observer]
+    waiting: list[Any] = [watcher]
     count = 0
     while waiting:
         found = waiting.pop()
@@ -66,6 +66,7 @@ def test_an_hour_of_two_hundred_peers_is_seen_whole_and_memory_stays_flat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(intake, "SILENCE_S", 2.0 * ROUND_S)  # peers talk every 5 s; these once a round
+    monkeypatch.setattr(observer, "SAMPLE_S", 1.0 * ROUND_S)
 
     async def scene() -> None:
         world, crowd, rng = World(1, stages=4), Crowd(PEERS, 4, seed=1), random.Random(1)
