@@ -1,0 +1,273 @@
+"""Turns: one replica's loop of rounds: it opens one, catches up, or waits, as `policy.next_action` says.
+
+Whatever fails is tried again after a random while, longer each time in a row. `Outer` runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.identity import PeerId
+from shoal.training.decisions import DecisionLog
+from shoal.training.outer.change import Change
+from shoal.training.outer.context import Context
+from shoal.training.outer.entry import Entry
+from shoal.training.outer.figures import Figures
+from shoal.training.outer.follow import follow
+from shoal.training.outer.leader import Leader
+from shoal.training.outer.local import LocalWeights
+from shoal.training.outer.member import Member
+from shoal.training.outer.policy import (
+    TAKEOVER_S,
+    CatchUp,
+    GroupMember,
+    Lead,
+    Position,
+    Wait,
+    next_action,
+    should_open,
+    succession,
+)
+from shoal.training.outer.promise import Promises
+from shoal.training.outer.replica import Replica
+from shoal.training.recovery.catch_up import CatchingUp
+from shoal.training.recovery.guarded import Guarded
+
+POLL_S = 0.25  # membership changes and beats are looked at this often
+STOOD_STILL_S = 0.25  # a loop that is later than this was stopped, or starved: others may have gone on
+BACKOFF_S = (0.2, 5.0)
+_SWITCHER_S = 0.1  # between those who bring lost entries back: others must not always be first
+
+
+class Turns:
+    """See the module."""
+
+    def __init__(
+        self,
+        context: Context,
+        replica: Replica,
+        member: Member,
+        weights: LocalWeights,
+        promises: Promises,
+        guarded: Guarded,
+        catching_up: CatchingUp,
+        change: Change,
+        figures: Figures,
+        *,
+        peers: Callable[[], Sequence[GroupMember]],
+        first_stage_head: Callable[[], bytes],
+        decisions: DecisionLog | None,
+    ) -> None:
+        self._context = context
+        self._replica = replica
+        self._member = member
+        self._weights = weights
+        self._promises = promises
+        self._guarded = guarded
+        self._catching_up = catching_up
+        self._change = change
+        self._figures = figures
+        self._peers = peers
+        self._first_stage_head = first_stage_head
+        self._decisions = decisions
+        self._wanted_since_s: float | None = None
+        self._behind_since_s: float | None = None
+        self._not_before_s = 0.0
+        self._failures = 0
+        self._urgent = False
+        self._ballot = 0  # the highest met at the height to come
+        self._brought_back_by: str | None = None  # who led the last entry, if that was a re-entry
+
+    # -- what is due
+
+    @property
+    def steps_since_round(self) -> int:
+        """Inner steps of this process since the last round that lists it, as far as the next one may."""
+        return 0 if self._replica.lost else self._weights.inner_steps - max(self._ends())[0]
+
+    @property
+    def tokens_since_round(self) -> int:
+        """Tokens of those steps."""
+        return self._weights.tokens - max(self._ends())[1]
+
+    @property
+    def all_listed(self) -> bool:
+        """Whether the log holds every inner step of this process in every fragment."""
+        return min(self._ends())[0] >= self._weights.inner_steps
+
+    def _ends(self) -> list[tuple[int, int]]:
+        return self._replica.log.ends_of(self._context.me, self._context.incarnation)
+
+    def group(self) -> list[GroupMember]:
+        """The live replicas, this one as it is now rather than as its last beat told."""
+        return self._group(self._peers())
+
+    def _group(self, peers: Sequence[GroupMember]) -> list[GroupMember]:
+        me, log = self._context.me, self._replica.log
+        mine = GroupMember(
+            peer=me,
+            incarnation=self._context.incarnation,
+            height=log.height,
+            head=log.head,
+            state_root=self._replica.state_root,
+            steps_since_round=self.steps_since_round,
+            tokens_since_round=self.tokens_since_round,
+            log_tokens=log.tokens,
+            uplink=next((member.uplink for member in peers if member.peer == me), 1.0),
+        )
+        return [mine, *(member for member in peers if member.peer != me and not member.silent)]
+
+    # -- the loop
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self._act()
+
+    def entered(self, entry: Entry) -> None:
+        """The log has a new entry: whatever was wanted, or tried, was for the one before."""
+        self._wanted_since_s, self._ballot = None, 0
+        self._brought_back_by = entry.leader if entry.lost else None
+
+    async def final_round(self) -> None:
+        """Before a graceful leave: returns when the log holds all inner steps made until now.
+
+        `run` has to be running; the caller sets the limit.
+        """
+        steps = self._weights.inner_steps
+        self._urgent = True
+        self._change.notify()
+        try:
+            await self._change.until(lambda: min(self._ends())[0] >= steps, lambda: None)
+        finally:
+            self._urgent = False
+
+    async def permission(self) -> None:
+        """Returns when an entry lets this replica go to another stage (LEAVE, design section 10).
+
+        `run` has to be running; the caller sets the limit, and stays if it cancels.
+        """
+        me = self._context.me
+        self._member.leaves = True
+        try:
+            await self._change.until(lambda: me in self._replica.log.leaving, lambda: None)
+        finally:
+            self._member.leaves = False
+
+    async def _act(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        peers = self._peers()
+        group = self._group(peers)
+        self._replica.offered.hear(peers, self._replica.log.head_at, now_s)
+        position = self._position(now_s, group)
+        action = next_action(position)
+        if self._decisions is not None and not isinstance(action, Wait):
+            answer = {"action": type(action).__name__, "order": position.order}
+            self._decisions.note("lead", answer, stage=self._context.stage, position=position)
+        match action:
+            case Wait(until_s):
+                await self._wait(min(now_s + POLL_S, until_s if until_s is not None else now_s + POLL_S))
+            case CatchUp():
+                await self.catch_up(group)
+            case Lead():
+                await self._lead(group, [member.peer for member in peers if member.silent])
+
+    async def _wait(self, limit_s: float) -> None:
+        """Until something changes; who stood still meanwhile hears what was said before it leads anything."""
+        await self._change.wait(limit_s)
+        now_s = asyncio.get_running_loop().time()
+        if now_s - limit_s > STOOD_STILL_S:
+            self._not_before_s = max(self._not_before_s, now_s + STOOD_STILL_S)
+
+    def _position(self, now_s: float, group: Sequence[GroupMember]) -> Position:
+        me = self._context.me
+        mine = next(member for member in group if member.peer == me)
+        apart = self._context.amended.at(self._replica.log.revision).outer.inner_steps / len(
+            self._context.fragments
+        )
+        due = should_open(apart, mine, group).yes or bool(self._replica.lost)
+        urgent = self._urgent and not self.all_listed
+        series = self._brought_back_by  # whoever brings lost entries back goes on, the others let it
+        urgent = urgent or (series == me and bool(self._replica.lost))
+        undecided_s = self._member.undecided_since_s
+        if undecided_s is None and not due and not urgent:
+            self._wanted_since_s = None
+        elif self._wanted_since_s is None:
+            self._wanted_since_s = now_s
+        if not self._catching_up.ahead(group):
+            self._behind_since_s = None
+        elif self._behind_since_s is None:
+            self._behind_since_s = now_s
+        wanted_since_s = self._wanted_since_s if undecided_s is None else undecided_s
+        if wanted_since_s is not None and series not in (None, me):
+            wanted_since_s += TAKEOVER_S
+        order = succession(
+            self._context.run_id,
+            self._context.stage,
+            self._replica.log.height + 1,
+            [member.peer for member in group],
+        )
+        return Position(
+            now_s=now_s,
+            me=me,
+            group=group,
+            order=order,
+            height=self._replica.log.height,
+            engaged=self._member.engaged_with is not None,
+            behind_since_s=self._behind_since_s,
+            wanted_since_s=wanted_since_s,
+            not_before_s=self._not_before_s,
+            urgent=urgent,
+            patience_s=_SWITCHER_S if self._replica.lost and undecided_s is None else TAKEOVER_S,
+        )
+
+    async def _lead(self, group: Sequence[GroupMember], silent: Sequence[PeerId]) -> None:
+        promise, height = self._promises.current, self._replica.log.height + 1
+        promised = promise.ballot if promise.previous == self._replica.log.head else 0
+        leader = Leader(
+            self._context,
+            self._replica.log,
+            group,
+            silent,
+            max(promised, self._ballot) + 1,
+            self._first_stage_head(),
+            lambda line: follow(self._context, self._member, line),
+            self._guarded.secure,
+            self._replica.lost.next(),
+            self._mix(height),
+        )
+        self._context.event("round-open", {"height": height, "roster": len(group)})
+        try:
+            await leader.lead()
+            self._figures.led += 1
+            self._failures = 0
+        except ShoalError as error:
+            self._ballot = leader.highest_ballot
+            self._back_off(f"round {height} not committed: {error}")
+
+    async def catch_up(self, group: Sequence[GroupMember]) -> bool:
+        try:
+            await self._catching_up.run(group)
+            self._failures = 0
+            return True
+        except ShoalError as error:
+            self._back_off(f"not caught up: {error}")
+            return False
+
+    def _back_off(self, reason: str) -> None:
+        """Wait a random while, longer after each failure in a row."""
+        self._failures += 1
+        self._figures.failed += 1
+        self._figures.last_reason = reason
+        self._context.event("outer-retry", {"why": reason})
+        low_s, high_s = BACKOFF_S
+        longest_s = min(low_s * 2 ** min(self._failures, 8), high_s)
+        self._not_before_s = asyncio.get_running_loop().time() + self._context.rng.uniform(low_s, longest_s)
+
+    def _mix(self, height: int) -> bytes:
+        """How each part is encoded from here on, where the spec leaves that to measurement."""
+        if height <= self._context.spec.compression.warmup_rounds:
+            return b""
+        return self._member.mixes.get(self._replica.log.next_fragment.index, b"")
