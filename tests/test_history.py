@@ -68,6 +68,23 @@ def test_history_goes_on_after_a_restart_with_numbers_losses_and_rates(tmp_path:
     play(scene)
 
 
+def test_whoever_asks_before_the_history_is_read_costs_no_event(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        owner = await world.add("owner", owner=True, folder=tmp_path)
+        owner.buffer.add("moving", {"text": "once"})
+        await asyncio.sleep(2.0)
+        await world.remove("owner")
+        owner = await world.add("owner", owner=True, folder=tmp_path)
+        owner.buffer.add("moving", {"text": "twice"})
+        assert owner.observer.snapshot().events == ()
+        await asyncio.sleep(2.0)
+        found = await owner.observer.ask_history({"what": "events"})
+        assert isinstance(found, dict)
+        assert [row["text"] for row in found["events"]] == ["once", "twice"]
+
+    play(scene)
+
+
 def test_contributors_are_named_and_their_processes_summed(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         owner = await world.add("owner", owner=True, folder=tmp_path)

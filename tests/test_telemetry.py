@@ -89,6 +89,20 @@ def test_a_round_is_one_row_with_every_members_phases_and_the_slowest_of_each() 
     play(scene)
 
 
+def test_figures_of_who_is_gone_count_no_longer() -> None:
+    async def scene(world: World) -> None:
+        owner = await world.add("owner", owner=True)
+        peer = await world.add("peer")
+        peer.training = training(stage=1, retries=10)
+        await asyncio.sleep(12.0)
+        assert owner.observer.snapshot().throughput.lost[-1].what == "redone"
+        await world.remove("peer")
+        await asyncio.sleep(1.0)
+        assert owner.observer.snapshot().throughput.lost == ()
+
+    play(scene)
+
+
 def test_two_owners_are_told_the_same_and_tell_each_other() -> None:
     async def scene(world: World) -> None:
         first, second = await world.add("one", owner=True), await world.add("two", owner=True)
@@ -171,7 +185,14 @@ def test_secrets_and_places_on_a_volunteers_disk_stay_at_home() -> None:
     buffer.add("invitation", {"text": "join with shoal1-abcdef"})
     buffer.add("dashboard-link", {"url": "http://127.0.0.1/login?once=1"})
     buffer.add(
-        "plan", {"text": "join with shoal1-abcdef", "token": "x", "path": "/home/ada", "device": "cpu"}
+        "plan",
+        {
+            "text": "join with shoal1-abcdef",
+            "token": "x",
+            "path": "/home/ada",
+            "device": "cpu",
+            "of": {"token": "x", "url": "x"},
+        },
     )
     buffer.add("peer_joined", {"peer": "of no interest, since everybody sees it"})
     (event,) = buffer.after(0)

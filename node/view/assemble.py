@@ -115,7 +115,7 @@ def _lost(seen: Seen, redone_share: float | None) -> tuple[Lost, ...]:
     found = []
     if shares:
         waiting = 1.0 - statistics.fmean(shares)
-        text = f"lanes of {len(shares)} peers waited {waiting:.0%} of the time"
+        text = f"lanes of replicas waited {waiting:.0%} of the time ({len(shares)} tell)"
         found.append(Lost(what="waiting", share=waiting, text=text))
     if redone_share is not None:
         text = f"{redone_share:.1%} of the micro-batches were tried again or twice"

@@ -111,7 +111,7 @@ def _fields(fields: Fields, hidden: frozenset[str]) -> Iterator[TelemetryField]:
     for name, value in _flat("", fields):
         if left == 0:
             return
-        if name in hidden or not name:
+        if name.rpartition(".")[2] in hidden or not name:
             continue
         left -= 1
         name = name[:FIELD_CHARACTERS].encode(errors="replace").decode()

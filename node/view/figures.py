@@ -111,8 +111,8 @@ class Told:
 
     @property
     def busy_share(self) -> float | None:
-        """Of its lane, of late."""
-        rate = self._rate(1)
+        """Of its lane, of late; None for a peer without a stage."""
+        rate = self._rate(1) if self.figures is not None and self.figures.training is not None else None
         return None if rate is None else min(1.0, rate)
 
     @property

@@ -47,7 +47,7 @@ class History:
         return f"not kept: {self.trouble}" if self.trouble else f"kept in {self._archive.path}"
 
     async def start(self) -> Start:
-        """What there is; nothing where the disk refuses."""
+        """What there is; nothing where the disk refuses. Then numbers begin above all that may lie there."""
         for _ in range(2):  # a damaged file is put aside by the first
             try:
                 found: Start = await self._offload(self._archive.start, EVENTS_AT_START, self._clock())
@@ -56,7 +56,7 @@ class History:
             else:
                 self.trouble = ""
                 return found
-        return Start(number=0, heard={}, events=())
+        return Start(number=int(1000 * self._clock()), heard={}, events=())
 
     def add(self, entry: Entry) -> None:
         """To be written."""

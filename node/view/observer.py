@@ -18,7 +18,7 @@ from shoal.dht.members import Members
 from shoal.node.view.archive import Contribution, Entry, Start
 from shoal.node.view.assemble import Seen, assemble
 from shoal.node.view.buffer import Buffer
-from shoal.node.view.diagnosis import diagnose, limiting
+from shoal.node.view.diagnosis import WINDOW, diagnose, limiting
 from shoal.node.view.figures import Told, figures_of
 from shoal.node.view.history import History
 from shoal.node.view.intake import Intake
@@ -76,6 +76,7 @@ class Observer:
         self._mine = Told(process)
         self._heard: dict[str, tuple[int, int]] = {}
         self._number = 0  # of the last event
+        self._begun = False  # numbers are known: what happened here may be taken
         self._rates: deque[float] = deque(maxlen=HOUR_SAMPLES)
         self._best: float | None = None
         self._findings: tuple[Finding, ...] = ()
@@ -93,7 +94,7 @@ class Observer:
         view, own, spec = self._members.view(), self._own(), self._spec()
         seen = Seen(
             standing=self._standing(),
-            told=self._told(),
+            told={peer: told for peer, told in self._told().items() if not view.is_gone(peer)},
             tally=self._tally,
             findings=self._findings,
             recent=_mean([rate for rate in list(self._rates)[-RECENT_SAMPLES:] if rate > 0.0]),
@@ -135,6 +136,7 @@ class Observer:
         """Look, tell and take until cancelled."""
         if self._history is not None:
             self._go_on_from(await self._history.start())
+        self._begun = True
         if self._intake is not None:
             self._intake.serve(self._transport)
         try:
@@ -170,10 +172,10 @@ class Observer:
                 self._mine.take(figures, loop.time())
             if loop.time() - sampled_s >= SAMPLE_S:
                 sampled_s = loop.time()
-                self._sample()
+                await self._sample()
             await asyncio.sleep(LOOK_S)
 
-    def _sample(self) -> None:
+    async def _sample(self) -> None:
         """A point of every series; then judge."""
         self._cpu.look()
         view = self._members.view()
@@ -184,6 +186,7 @@ class Observer:
             return  # still starting
         self._rates.append(snapshot.throughput.now)
         self._best = max(self._best or 0.0, snapshot.throughput.now)
+        await asyncio.sleep(0.0)  # with a thousand peers each half takes the loop's 50 ms
         self._findings = self._judge(snapshot)
         history = self._history
         if history is None:
@@ -218,7 +221,7 @@ class Observer:
         view, spec = self._members.view(), self._spec()
         found: list[Finding] = []
         if spec is not None:
-            timings = self._watch.timings(view, self._tally.rounds.told(), names_of(view))
+            timings = self._watch.timings(view, self._tally.rounds.told(WINDOW), names_of(view))
             found += diagnose(timings, spec_costs(spec))
             found += [one for one in (limiting(snapshot.stages),) if one is not None]
         if self._history is not None and self._history.trouble:
@@ -235,7 +238,7 @@ class Observer:
 
     def _take_own(self) -> None:
         """What happened here since the last time."""
-        while events := self._buffer.after(self._mine.number):
+        while self._begun and (events := self._buffer.after(self._mine.number)):
             self._mine.number = events[-1].number
             self._take(self._members.me, self._process, events)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,10 +94,10 @@ class Rounds:
             if not self._members[key]:
                 del self._members[key]
 
-    def told(self) -> Iterator[ToldRound]:
-        """All that is kept, whoever told it."""
+    def told(self, most: int) -> Iterator[ToldRound]:
+        """The last so many of each who told."""
         for told in self._told.values():
-            yield from told
+            yield from itertools.islice(told, max(0, len(told) - most), None)
 
     def shown(self, heights: Sequence[int], names: Mapping[str, str]) -> tuple[Round, ...]:
         """The newest, those of all stages together; `heights` of the stages bound what can have been."""
