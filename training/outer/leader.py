@@ -258,7 +258,8 @@ class Leader:
         elif self._lost_entry is not None:
             return await self._bring_back(self._lost_entry)
         if not any(results):  # nothing undecided, or nothing left of it: what was sent is sent again
-            draft = self._new_draft()
+            # ... and as it was encoded: who is in that draft's round does not encode again.
+            draft = self._new_draft(like=draft if drafts else self._plain)
             results = await self._gather_reports(draft, draft.encode())
         if not any(results):
             raise Stale(
@@ -321,8 +322,8 @@ class Leader:
             raise Stale(f"this peer cannot lead: {self._lost.get(self._context.me, 'its weights are busy')}")
         self._require_quorum(list(self._answers))
 
-    def _new_draft(self) -> Entry:
-        """Everybody who answered is present; who has tokens contributes."""
+    def _new_draft(self, like: Entry) -> Entry:
+        """Everybody who answered is present; who has tokens contributes, in the codecs of `like`."""
         seats = enumerate(self._offer.roster)
         given = [(i, self._answers[seat.peer]) for i, seat in seats if seat.peer in self._answers]
         given = [(i, answer) for i, answer in given if answer.tokens and answer.to_step > answer.from_step]
@@ -344,7 +345,13 @@ class Leader:
             self._context.spec.stages.minimum_replicas,
         )
         return dataclasses.replace(
-            self._plain, roster=self._roster_present(), contributors=tuple(rows), leaving=leaving
+            self._plain,
+            roster=self._roster_present(),
+            contributors=tuple(rows),
+            leaving=leaving,
+            contribution=like.contribution,
+            published=like.published,
+            mix=like.mix,
         )
 
     async def _gather_reports(self, draft: Entry, data: bytes) -> list[tuple[bytes, bytes] | None]:
