@@ -16,8 +16,9 @@ The base lies on the servers and stays as it is; the adapter's parameters live h
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from transformers import LlamaConfig, Qwen2Config
@@ -34,7 +35,6 @@ from shoal.training.model.lowrank import AdapterForm
 from shoal.training.serving.sampling import next_token
 from shoal.training.serving.tuner import NO_ADAPTER, Tuner
 
-T = TypeVar("T")
 Wait = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
@@ -63,15 +63,11 @@ class SwarmModelForCausalLM(torch.nn.Module):
         request_timeout: float | None = None,
     ) -> Self:
         """Join with an inference token. Raises UsageError where the run has another name than `run`."""
-        client = Client(join, data_dir=data_dir, timeout_s=request_timeout)
-        client.__enter__()
-        try:
+        with ExitStack() as stack:
+            client = stack.enter_context(Client(join, data_dir=data_dir, timeout_s=request_timeout))
             if run not in (None, client.model):
                 raise UsageError(f"this token is for {client.model!r}, not {run!r}")
-            return cls(client.text, client.tuner, client.wait, lambda: client.__exit__(None, None, None))
-        except BaseException:
-            client.__exit__(None, None, None)
-            raise
+            return cls(client.text, client.tuner, client.wait, stack.pop_all().close)
 
     def close(self) -> None:
         """Leave the swarm."""

@@ -80,70 +80,35 @@ def show(peer: Who, data_dir: DataDir = None, as_json: AsJson = False) -> None:
     out.print(table)
 
 
-@app.command()
-def drain(
-    peer: Who,
-    reason: Reason = "",
-    run: Run = None,
-    yes: Yes = False,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
-) -> None:
-    """Ask a peer to finish what it holds, contribute it, and leave."""
-    _direct("drain", "Let {} finish and leave", peer, reason, run, yes, data_dir, as_json)
+def _about(what: str, question: str, told: str) -> None:
+    """A command that gives one order about one peer."""
+
+    def command(
+        peer: Who,
+        reason: Reason = "",
+        run: Run = None,
+        yes: Yes = False,
+        data_dir: DataDir = None,
+        as_json: AsJson = False,
+    ) -> None:
+        asked = question.format(peer)
+        order(what, asked, run=run, data_dir=data_dir, yes=yes, as_json=as_json, peer=peer, reason=reason)
+
+    app.command(what, help=told)(command)
 
 
-@app.command()
-def kick(
-    peer: Who,
-    reason: Reason = "",
-    run: Run = None,
-    yes: Yes = False,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
-) -> None:
-    """Ask a peer to leave at once; it may come back. What it had not contributed is lost."""
-    _direct("kick", "Send {} away", peer, reason, run, yes, data_dir, as_json)
-
-
-@app.command()
-def ban(
-    peer: Who,
-    reason: Reason = "",
-    run: Run = None,
-    yes: Yes = False,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
-) -> None:
-    """Shut a peer out until `unban`; all others refuse it. Its token is good for other keys still."""
-    _direct("ban", "Shut {} out", peer, reason, run, yes, data_dir, as_json)
-
-
-@app.command()
-def unban(
-    peer: Who,
-    reason: Reason = "",
-    run: Run = None,
-    yes: Yes = False,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
-) -> None:
-    """Let a peer that was shut out come back. Takes its id."""
-    _direct("unban", "Let {} come back", peer, reason, run, yes, data_dir, as_json)
-
-
-def _direct(
-    what: str,
-    question: str,
-    peer: str,
-    reason: str,
-    run: str | None,
-    yes: bool,
-    data_dir: Path | None,
-    as_json: bool,
-) -> None:
-    more = {"peer": peer, "reason": reason}
-    order(what, question.format(peer), run=run, data_dir=data_dir, yes=yes, as_json=as_json, **more)
+_about("drain", "Let {} finish and leave", "Ask a peer to finish what it holds, contribute it, and leave.")
+_about(
+    "kick",
+    "Send {} away",
+    "Ask a peer to leave at once; it may come back. What it had not contributed is lost.",
+)
+_about(
+    "ban",
+    "Shut {} out",
+    "Shut a peer out until `unban`; all others refuse it. Its token is good for other keys still.",
+)
+_about("unban", "Let {} come back", "Let a peer that was shut out come back. Takes its id.")
 
 
 def _seen(data_dir: Path | None) -> Snapshot:

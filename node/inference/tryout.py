@@ -19,6 +19,7 @@ from typing import Any, Self
 from shoal.node.control import Action
 from shoal.node.inference.writing import Options, Text
 from shoal.node.presence import Presence
+from shoal.node.tokenizers import with_tokenizer
 from shoal.protocol.errors import Busy, NetworkError, NotHere, ShoalError, UsageError
 from shoal.protocol.identity import Contact, PeerId
 from shoal.training.data.tokenizer import load_tokenizer
@@ -114,7 +115,8 @@ class Tryouts:
         presence.contacts.learn(Contact(presence.transport.me, presence.addresses, presence.membership.chain))
         if self._text is None:
             spec = presence.spec.spec
-            tokenizer = await asyncio.to_thread(load_tokenizer, spec.data)
+            local = await with_tokenizer(spec, presence.transport, presence.others())
+            tokenizer = await asyncio.to_thread(load_tokenizer, local.data)
             replicas = MemberReplicas(presence.members, itself=True)
             self._text = Text(spec, tokenizer, presence.transport, replicas, presence.rng)
         return self._text

@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from shoal.protocol import virtual_time
 from shoal.protocol.identity import PeerId, VerifiedPeer
 from shoal.protocol.wire import decode, encode
 
-Spent = Counter[str]
+Spent = defaultdict[str, float]
 
 
 def spent(figures: Spent, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -42,12 +42,12 @@ def spent(figures: Spent, what: str, function: Callable[..., Any], *arguments: A
     try:
         return function(*arguments)
     finally:
-        figures[what] += time.thread_time() - begun_s  # type: ignore[assignment]
+        figures[what] += time.thread_time() - begun_s
 
 
 async def hour(peers: int, seconds: int, folder: Path) -> dict[str, object]:
     """The figures of `seconds` of virtual time."""
-    world, crowd, figures = World(1, stages=4), Crowd(peers, 4, seed=1), Spent()
+    world, crowd, figures = World(1, stages=4), Crowd(peers, 4, seed=1), Spent(float)
     owner = await world.add("owner", owner=True, folder=folder)
     observer = owner.observer
     intake = observer._intake
@@ -71,14 +71,14 @@ async def hour(peers: int, seconds: int, folder: Path) -> dict[str, object]:
                 begun_s = time.thread_time()
                 batch = decode(TelemetryBatch, data)
                 intake._file(senders[name], intake.told[PeerId(name)], batch)
-                figures["take"] += time.thread_time() - begun_s  # type: ignore[assignment]
+                figures["take"] += time.thread_time() - begun_s
         begun_s = time.thread_time()
         text = json.dumps(spent(figures, "snapshot", observer.snapshot).to_json())
         longest_s = max(longest_s, time.thread_time() - begun_s)
-        figures["snapshot and JSON"] += time.thread_time() - begun_s  # type: ignore[assignment]
+        figures["snapshot and JSON"] += time.thread_time() - begun_s
         begun_s = time.thread_time()
         await asyncio.sleep(1.0)
-        figures["watch, sample, history"] += time.thread_time() - begun_s  # type: ignore[assignment]
+        figures["watch, sample, history"] += time.thread_time() - begun_s
         if second % (seconds // 6) == 0:
             gc.collect()
             memory.append(psutil.Process().memory_info().rss >> 20)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -247,8 +247,3 @@ class Tuner:
 def _bytes(tensor: torch.Tensor) -> bytes:
     wire = tensor.to(torch.float32 if tensor.is_floating_point() else torch.int32)
     return bytes(bytes_of(wire.contiguous().flatten()))
-
-
-def names(layouts: Sequence[StageLayout], form: AdapterForm) -> list[str]:
-    """Of all stages' tensors."""
-    return [name for layout in layouts for name in form.shapes(layout)]
