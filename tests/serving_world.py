@@ -18,6 +18,7 @@ from shoal.training.model.stage import StageModel
 from shoal.training.partition import stage_ranges
 from shoal.training.pipeline.replicas import Replica
 from shoal.training.serving.chain import Generation
+from shoal.training.serving.form import Form
 from shoal.training.serving.messages import SamplingOptions
 from shoal.training.serving.server import SessionServer
 from shoal.training.serving.tuning import TuningServer
@@ -29,7 +30,7 @@ GREEDY = SamplingOptions()
 PROMPT = [10, 20, 30, 40, 50]
 
 
-def serving_spec(stages: int, sequence: int = 128) -> RunSpec:
+def serving_spec(stages: int, sequence: int = 128, **more: object) -> RunSpec:
     model = {
         "layers": stages,
         "width": 16,
@@ -37,6 +38,7 @@ def serving_spec(stages: int, sequence: int = 128) -> RunSpec:
         "kv_heads": 1,
         "feedforward": 16,
         "sequence": sequence,
+        **more,
     }
     return RunSpec.model_validate({"model": model, "stages": {"count": stages}})
 
@@ -108,7 +110,7 @@ class World:
     ) -> Peer:
         name = PeerId(f"12D3KooWs{stage}r{number}".ljust(52, "1"))
         transport = wrap(self.network.transport(name, frozenset({Role.TRAINER})))
-        versions = Versions()
+        versions = Versions(Form.of(self.spec, stage_layout(self.spec, stage_ranges(self.spec)[stage])))
         versions.publish(b"v1".ljust(32), self.weights[stage])
         server = SessionServer(
             self.spec,

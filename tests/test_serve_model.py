@@ -133,7 +133,9 @@ def test_auto_takes_the_fewest_stages_that_fit(tmp_path: Path) -> None:
     needs = make_plan(whole).stages[0].memory.total
     halves = _serving_only(made, None, "float32", needs)
     assert halves.stages.count > 1
-    assert make_plan(_serving_only(made, 1, "bfloat16", 0)).stages[0].memory.serving == needs // 2
+    full = make_plan(whole).stages[0].memory.serving
+    assert make_plan(_serving_only(made, 1, "bfloat16", 0)).stages[0].memory.serving == full // 2
+    assert make_plan(_serving_only(made, 1, "float32", 0, "int8")).stages[0].memory.serving < full // 3
     with pytest.raises(HardwareTooSmall, match="--memory"):
         _serving_only(made, None, "float32", 1000)
 

@@ -12,10 +12,12 @@ import math
 from dataclasses import dataclass
 
 from shoal.training.activation import VALUE_BYTES, activation_bytes
+from shoal.training.model.layout import stage_layout
 from shoal.training.outer.codecs import codec_of, usual_codecs
 from shoal.training.outer.parts import cut
 from shoal.training.partition import layer_costs, stage_costs, stage_ranges
 from shoal.training.pipeline.payload import PayloadFormat
+from shoal.training.serving.form import INT8, served_bytes
 from shoal.training.serving.versions import KEPT
 from shoal.training.spec import RunSpec
 
@@ -30,7 +32,7 @@ class StageMemory:
     optimizer: int  # AdamW's two moments
     anchor: int  # float32, of the last round
     outer_momentum: int
-    serving: int  # the anchors that inference is served from, current and previous, in float32
+    serving: int  # the anchors that inference is served from, current and previous, in float32; and in int8
     round: int  # a copy of a fragment's weights and its contribution, encoded
     residuals: int  # float32, of contributions and at most as much of means; below 8 bits only
     activations: int  # of `inner.in_flight` micro-batches
@@ -153,8 +155,9 @@ def _stage(spec: RunSpec, stage: int, layers: range, compute_share: float) -> St
 
 def _memory(spec: RunSpec, layers: range, parameters: int, contribution_bytes: int) -> StageMemory:
     full, typed = 4 * parameters, parameters * VALUE_BYTES[spec.model.dtype]
-    if not spec.trains:  # the float32 weights as they are read, and the one version that is served
-        return StageMemory(full if typed < full else 0, 0, 0, 0, 0, 0, typed, 0, 0, 0)
+    if not spec.trains:  # the one version that is served, and its largest parameter in float32 as it is read
+        largest = 4 * max(slot.count for slot in stage_layout(spec, layers).slots)
+        return StageMemory(largest, 0, 0, 0, 0, 0, served_bytes(spec, layers), 0, 0, 0)
     feedback = spec.compression.feedback and any(
         codec_of(tag).needs_feedback for tag in usual_codecs(spec.compression)
     )
@@ -165,7 +168,7 @@ def _memory(spec: RunSpec, layers: range, parameters: int, contribution_bytes: i
         optimizer=2 * full if spec.inner.optimizer == "adamw" else 0,
         anchor=full,
         outer_momentum=full,
-        serving=KEPT * full,
+        serving=KEPT * (full + (served_bytes(spec, layers) if spec.model.serving_weights == INT8 else 0)),
         round=full // spec.outer.fragments + contribution_bytes,
         residuals=2 * full if feedback else 0,
         activations=spec.inner.in_flight * activation_bytes(spec, layers),

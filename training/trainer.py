@@ -44,6 +44,7 @@ from shoal.training.pipeline.successors import Event
 from shoal.training.recovery.guarding import Guarding
 from shoal.training.recovery.lost_stage import LostStage
 from shoal.training.recovery.prefetch import prefetch
+from shoal.training.serving.form import Form
 from shoal.training.serving.server import SessionServer
 from shoal.training.serving.tuning import TuningServer
 from shoal.training.serving.versions import Versions
@@ -117,7 +118,7 @@ class Trainer:
                 event=event,
                 rng=random.Random(rng.getrandbits(64)),
             )
-        self._versions = Versions()
+        self._versions = Versions(Form.of(spec, self.layout))
         self._ledger = Ledger()
         self._book = StreamBook()
         self._streams: Streams | None = None  # of a driver

@@ -222,7 +222,12 @@ def taken_in(source: Path, store: Path, stages: int | None, weights_only: bool, 
 
 
 def started_from(
-    made: Checkpoint, stages: int | None, *, serves_only: bool = False, dtype: str | None = None
+    made: Checkpoint,
+    stages: int | None,
+    *,
+    serves_only: bool = False,
+    dtype: str | None = None,
+    weights: str | None = None,
 ) -> RunSpec:
     """The spec of a run that starts from a checkpoint; checked once more, for the stages may not fit."""
     from shoal.training.spec import RunSpec
@@ -231,6 +236,8 @@ def started_from(
     values["checkpoint"]["start"] = made.digest
     if dtype is not None:
         values["model"]["dtype"] = dtype
+    if weights is not None:
+        values["model"]["serving_weights"] = weights
     if serves_only:
         values["inner"]["mode"], values["checkpoint"]["every_s"] = "off", 0.0
     if stages is not None and stages != made.spec.stages.count:

@@ -31,12 +31,20 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Form(StrEnum):
+    """Weights as they are kept."""
+
+    DTYPE = "dtype"
+    INT8 = "int8"
+
+
 def serve_model(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face Llama or Qwen2, or ours.")],
     stages: Annotated[
         str, typer.Option(metavar="N|auto", help="Pieces of the model; auto: as few as fit this machine.")
     ] = AUTO,
     dtype: Annotated[Dtype, typer.Option(help="bfloat16 halves the memory.")] = Dtype.FLOAT32,
+    weights: Annotated[Form, typer.Option(help="int8: a byte a weight, slightly worse texts.")] = Form.DTYPE,
     listen: peer.ListenUp = peer.LOOPBACK,
     port: peer.Port = 0,
     dht_port: peer.DhtPort = 0,
@@ -78,10 +86,11 @@ def serve_model(
         made = taken_in(source, checkpoint_store(root), None, True, progress)
     _keep_tokenizer(source, made)
     found = choose_device(options.device, options.memory_bytes, options.threads)
-    spec = _serving_only(made, _count(stages), dtype.value, found.memory_bytes)
+    spec = _serving_only(made, _count(stages), dtype.value, found.memory_bytes, weights.value)
     home = OwnerHome.of_run(root, spec, time.time())
     pieces = "1 stage" if spec.stages.count == 1 else f"{spec.stages.count} stages"
-    note(f"{spec.run.name} in {pieces}, {dtype.value}")
+    kept = "" if weights is Form.DTYPE else f", weights in {weights.value}"
+    note(f"{spec.run.name} in {pieces}, {dtype.value}{kept}")
     note(f"for those who ask: shoal token create --role inference --run {spec.run_id().hex()[:8]}")
     with PeerFolder.claim(root) as folder:
         code = run_daemon(home.own_token(time.time()), folder, options, peer.peer_events(as_json), home)
@@ -96,7 +105,9 @@ def _count(stages: str) -> int | None:
     return int(stages)
 
 
-def _serving_only(made: Checkpoint, count: int | None, dtype: str, memory_bytes: int) -> RunSpec:
+def _serving_only(
+    made: Checkpoint, count: int | None, dtype: str, memory_bytes: int, weights: str = Form.DTYPE.value
+) -> RunSpec:
     """The run that serves a checkpoint; without a count, in the fewest stages that fit the memory."""
     from shoal.training.plan import make_plan
 
@@ -104,13 +115,13 @@ def _serving_only(made: Checkpoint, count: int | None, dtype: str, memory_bytes:
     for stages in counts:
         if made.spec.model.tie_embeddings and stages > 1:
             break
-        spec = started_from(made, stages, serves_only=True, dtype=dtype)
+        spec = started_from(made, stages, serves_only=True, dtype=dtype, weights=weights)
         largest = max(stage.memory.total for stage in make_plan(spec).stages)
         if count is not None or largest <= _SHARE * memory_bytes:
             return spec
     raise HardwareTooSmall(
         f"no piece of {made.spec.run.name} fits {memory_bytes >> 20:,} MiB, be it ever so small\n"
-        "give more with --memory, or take --dtype bfloat16"
+        "give more with --memory, or take --weights int8"
     )
 
 

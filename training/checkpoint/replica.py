@@ -16,7 +16,7 @@ from shoal.protocol.transport import Transport
 from shoal.training.checkpoint.gather import serve_take
 from shoal.training.checkpoint.keeper import Keeper
 from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, START_FOLDER
-from shoal.training.checkpoint.reshape import StageState
+from shoal.training.checkpoint.reshape import StageState, load_stage
 from shoal.training.checkpoint.restore import restore_stage
 from shoal.training.checkpoint.start import start_state
 from shoal.training.inner import Moments
@@ -68,6 +68,7 @@ class StageCheckpoints:
         found = await start_state(
             self._spec,
             self._layout,
+            load_stage,
             folders=self._imported,
             fetched=self._folder / START_FOLDER,
             transport=self._transport,

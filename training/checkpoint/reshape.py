@@ -8,15 +8,16 @@ whose log speaks for the run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from shoal.protocol.errors import SpecError, StorageError
-from shoal.training.checkpoint.manifest import MEAN, MOMENTUM, SQUARE, WEIGHTS, slots_of
+from shoal.training.checkpoint.manifest import MEAN, MOMENTUM, SQUARE, WEIGHTS, StagePart, slots_of
 from shoal.training.checkpoint.read import Checkpoint
 from shoal.training.inner import Moments
-from shoal.training.model.layout import StageLayout
+from shoal.training.model.layout import Slot, StageLayout
 from shoal.training.outer.entry import StreamPosition
 from shoal.training.spec import RunSpec
 
@@ -46,23 +47,11 @@ class StageState:
 
 def load_stage(checkpoint: Checkpoint, spec: RunSpec, layout: StageLayout) -> StageState:
     """The state of one stage of `spec`. Raises StorageError, and SpecError for a model of another shape."""
-    require_same_model(checkpoint, spec)
     weights, momentum, mean, square = (torch.zeros(layout.size) for _ in range(4))
     targets = {WEIGHTS: weights, MOMENTUM: momentum, MEAN: mean, SQUARE: square}
     steps: list[int] = []
-    held = {
-        slot.name: (part, slot)
-        for part in checkpoint.manifest.parts
-        for slot in slots_of(checkpoint.spec, part)
-    }
-    for slot in layout.slots:
-        if slot.name not in held:
-            raise StorageError(
-                f"{checkpoint.path} has no {slot.name}: it holds only some of the stages\n"
-                "put the parts of all stages together: shoal checkpoint gather PART..."
-            )
-        part, _ = held[slot.name]
-        for kind, tensor in checkpoint.tensors(*held[slot.name]).items():
+    for slot, part, tensors in _parameters(checkpoint, spec, layout):
+        for kind, tensor in tensors.items():
             slot.view(targets[kind]).copy_(tensor)
         steps.append(part.inner_steps if {MEAN, SQUARE} <= set(part.tensors) else 0)
     first = checkpoint.manifest.parts[0]
@@ -74,6 +63,33 @@ def load_stage(checkpoint: Checkpoint, spec: RunSpec, layout: StageLayout) -> St
         first.log_tokens,
         log.positions if log is not None else (),
     )
+
+
+def weights_of(
+    checkpoint: Checkpoint, spec: RunSpec, layout: StageLayout
+) -> Iterator[tuple[Slot, torch.Tensor]]:
+    """Each parameter of a stage with its weights, fp32. Raises what `load_stage` raises."""
+    for slot, _, tensors in _parameters(checkpoint, spec, layout):
+        yield slot, tensors[WEIGHTS]
+
+
+def _parameters(
+    checkpoint: Checkpoint, spec: RunSpec, layout: StageLayout
+) -> Iterator[tuple[Slot, StagePart, dict[str, torch.Tensor]]]:
+    """One after another from the disk."""
+    require_same_model(checkpoint, spec)
+    held = {
+        slot.name: (part, slot)
+        for part in checkpoint.manifest.parts
+        for slot in slots_of(checkpoint.spec, part)
+    }
+    for slot in layout.slots:
+        if slot.name not in held:
+            raise StorageError(
+                f"{checkpoint.path} has no {slot.name}: it holds only some of the stages\n"
+                "put the parts of all stages together: shoal checkpoint gather PART..."
+            )
+        yield slot, held[slot.name][0], checkpoint.tensors(*held[slot.name])
 
 
 def require_same_model(checkpoint: Checkpoint, spec: RunSpec) -> None:

@@ -11,6 +11,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from shoal.protocol.errors import NotHere, ShoalError, StageEmpty, StorageError
 from shoal.protocol.identity import PeerId
@@ -18,7 +19,6 @@ from shoal.protocol.transport import Transport
 from shoal.training.checkpoint.fetch import fetch_checkpoint
 from shoal.training.checkpoint.manifest import SPEC, Manifest, file_of
 from shoal.training.checkpoint.read import Checkpoint, open_checkpoint
-from shoal.training.checkpoint.reshape import StageState, load_stage
 from shoal.training.checkpoint.share import find
 from shoal.training.model.layout import StageLayout
 from shoal.training.outer.context import Event, Offload
@@ -27,11 +27,14 @@ from shoal.training.spec import RunSpec
 _PATIENCE_S = 60.0  # for somebody who has it to be found
 _PAUSE_S = (0.5, 1.5)
 _FOLDER = "000001-start"
+T = TypeVar("T")
+Read = Callable[[Checkpoint, RunSpec, StageLayout], T]
 
 
 async def start_state(
     spec: RunSpec,
     layout: StageLayout,
+    read: Read[T],
     *,
     folders: Sequence[Path],
     fetched: Path,
@@ -40,8 +43,8 @@ async def start_state(
     offload: Offload,
     event: Event,
     rng: random.Random,
-) -> StageState:
-    """What a stage begins with by `checkpoint.start`: from `folders`, or from `peers`.
+) -> T:
+    """What a stage begins with by `checkpoint.start`, as `read` takes it up: from `folders`, or from `peers`.
 
     `fetched` is the folder that takes what came from peers. Raises StageEmpty when nobody has it,
     StorageError for the disk, SpecError for a model of another shape.
@@ -55,7 +58,8 @@ async def start_state(
     until_s, reason = loop.time() + _PATIENCE_S, ""
     while True:
         try:
-            found: StageState = await offload(_load, [*folders, fetched], fetched, digest.hex(), spec, layout)
+            places = [*folders, fetched]
+            found: T = await offload(_load, places, fetched, digest.hex(), spec, layout, read)
             return found
         except NotHere as error:
             reason = reason or str(error)
@@ -77,15 +81,20 @@ async def start_state(
 
 
 def _load(
-    folders: Sequence[Path], fetched: Path, digest: str, spec: RunSpec, layout: StageLayout
-) -> StageState:
+    folders: Sequence[Path],
+    fetched: Path,
+    digest: str,
+    spec: RunSpec,
+    layout: StageLayout,
+    read: Read[T],
+) -> T:
     """From the disk. Raises NotHere where something has to be fetched."""
     path = find(folders, digest)
     try:
         checkpoint = open_checkpoint(path, partly=True)
         if absent := [name for name in _needed(checkpoint.manifest, layout) if not (path / name).exists()]:
             raise NotHere(f"{absent[0]} of checkpoint {digest[:8]} is not here")
-        return load_stage(checkpoint, spec, layout)
+        return read(checkpoint, spec, layout)
     except StorageError as error:
         if path.parent != fetched:
             raise

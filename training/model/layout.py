@@ -99,20 +99,22 @@ def genesis(spec: RunSpec, layout: StageLayout) -> torch.Tensor:
     """
     flat = torch.empty(layout.size)
     for slot in layout.slots:
-        target = slot.view(flat)
-        if slot.name.endswith("norm"):
-            target.fill_(1.0)
-            continue
-        if slot.name.endswith("bias"):
-            target.zero_()
-            continue
-        deviation = _STANDARD_DEVIATION
-        if slot.name.endswith((".o", ".down")):
-            deviation /= math.sqrt(2 * spec.model.layers)
-        seed = blake3(f"{spec.run.seed}/{slot.name}".encode()).digest()
-        generator = np.random.Generator(np.random.PCG64(int.from_bytes(seed[:16], "big")))
-        values = generator.random(slot.count, dtype=np.float32)
-        values -= np.float32(0.5)
-        values *= np.float32(deviation * math.sqrt(12.0))
-        target.copy_(torch.from_numpy(values).view(slot.shape))
+        slot.view(flat).copy_(first_values(spec, slot))
     return flat
+
+
+def first_values(spec: RunSpec, slot: Slot) -> torch.Tensor:
+    """Of one parameter, of its shape."""
+    if slot.name.endswith("norm"):
+        return torch.ones(slot.shape)
+    if slot.name.endswith("bias"):
+        return torch.zeros(slot.shape)
+    deviation = _STANDARD_DEVIATION
+    if slot.name.endswith((".o", ".down")):
+        deviation /= math.sqrt(2 * spec.model.layers)
+    seed = blake3(f"{spec.run.seed}/{slot.name}".encode()).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(seed[:16], "big")))
+    values = generator.random(slot.count, dtype=np.float32)
+    values -= np.float32(0.5)
+    values *= np.float32(deviation * math.sqrt(12.0))
+    return torch.from_numpy(values).view(slot.shape)

@@ -2,6 +2,7 @@
 
 `StageModel` holds no weights of its own: the same object runs the local weights of either version, and the
 anchor for inference. Built from the spec and the stage's layers alone; the whole model never exists.
+Weights for serving may be `Int8Weights` instead of the vector; no tape then.
 Shapes: tokens [B, T], hidden [B, T, width], logits [B, T, vocabulary]. What a position attends to is the
 `Mixer`'s affair: in training all that came before it in its row, in serving what a cache holds.
 """
@@ -14,10 +15,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as functional
 
+from shoal.training.model.int8 import Int8Weights
 from shoal.training.model.layout import EMBEDDING, FINAL_NORM, HEAD, StageLayout
 from shoal.training.model.split import Tape, linear, scale, shift
 from shoal.training.spec import RunSpec
 
+Held = torch.Tensor | Int8Weights  # a stage's weights
 # (layer, query [B, heads, T, d], key [B, kv_heads, T, d], value like key, not rotated) -> mixed like query
 Mixer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -31,12 +34,15 @@ class StageModel:
         self._slots = {slot.name: slot for slot in layout.slots}
         self._head_name = EMBEDDING if spec.model.tie_embeddings else HEAD
 
-    def embed(self, weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, weights: Held, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden state of the first stage's input. tokens [B, T] -> [B, T, width]."""
-        return functional.embedding(tokens, self._slots[EMBEDDING].view(weights))
+        slot = self._slots[EMBEDDING]
+        if isinstance(weights, Int8Weights):
+            return weights.rows(slot, tokens)
+        return functional.embedding(tokens, slot.view(weights))
 
     def blocks(
-        self, weights: torch.Tensor, hidden: torch.Tensor, tape: Tape | None, mixer: Mixer | None = None
+        self, weights: Held, hidden: torch.Tensor, tape: Tape | None, mixer: Mixer | None = None
     ) -> torch.Tensor:
         """The stage's layers. [B, T, width] -> [B, T, width]."""
         for layer in self.layout.layers:
@@ -45,54 +51,52 @@ class StageModel:
             hidden = hidden + self._feedforward(weights, prefix, hidden, tape)
         return hidden
 
-    def logits(self, weights: torch.Tensor, hidden: torch.Tensor, tape: Tape | None) -> torch.Tensor:
+    def logits(self, weights: Held, hidden: torch.Tensor, tape: Tape | None) -> torch.Tensor:
         """The last stage's output. [B, T, width] -> [B, T, vocabulary]."""
         hidden = self._norm(weights, FINAL_NORM, hidden, tape)
-        slot = self._slots[self._head_name]
-        return linear(hidden, slot.view(weights), slot.start, tape)
+        return self._product(weights, (self._head_name,), hidden, tape)
 
     def loss(
-        self, weights: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor, tape: Tape | None
+        self, weights: Held, hidden: torch.Tensor, targets: torch.Tensor, tape: Tape | None
     ) -> torch.Tensor:
         """Summed cross-entropy in nats over targets [B, T]; a scalar, fp32."""
         logits = self.logits(weights, hidden, tape).float()
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
-    def _norm(
-        self, weights: torch.Tensor, name: str, hidden: torch.Tensor, tape: Tape | None
-    ) -> torch.Tensor:
+    def _norm(self, weights: Held, name: str, hidden: torch.Tensor, tape: Tape | None) -> torch.Tensor:
         slot = self._slots[name]
         normal = functional.rms_norm(hidden, (self._model.width,), eps=self._model.norm_epsilon)
-        return scale(normal, slot.view(weights), slot.start, tape)
+        return scale(normal, _vector(weights, slot.start, slot.count), slot.start, tape)
 
-    def _fused(
-        self, weights: torch.Tensor, names: tuple[str, ...], inputs: torch.Tensor, tape: Tape | None
+    def _product(
+        self, weights: Held, names: tuple[str, ...], inputs: torch.Tensor, tape: Tape | None
     ) -> torch.Tensor:
         """One product for matrices that lie side by side in the flat vector."""
         slots = [self._slots[name] for name in names]
         rows = sum(slot.shape[0] for slot in slots)
         start, columns = slots[0].start, slots[0].shape[1]
+        if isinstance(weights, Int8Weights):
+            return weights.linear(inputs, start, rows)
         return linear(inputs, weights[start : start + rows * columns].view(rows, columns), start, tape)
 
     def _attention(
-        self, weights: torch.Tensor, layer: int, hidden: torch.Tensor, tape: Tape | None, mixer: Mixer
+        self, weights: Held, layer: int, hidden: torch.Tensor, tape: Tape | None, mixer: Mixer
     ) -> torch.Tensor:
         model, prefix = self._model, f"layers.{layer}"
         batch, length, width = hidden.shape
         head_size = width // model.heads
         inputs = self._norm(weights, f"{prefix}.attention_norm", hidden, tape)
         names = tuple(f"{prefix}.attention.{part}" for part in "qkv")
-        projected = self._fused(weights, names, inputs, tape)
+        projected = self._product(weights, names, inputs, tape)
         if model.qkv_bias:
             first = self._slots[f"{names[0]}_bias"]
-            bias = weights[first.start : first.start + projected.shape[-1]]
+            bias = _vector(weights, first.start, projected.shape[-1])
             projected = shift(projected, bias, first.start, tape)
         heads = projected.view(batch, length, -1, head_size).transpose(1, 2)
         query, key, value = torch.split(heads, [model.heads, model.kv_heads, model.kv_heads], dim=1)
         mixed = mixer(layer, query, key, value)
-        slot = self._slots[f"{prefix}.attention.o"]
         flat = mixed.transpose(1, 2).reshape(batch, length, width)
-        return linear(flat, slot.view(weights), slot.start, tape)
+        return self._product(weights, (f"{prefix}.attention.o",), flat, tape)
 
     def _causal(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -106,13 +110,19 @@ class StageModel:
         )
 
     def _feedforward(
-        self, weights: torch.Tensor, prefix: str, hidden: torch.Tensor, tape: Tape | None
+        self, weights: Held, prefix: str, hidden: torch.Tensor, tape: Tape | None
     ) -> torch.Tensor:
         inputs = self._norm(weights, f"{prefix}.feedforward_norm", hidden, tape)
         names = (f"{prefix}.feedforward.gate", f"{prefix}.feedforward.up")
-        gate, up = self._fused(weights, names, inputs, tape).chunk(2, dim=-1)
-        slot = self._slots[f"{prefix}.feedforward.down"]
-        return linear(functional.silu(gate) * up, slot.view(weights), slot.start, tape)
+        gate, up = self._product(weights, names, inputs, tape).chunk(2, dim=-1)
+        return self._product(weights, (f"{prefix}.feedforward.down",), functional.silu(gate) * up, tape)
+
+
+def _vector(weights: Held, start: int, count: int) -> torch.Tensor:
+    """Norm scales, or biases that lie side by side."""
+    return (
+        weights[start : start + count] if isinstance(weights, torch.Tensor) else weights.vector(start, count)
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as functional
 
 from shoal.training.model.layout import StageLayout
-from shoal.training.model.stage import StageModel, rotate, rotation
+from shoal.training.model.stage import Held, StageModel, rotate, rotation
 from shoal.training.serving.cache import Cache
 from shoal.training.spec import RunSpec
 
@@ -35,12 +35,12 @@ class CachedStage:
         self._spec = spec
         self._model = StageModel(spec, layout)
 
-    def cache(self, weights: torch.Tensor) -> Cache:
+    def cache(self, weights: Held) -> Cache:
         """An empty one, of the weights' type and device."""
         return Cache(self._spec, self.layout.layers, weights.dtype, str(weights.device))
 
     @torch.no_grad()
-    def forward(self, weights: torch.Tensor, inputs: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+    def forward(self, weights: Held, inputs: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         """Hidden states [N, width] of the spans' positions, in their order; their caches hold them then.
 
         `inputs`: token ids int64 [N] at the first stage, else the stage before's hidden states [N, width].
@@ -51,7 +51,7 @@ class CachedStage:
         return self._model.blocks(weights, hidden, None, _CachedMixer(self._spec, spans))[0]
 
     @torch.no_grad()
-    def logits(self, weights: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, weights: Held, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 [N, vocabulary] on the CPU, of hidden states [N, width] that the last stage gave."""
         return self._model.logits(weights, hidden[None], None)[0].float().cpu()
 

@@ -16,6 +16,7 @@ import torch
 
 from shoal.protocol.errors import ShoalError
 from shoal.training.lane import Lane, Work
+from shoal.training.model.stage import Held
 from shoal.training.serving.batching import Waiting, next_batch, patience_s
 from shoal.training.serving.cached_stage import CachedStage, Span
 from shoal.training.serving.hosted import HostedSession
@@ -131,7 +132,7 @@ class Engine:
             return [(part.float().cpu(), []) for part in parts]
         return [(None, self._draw(weights, *each)) for each in zip(pieces, parts, strict=True)]
 
-    def _draw(self, weights: torch.Tensor, piece: _Piece, hidden: torch.Tensor) -> list[int]:
+    def _draw(self, weights: Held, piece: _Piece, hidden: torch.Tensor) -> list[int]:
         """The tokens after those positions whose next token is not known."""
         session = piece.session
         known, drawn = len(session.tokens), list[int]()

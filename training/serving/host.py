@@ -1,7 +1,7 @@
 """Host: one replica of a stage in a swarm that only serves (`inner.mode = "off"`).
 
 It stands where `Trainer` stands in a run that trains: the daemon's `Trainee` makes one. It holds the weights
-that the run starts from, in the type they are computed with, and nothing else; every replica has the same
+that the run starts from, in the form they are served in, and nothing else; every replica has the same
 ones, so a mover needs nobody's agreement but that its stage is not left empty.
 """
 
@@ -11,17 +11,20 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.members import Members
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
-from shoal.training.checkpoint.replica import StageCheckpoints
+from shoal.training.checkpoint.manifest import START_FOLDER
+from shoal.training.checkpoint.read import Checkpoint
+from shoal.training.checkpoint.reshape import weights_of
+from shoal.training.checkpoint.start import start_state
 from shoal.training.lane import Lane
-from shoal.training.model.layout import StageLayout, genesis, stage_layout
+from shoal.training.model.layout import StageLayout, first_values, stage_layout
+from shoal.training.model.stage import Held
 from shoal.training.outer.context import Event, Offload
 from shoal.training.partition import stage_ranges
+from shoal.training.serving.form import Form, load_held
 from shoal.training.serving.server import SessionServer
 from shoal.training.serving.tuning import TuningServer
 from shoal.training.serving.versions import Versions
@@ -69,7 +72,7 @@ class Host:
             self._layout,
             transport=transport,
             lane=lane,
-            versions=Versions(),
+            versions=Versions(Form.of(spec, self._layout)),
             device=device,
             budget_bytes=session_bytes,
         )
@@ -91,31 +94,36 @@ class Host:
 
     async def recover(self) -> None:
         """Load the stage from the disk or from peers. Raises StageEmpty, StorageError, SpecError."""
-        weights = await self._load(self.stage, self._layout)
-        dtype = getattr(torch, self._spec.model.dtype)
-        held = await self._offload(weights.to, self._device, dtype)
+        held = await self._load(self._layout)
         self.sessions.versions.publish(self._name, held)
         self.sessions.serve()
         self._tuning.serve()
 
-    async def _load(self, stage: int, layout: StageLayout) -> torch.Tensor:
-        checkpoints = StageCheckpoints(
-            self._spec,
-            stage,
+    async def _load(self, layout: StageLayout) -> Held:
+        spec = self._spec
+        if not spec.checkpoint.start:
+            drawn = ((slot, first_values(spec, slot)) for slot in layout.slots)
+            found: Held = await self._offload(load_held, spec, layout, drawn, self._device)
+            return found
+
+        def read(checkpoint: Checkpoint, spec: RunSpec, layout: StageLayout) -> Held:
+            return load_held(spec, layout, weights_of(checkpoint, spec, layout), self._device)
+
+        return await start_state(
+            spec,
             layout,
+            read,
+            folders=self._imported,
+            fetched=self._folder / START_FOLDER,
             transport=self._transport,
-            members=self._members,
-            folder=self._folder,
-            imported=self._imported,
+            peers=self._others,
             offload=self._offload,
             event=self._event,
             rng=random.Random(self._rng.getrandbits(64)),
         )
-        start = await checkpoints.start()
-        if start is not None:
-            return start.weights
-        found: torch.Tensor = await self._offload(genesis, self._spec, layout)
-        return found
+
+    def _others(self) -> list[PeerId]:
+        return [member.peer for member in self._members.view().here() if member.peer != self._transport.me]
 
     async def run(self) -> None:
         """Answer until cancelled; sessions that are open then go on at another replica."""
@@ -123,7 +131,7 @@ class Host:
 
     async def prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
         """Another stage's files to the own disk, while this one is served. Raises what `recover` raises."""
-        await self._load(stage, stage_layout(self._spec, stage_ranges(self._spec)[stage]))
+        await self._load(stage_layout(self._spec, stage_ranges(self._spec)[stage]))
 
     async def permission(self) -> None:
         """Returns when another replica serves the stage. Two that go at once come back by the plan."""

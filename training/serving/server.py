@@ -110,6 +110,7 @@ class SessionServer:
             "step_s": self.engine.figures.step_s,
             "refused": self.refused,
             "evicted": self.evicted,
+            "weights_bytes": self.versions.nbytes,
             "versions": [name.hex() for name in self.versions.names],
         }
 

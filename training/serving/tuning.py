@@ -18,7 +18,7 @@ from shoal.protocol.transport import Channel, Message, Stream, Transport
 from shoal.training.lane import Lane, Work
 from shoal.training.model.layout import StageLayout
 from shoal.training.model.lowrank import PROMPT, AdapterForm, LowRank
-from shoal.training.model.stage import StageModel
+from shoal.training.model.stage import Held, StageModel
 from shoal.training.serving.messages import HIDDEN, LOSS, TUNE, TunedSpan, TuneSpan
 from shoal.training.serving.server import CLIENTS
 from shoal.training.serving.versions import ServingVersion, Versions
@@ -81,7 +81,7 @@ class TuningServer:
     def _work(self, message: Message[TuneSpan], version: ServingVersion) -> tuple[float, memoryview]:
         """On the lane. Raises MessageInvalid, Stale."""
         job = self._job(message.header, message.payload)
-        return self._compute(job, version.weights(self._dtype, self._device))
+        return self._compute(job, _dense(version.weights(self._dtype, self._device)))
 
     def _most_bytes(self) -> int:
         values = 2 * _SEQUENCES * self._spec.model.sequence * self._spec.model.width
@@ -140,6 +140,11 @@ class TuningServer:
     def _leaf(self, tensor: torch.Tensor, job: _Job) -> torch.Tensor:
         """In the type that is computed with; its gradient comes back in fp32."""
         return tensor.to(self._device, self._dtype).requires_grad_(job.request.back)
+
+
+def _dense(weights: Held) -> torch.Tensor:
+    """The flat vector; of int8 weights a copy, as long as the request takes."""
+    return weights if isinstance(weights, torch.Tensor) else weights.dense()
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
