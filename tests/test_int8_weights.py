@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from shoal.training.serving.versions import Versions
 from shoal.training.spec import RunSpec
 
 torch.set_num_threads(1)
-INT8 = {"serving_weights": "int8"}
+INT8: dict[str, Any] = {"serving_weights": "int8"}
 TOKENS = 32
 
 
