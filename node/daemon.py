@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from shoal.dht.table import Event
-from shoal.node.control import serve_control
+from shoal.node.control import Action, serve_control
 from shoal.node.dashboard.child import Dashboard, dashboard
 from shoal.node.events import Events
+from shoal.node.exporting import Exports
 from shoal.node.gathering import Gathering
 from shoal.node.inference.tryout import Tryouts
 from shoal.node.loop import LoopMeter, new_loop
@@ -102,6 +103,7 @@ class Daemon:
         self._worker: Worker | None = None
         self._gathering: Gathering | None = None
         self._dashboard: Dashboard | None = None
+        self._tryouts: Tryouts | None = None
         self._observer: Observer | None = None
 
     async def run(self) -> int:
@@ -136,13 +138,14 @@ class Daemon:
                 alone_is_fine=owner is not None,
                 upload_bytes_per_s=options.upload_bytes_per_s,
             ) as presence,
-            Tryouts(presence) as tryouts,
+            Tryouts(presence, self._events) as tryouts,
+            Exports(self._folder) as exports,
             serve_control(
                 control,
-                actions | (self._dashboard.actions | tryouts.actions if self._dashboard is not None else {}),
+                actions | _page_actions(self._dashboard, tryouts, exports),
             ),
         ):
-            self._presence = presence
+            self._presence, self._tryouts = presence, tryouts
             if owner is not None:
                 presence.spec = owner.spec
             serve_tokenizer(presence.transport, lambda: presence.spec)
@@ -311,6 +314,7 @@ class Daemon:
             bytes_in=counters.bytes_in,
             refusals=counters.refusals,
             training=trainee.status() if trainee else {},
+            audits=self._tryouts.checks if self._tryouts else {},
         )
 
     # --- the control socket
@@ -363,6 +367,11 @@ class Daemon:
             os._exit(_INTERRUPTED)
         self._stop_reason, self._exit_code = reason, exit_code
         self._stop.set()
+
+
+def _page_actions(page: Dashboard | None, tryouts: Tryouts, exports: Exports) -> dict[str, Action]:
+    """What only the page asks for."""
+    return {} if page is None else page.actions | tryouts.actions | exports.actions
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -56,7 +56,6 @@ def peer_row(number: int, stage: int | None, rng: random.Random, **changes: Any)
         told_s=1.0,
         uptime_s=3_600.0 * number,
         memory_bytes=12 << 30,
-        route="direct" if number % 4 else "relayed",
         reachable="from outside",
         tokens=1_234_567 * number,
         micro_batches=400 * number,
@@ -284,6 +283,7 @@ class FakeDaemon:
     paused: bool = False
     logins: int = 0
     disk_full: bool = False
+    exported: dict[str, Any] = field(default_factory=dict)
     hidden: frozenset[str] = frozenset()  # actions that it has no more
     page: Dashboard | None = None
 
@@ -302,6 +302,8 @@ class FakeDaemon:
             "token_create": self._create,
             "token_revoke": self._order,
             "history": self._history,
+            "checkpoint_export": self._export,
+            "checkpoint_exported": self._exported,
             "generate_start": self._start,
             "generate_more": self._more,
             "generate_stop": self._stop,
@@ -370,6 +372,13 @@ class FakeDaemon:
         ]
         rates = [(NOW - 600 * i, 5000 + 600 * math.sin(i / 9)) for i in range(100, 0, -1)]
         return {"contributors": rows, "points": rates, "events": [{"number": 1, "text": "left"}]}
+
+    async def _export(self, request: Mapping[str, Any]) -> object:
+        self.exported = {"path": "/home/ann/exports/000041-whole", "bytes": 7}
+        return {"running": True}
+
+    async def _exported(self, request: Mapping[str, Any]) -> object:
+        return {"running": False, **self.exported}
 
     async def _start(self, request: Mapping[str, Any]) -> object:
         return {"session": "1"}

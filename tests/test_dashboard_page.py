@@ -21,6 +21,8 @@ from dashboard_browser import browser, sign_in
 from dashboard_world import FakeDaemon, full_snapshot, served
 from playwright.async_api import Browser, Page, expect
 
+from shoal.node.dashboard import snippets
+
 AXE = (files("axe_playwright_python") / "axe.min.js").read_text()
 HOSTILE = "<img src=x onerror=window.pwned=1>\"'><script>window.pwned=1</script>"
 
@@ -233,6 +235,31 @@ def test_text_is_written_in_the_box(world: World) -> None:
             await page.locator("#tryout button", has_text="Write").click()
             await expect(page.locator("#tryout .written")).to_have_text("def add(a, b):\n    return a + b\n")
             await expect(page.locator("#tryout")).to_contain_text("13 tokens")
+
+    world.runner.run(story())
+
+
+def test_a_checkpoint_is_exported_and_its_place_told(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            panel = page.locator("#checkpoints")
+            await panel.locator("button", has_text="Export").click()
+            await expect(panel).to_contain_text("/home/ann/exports/000041-whole")
+
+    world.runner.run(story())
+
+
+def test_how_a_program_asks_is_there_to_copy(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            await world.context.grant_permissions(["clipboard-read", "clipboard-write"])
+            box = page.locator("#tryout")
+            await box.locator("summary").click()
+            for name, snippet in (("curl", snippets.curl), ("python", snippets.python)):
+                await box.locator(f"[data-copy=snippet-{name}]").click()
+                await expect(box.locator(f"[data-copy=snippet-{name}][data-copied]")).to_be_visible()
+                copied = await page.evaluate("navigator.clipboard.readText()")
+                assert copied == snippet(world.daemon.snapshot.run.name, "def ")
 
     world.runner.run(story())
 

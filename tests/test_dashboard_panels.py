@@ -118,13 +118,13 @@ def test_text_is_cut_and_loses_what_does_not_print() -> None:
     assert tag("p", Markup("<i>"), hidden=True, lang=None) == "<p hidden><i></p>"
 
 
-def test_the_weakest_stage_is_outlined_and_cells_grow_with_the_rate() -> None:
+def test_the_weakest_stage_is_outlined_and_cells_fill_with_the_rate() -> None:
     snapshot = full_snapshot()
     html = pipeline(snapshot, PageState())
     assert html.count('class="stage weakest"') == 1
     fast, slow = max(snapshot.peers, key=lambda p: p.tokens_per_s), snapshot.peers[4]
     sizes = {
-        peer.peer: float(html.split(f'data-key="{peer.peer}"')[0].rsplit("--size:", 1)[1].split("px")[0])
+        peer.peer: float(html.split(f'data-key="{peer.peer}"')[0].rsplit("--share:", 1)[1].split("%")[0])
         for peer in (fast, slow)
     }
     assert sizes[fast.peer] > sizes[slow.peer]

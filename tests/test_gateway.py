@@ -9,6 +9,7 @@ import asyncio
 import json
 import random
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import uvicorn
 from serving_world import World, serving_spec
 
+from shoal.node.dashboard import snippets
 from shoal.node.gateway.app import BODY_BYTES, REQUESTS, Gateway
 from shoal.node.gateway.errors import refusal_of
 from shoal.node.gateway.event_stream import UNREAD_S, EventStream
@@ -97,6 +99,24 @@ async def written(served: Served, prompt: str, options: Options) -> str:
 
 
 # --- what it is for
+
+
+@pytest.mark.parametrize("prompt", ["once", 'it\'s "5 €"\n$(id) `id`'])
+def test_the_snippets_of_the_owners_page_run_as_they_are(prompt: str) -> None:
+    async def story(served: Served) -> None:
+        here = f"http://127.0.0.1:{served.port}/v1"
+        for program in (
+            ("bash", "-c", f"{snippets.curl(MODEL, prompt)} -sH 'Authorization: Bearer {KEY}'"),
+            (sys.executable, "-c", snippets.python(MODEL, prompt).replace('api_key="-"', f"api_key={KEY!r}")),
+        ):
+            command = [part.replace(snippets.BASE_URL, here) for part in program]
+            running = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+            out, _ = await running.communicate()
+            assert running.returncode == 0
+            if program[0] == "bash":
+                assert json.loads(out)["object"] == "text_completion"
+
+    told(story)
 
 
 def test_completions_are_what_the_swarm_writes_whole_and_in_a_stream() -> None:

@@ -28,6 +28,10 @@ def young() -> Presence:
     return cast(Presence, SimpleNamespace(rng=random.Random(1), spec=None))
 
 
+def unheard(kind: str, fields: Mapping[str, object]) -> None:
+    """Nothing listens."""
+
+
 async def ask(tryouts: Tryouts, do: str, **request: object) -> dict[str, Any]:
     return cast("dict[str, Any]", await tryouts.actions[do](request))
 
@@ -46,7 +50,7 @@ async def ask(tryouts: Tryouts, do: str, **request: object) -> dict[str, Any]:
 )
 def test_what_is_out_of_bounds_is_refused(request_: Mapping[str, object]) -> None:
     async def story() -> None:
-        async with Tryouts(young()) as tryouts:
+        async with Tryouts(young(), unheard) as tryouts:
             with pytest.raises(UsageError):
                 await ask(tryouts, "generate_start", **request_)
 
@@ -55,7 +59,7 @@ def test_what_is_out_of_bounds_is_refused(request_: Mapping[str, object]) -> Non
 
 def test_a_failure_is_told_to_the_reader_once() -> None:
     async def story() -> None:
-        async with Tryouts(young()) as tryouts:
+        async with Tryouts(young(), unheard) as tryouts:
             session = (await ask(tryouts, "generate_start", prompt="a"))["session"]
             await asyncio.sleep(0)
             told = await ask(tryouts, "generate_more", session=session)
@@ -68,7 +72,7 @@ def test_a_failure_is_told_to_the_reader_once() -> None:
 
 def test_a_few_at_once_and_those_that_nobody_reads_make_room() -> None:
     async def story() -> None:
-        async with Silent(young()) as tryouts:
+        async with Silent(young(), unheard) as tryouts:
             begun = [(await ask(tryouts, "generate_start"))["session"] for _ in range(AT_ONCE)]
             with pytest.raises(Busy):
                 await ask(tryouts, "generate_start")

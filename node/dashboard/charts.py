@@ -47,7 +47,7 @@ def chart(
     """Curves over a common x, with a grid; `label` says it all to whoever cannot see it."""
     points = [point for line in lines for point in line.points]
     if len(points) < 2:
-        return tag("p", "Not enough measured yet to draw.", class_="empty")
+        return tag("p", "The curve begins with the first inner steps.", class_="empty")
     xs, ys = [x for x, _ in points], [y for _, y in points]
     left, right = min(xs), max(max(xs), min(xs) + 1e-9)
     ticks = nice_ticks(min(ys), max(ys), 4)
@@ -109,13 +109,15 @@ def legend(lines: Sequence[Line]) -> Markup:
     )
 
 
-def spark(values: Sequence[float], label: str) -> Markup:
-    """A small curve without axes, from zero up."""
+def spark(values: Sequence[float], label: str, low: float = 0.0) -> Markup:
+    """A small curve without axes, from `low` up."""
     if len(values) < 2:
         return Markup()
-    top = max(values) or 1.0
+    span = max(values) - low or 1.0
     step = 100 / (len(values) - 1)
-    places = [f"{index * step:.1f},{28 - value / top * 26:.1f}" for index, value in enumerate(values)]
+    places = [
+        f"{index * step:.1f},{28 - (value - low) / span * 26:.1f}" for index, value in enumerate(values)
+    ]
     return tag(
         "svg",
         tag("path", d=f"M0,28 L{' L'.join(places)} L100,28 Z", class_="area"),

@@ -44,6 +44,7 @@ class Deeds:
             "all-peers": lambda values: self._step(all_peers=True),
             "csv": self._csv,
             "events-file": self._events_file,
+            "export": self._export,
             "ask": self._ask,
             "confirm": self._confirm,
             "rates": lambda values: self._step(rates_open=True, refusal=""),
@@ -92,6 +93,14 @@ class Deeds:
             return self._step(told=str(error))
         lines = "".join(json.dumps(event) + "\n" for event in told["events"])
         ui.download.content(lines.encode(), "events.jsonl", "application/x-ndjson")
+
+    async def _export(self, values: Values) -> None:
+        """A checkpoint for transformers, on the owner's disk; the panel says when it is there."""
+        try:
+            await self._feed.ask("checkpoint_export")
+        except ShoalError as error:
+            return self._step(told=str(error))
+        self._feed.hurry()
 
     # --- orders
 

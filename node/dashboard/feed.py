@@ -37,6 +37,7 @@ class Feed:
         self.tokens: list[dict[str, Any]] = []
         self.orders: dict[str, Any] = {}
         self.contributors: list[dict[str, Any]] = []
+        self.exported: dict[str, Any] = {}  # what became of the last export of a checkpoint
         self.rates: list[tuple[float, float]] = []  # Unix seconds, tokens a second
 
     def wanted(self) -> None:
@@ -76,6 +77,7 @@ class Feed:
         since = time.time() - RATES_S
         self.tokens = await self._paper("tokens", self.tokens)
         self.orders = await self._paper("orders", self.orders, most=ORDERS)
+        self.exported = await self._paper("checkpoint_exported", self.exported)
         told = await self._paper("history", {}, what="contributors", most=CONTRIBUTORS)
         self.contributors = told.get("contributors", self.contributors)
         told = await self._paper("history", {}, what="series", name="tokens_per_s", since=since)

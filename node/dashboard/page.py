@@ -123,6 +123,7 @@ class OwnersPage:
                 tokens=tuple(feed.tokens),
                 orders=feed.orders,
                 contributors=tuple(feed.contributors),
+                exported=feed.exported,
                 rates=tuple((at, rate) for at, rate in feed.rates),
                 trouble=feed.trouble,
             )

@@ -55,6 +55,7 @@ class PageState:
     tokens: tuple[Mapping[str, object], ...] = ()
     orders: Mapping[str, object] = field(default_factory=dict)
     contributors: tuple[Mapping[str, object], ...] = ()
+    exported: Mapping[str, object] = field(default_factory=dict)  # the newest export of a checkpoint
     rates: tuple[tuple[float, float], ...] = ()  # Unix seconds, tokens a second; of a day
     trouble: str = ""  # why the daemon does not answer
     filter: str = ""

@@ -47,7 +47,8 @@ def bits(bytes_per_s: float | None) -> str:
         return NOTHING
     value = bytes_per_s * 8
     unit, factor = ("Gbit/s", 1e9) if value >= 1e9 else ("Mbit/s", 1e6) if value >= 1e6 else ("kbit/s", 1e3)
-    return f"{value / factor:.3g} {unit}"
+    shown = value / factor
+    return f"{shown:.1f} {unit}" if shown < 100 else f"{shown:,.0f} {unit}"
 
 
 def duration(seconds: float | None) -> str:

@@ -29,7 +29,7 @@ from shoal.protocol.errors import NetworkError, UsageError
 from shoal.protocol.identity import PeerKey
 from shoal.training.data.tokenizer import Tokenizer, load_tokenizer
 from shoal.training.neighbours import MemberReplicas
-from shoal.training.serving.audit import NEAR_SCORE, Auditor, Disagreement
+from shoal.training.serving.audit import Auditor, Disagreement, near_score
 from shoal.training.serving.tuner import Tuner
 from shoal.training.spec import RunSpec
 
@@ -114,7 +114,7 @@ class AsyncClient:
             replicas = MemberReplicas(presence.members)
             self._text = Text(spec, tokenizer, presence.transport, replicas, presence.rng)
             self._tuner = Tuner(spec, presence.transport, replicas, presence.rng)
-            near = NEAR_SCORE if spec.model.dtype == "float32" else 100 * NEAR_SCORE
+            near = near_score(spec.model.dtype)
             auditor = Auditor(self._tuner, self._verify, presence.rng, _warn, near)
             self._auditor = await self._stack.enter_async_context(auditor)
             self._text.ended = auditor.ended

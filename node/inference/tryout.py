@@ -5,6 +5,7 @@
     {"do": "generate_stop", "session": "..."}  ->  {}
 
 A text whose reader stays away is given up. The daemon asks as any member would, itself among the servers.
+Each text is recomputed by a second chain where there is one (`checks`); a disagreement is an event.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import asyncio
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from shoal.node.control import Action
+from shoal.node.events import Events
 from shoal.node.inference.writing import Options, Text
 from shoal.node.presence import Presence
 from shoal.node.tokenizers import with_tokenizer
@@ -24,6 +27,8 @@ from shoal.protocol.errors import Busy, NetworkError, NotHere, ShoalError, Usage
 from shoal.protocol.identity import Contact, PeerId
 from shoal.training.data.tokenizer import load_tokenizer
 from shoal.training.neighbours import MemberReplicas
+from shoal.training.serving.audit import Auditor, Disagreement, near_score
+from shoal.training.serving.tuner import Tuner
 
 AT_ONCE = 4
 MOST_TOKENS = 1024
@@ -45,9 +50,11 @@ class _Session:
 class Tryouts:
     """Belongs to one daemon. Use as `async with`: its texts end with it."""
 
-    def __init__(self, presence: Presence) -> None:
-        self._presence = presence
+    def __init__(self, presence: Presence, events: Events) -> None:
+        self._presence, self._events = presence, events
         self._text: Text | None = None
+        self._auditor: Auditor | None = None
+        self._ending = AsyncExitStack()
         self._sessions: dict[str, _Session] = {}
 
     async def __aenter__(self) -> Self:
@@ -56,6 +63,15 @@ class Tryouts:
     async def __aexit__(self, *_: object) -> None:
         for session in list(self._sessions):
             await self._drop(session)
+        await self._ending.aclose()
+
+    @property
+    def checks(self) -> dict[str, int]:
+        """How many texts a second chain agreed with, or not, or could not be had for."""
+        if self._auditor is None:
+            return {}
+        found = self._auditor.figures
+        return {"agreed": found.agreed, "disagreed": found.disagreed, "unchecked": found.unchecked}
 
     @property
     def actions(self) -> dict[str, Action]:
@@ -118,8 +134,17 @@ class Tryouts:
             local = await with_tokenizer(spec, presence.transport, presence.others())
             tokenizer = await asyncio.to_thread(load_tokenizer, local.data)
             replicas = MemberReplicas(presence.members, itself=True)
+            tuner = Tuner(spec, presence.transport, replicas, presence.rng)
+            auditor = Auditor(tuner, 1.0, presence.rng, self._disagree, near_score(spec.model.dtype))
+            self._auditor = await self._ending.enter_async_context(auditor)
             self._text = Text(spec, tokenizer, presence.transport, replicas, presence.rng)
+            self._text.ended = auditor.ended
         return self._text
+
+    def _disagree(self, found: Disagreement) -> None:
+        one, other = (" → ".join(map(self._name, chain)) for chain in (found.servers, found.checked_by))
+        text = f"two chains disagree on a token of the try-it box: {one}, and {other} recomputed it"
+        self._events("answers-disagree", {"text": text, "position": found.position})
 
     def _name(self, peer: PeerId | None) -> str:
         member = self._presence.members.view().get(peer) if peer else None

@@ -163,4 +163,5 @@ def _trust(own: Own, seen: Seen) -> Trust:
         refusals=dict(own.refusals),
         refused=dict(refused.most_common(REFUSED)),
         repaired_parts=repaired,
+        audits=dict(own.audits),
     )

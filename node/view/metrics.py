@@ -60,8 +60,9 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     yield _counter("shoal_refusals", "Inbound streams that were refused.", refusals, ["reason"])
     if snapshot.checkpoints.age_s is not None:
         yield _gauge("shoal_checkpoint_age_seconds", "Of the last whole one.", snapshot.checkpoints.age_s)
-    repaired = {("repaired",): float(snapshot.trust.repaired_parts)}
-    yield _counter("shoal_audit", "Checks of others' state, by result.", repaired, ["result"])
+    audits = {(result,): float(count) for result, count in snapshot.trust.audits.items()}
+    audits["repaired",] = float(snapshot.trust.repaired_parts)
+    yield _counter("shoal_audit", "Checks of others' state and answers, by result.", audits, ["result"])
     yield _gauge("shoal_loop_lag_p99_seconds", "How late the event loop wakes.", me.loop.lag_p99_ms / 1e3)
     yield _gauge("shoal_lane_busy_seconds", "Of the compute lane.", _number(training.get("lane_busy_s")))
     yield _gauge("shoal_uptime_seconds", "Of this process.", me.uptime_s)

@@ -130,7 +130,6 @@ class Peer:
     told_s: float | None = None  # how old the figures below are; None: it pushes none to this peer
     uptime_s: float | None = None
     memory_bytes: int | None = None
-    route: str = ""  # direct | relayed
     reachable: str = ""  # in words
     tokens: int | None = None  # committed by this process
     micro_batches: int | None = None  # accepted
@@ -250,7 +249,7 @@ class Trust:
     )  # kind -> inbound streams that were refused here
     refused: Mapping[str, int] = field(default_factory=dict)  # peer -> data that others refused from it
     repaired_parts: int = 0
-    audits: int | None = None  # none are made yet
+    audits: Mapping[str, int] = field(default_factory=dict)  # result -> texts that a second chain recomputed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,9 @@ from shoal.training.serving.messages import SamplingOptions
 from shoal.training.serving.sampling import adjusted, filtered, next_token, uniform
 from shoal.training.serving.tuner import Tuner
 
-NEAR_SCORE = 1e-3  # times the largest score: logits of two servers differ by less (fp32: 1e-5, bf16: 1e-2)
+NEAR_SCORE = (
+    1e-3  # of float32, times the largest score: logits of two servers differ by less (fp32: 1e-5, bf16: 1e-2)
+)
 NEAR_DRAW = 1e-3  # of probability
 _PENDING = 8  # texts that wait for their check; more are not checked
 _GREEDY_BELOW = 1e-4
@@ -59,6 +61,11 @@ class AuditFigures:
     unchecked: int = 0  # due, and no second chain could be had
     why_unchecked: str = ""
     evidence: list[Disagreement] = field(default_factory=list)  # the last few
+
+
+def near_score(dtype: str) -> float:
+    """By how much logits of two honest servers of this type may differ, in shares of the largest."""
+    return NEAR_SCORE if dtype == "float32" else 100 * NEAR_SCORE
 
 
 def first_wrong(written: Written, logits: torch.Tensor, near_score: float) -> tuple[int, int] | None:

@@ -18,7 +18,9 @@ def contributors(snapshot: Snapshot, state: PageState) -> Markup:
     """A row for each peer that ever pushed its counters here."""
     rows = [row for row in state.contributors if isinstance(row.get("peer"), str)][:SHOWN]
     if not rows:
-        return card("Contributors", empty("Nobody has told of work yet."))
+        return card(
+            "Contributors", empty("Whoever does work is listed here, for as long as the history goes back.")
+        )
     most = max(_figure(row, "tokens") for row in rows) or 1.0
     heads = [
         "Name",

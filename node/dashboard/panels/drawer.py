@@ -55,7 +55,6 @@ def _inside(peer: Peer, snapshot: Snapshot, state: PageState) -> list[Markup | N
             figure(words.size(peer.memory_bytes), "memory"),
             figure(words.duration(peer.uptime_s), "uptime"),
             figure(stage_word(peer.guards), "guards stage"),
-            figure(peer.route or words.NOTHING, "route"),
             figure(peer.version or words.NOTHING, "version"),
         ),
         tag("p", f"Reachable: {peer.reachable}", class_="note") if peer.reachable else None,

@@ -39,7 +39,11 @@ def events(snapshot: Snapshot, state: PageState) -> Markup:
         ),
     )
     save = button("JSON", "events-file", "quiet") if state.can("history") else None
-    feed = event_list(found[:_SHOWN], snapshot) if found else empty("Nothing, or nothing that fits.")
+    feed = (
+        event_list(found[:_SHOWN], snapshot)
+        if found
+        else empty("No event fits the filter." if needles else "Nothing has happened yet.")
+    )
     return card(
         "Events",
         tag("div", search, save, class_="tools"),

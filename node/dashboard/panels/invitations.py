@@ -32,7 +32,9 @@ def invitations(snapshot: Snapshot, state: PageState) -> Markup:
         "Invitations",
         _form() if state.can("token_create") else None,
         _made(state.invitation) if state.invitation else None,
-        table([*heads], rows, "Tokens") if rows else empty("No token yet."),
+        table([*heads], rows, "Tokens")
+        if rows
+        else empty("Nobody is invited yet: make a token above and send its command."),
         note="One volunteer, one token: then it can be shut out alone.",
     )
 

@@ -17,7 +17,7 @@ _NAME_CHARACTERS = 12
 def links(snapshot: Snapshot, state: PageState) -> Markup:
     """A matrix: rows measured their way to columns."""
     if not snapshot.links:
-        return card("Links", empty("No peer has told of its links yet."))
+        return card("Links", empty("Peers measure their ways to each other as they work together."))
     names = {peer.peer: peer.name for peer in snapshot.peers}
     ends = {link.source for link in snapshot.links} | {link.target for link in snapshot.links}
     order = [peer.peer for peer in snapshot.peers if peer.peer in ends][:MATRIX_PEERS]

@@ -123,7 +123,7 @@ def tiles(snapshot: Snapshot, state: PageState) -> Markup:
                 "Held-out loss" if held_out is not None else "Loss",
                 words.loss(held_out if held_out is not None else train),
                 f"training {words.loss(train)}" if held_out is not None else "nats a token",
-                spark(losses, "Loss of late") if losses else None,
+                spark(losses, "Loss of late", min(losses)) if losses else None,
             ),
             _tile(
                 "Tokens a second",

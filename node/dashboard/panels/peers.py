@@ -43,7 +43,6 @@ COLUMNS = (
     Column("up", "Up", lambda p: p.up_bytes_per_s, lambda p: words.bits(p.up_bytes_per_s)),
     Column("down", "Down", lambda p: p.down_bytes_per_s, lambda p: words.bits(p.down_bytes_per_s)),
     Column("rtt", "RTT", lambda p: p.rtt_ms, lambda p: words.milliseconds(p.rtt_ms)),
-    _plain("route", "Route", lambda p: p.route),
     Column("accepted", "Accepted", lambda p: p.micro_batches, lambda p: words.number(p.micro_batches)),
     Column("rejected", "Rejected", lambda p: p.rejected, lambda p: words.number(p.rejected)),
     Column("uptime", "Uptime", lambda p: p.uptime_s, lambda p: words.duration(p.uptime_s)),
@@ -89,7 +88,7 @@ def peers(snapshot: Snapshot, state: PageState) -> Markup:
         "Peers",
         tools,
         table([_head(column, state) for column in COLUMNS], rows, "Peers of the run"),
-        empty("No peer fits the filter.") if not rows else None,
+        empty("No peer fits the filter." if state.filter else "Nobody yet.") if not rows else None,
         button(f"Show {more} more", "all-peers", "quiet") if more else None,
         aside=tag("span", f"{len(found)} of {len(snapshot.peers)}", class_="legend"),
     )
@@ -126,7 +125,7 @@ def _harmless(value: float | str | None) -> float | str:
 
 
 def _haystack(peer: Peer) -> str:
-    told = (peer.name, peer.peer, peer_state(peer), peer.device, peer.route, peer.version, *peer.roles)
+    told = (peer.name, peer.peer, peer_state(peer), peer.device, peer.version, *peer.roles)
     return " ".join((*told, *(f"stage-{stage}" for stage in peer.stages))).casefold()
 
 

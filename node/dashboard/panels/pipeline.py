@@ -1,4 +1,4 @@
-"""The pipeline map: stages as columns, replicas as cells; what moved since the last second glides there."""
+"""The pipeline map: stages as columns, replicas as cells filled by their rate; what moved glides there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from shoal.node.dashboard.state import PageState, replicas_word
 from shoal.node.view.parts import EventRow, Peer, Stage
 from shoal.node.view.snapshot import Snapshot
 
-CELL_LOW, CELL_HIGH = 46, 88  # pixels, by rate
 MOVES = ("moving", "move-cut")
 _MOVES_SHOWN = 3
 COMPACT = 10  # more replicas than this in a stage: cells without words
@@ -21,7 +20,7 @@ _SIGNS = {"online": "", "joining": "↗", "draining": "↘", "suspect": "!", "go
 def pipeline(snapshot: Snapshot, state: PageState) -> Markup:
     """All of it."""
     if not snapshot.stages:
-        return card("Pipeline", empty("Waiting for the spec of the run."))
+        return card("Pipeline", empty("Stages appear here once this peer knows the run."))
     top = max((peer.tokens_per_s for peer in snapshot.peers), default=0.0) or 1.0
     columns = [_column(stage, snapshot, top) for stage in snapshot.stages]
     outside = [peer for peer in snapshot.peers if not peer.stages]
@@ -94,15 +93,15 @@ def _cell(peer: Peer, top: float, compact: bool) -> Markup:
     label = f"{peer.name}: {state}, {words.rate(peer.tokens_per_s)}"
     title = f"{label}. {peer.reason}" if peer.reason else label
     name = None if compact else tag("span", _SIGNS.get(state, ""), " ", peer.name, class_="cell-name")
-    rate = None if compact else tag("small", words.number(peer.tokens_per_s))
-    size = 18 + 16 * share if compact else CELL_LOW + (CELL_HIGH - CELL_LOW) * share
+    rate = None if compact else tag("small", words.rate(peer.tokens_per_s))
+    size = f"--size:{18 + 16 * share:.0f}px" if compact else f"--share:{100 * share:.0f}%"
     return tag(
         "button",
         name,
         rate,
         type="button",
         class_=f"cell cell-{state}{' compact' if compact else ''}{' slow' if peer.findings else ''}",
-        style=f"--size:{size:.0f}px",
+        style=size,
         title=title,
         aria_label=label,
         data_do="peer",

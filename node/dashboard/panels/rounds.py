@@ -17,7 +17,10 @@ def rounds(snapshot: Snapshot, state: PageState) -> Markup:
     """The newest rounds, one row for each member, phases one after the other."""
     shown = list(reversed(snapshot.rounds[-_ROUNDS:]))
     if not shown:
-        return card("Rounds", empty("No round yet."))
+        steps = f"{snapshot.run.inner_steps} inner steps" if snapshot.run.inner_steps else "some inner steps"
+        return card(
+            "Rounds", empty(f"A stage's replicas agree in a round after {steps}; the first is to come.")
+        )
     span_s = max(round_.seconds for round_ in shown) or 1.0
     keys = (tag("span", tag("i", class_=f"swatch phase-{name}"), name, class_="key") for name in PHASES)
     note = f"The widest takes {words.duration(span_s)}."
@@ -98,7 +101,7 @@ def compression(snapshot: Snapshot, state: PageState) -> Markup:
         for row in snapshot.compression
     ]
     if not rows:
-        return card("Compression", empty("No round yet."))
+        return card("Compression", empty("What a round costs on the wire, once there was one."))
     heads = ["Stage", "Codecs", *map(_number, ("Bits a value", "Against fp32", "A round", "Residual"))]
     note = "Residual: what rounding leaves for the next round, against the size of an update."
     return card("Compression", table([*heads], rows, "Compression by stage"), note=note)

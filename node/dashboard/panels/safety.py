@@ -28,9 +28,26 @@ def checkpoints(snapshot: Snapshot, state: PageState) -> Markup:
         ),
         tag("p", found.refused, class_="trouble") if found.refused else None,
         tag("p", tag("code", found.path), class_="note") if found.path else None,
+        _exported(state),
         table(["On disk", tag("th", "Round", scope="col", class_="number")], rows, "Newest round on disk")
         if rows
         else None,
+    )
+
+
+def _exported(state: PageState) -> Markup | None:
+    """The button, and what became of it."""
+    if not state.can("checkpoint_export"):
+        return None
+    made = state.exported
+    running, path, why_not = bool(made.get("running")), made.get("path"), made.get("why_not")
+    return tag(
+        "div",
+        tag("button", "Export", type="button", class_="button small", data_do="export", disabled=running),
+        tag("span", "Writing a folder for transformers…", class_="note") if running else None,
+        tag("p", "For AutoModelForCausalLM: ", tag("code", str(path)), class_="note") if path else None,
+        tag("p", str(why_not), class_="trouble") if why_not else None,
+        class_="tools",
     )
 
 
@@ -56,7 +73,8 @@ def trust(snapshot: Snapshot, state: PageState) -> Markup:
         figures(
             figure(words.number(found.revocation_version), "revocation list"),
             figure(words.number(found.repaired_parts), "parts repaired"),
-            figure(words.number(found.audits), "audits"),
+            figure(words.number(found.audits.get("agreed", 0)), "answers recomputed"),
+            figure(words.number(found.audits.get("disagreed", 0)), "that disagreed"),
         ),
         table(["Streams refused here", times], by_kind, "Streams refused here") if by_kind else None,
         table(["Data refused from", times], by_peer, "Data refused, by peer") if by_peer else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from shoal.node.dashboard import snippets
 from shoal.node.dashboard.markup import Markup, tag
 from shoal.node.dashboard.panels.card import button, card
 from shoal.node.dashboard.state import PageState
@@ -53,7 +54,31 @@ def tryout(snapshot: Snapshot, state: PageState) -> Markup:
         form,
         shown if box.prompt or box.written else None,
         tag("p", box.note, class_="note", role="status") if box.note else None,
+        _from_programs(snapshot.run.name, box.prompt or "def "),
         note="What the run serves now, written by whoever holds its stages.",
+    )
+
+
+def _from_programs(model: str, prompt: str) -> Markup:
+    """The same over OpenAI's HTTP API, to copy."""
+    parts = (
+        ("serve", "With a token that may ask the model, anywhere:", snippets.SERVE),
+        ("curl", "Then, in a shell:", snippets.curl(model, prompt)),
+        ("python", "or in Python:", snippets.python(model, prompt)),
+    )
+    return tag(
+        "details",
+        tag("summary", "From your programs (OpenAI's API)"),
+        *(
+            tag(
+                "div",
+                tag("span", title, class_="note"),
+                tag("button", "Copy", type="button", class_="button small", data_copy=f"snippet-{name}"),
+                tag("pre", Markup(_escaped(words)), id=f"snippet-{name}", class_="command", tabindex="0"),
+                class_="snippet",
+            )
+            for name, title, words in parts
+        ),
     )
 
 
