@@ -1,4 +1,4 @@
-"""The newest whole checkpoint as a Hugging Face folder: what the owner's page has of `shoal checkpoint export`.
+"""The newest whole checkpoint as a Hugging Face folder: what the page has of `shoal checkpoint export`.
 
     {"do": "checkpoint_export"}  ->  {"running": true}
     {"do": "checkpoint_exported"}  ->  {"running": false, "path": "...", "bytes": 1234, "why_not": ""}

@@ -8,9 +8,7 @@ What the settings mean knows `training.amended`.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +17,7 @@ from shoal.protocol import limits
 from shoal.protocol.certificates import verify_owner_signature
 from shoal.protocol.errors import ProtocolViolation, RecordInvalid, StorageError
 from shoal.protocol.private_files import read_private, write_private
+from shoal.protocol.signed_book import SignedBook, Write
 from shoal.protocol.wire import (
     Bounds,
     Count,
@@ -113,68 +112,27 @@ def verify_amendments(signed: SignedAmendments, run_id: bytes, root_der: bytes) 
     return listed
 
 
-class AmendmentBook:
-    """The newest list this peer knows, kept on disk.
-
-    `path` None keeps it in memory only. `write` may hand the bytes to an executor, since writing blocks.
-    """
+class AmendmentBook(SignedBook[SignedAmendments, Amendments]):
+    """The newest list this peer knows."""
 
     def __init__(
-        self,
-        run_id: bytes,
-        root_der: bytes,
-        path: Path | None = None,
-        write: Callable[[Path, bytes], None] = write_private,
+        self, run_id: bytes, root_der: bytes, path: Path | None = None, write: Write = write_private
     ) -> None:
-        """Raises StorageError if the file is damaged, which must not pass for an empty list."""
+        """See `SignedBook`. Raises StorageError."""
         self._run_id, self._root_der = run_id, root_der
-        self._path, self._write = path, write
-        self.current = Amendments(run_id)
-        self.signed: SignedAmendments | None = None  # what to give to others
-        self.changed: list[Callable[[], None]] = []  # called after a newer list was adopted
-        stored = load_amendments(path, run_id, root_der) if path else None
-        if stored:
-            self.signed, self.current = stored
+        super().__init__(Amendments(run_id), path, write)
 
-    @property
-    def version(self) -> int:
-        """What heartbeats carry; 0 where nothing was ever ordered."""
-        return self.current.version
-
-    def adopt(self, signed: SignedAmendments) -> bool:
-        """Take a list over if it is newer; whether it was.
-
-        Raises RecordInvalid or MessageInvalid for one that is forged, StorageError if the disk refuses (the
-        list counts nevertheless).
-        """
+    def _newer(self, signed: SignedAmendments) -> Amendments | None:
         if signed == self.signed:
-            return False
+            return None
         listed = verify_amendments(signed, self._run_id, self._root_der)
-        if listed.version <= self.version:
-            return False
-        self.signed, self.current = signed, listed
-        try:
-            if self._path:
-                self._write(self._path, encode(signed))
-        finally:
-            for notify in list(self.changed):
-                notify()
-        return True
+        return listed if listed.version > self.version else None
 
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[asyncio.Event]:
-        """An event that is set whenever a newer list is taken over, as long as the context lasts."""
-        changed = asyncio.Event()
-        self.changed.append(changed.set)
-        try:
-            yield changed
-        finally:
-            self.changed.remove(changed.set)
+    def _load(self, path: Path) -> tuple[SignedAmendments, Amendments] | None:
+        return load_amendments(path, self._run_id, self._root_der)
 
-    def reload(self) -> bool:
-        """Adopt what a command wrote to the same file meanwhile; whether it was newer."""
-        stored = load_amendments(self._path, self._run_id, self._root_der) if self._path else None
-        return stored is not None and self.adopt(stored[0])
+    def _file(self, signed: SignedAmendments) -> bytes:
+        return encode(signed)
 
 
 def load_amendments(path: Path, run_id: bytes, root_der: bytes) -> tuple[SignedAmendments, Amendments] | None:

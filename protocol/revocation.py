@@ -21,6 +21,7 @@ from shoal.protocol.certificates import verify_owner_signature
 from shoal.protocol.errors import MessageTooLarge, ProtocolViolation, RecordInvalid, StorageError
 from shoal.protocol.identity import PeerId, VerifiedPeer, public_key_of
 from shoal.protocol.private_files import read_private, write_private
+from shoal.protocol.signed_book import SignedBook, Write
 from shoal.protocol.wire import Count, Digest, Length, decode, encode, wire_message
 
 LABEL = b"revocation list"
@@ -114,65 +115,36 @@ def verify_revocations(signed: SignedRevocations, run_id: bytes, root_der: bytes
     return _parsed(notice.version, entries)
 
 
-class RevocationBook:
-    """The newest list this peer knows, kept on disk.
-
-    `path` None keeps it in memory only. `write` may hand the bytes to an executor, since writing blocks.
-    """
+class RevocationBook(SignedBook[SignedRevocations, RevocationList]):
+    """The newest list this peer knows."""
 
     def __init__(
-        self,
-        run_id: bytes,
-        root_der: bytes,
-        path: Path | None = None,
-        write: Callable[[Path, bytes], None] = write_private,
+        self, run_id: bytes, root_der: bytes, path: Path | None = None, write: Write = write_private
     ) -> None:
-        """Raises StorageError if the file is damaged, which must not pass for an empty list."""
+        """See `SignedBook`. Raises StorageError."""
         self._run_id, self._root_der = run_id, root_der
-        self._path, self._write = path, write
-        self.current = RevocationList()
-        self.signed: SignedRevocations | None = None  # what to give to others
-        self.changed: list[Callable[[], None]] = []  # called after a newer list was adopted
-        stored = load_revocations(path, run_id, root_der) if path else None
-        if stored:
-            self.signed, self.current = stored
+        super().__init__(RevocationList(), path, write)
 
-    @property
-    def version(self) -> int:
-        """What heartbeats carry; 0 where nothing was ever revoked."""
-        return self.current.version
+    def is_revoked(self, verified: VerifiedPeer) -> bool:
+        """Whether this peer or its token is shut out."""
+        return verified in self.current
 
-    def adopt(self, signed: SignedRevocations) -> bool:
-        """Take a list over if it is newer; whether it was.
-
-        Raises RecordInvalid or MessageTooLarge for a list that is forged or drops entries, StorageError
-        if the disk refuses (the list counts nevertheless).
-        """
+    def _newer(self, signed: SignedRevocations) -> RevocationList | None:
         if signed.notice.version <= self.version:
-            return False
+            return None
         listed = verify_revocations(signed, self._run_id, self._root_der)
         if not listed.covers(self.current):
             raise RecordInvalid(
                 f"revocation list {listed.version} lacks entries of list {self.version}; the owner must "
                 "add to the newest list, not to an old copy"
             )
-        self.signed, self.current = signed, listed
-        try:
-            if self._path:
-                self._write(self._path, file_bytes(signed))
-        finally:
-            for notify in self.changed:
-                notify()
-        return True
+        return listed
 
-    def reload(self) -> bool:
-        """Adopt what `shoal token revoke` wrote to the same file meanwhile; whether it was newer."""
-        stored = load_revocations(self._path, self._run_id, self._root_der) if self._path else None
-        return stored is not None and self.adopt(stored[0])
+    def _load(self, path: Path) -> tuple[SignedRevocations, RevocationList] | None:
+        return load_revocations(path, self._run_id, self._root_der)
 
-    def is_revoked(self, verified: VerifiedPeer) -> bool:
-        """Whether this peer or its token is shut out."""
-        return verified in self.current
+    def _file(self, signed: SignedRevocations) -> bytes:
+        return file_bytes(signed)
 
 
 def load_revocations(

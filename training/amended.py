@@ -72,7 +72,7 @@ class Amended:
         return True
 
     def watch(self) -> AbstractContextManager[asyncio.Event]:
-        """See `AmendmentBook.watch`."""
+        """See `SignedBook.watch`."""
         return self._book.watch()
 
 
