@@ -11,7 +11,7 @@ import torch
 from trainer_world import Replica, TrainerWorld, round_spec
 
 from shoal.protocol import virtual_time
-from shoal.protocol.errors import MessageInvalid, MessageTooLarge, Stale, StorageError
+from shoal.protocol.errors import Busy, MessageInvalid, MessageTooLarge, Stale, StorageError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import call
 from shoal.training.neighbours import stage_guardians
@@ -259,6 +259,7 @@ def test_what_is_handed_to_a_guardian_has_to_be_a_lone_replicas_own_next_entry()
                 (replica, last.encode(), MessageInvalid, "alone"),
                 (other, own.encode(), MessageInvalid, "alone"),
                 (other, others.encode(), Stale, "no replica of stage 1"),
+                (replica, dataclasses.replace(own, revision=9).encode(), Busy, "revision 9 of the settings"),
                 (replica, own.encode(), Stale, "fork|does not continue"),
                 (replica, bytes(ENTRY_BYTES + 1), MessageTooLarge, "allowed"),
             )

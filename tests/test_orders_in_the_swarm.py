@@ -7,11 +7,13 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from members_world import RUN
+from members_world import owner as owner_key
 from orders_world import Owner, check_tiling, decided
 from trainer_world import TrainerWorld, round_spec
 
 from shoal.protocol import virtual_time
-from shoal.protocol.amendments import PAUSED, RUNNING
+from shoal.protocol.amendments import PAUSED, RUNNING, AmendmentBook
 from shoal.protocol.errors import Busy, MessageInvalid
 from shoal.training.amended import AMENDABLE, amended
 from shoal.training.outer.entry import Entry
@@ -175,6 +177,36 @@ def test_settings_change_for_all_members_of_a_stage_in_the_same_round(
             joiner = await world.add(9, 0)
             assert joiner.trainer.outer.revision == 2, "a snapshot says which settings are in force"
             assert joiner.trainer.outer.spec == expected
+
+    virtual_time.run(main)
+
+
+def test_a_member_that_no_heartbeat_tells_gets_the_list_from_its_group_and_misses_no_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether it only follows or is to lead itself: whoever names a revision also gives it."""
+
+    async def main() -> None:
+        owner = Owner()
+        async with TrainerWorld(round_spec(1), seed=7) as world:
+            for number in range(3):
+                await world.add(number, 0)
+            await world.heights(3)
+            deaf, book = world.replicas[2], world.replicas[2].members.amendments
+            with monkeypatch.context() as patch:  # heartbeats fill another book than the rounds look into
+                patch.setattr(deaf.members, "amendments", AmendmentBook(RUN, owner_key().root_der))
+                assert world.replicas[0].members.amendments.adopt(owner.set("outer.inner_steps", 3))
+                group = list(world.replicas.values())
+                began = max(replica.trainer.outer.height for replica in group)
+                await asyncio.gather(*(replica.reach(began + 4) for replica in group))
+            assert book.version == 1
+            leaders = set()
+            for height in range(began + 2, began + 5):
+                entry = group[0].trainer.outer.entry(height)
+                assert entry is not None and entry.revision == 1
+                assert deaf.peer in {entry.roster[row.seat].peer for row in entry.contributors}
+                leaders.add(entry.leader)
+            assert deaf.peer in leaders
 
     virtual_time.run(main)
 

@@ -126,6 +126,7 @@ from shoal.training.outer.messages import (
     EntriesRequest,
     Go,
     ManifestRequest,
+    OrdersRequest,
     PartRequest,
     Prepare,
     PublishedPart,
@@ -221,7 +222,7 @@ def test_roles_are_checked_before_any_handler_of_a_replica_runs(tmp_path: Path) 
         hop = await Peer(run, pipeline_spec(), 1, Known()).start(run)
         group = await GroupPeer(run).start(run)
         before = hop.state(), group.state()
-        names = ("round", "contribute", "publish", "part", "entries", "manifest", "chunks", "state")
+        names = ("round", "contribute", "publish", "part", "entries", "orders", "manifest", "chunks", "state")
         doors = [
             (hop.me, "propagate"),
             (hop.me, "commit"),
@@ -236,7 +237,7 @@ def test_roles_are_checked_before_any_handler_of_a_replica_runs(tmp_path: Path) 
             await call(observer, hop.me, "infer", Note(1), Note, timeout_s=10)
         assert (hop.state(), group.state()) == before
         assert hop.transport.counters().refusals == {"WrongRole": 5}
-        assert group.transport.counters().refusals == {"WrongRole": 16}
+        assert group.transport.counters().refusals == {"WrongRole": 2 * len(names)}
 
     play_run(scene, tmp_path)
 
@@ -876,6 +877,8 @@ def test_drafts_and_entries_that_do_not_hold_change_no_log(tmp_path: Path) -> No
             await tyrant.send("round", (Commit(), b""))
         requests: tuple[tuple[str, object, type[ShoalError]], ...] = (
             ("part", PartRequest(0, bytes(32)), NotHere),
+            ("orders", OrdersRequest(), NotHere),
+            ("orders", PartRequest(0, bytes(32)), MessageInvalid),
             ("manifest", ManifestRequest(8), NotHere),
             ("chunks", ChunkRequest(0, bytes(32), (0,)), Stale),
             ("chunks", ChunkRequest(8, bytes(32), (2**32,)), NotHere),

@@ -12,7 +12,8 @@ import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
-from shoal.protocol.amendments import RUNNING, AmendmentBook, Setting
+from shoal.protocol.amendments import RUNNING, AmendmentBook, Setting, SignedAmendments
+from shoal.protocol.errors import StorageError
 from shoal.training.spec import RunSpec
 
 # What may change while a run goes on: nothing that decides the form of what is sent or kept.
@@ -39,6 +40,19 @@ class Amended:
     def revision(self) -> int:
         """The newest known here."""
         return self._book.current.revision
+
+    @property
+    def signed(self) -> SignedAmendments | None:
+        """What to give to others; None while nothing was ordered."""
+        return self._book.signed
+
+    def adopt(self, signed: SignedAmendments) -> bool:
+        """Take a list over if it is newer; whether it was. Raises ProtocolViolation for a forged one."""
+        try:
+            return self._book.adopt(signed)
+        except StorageError as error:  # it counts all the same, until this process ends
+            log.error("the owner's orders were not stored", extra={"error": str(error)})
+            return True
 
     @property
     def paused(self) -> bool:

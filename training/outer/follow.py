@@ -38,6 +38,7 @@ from shoal.training.outer.messages import (
     Publishing,
     Report,
 )
+from shoal.training.outer.orders import serve_orders
 from shoal.training.outer.reentry import Reentering
 from shoal.training.outer.round import Round
 
@@ -96,7 +97,8 @@ class Services:
         self.serve_log()
 
     def serve_log(self) -> None:
-        """Only what is agreed: entries and their parts."""
+        """Only what is agreed: entries, their parts, and the owner's orders that they name."""
+        serve_orders(self._context)
         transport, name = self._context.transport, self._context.method
         transport.serve(name("part"), self._part, GROUP_ROLES, Channel.BULK)
         transport.serve(name("entries"), self._entries, GROUP_ROLES, Channel.BULK)

@@ -24,6 +24,7 @@ from shoal.training.outer.entry import Entry, StreamPosition, parse
 from shoal.training.outer.fetch import fetch_parts
 from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.messages import Answer, Prepare
+from shoal.training.outer.orders import knows
 from shoal.training.outer.phases import Phases
 from shoal.training.outer.promise import Promise, Promises
 from shoal.training.outer.reduce import Published
@@ -31,7 +32,6 @@ from shoal.training.outer.reentry import Reentering
 from shoal.training.outer.replica import Replica
 from shoal.training.outer.round import Round, draw_owners
 
-ORDERS_LAG_S = 2.0  # the owner's newest settings may still be on their way here
 GO_LAG_S = 2.0  # a neighbour's contribution may be here before the leader's GO
 APART_S = 2.0  # that others go without a member which repairs its state: as long as a silent one delays them
 NORM_MOST = 1e18  # entry.Norm's bound
@@ -81,7 +81,7 @@ class Member:
         """Promise a ballot and say what there is to contribute. Raises Stale, Busy or MessageInvalid."""
         if (prepare.height, prepare.previous) == (self.next_height, self.replica.log.head):
             revision = parse(offer).revision
-            if not await self._context.amended.known(revision, ORDERS_LAG_S):
+            if not await knows(self._context, revision, [leader]):
                 raise Stale(f"revision {revision} of the settings is not known here")
         async with self._deciding:
             log = self.replica.log
@@ -217,7 +217,7 @@ class Member:
 
     async def _commit(self, data: bytes, holders: Sequence[PeerId]) -> None:
         entry, log = parse(data), self.replica.log
-        if entry.height > log.height and not await self._context.amended.known(entry.revision, ORDERS_LAG_S):
+        if entry.height > log.height and not await knows(self._context, entry.revision, holders):
             # Once in the log, a revision that the owner never made would be in the way of all later rounds.
             raise Busy(f"revision {entry.revision} of the settings is not known here", retry_after_s=1.0)
         async with self._deciding:

@@ -164,6 +164,12 @@ class ManifestRequest:
 
 @wire_message
 @dataclass(frozen=True, slots=True)
+class OrdersRequest:
+    """Asks for the owner's newest list that is known there; answered with SignedAmendments."""
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
 class Keep:
     """A lone replica hands its guardian an entry before it commits it. Payload: the entry."""
 

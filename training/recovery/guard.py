@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from shoal.dht.beats import StageBeat
-from shoal.protocol.errors import MessageInvalid, NotHere, ShoalError, Stale
+from shoal.protocol.errors import Busy, MessageInvalid, NotHere, ShoalError, Stale
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream
 from shoal.training.outer.ask_around import ask_around, reasons
@@ -23,6 +23,7 @@ from shoal.training.outer.fetch import fetch_parts
 from shoal.training.outer.follow import Services
 from shoal.training.outer.member import Member
 from shoal.training.outer.messages import Keep, Kept
+from shoal.training.outer.orders import knows
 from shoal.training.outer.policy import GroupMember
 from shoal.training.outer.promise import Promises
 from shoal.training.outer.reduce import Published
@@ -38,7 +39,7 @@ from shoal.training.recovery.snapshots import Snapshots, newest_on_disk, stage_d
 
 POLL_S = 0.25
 _AGAIN_S = (0.5, 2.0)  # after a failure
-_SERVED = ("manifest", "chunks", "state", "part", "entries", "keep")
+_SERVED = ("manifest", "chunks", "state", "part", "entries", "orders", "keep")
 
 
 class Guard:
@@ -168,6 +169,8 @@ class Guard:
         caller, entry, context = stream.remote.peer, parse(data), self._context
         if [entry.roster[seat].peer for seat in entry.present()] != [caller]:
             raise MessageInvalid(f"entry {entry.height} is not of {caller} alone")
+        if not await knows(context, entry.revision, [caller]):
+            raise Busy(f"revision {entry.revision} of the settings is not known here", retry_after_s=1.0)
         async with self._lock:
             group, replica = self._replicas(), self._replica
             if caller not in {member.peer for member in group} or replica is None:
