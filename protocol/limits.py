@@ -55,6 +55,9 @@ AMENDED_SETTINGS = 128
 ERRANDS = 32  # the oldest go first: processes that they name are long gone
 VERIFIED_CHAINS = 4096  # remembered, so that a reconnecting peer costs no signature checks; 1.5 KB each
 
+# Inference
+DRAFT_TOKENS = 64  # guessed ahead of a session's text: so many positions more may be under way, or in vain
+
 # Swarm
 STAGES = 256
 ROSTER = 1024

@@ -6,11 +6,12 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from shoal.protocol.identity import PeerId, Role
-from shoal.protocol.memory_transport import MemoryNetwork
+from shoal.protocol.memory_transport import Link, MemoryNetwork
 from shoal.protocol.transport import Transport
 from shoal.training.lane import InlineLane
 from shoal.training.model.layout import genesis, stage_layout
@@ -18,6 +19,7 @@ from shoal.training.model.stage import StageModel
 from shoal.training.partition import stage_ranges
 from shoal.training.pipeline.replicas import Replica
 from shoal.training.serving.chain import Generation
+from shoal.training.serving.draft import DraftModel
 from shoal.training.serving.form import Form
 from shoal.training.serving.messages import SamplingOptions
 from shoal.training.serving.server import SessionServer
@@ -83,9 +85,10 @@ class World:
         duration_s: float = 0.005,
         budget_bytes: int = 512 << 20,
         wrap: Callable[[Transport], Transport] = lambda transport: transport,
+        link: Link | None = None,
     ) -> None:
         self.spec = spec
-        self.network = MemoryNetwork(random.Random(1))
+        self.network = MemoryNetwork(random.Random(1), link)
         self.client = self.network.transport(
             PeerId("12D3KooWclient".ljust(52, "1")), frozenset({Role.INFERENCE})
         )
@@ -154,7 +157,7 @@ class World:
         count: int = 64,
         options: SamplingOptions = GREEDY,
         seed: int = 1,
-        **more: float,
+        **more: Any,
     ) -> Generation:
         rng = random.Random(seed)
         return Generation(self.spec, self.client, self, prompt, count, options, rng, **more)
@@ -218,3 +221,21 @@ def greedy(spec: RunSpec, weights: Sequence[torch.Tensor], prompt: Sequence[int]
             hidden = model.blocks(flat, hidden, None)
         tokens.append(int(models[-1].logits(weights[-1], hidden[:, -1:], None).argmax()))
     return tokens[len(prompt) :]
+
+
+def one_stage(spec: RunSpec, seed: int = 0) -> tuple[RunSpec, torch.Tensor]:
+    """The spec for all layers in one stage, and `weights_of` as one vector."""
+    whole = spec.model_copy(update={"stages": spec.stages.model_copy(update={"count": 1})})
+    layout = stage_layout(whole, range(spec.model.layers))
+    weights, slots = torch.zeros(layout.size), {slot.name: slot for slot in layout.slots}
+    for flat, layers in zip(weights_of(spec, seed), stage_ranges(spec), strict=True):
+        for slot in stage_layout(spec, layers).slots:
+            slots[slot.name].view(weights).copy_(slot.view(flat))
+    return whole, weights
+
+
+def draft_of(world: World, noise: float = 0.0) -> DraftModel:
+    """The world's own model, its weights shaken by some noise; 1 ms for each run of guesses."""
+    spec, weights = one_stage(world.spec)
+    weights += noise * torch.randn(len(weights), generator=torch.Generator().manual_seed(1))
+    return DraftModel(spec, weights, InlineLane(lambda kind: 0.001))

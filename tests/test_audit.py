@@ -13,9 +13,9 @@ from shoal.node.inference.writing import Options, Text
 from shoal.protocol.virtual_time import run
 from shoal.training.data.tokenizer import ByteTokenizer
 from shoal.training.serving.audit import NEAR_SCORE, Auditor, Disagreement, first_wrong
-from shoal.training.serving.chain import Written
 from shoal.training.serving.messages import SamplingOptions
 from shoal.training.serving.tuner import Tuner
+from shoal.training.serving.written import Written
 
 WAYS = {
     "greedy": Options(max_new_tokens=40),

@@ -35,13 +35,14 @@ from shoal.training.serving.messages import (
     RowsHave,
     SamplingOptions,
     SessionCut,
+    SessionDraft,
     SessionOpened,
     SessionPulse,
     SessionRoute,
     SessionToken,
     TokenBias,
 )
-from shoal.training.serving.server import CHUNK_ROWS
+from shoal.training.serving.rows import CHUNK_ROWS
 
 NAME = b"s" * 16
 Said = Sequence[tuple[object, bytes]]
@@ -52,8 +53,10 @@ def ids(*tokens: int) -> bytes:
     return np.array(tokens, np.int32).tobytes()
 
 
-def hidden(count: int, value: float = 0.5, width: int = 16) -> bytes:
-    return np.full((count, width), value, np.float32).tobytes()
+def hidden(count: int, value: float = 0.5, width: int = 16, tokens: Sequence[int] = PROMPT) -> bytes:
+    """Positions from the prompt's begin on: tokens, and hidden states that are all the same number."""
+    states = np.full((count, width), value, np.float32)
+    return ids(*tokens[:count], *[1] * (count - len(tokens))) + states.tobytes()
 
 
 def opening(**changes: object) -> OpenSession:
@@ -94,6 +97,15 @@ OPENINGS: tuple[tuple[OpenSession, bytes, type[ShoalError], str], ...] = (
 )
 
 
+SAID_LATER: tuple[tuple[object, str], ...] = (
+    (SessionRoute(1, 0, PeerId("12D3KooWs0r0".ljust(52, "1"))), "after stage 0 comes not stage 0"),
+    (SessionDraft(4, ()), "a draft is empty"),
+    (SessionDraft(4, (50, 257)), "outside the vocabulary"),
+    (SessionDraft(60, (1, 2, 3, 4, 5)), "up to 65 leaves a session of 64"),
+    (SessionDraft(1 << 20, (1,)), "leaves a session of 64"),
+)
+
+
 def test_sessions_that_do_not_fit_are_refused_and_leave_nothing() -> None:
     async def main() -> None:
         async with World(serving_spec(2), 1) as world:
@@ -102,10 +114,15 @@ def test_sessions_that_do_not_fit_are_refused_and_leave_nothing() -> None:
                 error = await told(world.client, first.name, SESSION, [(request, payload)])
                 assert type(error) is kind, error
                 assert words in str(error)
-            astray = (SessionRoute(1, 0, first.name), b"")
-            error = await told(world.client, first.name, SESSION, [(opening(), ids(*PROMPT)), astray])
+            for said, words in SAID_LATER:
+                begun = (opening(), ids(*PROMPT))
+                error = await told(world.client, first.name, SESSION, [begun, (said, b"")])
+                assert type(error) is MessageInvalid
+                assert words in str(error)
+            begun, draft = (opening(stage=1), ids(*PROMPT)), (SessionDraft(4, (50, 1)), b"")
+            error = await told(world.client, world.peers[1].name, SESSION, [begun, draft])
             assert type(error) is MessageInvalid
-            assert "after stage 0 comes not stage 0" in str(error)
+            assert "drafts are for the first stage" in str(error)
             assert not first.server.sessions
             assert first.server.status()["charged_bytes"] == 0
             assert await world.text() == reference(world)
@@ -148,7 +165,7 @@ FEEDINGS: tuple[tuple[Said, type[ShoalError], str], ...] = (
     ([(RowsAttach(NAME, 2, 1), b"")], Stale, "fed by epoch 3, you come with 2"),
     ([(ATTACH, b""), (RowsChunk(1, 1), hidden(1))], MessageInvalid, "positions 1 to 2 do not fit"),
     ([(ATTACH, b""), (RowsChunk(0, 65), hidden(65))], MessageInvalid, "0 of 64 positions are here"),
-    ([(ATTACH, b""), (RowsChunk(0, 2), hidden(1))], MessageInvalid, "hidden states take"),
+    ([(ATTACH, b""), (RowsChunk(0, 2), hidden(2)[:-1])], MessageInvalid, "hidden states take"),
     ([(ATTACH, b""), (RowsChunk(0, 1), hidden(1, float("nan")))], MessageInvalid, "NaN"),
     ([(ATTACH, b""), (RowsChunk(0, 1000), hidden(CHUNK_ROWS + 1))], MessageTooLarge, "are allowed"),
 )
@@ -175,7 +192,7 @@ def test_rows_that_do_not_fit_are_refused_and_change_nothing() -> None:
                     while not isinstance(message.header, SessionToken):
                         message = await stream.receive(SessionToken, SessionPulse)
                     assert message.header.position == 5
-                    await good.send(RowsChunk(3, 2), hidden(2))  # here already
+                    await good.send(RowsChunk(3, 2), hidden(2, tokens=PROMPT[3:]))  # here already
                     await asyncio.sleep(1)
                     assert session.received == 5
 

@@ -19,8 +19,9 @@ from shoal.protocol.transport import Transport
 from shoal.protocol.wire import encode
 from shoal.training.data.tokenizer import ByteTokenizer, Tokenizer
 from shoal.training.pipeline.replicas import Replicas
-from shoal.training.serving.chain import ChainFigures, Generation, Written
+from shoal.training.serving.chain import Generation
 from shoal.training.serving.messages import STOP, SamplingOptions, TokenBias
+from shoal.training.serving.written import ChainFigures, Written
 from shoal.training.spec import RunSpec
 
 _MOST_STOPS = 16

@@ -18,10 +18,10 @@ import torch
 
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
-from shoal.training.serving.chain import Written
 from shoal.training.serving.messages import SamplingOptions
 from shoal.training.serving.sampling import adjusted, filtered, next_token, uniform
 from shoal.training.serving.tuner import Tuner
+from shoal.training.serving.written import Written
 
 NEAR_SCORE = (
     1e-3  # of float32, times the largest score: logits of two servers differ by less (fp32: 1e-5, bf16: 1e-2)

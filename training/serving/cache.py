@@ -42,6 +42,11 @@ class Cache:
         whole = pages[0] if len(pages) == 1 else torch.cat(pages, dim=2)
         return whole[:, :, :stop]
 
+    def trim(self, positions: int) -> None:
+        """Give back the pages behind that many positions: they were a draft's."""
+        for pages in self._pages:
+            del pages[math.ceil(positions / PAGE) :]
+
     def _grow(self, positions: int) -> None:
         while len(self._pages[0]) * PAGE < positions:
             page = torch.zeros(self._shape, dtype=self._dtype, device=self._device)

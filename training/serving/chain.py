@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -33,6 +32,7 @@ from shoal.protocol.transport import Transport
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.serving.choice import choose
+from shoal.training.serving.draft import Drafting, DraftModel
 from shoal.training.serving.link import Link
 from shoal.training.serving.messages import (
     LENGTH,
@@ -41,6 +41,8 @@ from shoal.training.serving.messages import (
     SamplingOptions,
     SessionToken,
 )
+from shoal.training.serving.speculation import Speculation
+from shoal.training.serving.written import ChainFigures, Written
 from shoal.training.spec import RunSpec
 
 SILENT_S = 2.0  # four pulses; a server is then replaced if its stage has another one
@@ -53,28 +55,6 @@ _LOOK_S = 0.25
 _REROUTE_S = 0.1  # before a supply that broke off is tried again
 _MOST_CUTS = 4  # of the supply of a server; then another one is taken
 _MOST_VAIN = 4  # restarts without a token in between
-
-
-@dataclass(slots=True)
-class ChainFigures:
-    """What became of one generation."""
-
-    replaced: int = 0  # servers
-    restarted: int = 0  # versions retired under it
-    longest_gap_s: float = 0.0  # between two tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A text that is complete: tokens with its prompt's first, and who computed it on which versions."""
-
-    tokens: tuple[int, ...]
-    prompt: int
-    options: SamplingOptions
-    versions: tuple[bytes, ...]  # by stage
-    servers: frozenset[PeerId]
-    stopped: bool  # by a token that ended it
-    restarted: bool = False  # some of it was computed on versions before these
 
 
 class Generation:
@@ -90,9 +70,13 @@ class Generation:
         options: SamplingOptions,
         rng: random.Random,
         *,
+        draft: DraftModel | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """Raises MessageInvalid for a prompt that leaves no room in the model's sequence."""
+        """`draft` guesses ahead: the text is the same, and comes sooner.
+
+        Raises MessageInvalid for a prompt that leaves no room in the model's sequence.
+        """
         most = spec.model.sequence
         if not 1 <= len(prompt) < most or max_new_tokens < 1:
             raise MessageInvalid(
@@ -121,6 +105,12 @@ class Generation:
         self._lacking: set[int] = set()  # stages of which a replica lacks the pinned version
         self._restarted_at, self._vain = -1, 0
         self._epoch = 0
+        self._speculation: Speculation | None = None
+        if draft is not None:
+            drafting = Drafting(draft, options)
+            self._speculation = Speculation(
+                drafting, self.tokens, self._capacity, self.figures, self._send_draft
+            )
         self._wake = asyncio.Event()
         self._news = asyncio.Event()
         self._token_s = 0.0
@@ -174,6 +164,7 @@ class Generation:
     # --- the loop
 
     async def _run(self) -> None:
+        speculation = asyncio.create_task(self._speculation.run()) if self._speculation else None
         try:
             while not self.finish:
                 self._wake.clear()
@@ -186,6 +177,9 @@ class Generation:
                     async with asyncio.timeout(_LOOK_S):
                         await self._wake.wait()
         finally:
+            if speculation is not None:
+                speculation.cancel()
+                await asyncio.wait([speculation])
             for stage in range(self._stages):
                 await self._close(stage)
 
@@ -337,6 +331,12 @@ class Generation:
         self._token_s = now_s
         if message.finish != STOP:
             self.tokens.append(message.token)
+            if self._speculation is not None:
+                self._speculation.confirm(message.token)
         self.finish = LENGTH if len(self.tokens) >= self._capacity else message.finish
         self._news.set()
         self._wake.set()
+
+    def _send_draft(self, start: int, tokens: Sequence[int]) -> None:
+        if (first := self._links[0]) is not None:
+            first.draft(start, tokens)

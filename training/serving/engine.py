@@ -34,6 +34,7 @@ class _Piece:
     session: HostedSession
     rows: torch.Tensor
     start: int
+    tokens: Sequence[int]  # of its positions
 
 
 @dataclass(slots=True)
@@ -93,10 +94,7 @@ class Engine:
     def _next(self) -> list[_Piece]:
         sessions = self._waiting()
         waiting = [Waiting(i, one.version.name, one.waiting, one.since_s) for i, one in enumerate(sessions)]
-        return [
-            _Piece(sessions[key], sessions[key].next_rows(rows), sessions[key].computed)
-            for key, rows in next_batch(waiting)
-        ]
+        return [_piece(sessions[key], rows) for key, rows in next_batch(waiting)]
 
     async def _run(self, pieces: list[_Piece]) -> None:
         loop = asyncio.get_running_loop()
@@ -117,7 +115,7 @@ class Engine:
         self.figures.step_s += _SMOOTHING * (now_s - begun_s - self.figures.step_s)
         for piece, (hidden, drawn) in zip(pieces, outcome, strict=True):
             self.figures.positions += len(piece.rows)
-            piece.session.computed_rows(len(piece.rows), hidden, drawn, now_s)
+            piece.session.computed_rows(piece.start, len(piece.rows), hidden, drawn, now_s)
 
     def _compute(self, pieces: Sequence[_Piece]) -> list[tuple[torch.Tensor | None, list[int]]]:
         """For each piece its hidden states, or the tokens drawn. On the lane."""
@@ -125,6 +123,7 @@ class Engine:
         spans = []
         for piece in pieces:
             cache = piece.session.cache = piece.session.cache or self._stage.cache(weights)
+            cache.trim(piece.start)
             spans.append(Span(cache, piece.start, len(piece.rows)))
         hidden = self._stage.forward(weights, torch.cat([piece.rows for piece in pieces]), spans)
         parts = torch.split(hidden, [len(piece.rows) for piece in pieces])
@@ -133,15 +132,21 @@ class Engine:
         return [(None, self._draw(weights, *each)) for each in zip(pieces, parts, strict=True)]
 
     def _draw(self, weights: Held, piece: _Piece, hidden: torch.Tensor) -> list[int]:
-        """The tokens after those positions whose next token is not known."""
+        """The tokens after those positions whose next token is not known, up to the first wrong guess."""
         session = piece.session
         known, drawn = len(session.tokens), list[int]()
-        unknown = hidden[max(known - 1 - piece.start, 0) :]
-        if not len(unknown):
+        unknown = max(known - 1 - piece.start, 0)
+        if unknown >= len(hidden):
             return drawn
-        for logits in self._stage.logits(weights, unknown):
+        guesses = [*piece.tokens[unknown + 1 :], None]
+        for logits, guess in zip(self._stage.logits(weights, hidden[unknown:]), guesses, strict=True):
             before = session.tokens + drawn
             drawn.append(next_token(logits, before, session.sampling))
-            if session.finish_of(len(before) + 1, drawn[-1]):
+            if session.finish_of(len(before) + 1, drawn[-1]) or drawn[-1] != guess:
                 break
         return drawn
+
+
+def _piece(session: HostedSession, rows: int) -> _Piece:
+    start = session.computed
+    return _Piece(session, session.next_rows(rows), start, session.inputs[start : start + rows])

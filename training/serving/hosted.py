@@ -1,8 +1,12 @@
 """A session at one server: what came in, what is cached, and what goes on to the next server.
 
-State only: `server` moves the bytes, `engine` computes. All positions' outputs stay until the session ends:
+State only: `rows` moves the bytes, `engine` computes. All positions' outputs stay until the session ends:
 they are what a server that takes over the next stage is rebuilt from. Everything here is bounded by the
 capacity that admission charged for.
+
+A position may be computed from a token that a draft guessed. The last stage compares it with what it draws,
+the first one hears what was drawn: a wrong guess is rewound, and all that follows from it. Rows that come for
+a position again take its place if their token is another one, so a rewinding goes round the ring by itself.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import torch
 
 from shoal.protocol.errors import MessageInvalid, ShoalError, Stale
 from shoal.protocol.identity import VerifiedPeer
+from shoal.protocol.limits import DRAFT_TOKENS
+from shoal.training.serving.ahead import Ahead, alike
 from shoal.training.serving.cache import Cache
 from shoal.training.serving.messages import LENGTH, STOP, OpenSession, SamplingOptions, SessionRoute
 from shoal.training.serving.versions import ServingVersion
@@ -45,17 +51,22 @@ class HostedSession:
         self.told = len(self.tokens)  # to the client
         self.finish = ""
         self.cache: Cache | None = None  # made with the first positions, on the lane
-        self.received = self.computed = 0
+        self.inputs: list[int] = []  # tokens of the positions that are here
+        self.computed = 0
+        self.supplies: list[Ahead] = []  # of which rewinding tells each
         self.since_s = self.active_s = now_s  # of the oldest position that waits; of the last movement
         self.route: SessionRoute | None = None
         self.cut: tuple[int, str] | None = None  # epoch and reason, to tell the client
         self.failure: ShoalError | None = None
+        self._begun = 0  # positions that were given out to be computed
+        self._settled = len(tokens)  # at the first stage: of its inputs so many are no guesses
+        self._refusing = False  # what follows from a wrong guess; the server before does not know yet
         self._waiting: deque[torch.Tensor] = deque()
         self._outputs = torch.empty(0 if last else opening.capacity, width)  # takes memory as it is written
         self._feeder_epoch = -1
         self._change = asyncio.Event()
         if first:
-            self._enqueue(torch.tensor(tokens, dtype=torch.int64), now_s)
+            self._enqueue(tokens, torch.tensor(tokens, dtype=torch.int64), now_s)
 
     # --- input
 
@@ -63,27 +74,79 @@ class HostedSession:
         """The server before begins to supply. Raises Stale if another one did later."""
         if epoch < self._feeder_epoch:
             raise Stale(f"this session is fed by epoch {self._feeder_epoch}, you come with {epoch}")
-        self._feeder_epoch = epoch
+        if epoch > self._feeder_epoch:
+            self._feeder_epoch, self._refusing = epoch, False
 
-    def take(self, epoch: int, start: int, rows: torch.Tensor, now_s: float) -> None:
-        """Positions from `start`; those that are here already are passed over.
+    def take(self, epoch: int, start: int, tokens: Sequence[int], rows: torch.Tensor, now_s: float) -> None:
+        """Positions from `start`, from the server before.
 
         Raises Stale when another server feeds it now, MessageInvalid for a gap or more than was asked for.
         """
         self.attach(epoch)
-        if start > self.received or start + len(rows) > self.capacity:
+        stop = start + len(tokens)
+        if stop > self.capacity or (start > self.received and not self._refusing):
             room = f"{self.received} of {self.capacity} positions are here"
-            raise MessageInvalid(f"positions {start} to {start + len(rows)} do not fit: {room}")
-        self._enqueue(rows[self.received - start :], now_s)
+            raise MessageInvalid(f"positions {start} to {stop} do not fit: {room}")
+        self._accept(start, tokens, rows, now_s)
+        if self.first:
+            self._settled = max(self._settled, stop)
 
-    def _enqueue(self, rows: torch.Tensor, now_s: float) -> None:
-        if len(rows):
-            if not self.waiting:
-                self.since_s = now_s
-            self.active_s = now_s
-            self._waiting.append(rows)
-            self.received += len(rows)
-            self.notify()
+    def guess(self, start: int, tokens: Sequence[int], now_s: float) -> None:
+        """What the client believes the text to be from `start` on. To the first stage.
+
+        Guesses that begin from another text than this are passed over. Raises MessageInvalid beyond the
+        session's end.
+        """
+        if start + len(tokens) > self.capacity:
+            raise MessageInvalid(f"a draft up to {start + len(tokens)} leaves a session of {self.capacity}")
+        known = self.inputs[start : self._settled]
+        tokens = tokens[: max(self._settled + DRAFT_TOKENS - start, 0)]
+        if not self.finish and alike(known, tokens) == min(len(known), len(tokens)):
+            self._accept(start, tokens, torch.tensor(tokens, dtype=torch.int64), now_s)
+
+    def _accept(self, start: int, tokens: Sequence[int], rows: torch.Tensor, now_s: float) -> None:
+        """Take rows but for those that are here already, or are computed from a wrong guess."""
+        if start > self.received:
+            return
+        known, stop = self.tokens[start:], len(tokens)
+        right = alike(known, tokens)
+        self._refusing = right < min(len(known), stop)
+        if self._refusing:
+            stop = right
+        same = alike(self.inputs[start : start + stop], tokens)
+        if same < stop:
+            self._rewind(start + same)
+            self._enqueue(tokens[same:stop], rows[same:stop], now_s)
+
+    def _enqueue(self, tokens: Sequence[int], rows: torch.Tensor, now_s: float) -> None:
+        if not self.waiting:
+            self.since_s = now_s
+        self.active_s = now_s
+        self._waiting.append(rows)
+        self.inputs.extend(tokens)
+        self.notify()
+
+    def _rewind(self, position: int) -> None:
+        """Forget the positions from there on. Their keys and values are written over."""
+        if position == self.received:
+            return
+        del self.inputs[position:]
+        waiting = max(position - self._begun, 0)
+        rows = torch.cat(tuple(self._waiting))[:waiting] if waiting else None
+        self._waiting = deque(() if rows is None else (rows,))
+        self._begun, self.computed = min(self._begun, position), min(self.computed, position)
+        for ahead in self.supplies:
+            ahead.rewind(position)
+
+    @property
+    def received(self) -> int:
+        """Positions that are here."""
+        return len(self.inputs)
+
+    @property
+    def agreed(self) -> list[int]:
+        """Tokens of the positions that need not come again: a guess at the first stage has to."""
+        return self.inputs[: self._settled] if self.first else self.inputs
 
     @property
     def waiting(self) -> int:
@@ -97,6 +160,7 @@ class HostedSession:
 
     def next_rows(self, count: int) -> torch.Tensor:
         """The first `count` of those that wait; they are gone from here then."""
+        self._begun += count
         taken: list[torch.Tensor] = []
         while count:
             rows = self._waiting.popleft()
@@ -110,18 +174,31 @@ class HostedSession:
     # --- output
 
     def computed_rows(
-        self, count: int, hidden: torch.Tensor | None, drawn: Sequence[int], now_s: float
+        self, start: int, count: int, hidden: torch.Tensor | None, drawn: Sequence[int], now_s: float
     ) -> None:
-        """`count` more positions are cached: their hidden states [count, width] or the tokens drawn."""
-        if hidden is not None:
-            self._outputs[self.computed : self.computed + count] = hidden
-        self.computed += count
+        """Positions from `start` are cached: their hidden states [count, width] or the tokens drawn.
+
+        What was rewound meanwhile is passed over; tokens were drawn from the text alone, and stay.
+        """
+        count = min(start + count, self._begun) - start
+        if count > 0:
+            if hidden is not None:
+                self._outputs[start : start + count] = hidden[:count]
+            self.computed = start + count
         self.since_s = self.active_s = now_s
+        known = len(self.tokens)
         for token in drawn:
             self.tokens.append(token)
             self.finish = self.finish_of(len(self.tokens), token)
-        if self.first and self.last and not self.finish and drawn:
-            self._enqueue(torch.tensor(drawn), now_s)
+        guessed = self.inputs[known : len(self.tokens)]
+        right = alike(guessed, drawn)
+        if right < len(guessed):
+            self._rewind(known + right)
+            self._refusing = True
+        if self.first and self.last and not self.finish and self.received < len(self.tokens):
+            unfed = self.tokens[self.received :]
+            self._enqueue(unfed, torch.tensor(unfed), now_s)
+        self._settled = max(self._settled, len(self.tokens))
         self.notify()
 
     def finish_of(self, count: int, token: int) -> str:
@@ -137,9 +214,14 @@ class HostedSession:
             return len(self.tokens) - (1 if self.finish else 0)
         return self.computed
 
+    @property
+    def outgoing(self) -> Sequence[int]:
+        """The tokens of these positions."""
+        return self.tokens if self.last else self.inputs
+
     def outputs(self, start: int, stop: int) -> torch.Tensor:
-        """What the next server takes for these positions: hidden states, or tokens int64."""
-        return torch.tensor(self.tokens[start:stop]) if self.last else self._outputs[start:stop]
+        """Hidden states that the next server takes for these positions."""
+        return self._outputs[start:stop]
 
     # --- life
 

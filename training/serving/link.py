@@ -7,7 +7,7 @@ what it hears and tells that something changed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from shoal.protocol.errors import MessageInvalid, PeerSilent, ShoalError
 from shoal.protocol.identity import PeerId
@@ -16,6 +16,7 @@ from shoal.training.serving.messages import (
     SESSION,
     OpenSession,
     SessionCut,
+    SessionDraft,
     SessionOpened,
     SessionPulse,
     SessionRoute,
@@ -51,8 +52,9 @@ class Link:
         self.cuts, self.cut_reason = 0, ""  # of its own supply, by the server before
         self._transport, self._payload = transport, payload
         self._token, self._changed = token, changed
-        self._epoch, self._route = -1, SessionRoute(0, 0, peer)
-        self._route_set = asyncio.Event()
+        self._epoch, self._route, self._untold = -1, SessionRoute(0, 0, peer), False
+        self._draft: SessionDraft | None = None  # not sent yet
+        self._news = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name=f"session at {peer}")
 
     @property
@@ -64,7 +66,13 @@ class Link:
         self.supplies, self.cut_s = to, None
         to.moved_s = asyncio.get_running_loop().time()
         self._epoch, self._route = epoch, SessionRoute(epoch, stage, to.peer)
-        self._route_set.set()
+        self._untold = True
+        self._news.set()
+
+    def draft(self, start: int, tokens: Sequence[int]) -> None:
+        """Tell the first stage what the text may be from `start` on; the latest counts."""
+        self._draft = SessionDraft(start, tuple(tokens))
+        self._news.set()
 
     async def close(self) -> None:
         """Leave; the server forgets the session."""
@@ -116,6 +124,11 @@ class Link:
 
     async def _tell(self, stream: Stream) -> None:
         while True:
-            await self._route_set.wait()
-            self._route_set.clear()
-            await stream.send(self._route)
+            await self._news.wait()
+            self._news.clear()
+            if self._untold:
+                self._untold = False
+                await stream.send(self._route)
+            if self._draft is not None:
+                draft, self._draft = self._draft, None
+                await stream.send(draft)

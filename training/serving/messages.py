@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from shoal.dht.directory import PeerIdText, StageIndex
+from shoal.protocol.limits import DRAFT_TOKENS
 from shoal.protocol.wire import Bounds, Count, Identifier, Items, Length, OneOf, Text, wire_message
 from shoal.training.model.lowrank import TARGETS
 
@@ -84,6 +85,18 @@ class SessionRoute:
 
 @wire_message
 @dataclass(frozen=True, slots=True)
+class SessionDraft:
+    """The client tells the first stage what it believes the text to be: its last token, and guesses after it.
+
+    The latest counts. Whatever is guessed, the text stays the same; right guesses make it come sooner.
+    """
+
+    start: Position
+    tokens: Annotated[tuple[TokenId, ...], Items(DRAFT_TOKENS + 1)]
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
 class SessionToken:
     """The last stage tells the client a token. With STOP it is not part of the text."""
 
@@ -123,7 +136,7 @@ class RowsAttach:
 @wire_message
 @dataclass(frozen=True, slots=True)
 class RowsHave:
-    """The answer: positions already here. Supply starts with the next."""
+    """The answer: positions already here. Payload: their tokens, int32. Supply starts where they differ."""
 
     positions: Position
 
@@ -131,7 +144,7 @@ class RowsHave:
 @wire_message
 @dataclass(frozen=True, slots=True)
 class RowsChunk:
-    """Consecutive positions. Payload: hidden states [count, width], to stage 0 tokens int32 [count]."""
+    """Consecutive positions. Payload: tokens int32 [count]; behind stage 0 hidden states [count, width]."""
 
     start: Position
     count: Rows

@@ -1,16 +1,13 @@
-"""A server of sessions: one stage, two methods: `session` for clients, `session.rows` for neighbours.
+"""A server of sessions: one stage, two methods: `session` for clients, and that of `rows` for neighbours.
 
 A session lives as long as its client's stream. While it does, this server computes what comes in and keeps
-the next server of the ring supplied, on the route that the client names. It starts each supply by asking what
-the other has: a server that takes over has nothing and gets all, the next one gets only what it lacks.
+the next server of the ring supplied, on the route that the client names.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
-from typing import Any
 
 import torch
 
@@ -18,41 +15,35 @@ from shoal.protocol.errors import (
     Busy,
     MessageInvalid,
     NotHere,
-    ShoalError,
     Stale,
     StreamEnded,
     VersionRetired,
 )
 from shoal.protocol.identity import Role
-from shoal.protocol.transport import Channel, Message, Stream, Transport
+from shoal.protocol.transport import Message, Stream, Transport
 from shoal.training.lane import Lane
 from shoal.training.model.layout import StageLayout
-from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.serving.admission import Held, admit
 from shoal.training.serving.cache import cache_bytes
 from shoal.training.serving.cached_stage import CachedStage
 from shoal.training.serving.engine import Engine
 from shoal.training.serving.hosted import HostedSession
 from shoal.training.serving.messages import (
-    ROWS,
     SESSION,
     OpenSession,
-    RowsAttach,
-    RowsChunk,
-    RowsHave,
     SessionCut,
+    SessionDraft,
     SessionOpened,
     SessionPulse,
     SessionRoute,
     SessionToken,
 )
+from shoal.training.serving.rows import Rows, until_first
 from shoal.training.serving.versions import Versions
 from shoal.training.spec import RunSpec
 
 CLIENTS = frozenset({Role.TRAINER, Role.OWNER, Role.INFERENCE})
-SERVERS = frozenset({Role.TRAINER, Role.OWNER})
 PULSE_S = 0.5
-CHUNK_ROWS = 128  # of one message
 _REASON_CHARACTERS = 200
 _REOPEN_S = 0.2  # until the stream of a client that comes again is seen to be gone
 
@@ -78,17 +69,17 @@ class SessionServer:
         self._spec, self._stage, self._layout = spec, stage, layout
         self.versions = versions
         self._transport, self._budget_bytes = transport, budget_bytes
-        self._form = PayloadFormat.of_inference(spec)
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
         self.engine = Engine(
             CachedStage(spec, layout), lane, self.sessions, self._dtype, device, spec.stages.count
         )
+        self._rows = Rows(spec, stage, layout, transport, self.sessions, self.engine.wake)
         versions.retired = self._retire
 
     def serve(self) -> None:
         """Register with the transport."""
         self._transport.serve(SESSION, self._session, CLIENTS)
-        self._transport.serve(ROWS, self._rows, SERVERS)
+        self._rows.serve()
 
     async def run(self) -> None:
         """Compute until cancelled; whoever is here then is sent away, and so is who comes later."""
@@ -125,8 +116,8 @@ class SessionServer:
             self.engine.wake()
             sides = [self._follow_routes(session, stream), self._tell(session, stream)]
             if not (session.first and session.last):
-                sides.append(self._supply(session))
-            await _until_first(*sides)
+                sides.append(self._rows.supply(session))
+            await until_first(*sides)
         finally:
             del self.sessions[session.id]
 
@@ -144,12 +135,12 @@ class SessionServer:
             raise MessageInvalid(
                 f"{opening.capacity} tokens are too many; this model takes {most}, all in all"
             )
-        tokens = self._tokens(message.payload) if layout.first or layout.last else []
+        tokens = self._rows.tokens(message.payload) if layout.first or layout.last else []
         if (layout.first or layout.last) and not 1 <= len(tokens) < opening.capacity:
             raise MessageInvalid(f"{len(tokens)} tokens come with a session of {opening.capacity}")
         bias = opening.sampling.bias if opening.sampling is not None else ()
-        if any(entry.token >= self._form.vocabulary for entry in bias):
-            raise MessageInvalid(f"a bias lies outside the vocabulary of {self._form.vocabulary}")
+        if any(entry.token >= self._rows.form.vocabulary for entry in bias):
+            raise MessageInvalid(f"a bias lies outside the vocabulary of {self._rows.form.vocabulary}")
         version = self.versions.get(opening.version)
         return HostedSession(
             opening,
@@ -196,14 +187,27 @@ class SessionServer:
         """Until the client leaves."""
         while True:
             try:
-                route: SessionRoute = (await stream.receive(SessionRoute)).header
+                said = (await stream.receive(SessionRoute, SessionDraft)).header
             except StreamEnded:
                 return
+            if isinstance(said, SessionDraft):
+                self._guess(session, said)
+                continue
+            route: SessionRoute = said
             if route.stage != (self._stage + 1) % self._spec.stages.count:
                 raise MessageInvalid(f"after stage {self._stage} comes not stage {route.stage}")
             if session.route is None or route.epoch > session.route.epoch:
                 session.route = route
                 session.notify()
+
+    def _guess(self, session: HostedSession, draft: SessionDraft) -> None:
+        vocabulary = self._rows.form.vocabulary
+        if not session.first:
+            raise MessageInvalid(f"drafts are for the first stage, this is stage {self._stage}")
+        if not draft.tokens or any(token >= vocabulary for token in draft.tokens):
+            raise MessageInvalid(f"a draft is empty, or lies outside the vocabulary of {vocabulary}")
+        session.guess(draft.start, list(draft.tokens), asyncio.get_running_loop().time())
+        self.engine.wake()
 
     async def _tell(self, session: HostedSession, stream: Stream) -> None:
         """Tokens, cuts, and a pulse, to the client. What it does not read waits in the session's own list."""
@@ -226,84 +230,6 @@ class SessionServer:
                         await session.changed()
         raise session.failure
 
-    # --- supplying the next server
-
-    async def _supply(self, session: HostedSession) -> None:
-        """Along each route that the client names; a route that fails is told, and the next one awaited."""
-        route: SessionRoute | None = None
-        while True:
-            route = await session.next_route(route)
-            try:
-                await _until_first(self._supply_along(session, route), session.next_route(route))
-            except ShoalError as error:
-                session.cut = route.epoch, f"{type(error).__name__}: {error}"
-                session.notify()
-
-    async def _supply_along(self, session: HostedSession, route: SessionRoute) -> None:
-        async with self._transport.open(route.peer, ROWS, Channel.BULK) as stream:
-            await stream.send(RowsAttach(session.id, route.epoch, route.stage))
-            have: RowsHave = (await stream.receive(RowsHave)).header
-            # nothing more is to come from there: that `receive` ends means that the other side has gone
-            await _until_first(self._push(session, have.positions, stream), stream.receive())
-
-    async def _push(self, session: HostedSession, sent: int, stream: Stream) -> None:
-        while True:
-            if sent >= session.produced:
-                await session.changed()
-                continue
-            stop = min(session.produced, sent + CHUNK_ROWS)
-            await stream.send(RowsChunk(sent, stop - sent), self._pack(session.outputs(sent, stop)))
-            sent = stop
-
-    # --- being supplied
-
-    async def _rows(self, stream: Stream) -> None:
-        attach: RowsAttach = (await stream.receive(RowsAttach)).header
-        session = self._session_of(attach)
-        session.attach(attach.epoch)
-        await stream.send(RowsHave(session.received))
-        most = max(
-            self._form.token_bytes(1, CHUNK_ROWS), self._form.hidden_bytes(1, self._form.widest, CHUNK_ROWS)
-        )
-        while True:
-            try:
-                message = await stream.receive(RowsChunk, max_payload_bytes=most)
-            except StreamEnded:
-                return
-            chunk: RowsChunk = message.header
-            session = self._session_of(attach)
-            rows = self._unpack(message.payload, chunk.count)
-            session.take(attach.epoch, chunk.start, rows, asyncio.get_running_loop().time())
-            self.engine.wake()
-
-    def _session_of(self, attach: RowsAttach) -> HostedSession:
-        session = self.sessions.get(attach.session)
-        if session is None or attach.stage != self._stage:
-            raise NotHere(f"no such session is open here at stage {attach.stage}")
-        return session
-
-    # --- bytes
-
-    def _pack(self, outputs: torch.Tensor) -> memoryview:
-        if self._layout.last:
-            return self._form.pack(outputs[None], None, self._form.widest)
-        return self._form.pack_hidden(outputs, self._form.widest)
-
-    def _unpack(self, payload: memoryview, count: int) -> torch.Tensor:
-        if not self._layout.first:
-            return self._form.unpack_hidden(payload, 1, self._form.widest, "cpu", count)[0]
-        tokens = self._tokens(payload)
-        if len(tokens) != count:
-            raise MessageInvalid(f"{len(tokens)} tokens came where {count} were announced")
-        return torch.tensor(tokens)
-
-    def _tokens(self, payload: memoryview) -> list[int]:
-        if not payload.nbytes or payload.nbytes % 4:
-            raise MessageInvalid(f"{payload.nbytes} bytes are no tokens")
-        count = payload.nbytes // 4
-        ids: list[int] = self._form.unpack_tokens(payload, 1, count)[0].tolist()
-        return ids
-
     def _gone(self) -> NotHere:
         return NotHere(f"this peer has left stage {self._stage}")
 
@@ -311,17 +237,3 @@ class SessionServer:
         for session in self.sessions.values():
             if session.version.name == version:
                 session.fail(VersionRetired(f"version {version.hex()[:12]} is retired; open a new session"))
-
-
-async def _until_first(*coroutines: Coroutine[Any, Any, object]) -> None:
-    """Run them together until one is through; the others are cancelled. Raises what that one raised."""
-    tasks = [asyncio.create_task(one) for one in coroutines]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-    for task in tasks:
-        if task in done:
-            task.result()
