@@ -15,7 +15,6 @@ import tokenizers
 import torch
 from blake3 import blake3
 
-from shoal.node import AsyncClient, Options
 from shoal.node.cli.serve_model import _serving_only
 from shoal.node.demo.processes import PeerProcess, run_shoal
 from shoal.node.hf import SwarmModelForCausalLM
@@ -112,13 +111,15 @@ def test_strangers_lend_machines_to_a_model_and_its_text_is_that_of_transformers
                 made = await run_shoal(
                     "token", "create", "--role", "inference", "--json", "--data-dir", data, timeout_s=START_S
                 )
-                async with AsyncClient(str(made["token"]), data_dir=folder / "client") as client:
-                    done = await client.generate(PROMPT, Options(max_new_tokens=TOKENS, temperature=0.0))
+                asked = ["generate", str(made["token"]), "-p", PROMPT, "--max-new-tokens", str(TOKENS)]
+                asked += ["--temperature", "0", "--draft", str(folder / "model"), "--json"]
+                done = await run_shoal(*asked, "--data-dir", str(folder / "client"), timeout_s=START_S)
+                assert done["drafted"] >= done["accepted"] > 0
                 await asyncio.to_thread(tune, str(made["token"]))
                 status = await lender.status()
                 assert status is not None
                 assert status["training"]["sessions"]["positions"] > 0
-                return done.text
+                return str(done["text"])
             finally:
                 await asyncio.gather(*(peer.stop() for peer in peers))
 

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_world import known, spec_of, write_stages
 from serving_world import GREEDY, PROMPT, World, draft_of, one_stage, reference, serving_spec
 
+from shoal.node.inference.writing import Options, Text
 from shoal.protocol.errors import MessageInvalid, UsageError
 from shoal.protocol.identity import PeerId, Role, VerifiedPeer
 from shoal.protocol.limits import DRAFT_TOKENS
 from shoal.protocol.memory_transport import Link
 from shoal.protocol.virtual_time import run
+from shoal.training.checkpoint.hf_export import export
+from shoal.training.checkpoint.manifest import WEIGHTS
+from shoal.training.data.tokenizer import ByteTokenizer
 from shoal.training.lane import InlineLane
 from shoal.training.model.layout import stage_layout
 from shoal.training.serving.ahead import Ahead, alike
 from shoal.training.serving.cached_stage import CachedStage, Span
-from shoal.training.serving.draft import DraftModel
+from shoal.training.serving.draft import DraftModel, load_draft
 from shoal.training.serving.form import Form
 from shoal.training.serving.hosted import HostedSession
 from shoal.training.serving.messages import OpenSession, SamplingOptions
@@ -29,6 +37,7 @@ from shoal.training.serving.versions import ServingVersion
 from shoal.training.serving.written import ChainFigures
 
 TOKENS = 64
+END = ByteTokenizer().end_of_document
 POSITIONS = len(PROMPT) + TOKENS - 1  # the last token is never fed
 DRAWING = SamplingOptions(temperature=0.8, top_p=0.95, top_k=50, repetition_penalty=1.2, seed=11)
 SAME, GOOD, BAD, RANDOM = 0.0, 0.005, 0.1, 10.0  # noise in the draft's weights
@@ -154,6 +163,28 @@ def test_a_draft_needs_the_runs_vocabulary() -> None:
         data = spec.data.model_copy(update=changes)
         with pytest.raises(UsageError, match=words):
             model.require(spec.model_copy(update={"data": data}))
+
+
+def test_a_folder_in_the_llama_layout_drafts_for_texts(tmp_path: Path) -> None:
+    spec = spec_of(1)
+    export(write_stages(tmp_path / "store", spec), tmp_path / "draft")
+    found, weights = load_draft(tmp_path / "draft")
+    assert torch.equal(weights, known(stage_layout(spec, range(spec.model.layers)), WEIGHTS))
+
+    async def main() -> None:
+        async with World(serving_spec(2), 1) as world:
+            model = DraftModel(found, weights, InlineLane())
+            text = Text(world.spec, ByteTokenizer(), world.client, world, random.Random(1), model)
+            async with text.writing(PROMPT, Options(max_new_tokens=20)) as writing:
+                said = [piece.token async for piece in writing if piece.token is not None]
+            assert said == list(itertools.takewhile(lambda token: token != END, reference(world, count=20)))
+            assert writing.figures.drafted > 0
+            data = world.spec.data.model_copy(update={"vocabulary": 300})
+            larger = world.spec.model_copy(update={"data": data})
+            with pytest.raises(UsageError, match="cannot draft for this run"):
+                Text(larger, ByteTokenizer(), world.client, world, random.Random(1), model)
+
+    run(main)
 
 
 # --- what servers do with guesses

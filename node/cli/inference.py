@@ -25,6 +25,13 @@ TopK = Annotated[int, typer.Option(min=0, max=1 << 20, help="Only so many of the
 Penalty = Annotated[float, typer.Option(min=0.01, max=100.0, help="Above 1: what was said is less likely.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed draws the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="The text ends before this; may be given again.")]
+Draft = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of a small model (Llama layout, same tokens) that guesses ahead: the same text, sooner.",
+        show_default=False,
+    ),
+]
 DataDir = Annotated[Path | None, typer.Option(help="Folder of keys and runs.", show_default=False)]
 
 
@@ -38,6 +45,7 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 1,
     stop: Stop = None,
+    draft: Draft = None,
     data_dir: DataDir = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
@@ -47,7 +55,7 @@ def generate(
     options = Options(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ()))
 
     async def write() -> None:
-        async with AsyncClient(_read(token), data_dir=data_dir) as client:
+        async with AsyncClient(_read(token), data_dir=data_dir, draft=draft) as client:
             if as_json:
                 print_json((await client.generate(prompt, options)).to_json())
             else:
@@ -65,6 +73,7 @@ def chat(
     top_p: TopP = 0.95,
     repetition_penalty: Penalty = 1.1,
     seed: Seed = 1,
+    draft: Draft = None,
     data_dir: DataDir = None,
 ) -> None:
     """Talk with the model; an empty line ends it."""
@@ -74,7 +83,7 @@ def chat(
     turns = [Turn("system", system)] if system else []
 
     async def talk() -> None:
-        async with AsyncClient(_read(token), data_dir=data_dir) as client:
+        async with AsyncClient(_read(token), data_dir=data_dir, draft=draft) as client:
             while said := (await asyncio.to_thread(_ask)).strip():
                 turns.append(Turn("user", said))
                 answer = await _stream(client, *transcript(turns, options))
@@ -89,6 +98,8 @@ async def _stream(client: AsyncClient, prompt: str, options: Options) -> str:
         async for piece in writing:
             _show(piece.text)
     _show("\n")
+    if drafted := writing.figures.drafted:
+        note(f"of {drafted} tokens that the draft guessed {writing.figures.accepted} were right")
     return writing.text
 
 

@@ -26,8 +26,9 @@ class Client:
         data_dir: Path | None = None,
         timeout_s: float | None = None,
         verify: float = 0.0,
+        draft: Path | None = None,
     ) -> None:
-        self._client = AsyncClient(join, data_dir=data_dir, timeout_s=timeout_s, verify=verify)
+        self._client = AsyncClient(join, data_dir=data_dir, timeout_s=timeout_s, verify=verify, draft=draft)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="shoal client", daemon=True)
 

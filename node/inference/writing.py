@@ -20,6 +20,7 @@ from shoal.protocol.wire import encode
 from shoal.training.data.tokenizer import ByteTokenizer, Tokenizer
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.serving.chain import Generation
+from shoal.training.serving.draft import DraftModel
 from shoal.training.serving.messages import STOP, SamplingOptions, TokenBias
 from shoal.training.serving.written import ChainFigures, Written
 from shoal.training.spec import RunSpec
@@ -166,8 +167,12 @@ class Text:
         transport: Transport,
         replicas: Replicas,
         rng: random.Random,
+        draft: DraftModel | None = None,
     ) -> None:
-        self.spec, self.tokenizer = spec, tokenizer
+        """Raises UsageError for a draft that speaks other tokens than the run."""
+        if draft is not None:
+            draft.require(spec)
+        self.spec, self.tokenizer, self._draft = spec, tokenizer, draft
         self._transport, self._replicas, self._rng = transport, replicas, rng
         self.ended: Callable[[Written], None] = lambda written: None  # of each text
 
@@ -187,7 +192,14 @@ class Text:
 
         def begin(tokens: Sequence[int]) -> Generation:
             return Generation(
-                self.spec, self._transport, self._replicas, tokens, options.max_new_tokens, sampling, rng
+                self.spec,
+                self._transport,
+                self._replicas,
+                tokens,
+                options.max_new_tokens,
+                sampling,
+                rng,
+                draft=self._draft,
             )
 
         return Writing(prompt, begin, self.tokenizer, options.stop, self.ended)

@@ -38,9 +38,10 @@ class DraftModel:
     def require(self, spec: RunSpec) -> None:
         """Raises UsageError unless its tokens mean what those of the run mean."""
         mine, theirs = self.spec.data, spec.data
+        known = theirs.tokenizer == "bytes" or theirs.tokenizer_blake3 != ""
         if mine.vocabulary != theirs.vocabulary:
             told = f"its vocabulary has {mine.vocabulary} tokens, that of the run {theirs.vocabulary}"
-        elif theirs.tokenizer_blake3 and mine.tokenizer_blake3 != theirs.tokenizer_blake3:
+        elif known and mine.tokenizer_blake3 != theirs.tokenizer_blake3:
             told = "its tokenizer is another one than the run's"
         else:
             return
