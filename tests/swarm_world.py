@@ -145,6 +145,7 @@ class Swarm:
     def __init__(self, folder: Path, spec: RunSpec) -> None:
         self.folder = folder
         self.spec = spec
+        self.options: tuple[str, ...] = ()  # more of them for every peer
         self.heads = Heads()
         self.peers: list[Peer] = []
         self.taken_along: dict[Id, str] = {}  # micro-batches gone with a lost replica -> its name
@@ -174,7 +175,7 @@ class Swarm:
         owner = self._new_peer("owner")
         path = self.folder / "run.toml"
         path.write_text(spec_text.render(self.spec))
-        await owner.start("up", str(path), "--listen", HOST, "--stage", "0", *owners)
+        await owner.start("up", str(path), "--listen", HOST, "--stage", "0", *owners, *self.options)
         await owner.event("invitation", START_S)
         wanted = [stage for stage in range(self.spec.stages.count) for _ in range(replicas)][1:]
         await asyncio.gather(*(self.join(stage=stage) for stage in wanted))
@@ -186,7 +187,7 @@ class Swarm:
         peer = self._new_peer(f"peer-{len(self.peers)}")
         token = token or await self.issue_token(peer.name)
         where = () if stage is None else ("--stage", str(stage))
-        await peer.start("join", f"@{token}", "--listen", HOST, *where)
+        await peer.start("join", f"@{token}", "--listen", HOST, *where, *self.options)
         await peer.event("online", START_S)
         return peer
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import signal
 import socket
 import subprocess
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -42,7 +45,12 @@ class World:
         self.runner.run(self._start(folder))
 
     async def _start(self, folder: Path) -> None:
-        self.link = await self._stack.enter_async_context(served(folder, self.daemon))
+        self.log, self.begun_s = folder / "page.log", time.monotonic()
+        with errors_to(self.log):  # its process inherits them
+            self.link = await self._stack.enter_async_context(served(folder, self.daemon))
+            await self._sign_in()
+
+    async def _sign_in(self) -> None:
         self.base, self.code = self.link.split("/login?code=")
         self.host = self.base.removeprefix("http://")
         async with self.client() as client:
@@ -65,6 +73,11 @@ class World:
         url = f"ws://{self.host}{SOCKET}"
         return await connect(url, additional_headers=extra, origin=origin, proxy=None)  # type: ignore[arg-type]
 
+    def refusals(self) -> Counter[str]:
+        """How often the page's log names each kind."""
+        lines = [line for line in self.log.read_text().splitlines() if "refused " in line]
+        return Counter(line.partition("refused ")[2].rpartition(", from ")[0] for line in lines)
+
     def process(self) -> psutil.Process:
         children = psutil.Process().children()
         return next(child for child in children if "shoal.node.dashboard" in " ".join(child.cmdline()))
@@ -72,6 +85,19 @@ class World:
     def close(self) -> None:
         self.runner.run(self._stack.aclose())
         self.runner.close()
+
+
+@contextlib.contextmanager
+def errors_to(path: Path) -> Iterator[None]:
+    """Where standard error of processes that start meanwhile goes."""
+    kept = os.dup(2)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +274,38 @@ def test_a_hundred_logins_a_second_reach_the_daemon_a_few_times(world: World) ->
             assert (await client.get("/")).status_code == 200
 
     world.runner.run(story())
+
+
+def test_every_kind_of_attack_is_logged_once_and_has_no_effect(world: World) -> None:
+    async def story() -> None:
+        name = world.cookie.partition("=")[0]
+        for _ in range(20):
+            async with world.client(f"{name}=forged") as stranger, world.client(world.cookie) as owner:
+                await stranger.get("/")
+                await owner.post("/logout", headers={"origin": "https://evil.example"})
+                await owner.post("/", headers=world.own, content=bytes(70_000))
+                await owner.get("/", headers={"host": "evil.example"})
+                await stranger.post("/login", data={"code": "guessed"}, headers=world.own)
+            for cookie, origin in ((world.cookie, "https://evil.example"), ("", world.base)):
+                with pytest.raises(InvalidStatus):
+                    await world.websocket(cookie, origin)
+        async with world.client(world.cookie) as owner:
+            assert (await owner.get("/")).status_code == 200
+
+    world.runner.run(story())
+    found = world.refusals()
+    assert found.keys() >= {
+        "a forged or expired cookie",
+        "a post from another origin",
+        "a body that is too long",
+        "a host name that is not this page's",
+        "a login, as there were too many",
+        "a websocket from another origin",
+        "a websocket without a session",
+    }
+    minutes = 1 + (time.monotonic() - world.begun_s) / EVERY_S  # again after a minute, as a number
+    assert max(found.values()) <= minutes, found
+    assert not world.daemon.did and not world.daemon.tokens, "nothing was ordered"
 
 
 def test_a_crashed_page_comes_back_and_nobody_has_to_sign_in_again(world: World) -> None:
