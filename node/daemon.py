@@ -35,6 +35,7 @@ from shoal.node.owner.home import OwnerHome
 from shoal.node.owner.invitations import keep_addresses
 from shoal.node.paths import PeerFolder, checkpoint_store, run_folder
 from shoal.node.presence import Presence, present
+from shoal.node.progress import Show, show_progress
 from shoal.node.revoked import leave_when_revoked
 from shoal.node.tokenizers import serve_tokenizer
 from shoal.node.view.archive import Archive
@@ -59,12 +60,13 @@ def run_daemon(
     options: PeerOptions,
     events: Events,
     owner: OwnerHome | None = None,
+    show: Show | None = None,
 ) -> int:
-    """Run a peer to its end; the exit code. Raises the ShoalError that ended it."""
+    """Run a peer to its end; the exit code. `show` draws what is under way. Raises what ended it."""
     keep_freed_memory()
     gc.disable()  # `warm_up` turns it on again
     meter = LoopMeter()
-    daemon = Daemon(token, folder, options, events, meter, owner)
+    daemon = Daemon(token, folder, options, events, meter, owner, show)
     with asyncio.Runner(loop_factory=lambda: new_loop(meter)) as runner:
         try:
             return runner.run(daemon.run())
@@ -83,6 +85,7 @@ class Daemon:
         events: Events,
         meter: LoopMeter,
         owner: OwnerHome | None,
+        show: Show | None,
     ) -> None:
         self._token = token
         self._folder = run_folder(folder.path, token.run_id)
@@ -92,6 +95,7 @@ class Daemon:
         self._buffer = Buffer(owner=Role.OWNER in token.roles)
         self._events = events = self._buffer.tee(events)
         self._meter = meter
+        self._show = show
         self._owner = owner
         self._stop = asyncio.Event()
         self._stop_reason = ""
@@ -207,6 +211,8 @@ class Daemon:
             ]
             if self._owner is not None:
                 background.append(tasks.create_task(keep_addresses(presence, self._owner, self._events)))
+            if self._show is not None:
+                background.append(tasks.create_task(show_progress(presence, worker, self._show)))
             if self._dashboard is not None:
                 background.append(tasks.create_task(self._dashboard.run(), name="keep the page"))
             work = tasks.create_task(worker.run(), name="work")

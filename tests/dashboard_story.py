@@ -20,7 +20,7 @@ from swarm_world import HOST, START_S, Peer, Swarm, swarm_spec, until, write_cor
 from shoal.training.spec import RunSpec
 
 PATIENT_MS = 60_000
-PACE_S = 0.3  # a micro-batch takes so long of a lane, so that two cores can stand for six machines
+PACE_S = 0.6  # a micro-batch takes so long of a lane, so that two cores can stand for six machines
 
 
 def story_spec(folder: Path) -> RunSpec:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import pytest
+import typer
 from rich.console import Console
 
 from shoal.node import paths
-from shoal.node.cli.app import main
+from shoal.node.cli.app import app, main
 from shoal.node.cli.status_view import status_view
 from shoal.node.cli.units import duration_s, rate_bytes_per_s, rate_text, size_bytes
 from shoal.node.control import ask, serve_control
@@ -90,6 +91,20 @@ def test_every_template_is_written_and_planned(shoal: Shoal, tmp_path: Path, tem
     plan = json.loads(answer.out)
     assert plan["parameters"] == sum(stage["parameters"] for stage in plan["stages"])
     assert all(stage["memory_bytes"] > 0 for stage in plan["stages"])
+
+
+def test_every_command_speaks_json_but_the_one_that_talks(shoal: Shoal, tmp_path: Path) -> None:
+    def silent(command: Any, name: str) -> list[str]:
+        below = getattr(command, "commands", None)
+        if below is not None:
+            return [one for word, inner in below.items() for one in silent(inner, f"{name} {word}".strip())]
+        options = {option for parameter in command.params for option in parameter.opts}
+        return [] if "--json" in options else [name]
+
+    assert silent(typer.main.get_command(app), "") == ["chat"]
+    path = tmp_path / "run.toml"
+    assert json.loads(shoal("init", path, "--json").out) == {"path": str(path), "template": "tiny"}
+    assert json.loads(shoal("version", "--json").out).keys() == {"version"}
 
 
 def test_init_leaves_an_existing_file_alone(shoal: Shoal, tmp_path: Path) -> None:

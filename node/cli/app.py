@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -22,7 +23,7 @@ from shoal.node.cli import (
     spec,
     tokens,
 )
-from shoal.node.cli.console import explain, report_bug
+from shoal.node.cli.console import explain, print_json, report_bug
 from shoal.node.parent import die_with_parent
 from shoal.protocol.errors import ShoalError
 
@@ -62,9 +63,12 @@ app.command()(simulate.simulate)
 
 
 @app.command("version")
-def show_version() -> None:
+def show_version(as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False) -> None:
     """Print the version."""
-    typer.echo(version("shoal"))
+    if as_json:
+        print_json({"version": version("shoal")})
+    else:
+        typer.echo(version("shoal"))
 
 
 def main() -> None:

@@ -16,13 +16,15 @@ import typer
 from shoal.node.cli import dashboard as page
 from shoal.node.cli.console import note, out, print_json
 from shoal.node.cli.units import rate_bytes_per_s, size_bytes, socket_address
-from shoal.node.events import Events, json_events, plain_events
+from shoal.node.events import json_events, plain_events
 from shoal.node.paths import PeerFolder, control_sockets, data_root
 from shoal.protocol.errors import PeerUnreachable, UsageError
 from shoal.protocol.limits import NAME_CHARACTERS
 
 if TYPE_CHECKING:
     from shoal.node.options import PeerOptions
+    from shoal.node.owner.home import OwnerHome
+    from shoal.protocol.admission import JoinToken
 
 WATCH_S = 1.0
 LOOPBACK = "127.0.0.1"
@@ -95,7 +97,6 @@ def up(
     from shoal.training import spec_file
 
     spec = spec_file.load(path)
-    from shoal.node.daemon import run_daemon
     from shoal.node.owner.home import OwnerHome
 
     options = peer_options(
@@ -123,7 +124,7 @@ def up(
     root = data_root(data_dir)
     home = OwnerHome.of_run(root, spec, time.time())
     with PeerFolder.claim(root) as folder:
-        code = run_daemon(home.own_token(time.time()), folder, options, peer_events(as_json), home)
+        code = run_peer(home.own_token(time.time()), folder, options, as_json, home)
     raise typer.Exit(code)
 
 
@@ -158,7 +159,6 @@ def join(
     parsed, warning = read_token(token)
     if warning:
         note(warning)
-    from shoal.node.daemon import run_daemon
     from shoal.node.network import on_loopback
 
     if listen is None:
@@ -181,7 +181,7 @@ def join(
         metrics,
     )
     with PeerFolder.claim(data_root(data_dir)) as folder:
-        code = run_daemon(parsed, folder, options, peer_events(as_json))
+        code = run_peer(parsed, folder, options, as_json)
     raise typer.Exit(code)
 
 
@@ -324,8 +324,19 @@ def peer_options(
     )
 
 
-def peer_events(as_json: bool) -> Events:
+def run_peer(
+    token: JoinToken, folder: PeerFolder, options: PeerOptions, as_json: bool, owner: OwnerHome | None = None
+) -> int:
+    """Run a daemon to its end; JSON lines, plain ones, or on a terminal a bar below them. The exit code."""
+    from shoal.node.daemon import run_daemon
+
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
     )
-    return json_events(sys.stdout) if as_json else plain_events(sys.stdout)
+    if as_json or not out.is_terminal:
+        events = json_events(sys.stdout) if as_json else plain_events(sys.stdout)
+        return run_daemon(token, folder, options, events, owner)
+    from shoal.node.cli.terminal import Terminal
+
+    with Terminal(out) as terminal:
+        return run_daemon(token, folder, options, terminal.tell, owner, terminal.show)

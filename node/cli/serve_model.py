@@ -60,7 +60,6 @@ def serve_model(
     as_json: peer.AsJson = False,
 ) -> None:
     """Serve a model from a folder, and print how others lend their machines to it."""
-    from shoal.node.daemon import run_daemon
     from shoal.node.hardware import choose_device
     from shoal.node.owner.home import OwnerHome
 
@@ -93,7 +92,7 @@ def serve_model(
     note(f"{spec.run.name} in {pieces}, {dtype.value}{kept}")
     note(f"for those who ask: shoal token create --role inference --run {spec.run_id().hex()[:8]}")
     with PeerFolder.claim(root) as folder:
-        code = run_daemon(home.own_token(time.time()), folder, options, peer.peer_events(as_json), home)
+        code = peer.run_peer(home.own_token(time.time()), folder, options, as_json, home)
     raise typer.Exit(code)
 
 

@@ -23,11 +23,15 @@ class Template(StrEnum):
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.toml"),
     template: Annotated[Template, typer.Option(help="What to start from.")] = Template.TINY,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Write a commented run.toml."""
     from shoal.training import spec_file
 
     spec_file.write_template(template.value, path)
+    if as_json:
+        print_json({"path": str(path), "template": template.value})
+        return
     out.print(f"wrote {path}", soft_wrap=True)
     out.print(f"next: shoal plan {path}    then: shoal up {path}", soft_wrap=True)
 

@@ -64,7 +64,9 @@ def changed(snapshot: Snapshot, number: int, rng: random.Random) -> Snapshot:
 async def updates(peers: int, looks: int, folder: Path) -> dict[str, object]:
     """A crowd on the page."""
     rng = random.Random(1)
-    snapshot = full_snapshot(STAGES, max(1, peers // STAGES), at=time.time())
+    snapshot = full_snapshot(
+        STAGES, 1 + peers // (STAGES - 1), at=time.time()
+    )  # one stage has a lone replica
     snapshot = dataclasses.replace(snapshot, peers=snapshot.peers[:peers])
     daemon = FakeDaemon(snapshot)
     async with served(folder, daemon) as link, browser() as chromium:

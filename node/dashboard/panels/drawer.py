@@ -33,7 +33,7 @@ def _inside(peer: Peer, snapshot: Snapshot, state: PageState) -> list[Markup | N
         tag("h2", peer.name),
         tag("p", tag("code", peer.peer), class_="note"),
         tag("p", badge(kind, f"cell-{kind}"), *(badge(role) for role in peer.roles), class_="badges"),
-        tag("p", peer.reason, class_="note") if peer.reason else None,
+        tag("p", peer.reason, class_="note") if peer.liveness != "alive" else None,
         tag("p", peer.trouble, class_="trouble") if peer.trouble else None,
         tag("p", peer.if_leaves, class_="what-if") if peer.if_leaves else None,
         figures(
