@@ -1,4 +1,4 @@
-"""How far a peer is with what takes long: fetching its stage, then each round's inner steps; for terminals."""
+"""How far a peer is with what takes long: fetching its stage, then a round's inner steps; for terminals."""
 
 from __future__ import annotations
 
