@@ -39,6 +39,7 @@ class StageBeat:
     uplink_bytes_per_s: BytesPerS = 0.0  # about what its uplink carries in bulk; 0: unknown
     service_s: Seconds = 0.0  # lane time of one micro-batch, forward to weight gradient; 0: unknown
     fixed: bool = False  # it stays at this stage, wherever it would help more
+    step_s: Seconds = 0.0  # a step of a text takes of late, its wait included; 0: unknown
 
 
 @wire_message

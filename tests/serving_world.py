@@ -93,6 +93,7 @@ class World:
             PeerId("12D3KooWclient".ljust(52, "1")), frozenset({Role.INFERENCE})
         )
         self.suspected: list[tuple[PeerId, str]] = []
+        self.slower: dict[PeerId, float] = {}  # how many times longer a batch takes there
         self.hidden: set[PeerId] = set()  # from clients
         self.strangers: dict[int, list[PeerId]] = {}  # that clients think are servers
         self.weights = weights_of(spec)
@@ -120,7 +121,7 @@ class World:
             stage,
             stage_layout(self.spec, stage_ranges(self.spec)[stage]),
             transport=transport,
-            lane=InlineLane(lambda kind: duration_s),
+            lane=InlineLane(lambda kind: duration_s * self.slower.get(name, 1.0)),
             versions=versions,
             budget_bytes=budget_bytes,
         )
@@ -190,8 +191,12 @@ class World:
     # --- Replicas
 
     def of_stage(self, stage: int) -> Sequence[Replica]:
-        own = [peer.name for peer in self.peers if peer.stage == stage and peer.name not in self.hidden]
-        return [Replica(name, 0.002) for name in (*own, *self.strangers.get(stage, ()))]
+        own = [
+            Replica(peer.name, 0.002, step_s=peer.server.engine.figures.text_step_s)
+            for peer in self.peers
+            if peer.stage == stage and peer.name not in self.hidden
+        ]
+        return [*own, *(Replica(name, 0.002) for name in self.strangers.get(stage, ()))]
 
     def suspect(self, peer: PeerId, reason: str) -> None:
         self.suspected.append((peer, reason))

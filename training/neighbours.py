@@ -34,6 +34,7 @@ class MemberReplicas:
                 backlog_s=m.backlog_s,
                 service_s=progress.service_s if (progress := m.progress(stage)) else 0.0,
                 heard_s=m.heard_s if m.heard_s is not None else -math.inf,
+                step_s=progress.step_s if progress else 0.0,
             )
             for m in view.online(stage)
             if self._itself or m.peer != view.me

@@ -88,6 +88,10 @@ class Client:
         """The servers of the text that was begun last, by stage."""
         return self._client.route()
 
+    def standby(self) -> list[str | None]:
+        """Those that take over where one of them fails."""
+        return self._client.standby()
+
     def status(self) -> dict[str, object]:
         """The run and who serves it."""
         return self._client.status()

@@ -236,6 +236,10 @@ class AsyncClient:
         """The servers of the text that was begun last, by stage."""
         return list(self._last.route()) if self._last is not None else []
 
+    def standby(self) -> list[str | None]:
+        """Those that take over where one of them fails; no server of the route where the swarm has others."""
+        return list(self._last.standby()) if self._last is not None else []
+
     def status(self) -> dict[str, object]:
         """The run and who serves it, JSON-able."""
         if self._presence is None:
@@ -250,6 +254,7 @@ class AsyncClient:
                 for stage in range(self.spec.stages.count)
             ],
             "route": self.route(),
+            "standby": self.standby(),
             "checks": self._auditor.status() if self._auditor is not None else {},
         }
 

@@ -147,6 +147,10 @@ class Writing:
         """The server of each stage now; nothing before the text begins."""
         return self._generation.route() if self._generation is not None else []
 
+    def standby(self) -> list[PeerId | None]:
+        """Who goes on in whose place where one of them fails."""
+        return self._generation.standby() if self._generation is not None else []
+
     @property
     def figures(self) -> ChainFigures:
         """What became of its servers."""

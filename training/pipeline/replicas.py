@@ -19,6 +19,7 @@ class Replica:
     backlog_s: float = 0.0
     service_s: float = 0.0  # lane time of a micro-batch; 0: unknown
     heard_s: float = -math.inf  # loop time of that heartbeat
+    step_s: float = 0.0  # of a text, among those of its sessions; 0: unknown
 
 
 class Replicas(Protocol):

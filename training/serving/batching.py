@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 MOST_ROWS = 128  # of a batch: what a session adds to the lane's queue before training's next turn
 PROMPT_ROWS = 32
-_STEP_ROWS = 4  # up to so many positions waiting are steps of a text, not a prompt
+STEP_ROWS = 4  # up to so many positions waiting are steps of a text, not a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ def next_batch(waiting: Sequence[Waiting], most_rows: int = MOST_ROWS) -> list[t
         return []
     in_order = sorted(waiting, key=lambda one: (one.since_s, one.key))
     fitting = [one for one in in_order if one.version == in_order[0].version]
-    steps = [one for one in fitting if one.rows <= _STEP_ROWS]
-    prompts = [one for one in fitting if one.rows > _STEP_ROWS]
+    steps = [one for one in fitting if one.rows <= STEP_ROWS]
+    prompts = [one for one in fitting if one.rows > STEP_ROWS]
     left = most_rows
     batch: list[tuple[int, int]] = []
     for one in steps:

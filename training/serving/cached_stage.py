@@ -31,7 +31,7 @@ class CachedStage:
     """One stage. Holds no weights and no sessions."""
 
     def __init__(self, spec: RunSpec, layout: StageLayout) -> None:
-        self.layout = layout
+        self.layout, self.width = layout, spec.model.width
         self._spec = spec
         self._model = StageModel(spec, layout)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Self
 
 import torch
@@ -30,8 +30,8 @@ from shoal.protocol.errors import (
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
 from shoal.training.pipeline.payload import PayloadFormat
-from shoal.training.pipeline.replicas import Replicas
-from shoal.training.serving.choice import choose
+from shoal.training.pipeline.replicas import Replica, Replicas
+from shoal.training.serving.choice import choose, stand_by
 from shoal.training.serving.draft import Drafting, DraftModel
 from shoal.training.serving.link import Link
 from shoal.training.serving.messages import (
@@ -41,6 +41,7 @@ from shoal.training.serving.messages import (
     SamplingOptions,
     SessionToken,
 )
+from shoal.training.serving.moving import Mover
 from shoal.training.serving.speculation import Speculation
 from shoal.training.serving.written import ChainFigures, Written
 from shoal.training.spec import RunSpec
@@ -101,6 +102,11 @@ class Generation:
         self._avoid_until_s: dict[PeerId, float] = {}
         self._failures: dict[PeerId, int] = {}
         self._reasons: dict[int, ShoalError] = {}
+        self._stand_by_s = 0.0  # when to look for them again
+        self._standby: list[PeerId | None] = [None] * self._stages
+        self._mover = Mover(
+            self.tokens, self._capacity, self._take, self._link_to, random.Random(rng.getrandbits(64))
+        )
         self._denied: set[PeerId] = set()  # servers that were refused, or refused, for want of access
         self._lacking: set[int] = set()  # stages of which a replica lacks the pinned version
         self._restarted_at, self._vain = -1, 0
@@ -145,6 +151,10 @@ class Generation:
         """The server of each stage now."""
         return [link.peer if link is not None else None for link in self._links]
 
+    def standby(self) -> list[PeerId | None]:
+        """Who takes over at once where a server fails; if possible none that has a part in the chain."""
+        return list(self._standby)
+
     def versions(self) -> list[bytes]:
         """What the session is pinned to, one of each stage; empty where it is not open yet."""
         return list(self._pins)
@@ -180,8 +190,7 @@ class Generation:
             if speculation is not None:
                 speculation.cancel()
                 await asyncio.wait([speculation])
-            for stage in range(self._stages):
-                await self._close(stage)
+            await self._close_all()
 
     async def _mend(self) -> None:
         """Bring the chain to what it should be, as far as that can be done now.
@@ -196,7 +205,9 @@ class Generation:
                 self._note(stage, link, trouble, now_s)
             if self._links[stage] is None:
                 self._open(stage, now_s)
+        await self._move(now_s)
         self._connect(now_s)
+        self._stand_by(now_s)
 
     def _trouble(self, stage: int, link: Link, now_s: float) -> ShoalError | None:
         """Why a server has to be replaced."""
@@ -252,15 +263,23 @@ class Generation:
 
     def _open(self, stage: int, now_s: float) -> None:
         """Begin to open the session at the best server of a stage; raises when none came in time."""
-        peer = self._choose(stage, now_s)
+        self._links[stage] = self._mover.take_over(stage)
+        if self._links[stage] is not None:
+            return
+        standby = self._standby[stage]
+        kept = [one for one in self._replicas.of_stage(stage) if one.peer == standby]
+        peer = choose(kept, self._avoid_until_s, now_s, 0.0) or self._choose(stage, now_s)
         if peer is None:
             if stage in self._lacking:
                 raise VersionRetired(f"nobody serves the session's version of stage {stage} any more")
             if now_s - self._empty_since_s.setdefault(stage, now_s) > self._patience_s:
                 raise self._given_up(stage)
             return
+        self._links[stage] = self._link_to(stage, peer, self._take)
+
+    def _link_to(self, stage: int, peer: PeerId, take: Callable[[SessionToken], None]) -> Link:
         ends = stage in (0, self._stages - 1)
-        self._links[stage] = Link(
+        return Link(
             peer,
             self._transport,
             OpenSession(
@@ -271,9 +290,9 @@ class Generation:
                 self._options if stage == self._stages - 1 else None,
             ),
             bytes(self._form.pack(torch.tensor([self.tokens]), None, self._form.widest)) if ends else b"",
-            token=self._take,
+            token=take,
             changed=self._wake.set,
-            now_s=now_s,
+            now_s=asyncio.get_running_loop().time(),
         )
 
     def _given_up(self, stage: int) -> ShoalError:
@@ -297,8 +316,52 @@ class Generation:
             if target is None or target is link or not target.is_open:
                 continue
             if link.supplies is not target or (link.cut_s is not None and now_s - link.cut_s > _REROUTE_S):
-                self._epoch += 1
-                link.route(self._epoch, behind, target)
+                link.route(self._next_epoch(), behind, target)
+
+    def _next_epoch(self) -> int:
+        self._epoch += 1
+        return self._epoch
+
+    def _stand_by(self, now_s: float) -> None:
+        if now_s < self._stand_by_s:
+            return
+        self._stand_by_s = now_s + _LOOK_S
+        chain = self.route()
+        for stage, kept in enumerate(self._standby):
+            known, draw = self._replicas.of_stage(stage), self._rng.random()
+            self._standby[stage] = stand_by(known, chain, kept, self._avoid_until_s, now_s, draw)
+
+    async def _move(self, now_s: float) -> None:
+        """On to a faster server, where there is one."""
+        if (vain := self._mover.failed(self._links, now_s)) is not None:
+            self._avoid_until_s[vain.peer] = now_s + _MOST_AVOID_S
+            await vain.close()
+        links = [link for link in self._links if link is not None and link.is_open]
+        if len(links) == self._stages:
+            self._mover.look(links, self._others, now_s)
+        stage = self._mover.build(self._links, self._next_epoch, now_s)
+        if stage is None or (new := self._mover.take_over(stage)) is None:
+            return
+        old, self._links[stage] = self._links[stage], new
+        self.figures.moved += 1
+        if old is not None:
+            await old.close()
+
+    def _others(self, stage: int) -> Sequence[Replica]:
+        """The stage's server, and those that could be asked instead."""
+        now_s, chain = asyncio.get_running_loop().time(), self.route()
+        return [
+            one
+            for one in self._replicas.of_stage(stage)
+            if one.peer == chain[stage]
+            or (one.peer not in chain and self._avoid_until_s.get(one.peer, now_s) <= now_s)
+        ]
+
+    async def _close_all(self) -> None:
+        for stage in range(self._stages):
+            await self._close(stage)
+        if (link := self._mover.drop()) is not None:
+            await link.close()
 
     async def _close(self, stage: int) -> None:
         link, self._links[stage] = self._links[stage], None
@@ -314,8 +377,7 @@ class Generation:
         else:
             self._restarted_at, self._vain = len(self.tokens), 0
         self.figures.restarted += 1
-        for stage in range(self._stages):
-            await self._close(stage)
+        await self._close_all()
         self._id, self._pins = self._rng.randbytes(16), [b""] * self._stages
         self._lacking.clear()
         self._avoid_until_s.clear()

@@ -17,13 +17,15 @@ import torch
 from shoal.protocol.errors import ShoalError
 from shoal.training.lane import Lane, Work
 from shoal.training.model.stage import Held
-from shoal.training.serving.batching import Waiting, next_batch, patience_s
+from shoal.training.serving.batching import STEP_ROWS, Waiting, next_batch, patience_s
 from shoal.training.serving.cached_stage import CachedStage, Span
 from shoal.training.serving.hosted import HostedSession
 from shoal.training.serving.sampling import next_token
+from shoal.training.serving.versions import ServingVersion
 
 _log = logging.getLogger(__name__)
 _SMOOTHING = 0.2
+_WARM_STEPS = 3  # the first ones allocate
 _LATELY_S = 1.0  # a session that moved within it, or within two rounds of the ring, is soon here again
 
 
@@ -44,6 +46,9 @@ class EngineFigures:
     batches: int = 0
     positions: int = 0
     step_s: float = 0.0  # smoothed, of a batch
+    text_step_s: float = (
+        0.0  # smoothed, of a few positions of a text: from their coming until they are computed
+    )
 
 
 class Engine:
@@ -115,7 +120,31 @@ class Engine:
         self.figures.step_s += _SMOOTHING * (now_s - begun_s - self.figures.step_s)
         for piece, (hidden, drawn) in zip(pieces, outcome, strict=True):
             self.figures.positions += len(piece.rows)
+            if len(piece.rows) <= STEP_ROWS:
+                self._note_step(piece.session, now_s - piece.session.since_s)
             piece.session.computed_rows(piece.start, len(piece.rows), hidden, drawn, now_s)
+
+    def _note_step(self, session: HostedSession, seconds: float) -> None:
+        session.step_s = _smoothed(session.step_s, seconds)
+        self.figures.text_step_s = _smoothed(self.figures.text_step_s, seconds)
+
+    async def warm(self, version: ServingVersion) -> None:
+        """Take a step with nobody's text, so that it is known how long one takes before somebody asks."""
+        for _ in range(_WARM_STEPS):
+            begun_s = asyncio.get_running_loop().time()
+            await self._lane.run(Work.SERVE, self._step, version)
+            self.figures.text_step_s = asyncio.get_running_loop().time() - begun_s
+
+    def _step(self, version: ServingVersion) -> None:
+        weights = version.weights(self._dtype, self._device)
+        rows = (
+            torch.zeros(1, dtype=torch.int64)
+            if self._stage.layout.first
+            else torch.zeros(1, self._stage.width)
+        )
+        hidden = self._stage.forward(weights, rows, [Span(self._stage.cache(weights), 0, 1)])
+        if self._stage.layout.last:
+            self._stage.logits(weights, hidden)
 
     def _compute(self, pieces: Sequence[_Piece]) -> list[tuple[torch.Tensor | None, list[int]]]:
         """For each piece its hidden states, or the tokens drawn. On the lane."""
@@ -150,3 +179,7 @@ class Engine:
 def _piece(session: HostedSession, rows: int) -> _Piece:
     start = session.computed
     return _Piece(session, session.next_rows(rows), start, session.inputs[start : start + rows])
+
+
+def _smoothed(before: float, seconds: float) -> float:
+    return before + _SMOOTHING * (seconds - before) if before else seconds

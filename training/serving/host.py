@@ -96,6 +96,7 @@ class Host:
         """Load the stage from the disk or from peers. Raises StageEmpty, StorageError, SpecError."""
         held = await self._load(self._layout)
         self.sessions.versions.publish(self._name, held)
+        await self.sessions.engine.warm(self.sessions.versions.get(b""))
         self.sessions.serve()
         self._tuning.serve()
 
@@ -145,7 +146,13 @@ class Host:
     def heartbeat(self) -> Beat:
         """What neighbours hear: one version, which is the head, and the lane's load."""
         load = self._lane.load()
-        stage = StageBeat(stage=self.stage, head=self._name, service_s=load.service_s, fixed=self._fixed)
+        stage = StageBeat(
+            stage=self.stage,
+            head=self._name,
+            service_s=load.service_s,
+            fixed=self._fixed,
+            step_s=self.sessions.engine.figures.text_step_s,
+        )
         return Beat(backlog_s=load.backlog_s, finished_work=load.finished, stages=(stage,))
 
     def beat(self) -> tuple[StageBeat, ...]:

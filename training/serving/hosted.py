@@ -54,8 +54,10 @@ class HostedSession:
         self.inputs: list[int] = []  # tokens of the positions that are here
         self.computed = 0
         self.supplies: list[Ahead] = []  # of which rewinding tells each
+        self.step_s = 0.0  # of a few positions: from their coming until they are computed; 0: none yet
         self.since_s = self.active_s = now_s  # of the oldest position that waits; of the last movement
         self.route: SessionRoute | None = None
+        self.beside: SessionRoute | None = None  # of the higher epoch of the two, if there is one
         self.cut: tuple[int, str] | None = None  # epoch and reason, to tell the client
         self.failure: ShoalError | None = None
         self._begun = 0  # positions that were given out to be computed
@@ -235,6 +237,23 @@ class HostedSession:
         while self.route is None or self.route is known:
             await self.changed()
         return self.route
+
+    async def next_beside(self, known: SessionRoute | None) -> SessionRoute | None:
+        """The one that is to be supplied as well, or nobody, once that is another than this."""
+        while self.beside is known:
+            await self.changed()
+        return self.beside
+
+    def turn(self, route: SessionRoute) -> None:
+        """The client names a route; one of a lower epoch than before is passed over."""
+        newest = self.beside or self.route
+        if newest is not None and route.epoch <= newest.epoch:
+            return
+        if route.beside:
+            self.beside = route
+        else:
+            self.route, self.beside = route, None
+        self.notify()
 
     def notify(self) -> None:
         self._change.set()

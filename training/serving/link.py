@@ -46,6 +46,7 @@ class Link:
         self.heard_s = now_s
         self.down: ShoalError | None = None
         self.received = self.computed = 0  # positions, by its last pulse
+        self.step_s = 0.0  # of this session there, by its last pulse
         self.moved_s = now_s  # when either of these, or its route, last changed
         self.supplies: Link | None = None  # whom it was told to supply
         self.cut_s: float | None = None  # since when it cannot
@@ -53,6 +54,7 @@ class Link:
         self._transport, self._payload = transport, payload
         self._token, self._changed = token, changed
         self._epoch, self._route, self._untold = -1, SessionRoute(0, 0, peer), False
+        self._beside: SessionRoute | None = None  # not told yet
         self._draft: SessionDraft | None = None  # not sent yet
         self._news = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name=f"session at {peer}")
@@ -66,7 +68,12 @@ class Link:
         self.supplies, self.cut_s = to, None
         to.moved_s = asyncio.get_running_loop().time()
         self._epoch, self._route = epoch, SessionRoute(epoch, stage, to.peer)
-        self._untold = True
+        self._untold, self._beside = True, None
+        self._news.set()
+
+    def route_beside(self, epoch: int, stage: int, to: Link) -> None:
+        """Tell the server whom to supply as well, for as long as its route stays."""
+        self._beside = SessionRoute(epoch, stage, to.peer, beside=True)
         self._news.set()
 
     def draft(self, start: int, tokens: Sequence[int]) -> None:
@@ -114,6 +121,7 @@ class Link:
             self._hear()
 
     def _note(self, pulse: SessionPulse) -> None:
+        self.step_s = pulse.step_s
         if (pulse.received, pulse.computed) != (self.received, self.computed):
             self.received, self.computed = pulse.received, pulse.computed
             self.moved_s = asyncio.get_running_loop().time()
@@ -129,6 +137,9 @@ class Link:
             if self._untold:
                 self._untold = False
                 await stream.send(self._route)
+            if self._beside is not None:
+                beside, self._beside = self._beside, None
+                await stream.send(beside)
             if self._draft is not None:
                 draft, self._draft = self._draft, None
                 await stream.send(draft)

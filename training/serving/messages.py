@@ -11,7 +11,17 @@ from typing import Annotated
 
 from shoal.dht.directory import PeerIdText, StageIndex
 from shoal.protocol.limits import DRAFT_TOKENS
-from shoal.protocol.wire import Bounds, Count, Identifier, Items, Length, OneOf, Text, wire_message
+from shoal.protocol.wire import (
+    Bounds,
+    Count,
+    Identifier,
+    Items,
+    Length,
+    OneOf,
+    Seconds,
+    Text,
+    wire_message,
+)
 from shoal.training.model.lowrank import TARGETS
 
 SESSION, ROWS, TUNE = "session", "session.rows", "tune"  # methods
@@ -76,11 +86,15 @@ class SessionOpened:
 @wire_message
 @dataclass(frozen=True, slots=True)
 class SessionRoute:
-    """The client tells a server which one comes after it. The highest epoch counts."""
+    """The client tells a server which one comes after it. The highest epoch counts.
+
+    `beside`: one that is being built, and is supplied as well until the next route is told.
+    """
 
     epoch: Count
     stage: StageIndex
     peer: PeerIdText
+    beside: bool = False
 
 
 @wire_message
@@ -112,6 +126,7 @@ class SessionPulse:
 
     received: Position
     computed: Position
+    step_s: Seconds = 0.0  # of this session of late, its wait included; 0: not measured yet
 
 
 @wire_message

@@ -8,6 +8,7 @@ with its token, so that both sides know what it was computed from: drafts come a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -64,6 +65,15 @@ class Rows:
             except ShoalError as error:
                 session.cut = route.epoch, f"{type(error).__name__}: {error}"
                 session.notify()
+
+    async def supply_beside(self, session: HostedSession) -> None:
+        """Whoever is being built, while the client wishes it; that it fails shows there."""
+        route: SessionRoute | None = None
+        while True:
+            route = await session.next_beside(route)
+            if route is not None:
+                with contextlib.suppress(ShoalError):
+                    await until_first(self._supply_along(session, route), session.next_beside(route))
 
     async def _supply_along(self, session: HostedSession, route: SessionRoute) -> None:
         async with self._transport.open(route.peer, ROWS, Channel.BULK) as stream:

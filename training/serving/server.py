@@ -116,7 +116,7 @@ class SessionServer:
             self.engine.wake()
             sides = [self._follow_routes(session, stream), self._tell(session, stream)]
             if not (session.first and session.last):
-                sides.append(self._rows.supply(session))
+                sides += [self._rows.supply(session), self._rows.supply_beside(session)]
             await until_first(*sides)
         finally:
             del self.sessions[session.id]
@@ -196,9 +196,7 @@ class SessionServer:
             route: SessionRoute = said
             if route.stage != (self._stage + 1) % self._spec.stages.count:
                 raise MessageInvalid(f"after stage {self._stage} comes not stage {route.stage}")
-            if session.route is None or route.epoch > session.route.epoch:
-                session.route = route
-                session.notify()
+            session.turn(route)
 
     def _guess(self, session: HostedSession, draft: SessionDraft) -> None:
         vocabulary = self._rows.form.vocabulary
@@ -222,7 +220,7 @@ class SessionServer:
                 (epoch, reason), session.cut = session.cut, None
                 await stream.send(SessionCut(epoch, reason[:_REASON_CHARACTERS]))
             if loop.time() >= pulse_s:
-                await stream.send(SessionPulse(session.received, session.computed))
+                await stream.send(SessionPulse(session.received, session.computed, session.step_s))
                 pulse_s = loop.time() + PULSE_S
             if session.told == len(session.tokens) and session.cut is None and session.failure is None:
                 with contextlib.suppress(TimeoutError):

@@ -13,6 +13,7 @@ class ChainFigures:
     """What became of one generation."""
 
     replaced: int = 0  # servers
+    moved: int = 0  # to a faster server, while the one before went on
     restarted: int = 0  # versions retired under it
     longest_gap_s: float = 0.0  # between two tokens
     drafted: int = 0  # tokens guessed
