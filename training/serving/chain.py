@@ -19,10 +19,8 @@ from shoal.protocol.errors import (
     AccessError,
     Busy,
     MessageInvalid,
-    NetworkError,
     PeerSilent,
     PeerUnreachable,
-    ProtocolViolation,
     ShoalError,
     StageEmpty,
     VersionRetired,
@@ -30,8 +28,8 @@ from shoal.protocol.errors import (
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
 from shoal.training.pipeline.payload import PayloadFormat
-from shoal.training.pipeline.replicas import Replica, Replicas
-from shoal.training.serving.choice import choose, stand_by
+from shoal.training.pipeline.replicas import Replicas
+from shoal.training.serving.candidates import MOST_AVOID_S, Candidates
 from shoal.training.serving.draft import Drafting, DraftModel
 from shoal.training.serving.link import Link
 from shoal.training.serving.messages import (
@@ -50,8 +48,6 @@ SILENT_S = 2.0  # four pulses; a server is then replaced if its stage has anothe
 STARVED_S = 3.0  # without what the server before has; then one of the two is replaced
 STALLED_S = 10.0  # without a position computed, while some wait
 PATIENCE_S = 30.0  # for a stage that nobody serves
-_AVOID_S = 2.0  # a server that failed; twice as long after each further failure
-_MOST_AVOID_S = 60.0
 _LOOK_S = 0.25
 _REROUTE_S = 0.1  # before a supply that broke off is tried again
 _MOST_CUTS = 4  # of the supply of a server; then another one is taken
@@ -92,18 +88,15 @@ class Generation:
         self.servers: set[PeerId] = set()  # all that had a part in it
         self._capacity = min(len(prompt) + max_new_tokens, most)
         self._prompt = len(prompt)
-        self._spec, self._transport, self._replicas = spec, transport, replicas
+        self._spec, self._transport = spec, transport
         self._options, self._rng, self._patience_s = options, rng, patience_s
         self._form = PayloadFormat.of_inference(spec)
         self._stages = spec.stages.count
         self._links: list[Link | None] = [None] * self._stages
         self._pins: list[bytes] = [b""] * self._stages
         self._empty_since_s: dict[int, float] = {}
-        self._avoid_until_s: dict[PeerId, float] = {}
-        self._failures: dict[PeerId, int] = {}
         self._reasons: dict[int, ShoalError] = {}
-        self._stand_by_s = 0.0  # when to look for them again
-        self._standby: list[PeerId | None] = [None] * self._stages
+        self._candidates = Candidates(replicas, self._stages, rng)
         self._mover = Mover(
             self.tokens, self._capacity, self._take, self._link_to, random.Random(rng.getrandbits(64))
         )
@@ -153,7 +146,7 @@ class Generation:
 
     def standby(self) -> list[PeerId | None]:
         """Who takes over at once where a server fails; if possible none that has a part in the chain."""
-        return list(self._standby)
+        return list(self._candidates.standby)
 
     def versions(self) -> list[bytes]:
         """What the session is pinned to, one of each stage; empty where it is not open yet."""
@@ -207,7 +200,7 @@ class Generation:
                 self._open(stage, now_s)
         await self._move(now_s)
         self._connect(now_s)
-        self._stand_by(now_s)
+        self._candidates.stand_by(self.route(), now_s)
 
     def _trouble(self, stage: int, link: Link, now_s: float) -> ShoalError | None:
         """Why a server has to be replaced."""
@@ -215,7 +208,7 @@ class Generation:
             return link.down
         if link.cuts >= _MOST_CUTS:
             return PeerUnreachable(f"the server before cannot reach it: {link.cut_reason}")
-        if self._choose(stage, now_s, but=link.peer) is None:
+        if self._candidates.another(stage, link.peer, now_s) is None:
             return None  # a slow one is better than none
         if now_s - link.heard_s > SILENT_S:
             return PeerSilent(f"{link.peer} has said nothing for {now_s - link.heard_s:.1f} s")
@@ -243,32 +236,19 @@ class Generation:
             raise trouble
         if isinstance(trouble, AccessError):  # of one server alone it may be its own certificate
             self._denied.add(link.peer)
-            if self._denied.issuperset(one.peer for one in self._replicas.of_stage(stage)):
+            if self._denied.issuperset(one.peer for one in self._candidates.known(stage)):
                 raise trouble
         if isinstance(trouble, VersionRetired):
             self._lacking.add(stage)
-        if isinstance(trouble, NetworkError | ProtocolViolation):
-            self._replicas.suspect(link.peer, f"session: {trouble}")
-        if isinstance(trouble, Busy):
-            avoid_s = trouble.retry_after_s
-        else:
-            failures = self._failures[link.peer] = self._failures.get(link.peer, 0) + 1
-            avoid_s = min(_AVOID_S * 2.0 ** (failures - 1), _MOST_AVOID_S)
-        self._avoid_until_s[link.peer] = now_s + avoid_s * self._rng.uniform(0.8, 1.2)
+        self._candidates.failed(link.peer, trouble, now_s)
         self.figures.replaced += was_open
-
-    def _choose(self, stage: int, now_s: float, but: PeerId | None = None) -> PeerId | None:
-        known = [one for one in self._replicas.of_stage(stage) if one.peer != but]
-        return choose(known, self._avoid_until_s, now_s, self._rng.random())
 
     def _open(self, stage: int, now_s: float) -> None:
         """Begin to open the session at the best server of a stage; raises when none came in time."""
         self._links[stage] = self._mover.take_over(stage)
         if self._links[stage] is not None:
             return
-        standby = self._standby[stage]
-        kept = [one for one in self._replicas.of_stage(stage) if one.peer == standby]
-        peer = choose(kept, self._avoid_until_s, now_s, 0.0) or self._choose(stage, now_s)
+        peer = self._candidates.next(stage, now_s)
         if peer is None:
             if stage in self._lacking:
                 raise VersionRetired(f"nobody serves the session's version of stage {stage} any more")
@@ -322,23 +302,15 @@ class Generation:
         self._epoch += 1
         return self._epoch
 
-    def _stand_by(self, now_s: float) -> None:
-        if now_s < self._stand_by_s:
-            return
-        self._stand_by_s = now_s + _LOOK_S
-        chain = self.route()
-        for stage, kept in enumerate(self._standby):
-            known, draw = self._replicas.of_stage(stage), self._rng.random()
-            self._standby[stage] = stand_by(known, chain, kept, self._avoid_until_s, now_s, draw)
-
     async def _move(self, now_s: float) -> None:
         """On to a faster server, where there is one."""
         if (vain := self._mover.failed(self._links, now_s)) is not None:
-            self._avoid_until_s[vain.peer] = now_s + _MOST_AVOID_S
+            self._candidates.avoid(vain.peer, now_s + MOST_AVOID_S)
             await vain.close()
         links = [link for link in self._links if link is not None and link.is_open]
         if len(links) == self._stages:
-            self._mover.look(links, self._others, now_s)
+            chain = self.route()
+            self._mover.look(links, lambda stage: self._candidates.instead(stage, chain, now_s), now_s)
         stage = self._mover.build(self._links, self._next_epoch, now_s)
         if stage is None or (new := self._mover.take_over(stage)) is None:
             return
@@ -346,16 +318,6 @@ class Generation:
         self.figures.moved += 1
         if old is not None:
             await old.close()
-
-    def _others(self, stage: int) -> Sequence[Replica]:
-        """The stage's server, and those that could be asked instead."""
-        now_s, chain = asyncio.get_running_loop().time(), self.route()
-        return [
-            one
-            for one in self._replicas.of_stage(stage)
-            if one.peer == chain[stage]
-            or (one.peer not in chain and self._avoid_until_s.get(one.peer, now_s) <= now_s)
-        ]
 
     async def _close_all(self) -> None:
         for stage in range(self._stages):
@@ -380,7 +342,7 @@ class Generation:
         await self._close_all()
         self._id, self._pins = self._rng.randbytes(16), [b""] * self._stages
         self._lacking.clear()
-        self._avoid_until_s.clear()
+        self._candidates.forgive()
 
     def _take(self, message: SessionToken) -> None:
         """A token from the last stage. Raises MessageInvalid for one that cannot come now."""
