@@ -99,6 +99,10 @@ OPENINGS: tuple[tuple[OpenSession, bytes, type[ShoalError], str], ...] = (
 
 SAID_LATER: tuple[tuple[object, str], ...] = (
     (SessionRoute(1, 0, PeerId("12D3KooWs0r0".ljust(52, "1"))), "after stage 0 comes not stage 0"),
+    (
+        SessionRoute(1, 0, PeerId("12D3KooWs0r0".ljust(52, "1")), beside=True),
+        "after stage 0 comes not stage 0",
+    ),
     (SessionDraft(4, ()), "a draft is empty"),
     (SessionDraft(4, (50, 257)), "outside the vocabulary"),
     (SessionDraft(60, (1, 2, 3, 4, 5)), "up to 65 leaves a session of 64"),
