@@ -29,6 +29,7 @@ from shoal.training.streams import own_stream
 from shoal.training.trainer import Trainer
 
 _OFFLOAD_THREADS = 2  # codecs and hashing beside the lane; more would only contend with it
+_SERVED = 16  # of a paced micro-batch: a batch of inference takes a sixteenth of it
 T = TypeVar("T")
 
 
@@ -75,7 +76,9 @@ class Trainee:
         self._trainer: Trainer | Host | None = None
 
     async def __aenter__(self) -> Self:
-        self._lane = ThreadLane(least_s=paced(self._pace_s), share=self._inference_share)
+        self._lane = ThreadLane(
+            least_s=paced(self._pace_s, self._pace_s / _SERVED), share=self._inference_share
+        )
         self._served_before = self._presence.transport.methods
         return self
 

@@ -94,6 +94,7 @@ class World:
         )
         self.suspected: list[tuple[PeerId, str]] = []
         self.slower: dict[PeerId, float] = {}  # how many times longer a batch takes there
+        self.claims: dict[PeerId, float] = {}  # a step, where that is not what a server measures
         self.hidden: set[PeerId] = set()  # from clients
         self.strangers: dict[int, list[PeerId]] = {}  # that clients think are servers
         self.weights = weights_of(spec)
@@ -192,7 +193,11 @@ class World:
 
     def of_stage(self, stage: int) -> Sequence[Replica]:
         own = [
-            Replica(peer.name, 0.002, step_s=peer.server.engine.figures.text_step_s)
+            Replica(
+                peer.name,
+                0.002,
+                step_s=self.claims.get(peer.name, peer.server.engine.figures.text_step_s),
+            )
             for peer in self.peers
             if peer.stage == stage and peer.name not in self.hidden
         ]

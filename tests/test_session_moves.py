@@ -134,6 +134,27 @@ def test_sessions_leave_a_slow_server_and_do_not_come_back() -> None:
     run(main, limit_s=300)
 
 
+def test_a_server_that_only_claims_to_be_fast_never_catches_up_and_never_gets_the_seat() -> None:
+    async def main() -> None:
+        async with World(serving_spec(1, sequence=512), 2, duration_s=0.02) as world:
+            honest, liar = world.peers
+            world.slower[liar.name] = 5
+            world.claims[liar.name] = 0.001
+            world.hidden = {liar.name}
+            async with world.generation(count=480) as generation:
+                tokens = aiter(generation)
+                text = [await anext(tokens)]
+                world.hidden = set()
+                text += [token async for token in tokens]
+            assert text == reference(world, PROMPT, 480)
+            assert liar.computed > len(PROMPT)  # it was tried
+            assert honest.computed == len(PROMPT) + 479
+            assert generation.figures.moved == 0
+            assert generation.figures.longest_gap_s < 0.03
+
+    run(main, limit_s=120)
+
+
 def test_who_stands_by_has_no_part_in_the_chain_and_takes_over() -> None:
     async def main() -> None:
         async with World(serving_spec(3), 3) as world, world.generation() as generation:

@@ -53,16 +53,19 @@ class LaneLoad:
     finished: int  # pieces of work since the start: stands still when the lane does
     busy_s: float
     service_s: float  # what a micro-batch takes of the lane, forward to weight gradient; 0: unknown
+    served_s: float  # of `busy_s`: inference and scoring
 
 
-def paced(micro_batch_s: float) -> Callable[[Work], float]:
+def paced(micro_batch_s: float, served_s: float = 0.0) -> Callable[[Work], float]:
     """Least durations that make a micro-batch take so long: a third each for forward and both backwards.
 
-    Speed tests declare them well above the CPU's cost, so that two cores can stand for eight machines.
+    `served_s`: of a piece of serving. Speed tests declare them well above the CPU's cost, so that two cores
+    can stand for eight machines.
     """
-    return {
+    least_s = {
         kind: micro_batch_s / len(_OF_MICRO_BATCH) if kind in _OF_MICRO_BATCH else 0.0 for kind in Work
-    }.__getitem__
+    }
+    return {**least_s, Work.SERVE: served_s}.__getitem__
 
 
 def next_kind(waiting: Sequence[int], serving_is_due: bool = False) -> Work | None:
@@ -86,13 +89,14 @@ class _Durations:
         self.usual_s = [0.0] * len(Work)
         self._recent: tuple[deque[float], ...] = tuple(deque(maxlen=_RECENT) for _ in Work)
         self.finished = 0
-        self.busy_s = 0.0
+        self.busy_s = self.served_s = 0.0
 
     def record(self, kind: Work, seconds: float) -> None:
         self._recent[kind].append(seconds)
         self.usual_s[kind] = statistics.median_low(self._recent[kind])
         self.finished += 1
         self.busy_s += seconds
+        self.served_s += seconds if kind is Work.SERVE else 0.0
         earned_s = self._share * seconds - (seconds if kind is Work.SERVE else 0.0)
         self._credit_s = min(max(self._credit_s + earned_s, -_CREDIT_S), _CREDIT_S)
 
@@ -122,7 +126,8 @@ class _Durations:
         if running is not None:  # never zero: a lane that hangs in a piece of work has a backlog
             kind, since_s = running
             backlog_s += whole_s[kind] - min(since_s, (1 - _LEAST_LEFT) * usual_s[kind])
-        return LaneLoad(sum(waiting), backlog_s, self.finished, self.busy_s, whole_s[Work.FORWARD])
+        service_s = whole_s[Work.FORWARD]
+        return LaneLoad(sum(waiting), backlog_s, self.finished, self.busy_s, service_s, self.served_s)
 
 
 class Lane(ABC):

@@ -175,6 +175,7 @@ class Host:
             "lane_queued": load.queued,
             "lane_backlog_s": load.backlog_s,
             "lane_busy_s": load.busy_s,
+            "lane_served_s": load.served_s,
             "lane_service_s": load.service_s,
             "lane_finished": load.finished,
             "sessions": self.sessions.status(),
