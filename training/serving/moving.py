@@ -2,8 +2,9 @@
 
 The new server is opened beside the old one and built from what the one before has kept; when it has caught up
 it takes the old one's seat, and the neighbours are told by `chain`. The one after passes over what it has
-already. So nothing is lost when a move fails, and a server that only claims to be fast never catches up. Where
-the old one fails meanwhile, the new one takes over at once. `chain` owns one Mover and asks it again and again.
+already. So nothing is lost when a move fails, and a server that only claims to be fast never catches up.
+Where the old one fails meanwhile, the new one takes over at once. `chain` owns one Mover and asks it again
+and again.
 """
 
 from __future__ import annotations
