@@ -49,6 +49,7 @@ class Mover:
         known: Mapping[int, Sequence[Replica]] = {stage: replicas(stage) for stage in range(len(links))}
         self._wish = wish(self._wish, [self._seat(link) for link in links], known, left, now_s)
         if self._wish is not None and self._wish.is_due(now_s, self._patience):
+            self._patience *= 2.0  # loads that come and go do not chase a text about
             new = self._new = _Newcomer(self._text, self._most, self._take, now_s)
             new.link = self._open_at(self._wish.stage, self._wish.to, new.hear)
 
