@@ -32,6 +32,7 @@ from shoal.training.pipeline.messages import APPLIED, Link, MicroBatch, QueryCha
 from shoal.training.spec import RunSpec
 from shoal.training.templates import TEMPLATES
 
+DECISIONS = "decisions.jsonl"
 START_S = 90.0  # two cores, four imports of torch, and whatever else the machine does
 POLL_S = 0.3
 HOST = "127.0.0.1"
@@ -142,10 +143,11 @@ class Peer(PeerProcess):
 class Swarm:
     """One run on this machine. Use as `async with`; its peers end with it."""
 
-    def __init__(self, folder: Path, spec: RunSpec) -> None:
+    def __init__(self, folder: Path, spec: RunSpec, *, decisions: bool = False) -> None:
         self.folder = folder
         self.spec = spec
         self.options: tuple[str, ...] = ()  # more of them for every peer
+        self._decisions = decisions  # whether peers write theirs down
         self.heads = Heads()
         self.peers: list[Peer] = []
         self.taken_along: dict[Id, str] = {}  # micro-batches gone with a lost replica -> its name
@@ -175,7 +177,9 @@ class Swarm:
         owner = self._new_peer("owner")
         path = self.folder / "run.toml"
         path.write_text(spec_text.render(self.spec))
-        await owner.start("up", str(path), "--listen", HOST, "--stage", "0", *owners, *self.options)
+        await owner.start(
+            "up", str(path), "--listen", HOST, "--stage", "0", *owners, *self._options(owner)
+        )
         await owner.event("invitation", START_S)
         wanted = [stage for stage in range(self.spec.stages.count) for _ in range(replicas)][1:]
         await asyncio.gather(*(self.join(stage=stage) for stage in wanted))
@@ -187,9 +191,18 @@ class Swarm:
         peer = self._new_peer(f"peer-{len(self.peers)}")
         token = token or await self.issue_token(peer.name)
         where = () if stage is None else ("--stage", str(stage))
-        await peer.start("join", f"@{token}", "--listen", HOST, *where, *self.options)
+        await peer.start("join", f"@{token}", "--listen", HOST, *self._options(peer), *where)
         await peer.event("online", START_S)
         return peer
+
+    def _options(self, peer: Peer) -> tuple[str, ...]:
+        decisions = ("--decisions", str(peer.folder / DECISIONS)) if self._decisions else ()
+        return *self.options, *decisions
+
+    @property
+    def decisions(self) -> list[Path]:
+        """What the peers saw and decided, a file each."""
+        return [path for peer in self.peers if (path := peer.folder / DECISIONS).exists()]
 
     async def issue_token(self, name: str, role: str = "trainer") -> Path:
         """A token file; the owner's daemon need not run."""

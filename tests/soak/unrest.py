@@ -1,12 +1,13 @@
 """A swarm under churn: peers are killed, frozen, sent away and replaced at random while it trains.
 
-    python tests/soak/unrest.py [--minutes 10] [--peers 6] [--stages 2] [--seed 1] [--keep]
+    python tests/soak/unrest.py [--minutes 10] [--peers 6] [--stages 2] [--seed 1] [--replay] [--keep]
 
 Real processes on loopback. All along: replicas with the same log head show the same state (P1), no
 micro-batch is applied twice at a stage (P2), some driver commits (P5). At the end nothing may be missing but
 what peers that are no more took along. What happens goes to standard error, the summary, one JSON object, to
 standard output; exit code 0 if everything held. Where a silence hid the decision, the hop must have said that
 it dropped the micro-batch, and the driver counted it. The seed fixes the disturbances, not their timing.
+With --replay every peer writes down what its policies saw and decided; at the end all of it is decided again.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from swarm_world import Auditor, Id, Peer, Swarm, swarm_spec, write_corpus
 
 from shoal.node.paths import CACHE_KEY
+from shoal.node.simulate.replay import replay
 from shoal.protocol.errors import ShoalError
 
 CALM_S = (3.0, 10.0)  # between two disturbances
@@ -41,6 +43,7 @@ STALL_S = 30.0  # a run that commits nothing for so long does not hold P5
 SETTLE_S = 60.0
 LOOK_S = 0.2
 ACCOUNTS_S = 3.0
+_DIFFERENCES_TOLD = 5
 
 
 @dataclass
@@ -67,6 +70,8 @@ class Summary:
     longest_join_s: float = 0.0
     callbacks_over_50_ms: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    decided_again: dict[str, int] = field(default_factory=dict)  # by policy
+    decided_otherwise: int = 0
 
     @property
     def held(self) -> bool:
@@ -239,6 +244,10 @@ class Churn:
         summary.applied_twice = swarm.applied_twice()
         summary.taken_along = dict(Counter(swarm.taken_along.values()))
         summary.hidden = dict(Counter(swarm.hidden.values()))
+        if swarm.decisions:
+            again = replay(swarm.spec, swarm.decisions)
+            summary.decided_again, summary.decided_otherwise = dict(again.decisions), len(again.differences)
+            summary.problems += again.differences[:_DIFFERENCES_TOLD]
         for peer in swarm.peers:
             loop = peer.last_status.get("loop", {})
             if loop.get("callbacks_over_limit"):
@@ -269,6 +278,7 @@ def main() -> int:
     parser.add_argument("--peers", type=int, default=6)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--replay", action="store_true", help="decide again what the peers decided")
     parser.add_argument("--keep", action="store_true", help="keep the peers' folders and logs")
     asked = parser.parse_args()
     machine = (
@@ -277,7 +287,9 @@ def main() -> int:
     summary = Summary(asked.minutes, asked.peers, asked.stages, asked.seed, machine)
     folder = Path(tempfile.mkdtemp(prefix="churn-"))
     os.environ[CACHE_KEY] = str(folder / "cache")
-    swarm = Swarm(folder, swarm_spec(write_corpus(folder / "corpus.txt"), asked.stages))
+    swarm = Swarm(
+        folder, swarm_spec(write_corpus(folder / "corpus.txt"), asked.stages), decisions=asked.replay
+    )
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(soak(swarm, summary))
     if summary.held and not asked.keep:
