@@ -26,10 +26,21 @@ class Device:
     torch_name: str
     title: str
     memory_bytes: int
+    host_optimizer: bool = False  # optimizer and float32 weights are not in this memory
+
+    def needed_bytes(self, stage: StagePlan) -> int:
+        """Memory of this device that training a stage takes."""
+        memory = stage.memory
+        return memory.total if self.torch_name == "cpu" else memory.on_device(self.host_optimizer)
 
 
-def choose_device(wanted: str, memory_bytes: int | None, threads: int | None) -> Device:
-    """`auto`, `cpu`, `cuda` or `cuda:N`. Sets torch's thread count. Raises UsageError or HardwareTooSmall."""
+def choose_device(
+    wanted: str, memory_bytes: int | None, threads: int | None, host_optimizer: bool = False
+) -> Device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`. Sets torch's thread count. Raises UsageError or HardwareTooSmall.
+
+    On the CPU `host_optimizer` changes nothing: its memory is the host's.
+    """
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0))))
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +55,8 @@ def choose_device(wanted: str, memory_bytes: int | None, threads: int | None) ->
             found = _cuda(device)
         case kind:
             raise UsageError(f"{kind} devices are not supported\nuse auto, cpu, cuda or cuda:N")
-    return Device(found.torch_name, found.title, min(found.memory_bytes, memory_bytes or found.memory_bytes))
+    usable = min(found.memory_bytes, memory_bytes or found.memory_bytes)
+    return Device(found.torch_name, found.title, usable, host_optimizer and device.type != "cpu")
 
 
 def warm_up() -> None:
@@ -77,18 +89,19 @@ def _freeze() -> None:
 
 def check_memory(device: Device, stage: StagePlan) -> None:
     """Raises HardwareTooSmall unless the stage fits."""
-    needed = stage.memory.total
+    needed = device.needed_bytes(stage)
     if needed > device.memory_bytes:
         raise HardwareTooSmall(
             f"stage {stage.stage} needs {needed / _MIB:,.0f} MiB, {device.title} has "
             f"{device.memory_bytes / _MIB:,.0f} MiB for it\nuse a larger machine, raise --memory, "
+            f"{'' if device.host_optimizer or device.torch_name == 'cpu' else 'try --host-optimizer, '}"
             "or ask the owner for a run with more stages"
         )
 
 
 def session_bytes(device: Device, stage: StagePlan, *, trains: bool) -> int:
     """Memory of the device for sessions: half of what the stage leaves, or most where it only serves."""
-    left_bytes = max(0, device.memory_bytes - stage.memory.total)
+    left_bytes = max(0, device.memory_bytes - device.needed_bytes(stage))
     return min(left_bytes // 2, _SESSIONS_BESIDE_TRAINING) if trains else left_bytes * 3 // 4
 
 

@@ -17,6 +17,7 @@ class PeerOptions:
     """All of `shoal up` and `shoal join` that is not about the run."""
 
     device: str = "auto"
+    host_optimizer: bool = False  # optimizer and float32 weights in the machine's memory, not a GPU's
     memory_bytes: int | None = None
     threads: int | None = ALL_THREADS
     upload_bytes_per_s: float | None = None  # most to send; None: no limit

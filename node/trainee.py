@@ -109,6 +109,7 @@ class Trainee:
             event=self._tell,
             rng=random.Random(presence.rng.getrandbits(64)),
             device=self._device.torch_name,
+            host_optimizer=self._device.host_optimizer,
             data_dir=self._folder,
             fixed=self._fixed,
             imported=(self._store,),

@@ -73,7 +73,7 @@ class Worker:
             begin=lambda at: self._begin(spec, at, device),
             announce=self._presence.announce,
             prefetch=self._prefetch,
-            fits=lambda at: make_plan(spec).stages[at].memory.total <= device.memory_bytes,
+            fits=lambda at: device.needed_bytes(make_plan(spec).stages[at]) <= device.memory_bytes,
             event=self._tell_tenure,
             rng=self._presence.rng,
             moves=self._options.stage is None,
@@ -124,7 +124,9 @@ class Worker:
 
     async def _prepare_device(self) -> Device:
         options = self._options
-        device = await asyncio.to_thread(choose_device, options.device, options.memory_bytes, options.threads)
+        device = await asyncio.to_thread(
+            choose_device, options.device, options.memory_bytes, options.threads, options.host_optimizer
+        )
         self.device, self._presence.device = device, device.title
         await asyncio.to_thread(warm_up)
         return device
@@ -176,7 +178,7 @@ class Worker:
                 f"  stage     {stage} of {spec.stages.count}: layers {layers.start}-{layers.stop - 1} of "
                 f"{spec.model.layers}, {planned.parameters:,} parameters; "
                 f"{others or 'no'} other {'peer shares' if others == 1 else 'peers share'} it",
-                f"  memory    {planned.memory.total >> 20:,} MiB of {device.memory_bytes >> 20:,} MiB",
+                f"  memory    {device.needed_bytes(planned) >> 20:,} of {device.memory_bytes >> 20:,} MiB",
                 f"  address   {', '.join(presence.addresses)}: {self.reach.text}",
                 f"  status    {verdict(stage_replicas(view, spec.stages.count), trains=spec.trains).text}",
             )
@@ -187,7 +189,7 @@ class Worker:
             "stages": spec.stages.count,
             "layers": [layers.start, layers.stop],
             "device": device.title,
-            "memory_bytes": planned.memory.total,
+            "memory_bytes": device.needed_bytes(planned),
             "reachable": self.reach.reachable,
         }
         self._events("plan", {**fields, "text": text})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from pipeline_world import small_spec
 
 from shoal.protocol import virtual_time
+from shoal.training.inner import Moments
 from shoal.training.lane import InlineLane
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.outer.local import Rebase
@@ -16,9 +18,9 @@ from shoal.training.spec import RunSpec
 from shoal.training.weights import Weights, learning_rate
 
 
-def weights(spec: RunSpec) -> Weights:
+def weights(spec: RunSpec, host_optimizer: bool = False) -> Weights:
     layout = stage_layout(spec, range(spec.model.layers))
-    return Weights(spec, layout, genesis(spec, layout), InlineLane(), "cpu")
+    return Weights(spec, layout, genesis(spec, layout), InlineLane(), "cpu", host_optimizer=host_optimizer)
 
 
 def step(local: Weights, seed: int = 1, size: float = 1.0) -> None:
@@ -154,3 +156,32 @@ def test_compute_weights_may_be_bfloat16_while_the_master_is_not() -> None:
     assert local.take().flat.dtype is torch.bfloat16
     before = local.gradient.dtype
     assert before is torch.float32
+
+
+def test_an_optimizer_on_the_host_makes_the_same_steps() -> None:
+    """The same bits after steps, a rebase and moments carried over; nothing is left in the gradient."""
+
+    async def offload(function: Callable[[], Moments | None]) -> Moments | None:
+        return function()
+
+    async def trajectory(host_optimizer: bool) -> list[torch.Tensor]:
+        spec = small_spec(1, mode="stream", inner_tokens=1)
+        local, seen = weights(spec, host_optimizer), []
+        for seed in range(3):
+            step(local, seed)
+            assert not local.gradient.any()
+            seen.append(local.take().flat.clone())
+            local.release(local.current)
+        await local.rebase([Rebase(4, seen[-1][4:12], torch.full((8,), 3.0))])
+        moments = await local.moments(offload)
+        assert moments is not None
+        other = weights(spec, host_optimizer)
+        await other.restore(moments)
+        step(other, 9)
+        return [*seen, local.take().flat, moments.mean, moments.square, other.take().flat]
+
+    async def main() -> None:
+        for on_host, on_device in zip(await trajectory(True), await trajectory(False), strict=True):
+            assert torch.equal(on_host, on_device)
+
+    virtual_time.run(main)

@@ -41,6 +41,11 @@ class StageMemory:
     def total(self) -> int:
         return sum(dataclasses.astuple(self))
 
+    def on_device(self, host_optimizer: bool) -> int:
+        """What of it lies in a GPU's own memory; anchors and all that rounds need are the machine's."""
+        trained = self.versions + self.gradient + self.activations + self.serving
+        return trained if host_optimizer else trained + self.master + self.optimizer
+
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:

@@ -78,6 +78,7 @@ class Trainer:
         event: Event,
         rng: random.Random,
         device: str = "cpu",
+        host_optimizer: bool = False,  # optimizer and float32 weights in the machine's memory
         data_dir: Path | None = None,
         fixed: bool = False,  # it stays at this stage
         imported: Sequence[Path] = (),  # folders of checkpoints, one of which the run may start from
@@ -98,6 +99,7 @@ class Trainer:
         self._event = event
         self._rng = rng
         self._device = device
+        self._host_optimizer = host_optimizer
         self._data_dir = data_dir
         self._fixed = fixed
         self._spare_bytes = spare_bytes
@@ -134,6 +136,11 @@ class Trainer:
         """The layers this stage holds."""
         return self.layout.layers
 
+    def _weights(self, initial: torch.Tensor) -> Weights:
+        return Weights(
+            self.spec, self.layout, initial, self._lane, self._device, host_optimizer=self._host_optimizer
+        )
+
     async def recover(self) -> None:
         """Build the stage, bring it to the group's log head, and register everything this replica serves.
 
@@ -146,7 +153,7 @@ class Trainer:
         else:
             initial, inherited = await self._offload(genesis, self.spec, self.layout), None
         model = StageModel(self.spec, self.layout)
-        self.weights = await self._offload(Weights, self.spec, self.layout, initial, self._lane, self._device)
+        self.weights = await self._offload(self._weights, initial)
         self.outer = Outer(
             self.spec,
             self.stage,

@@ -1,5 +1,8 @@
 """A replica's local weights: the fp32 master, at most two compute versions, gradient and inner optimizer.
 
+All on one device; or the master and the optimizer with it in the machine's memory, so that a device holds the
+versions and the gradient alone (ZeRO-Offload, arXiv 2101.06840): 12 bytes a weight less for AdamW.
+
 Forward and backward of a micro-batch use one version from beginning to end; an inner step or a rebase
 changes the master and publishes a new version without waiting for micro-batches in flight, unless both
 versions are still in use: then the step waits, forwards go on, and the version that drains first is reused.
@@ -34,17 +37,31 @@ class Weights:
     """Implements `outer.local.LocalWeights`; the pipeline takes versions from it and adds gradients to it."""
 
     def __init__(
-        self, spec: RunSpec, layout: StageLayout, initial: torch.Tensor, lane: Lane, device: str
+        self,
+        spec: RunSpec,
+        layout: StageLayout,
+        initial: torch.Tensor,
+        lane: Lane,
+        device: str,
+        *,
+        host_optimizer: bool = False,
     ) -> None:
         self.size = layout.size
         self._lane = lane
         self._spec = spec
-        self._master = initial.detach().to(device, torch.float32, copy=True)
-        self._gradient = torch.zeros_like(self._master)
+        self._gradient = torch.zeros(layout.size, device=device)
+        self._stepped = (
+            self._gradient
+        )  # what the optimizer reads: the gradient itself, or its copy on the host
+        if host_optimizer:
+            self._stepped = torch.empty(layout.size, pin_memory=self._gradient.is_cuda)
+        self._master = torch.empty_like(self._stepped, pin_memory=self._stepped.is_pinned()).copy_(
+            initial.detach()
+        )
         self._dtype = getattr(torch, spec.model.dtype)
-        self._versions = [Version(self._master.to(self._dtype, copy=True))]
+        self._versions = [Version(self._master.to(device, self._dtype, copy=True))]
         self._current = 0
-        self._optimizer = InnerOptimizer(spec.inner, spec.stages.count, layout, self._master, self._gradient)
+        self._optimizer = InnerOptimizer(spec.inner, spec.stages.count, layout, self._master, self._stepped)
         self._readers = 0  # of the optimizer's moments: steps wait for them, micro-batches do not
         self._behind = False  # the master changed since the current version was published
         self.pending_tokens = 0  # committed since the last inner step
@@ -82,6 +99,9 @@ class Weights:
 
     def step(self, learning_rate: float) -> None:
         """One inner step on the mean gradient of the tokens committed since the last."""
+        if self._stepped is not self._gradient:
+            self._stepped.copy_(self._gradient)
+            self._gradient.zero_()
         self.gradient_norm = self._optimizer.step(self.pending_tokens, learning_rate)
         self.tokens += self.pending_tokens
         self.pending_tokens = 0

@@ -35,6 +35,12 @@ DataDir = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+HostOptimizer = Annotated[
+    bool,
+    typer.Option(
+        "--host-optimizer", help="Of a GPU's memory give none to the optimizer: fits larger stages."
+    ),
+]
 Memory = Annotated[str | None, typer.Option(help="Most memory to use, like 12GiB.", show_default=False)]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
 Upload = Annotated[
@@ -77,6 +83,7 @@ def up(
     dht_port: DhtPort = 0,
     announce: Announce = None,
     device: Device = "auto",
+    host_optimizer: HostOptimizer = False,
     memory: Memory = None,
     threads: Threads = None,
     upload: Upload = None,
@@ -115,6 +122,7 @@ def up(
         pace,
         decisions,
         metrics,
+        host_optimizer=host_optimizer,
     )
     if dashboard is not None:
         from shoal.node.dashboard.address import dashboard_options
@@ -140,6 +148,7 @@ def join(
     dht_port: DhtPort = 0,
     announce: Announce = None,
     device: Device = "auto",
+    host_optimizer: HostOptimizer = False,
     memory: Memory = None,
     threads: Threads = None,
     upload: Upload = None,
@@ -179,6 +188,7 @@ def join(
         pace,
         decisions,
         metrics,
+        host_optimizer=host_optimizer,
     )
     with PeerFolder.claim(data_root(data_dir)) as folder:
         code = run_peer(parsed, folder, options, as_json)
@@ -297,6 +307,8 @@ def peer_options(
     pace_s: float,
     decisions: Path | None,
     metrics: str | None,
+    *,
+    host_optimizer: bool = False,
 ) -> PeerOptions:
     memory_bytes = None if memory is None else size_bytes(memory)
     upload_bytes_per_s = None if upload is None else rate_bytes_per_s(upload)
@@ -310,6 +322,7 @@ def peer_options(
     listening = Listening(host=listen, port=port, dht_port=dht_port, announce=tuple(announce or ()))
     return PeerOptions(
         device=device,
+        host_optimizer=host_optimizer,
         memory_bytes=memory_bytes,
         threads=threads,
         upload_bytes_per_s=upload_bytes_per_s,
