@@ -165,7 +165,7 @@ def test_an_optimizer_on_the_host_makes_the_same_steps() -> None:
         return function()
 
     async def trajectory(host_optimizer: bool) -> list[torch.Tensor]:
-        spec = small_spec(1, mode="stream", inner_tokens=1)
+        spec = small_spec(1, mode="stream", inner_tokens=1, optimizer="adamw")
         local, seen = weights(spec, host_optimizer), []
         for seed in range(3):
             step(local, seed)

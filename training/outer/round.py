@@ -19,12 +19,13 @@ from shoal.training.outer.change import Change
 from shoal.training.outer.codecs import RoundCodecs
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
-from shoal.training.outer.entry import SKIP, Contributor, Entry, draft_id
+from shoal.training.outer.entry import Contributor, Entry, draft_id
 from shoal.training.outer.messages import ContributedPart, Contributing, PublishedPart, Publishing
 from shoal.training.outer.parts import Fragment, Part
 from shoal.training.outer.phases import Phases
 from shoal.training.outer.policy import closes_at, is_half, owners
 from shoal.training.outer.reduce import Mean, Published, checked, weighted_mean
+from shoal.training.outer.report import report
 from shoal.training.outer.residuals import Residuals
 
 
@@ -112,10 +113,8 @@ class Round:
         self._phases.begin("decide")
 
     def report(self) -> bytes:
-        """Digest of each part, then bitmap of each part; zeros for what is not held."""
-        nothing = Published(bytes(self.draft.bitmap_bytes), b"", SKIP)
-        held = [self.held.get(part, nothing) for part in range(len(self._parts))]
-        return b"".join(part.digest for part in held) + b"".join(part.listed for part in held)
+        """For the leader: what is held."""
+        return report(self.held, len(self._parts), self.draft.bitmap_bytes)
 
     def remainders(self, entry: Entry) -> dict[int, torch.Tensor | None]:
         """What the means published here left out, by part index, as far as an entry commits them."""

@@ -1,0 +1,99 @@
+"""What a leader proposes: the offer that PREPARE carries, and the draft that GO carries. Pure.
+
+A plain round synchronises the fragment that is due; a re-entry brings back what a lost chain had agreed on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+
+from shoal.protocol.identity import PeerId
+from shoal.training.outer.codecs import round_codecs
+from shoal.training.outer.context import Context
+from shoal.training.outer.entry import Contributor, Entry, Seat
+from shoal.training.outer.log import Log
+from shoal.training.outer.lost import LostEntry
+from shoal.training.outer.messages import Answer
+from shoal.training.outer.policy import GroupMember, clip_factors, may_leave, slowest_uplink
+
+
+def plain_offer(
+    context: Context,
+    log: Log,
+    group: Sequence[GroupMember],
+    ballot: int,
+    first_stage_head: bytes,
+    mix: bytes,
+) -> Entry:
+    """What a plain round at the next height begins with: nobody contributes to it yet."""
+    roster = tuple(
+        Seat(member.peer, member.incarnation, member.uplink)
+        for member in sorted(group, key=lambda member: member.peer)
+    )
+    contribution, published = round_codecs(
+        context.spec.compression, log.height + 1, slowest_uplink([seat.uplink for seat in roster])
+    )
+    return Entry(
+        stage=context.stage,
+        height=log.height + 1,
+        previous=log.head,
+        ballot=ballot,
+        leader=context.me,
+        revision=max(context.amended.revision, log.revision),
+        fragment=log.next_fragment.index,
+        roster=roster,
+        contributors=(),
+        first_stage_head=first_stage_head,
+        contribution=contribution,
+        published=published,
+        mix=mix,
+    )
+
+
+def reentry_offer(offer: Entry, lost: LostEntry) -> Entry:
+    """The same for a lost entry that is to come back: fragment and codecs are those of its round."""
+    return dataclasses.replace(
+        offer,
+        fragment=lost.entry.fragment,
+        contribution=lost.entry.contribution,
+        published=lost.entry.published,
+        mix=lost.entry.mix,
+        lost=lost.data,
+        scale=lost.scale,
+    )
+
+
+def with_present(roster: Sequence[Seat], here: Collection[PeerId]) -> tuple[Seat, ...]:
+    """The roster, with those present who answered."""
+    return tuple(dataclasses.replace(seat, present=seat.peer in here) for seat in roster)
+
+
+def draft_of(
+    offer: Entry,
+    answers: Mapping[PeerId, Answer],
+    like: Entry,
+    leaving: Sequence[PeerId],
+    minimum_replicas: int,
+) -> Entry:
+    """Everybody who answered is present; who has tokens contributes, in the codecs of `like`.
+
+    `leaving` are on their way out already. Nobody contributes where nobody has made a step.
+    """
+    given = [(i, answers[seat.peer]) for i, seat in enumerate(offer.roster) if seat.peer in answers]
+    given = [(i, answer) for i, answer in given if answer.tokens and answer.to_step > answer.from_step]
+    clips = clip_factors([answer.norm for _, answer in given], [answer.tokens for _, answer in given])
+    rows = tuple(
+        Contributor(i, a.from_step, a.to_step, a.tokens, a.norm, clip, a.positions)
+        for (i, a), clip in zip(given, clips, strict=True)
+    )
+    asking = [peer for peer, answer in answers.items() if answer.leaves]
+    return dataclasses.replace(
+        offer,
+        roster=with_present(offer.roster, answers),
+        contributors=rows,
+        leaving=may_leave(asking, list(answers), leaving, minimum_replicas),
+        contribution=like.contribution,
+        published=like.published,
+        mix=like.mix,
+    )
