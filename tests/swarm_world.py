@@ -177,9 +177,7 @@ class Swarm:
         owner = self._new_peer("owner")
         path = self.folder / "run.toml"
         path.write_text(spec_text.render(self.spec))
-        await owner.start(
-            "up", str(path), "--listen", HOST, "--stage", "0", *owners, *self._options(owner)
-        )
+        await owner.start("up", str(path), "--listen", HOST, "--stage", "0", *owners, *self._options(owner))
         await owner.event("invitation", START_S)
         wanted = [stage for stage in range(self.spec.stages.count) for _ in range(replicas)][1:]
         await asyncio.gather(*(self.join(stage=stage) for stage in wanted))
