@@ -13,6 +13,7 @@
     │   └── StreamEnded         the other side finished cleanly where more was expected
     ├── Busy                    a peer is full; it says when to ask again
     ├── Stale                   the request belongs to a height, ballot or incarnation that is over
+    │   ├── Superseded          another replica has taken the asking one's place
     │   └── VersionRetired      the weights that a session is pinned to are not kept here (any more)
     ├── NotHere                 the asked peer does not hold the thing asked for
     ├── StageEmpty              a stage has no live replica
@@ -137,6 +138,10 @@ class Stale(ShoalError):
 
 class VersionRetired(Stale):
     wire_code = 74
+
+
+class Superseded(Stale):
+    wire_code = 75
 
 
 class NotHere(ShoalError):

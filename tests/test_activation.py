@@ -41,7 +41,7 @@ def test_no_peer_ever_holds_more_than_the_cap() -> None:
 
             async def watch() -> None:
                 while True:
-                    held = hop._working.total() + hop.undecided + len(hop._applying)
+                    held = hop.jobs.working.total() + hop.undecided + len(hop._applying)
                     most["hop"] = max(most["hop"], held)
                     for peer in world.stage(0):
                         assert peer.driver is not None

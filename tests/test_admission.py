@@ -15,7 +15,7 @@ SERVICE_S = 0.3
 def most_held(peer: Peer, seen: dict[str, int]) -> None:
     """Note how many micro-batches a hop has under way, if more than before."""
     assert peer.hop
-    seen[peer.name] = max(seen.get(peer.name, 0), peer.hop._working.total())
+    seen[peer.name] = max(seen.get(peer.name, 0), peer.hop.jobs.working.total())
 
 
 async def watch(peer: Peer, seen: dict[str, int]) -> None:

@@ -227,7 +227,7 @@ def test_one_caller_cannot_fill_a_hop() -> None:
             async def watch() -> None:
                 nonlocal most
                 while True:
-                    held = last.hop._working.total() + last.hop.undecided if last.hop else 0
+                    held = last.hop.jobs.working.total() + last.hop.undecided if last.hop else 0
                     most = max(most, held)
                     await asyncio.sleep(0.001)
 
@@ -237,7 +237,7 @@ def test_one_caller_cannot_fill_a_hop() -> None:
             assert most <= 8
             assert len(last.ledger) == 40
             await last.hop.drained()
-            last.hop._working.update({driver.name: 8, PeerId("x" * 52): 1})
+            last.hop.jobs.working.update({driver.name: 8, PeerId("x" * 52): 1})
             with pytest.raises(Busy, match="holds 9 micro-batches, 8 of this caller"):
                 last.hop._admit_memory(driver.name)
             last.hop._admit_memory(PeerId("x" * 52))

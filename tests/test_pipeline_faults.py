@@ -19,16 +19,18 @@ from shoal.protocol.faults import PLACES, Action, Arming
 from shoal.protocol.identity import PeerId
 
 MESSAGES = ("Propagate", "Activations", "Working", "Gradient", "CommitChain", "QueryChain", "Verdict")
+ADOPTION = ("Adopt", "Adopted")  # only where somebody else has failed before
 HARMLESS = {Action.FREEZE, Action.DELAY, Action.DROP}
 FROZEN_S, DELAY_S = 10.0, 3.0
 CUT_AT_S = 0.15  # in the midst of it
+ADOPTED_AT_S = 2.0  # callers have heard who stands behind
 EACH = 12  # micro-batches of a driver
 LIMIT_S = 120.0  # virtual; a decision that a partition hides is given up after 30
 
 CASES = [
     (f"{message}.{place}", action)
-    for message in MESSAGES
-    for place in PLACES
+    for message in (*MESSAGES, *ADOPTION)
+    for place in (PLACES if message in MESSAGES else ("sending", "received"))
     for action in Action
     if not (action is Action.CORRUPT and place == "sent")
 ]
@@ -54,9 +56,10 @@ def test_nothing_counts_twice_and_what_is_missing_is_counted(point: str, action:
     async def main() -> None:
         faults = Faults()
         spec = small_spec(3, in_flight=4)
-        slow = point.startswith("Working")  # only a hop that takes long says so
+        adoption = point.startswith(ADOPTION)
+        slow = adoption or point.startswith("Working")  # only a hop that takes long says so
         service_s = (lambda stage, number: 0.9) if slow else None
-        async with World(spec, 2, service_s=service_s, wrap=faults.wrap) as world:
+        async with World(spec, 3 if adoption else 2, service_s=service_s, wrap=faults.wrap) as world:
             loop = asyncio.get_running_loop()
 
             def strike(peer: PeerId) -> None:
@@ -70,6 +73,10 @@ def test_nothing_counts_twice_and_what_is_missing_is_counted(point: str, action:
                 world.network.thaw(peer)
                 faults.wake()
 
+            if adoption:
+                first = world.stage(1)[0].name
+                loop.call_later(ADOPTED_AT_S, world.network.freeze, first)
+                loop.call_later(ADOPTED_AT_S + FROZEN_S, world.network.thaw, first)
             if point.startswith("QueryChain"):  # a hop asks only when it hears of no decision
                 ends = world.stage(0)[0].name, world.stage(2)[0].name
                 loop.call_later(CUT_AT_S, world.network.cut, *ends)

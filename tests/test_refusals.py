@@ -112,7 +112,7 @@ from shoal.protocol.framing import FrameEncoder, FrameKind
 from shoal.protocol.grpc_settings import grpc
 from shoal.protocol.identity import PeerId, PeerKey, Role
 from shoal.protocol.revocation import RevocationBook, RevocationList, file_bytes, sign_revocations
-from shoal.protocol.transport import Stream, Transport, call
+from shoal.protocol.transport import Channel, Stream, Transport, call
 from shoal.protocol.wire import decode, encode
 from shoal.training.outer import follow
 from shoal.training.outer.entry import SKIP, Contributor, Entry, Seat, bitmap, draft_id
@@ -141,6 +141,8 @@ from shoal.training.pipeline.messages import (
     TENTATIVE,
     UNKNOWN,
     Activations,
+    Adopt,
+    Adopted,
     CommitChain,
     Gradient,
     Infer,
@@ -438,9 +440,11 @@ async def hop_and_caller(run: Run) -> AsyncIterator[tuple[Peer, Transport]]:
 
 
 async def ask_hop(caller: Transport, hop: Peer, request: Propagate, payload: bytes) -> object:
-    """A request and its activations."""
-    messages = ((request, b""), (Activations(), payload))
-    return await say(caller, hop.me, "propagate", *messages, reply=(Working, Gradient))
+    """A request and its activations; no END, which would say that nobody wants the answer."""
+    async with asyncio.timeout(20), caller.open(hop.me, "propagate", Channel.BULK) as stream:
+        await stream.send(request)
+        await stream.send(Activations(), payload)
+        return (await stream.receive(Working, Gradient)).header
 
 
 def test_malformed_micro_batches_leave_no_trace_at_a_hop(tmp_path: Path) -> None:
@@ -468,6 +472,9 @@ def test_malformed_micro_batches_leave_no_trace_at_a_hop(tmp_path: Path) -> None
                 (hop.request(me, chain=(Link(1, me, 0),)), good, MessageInvalid, "must lead from driver"),
                 (hop.request(me, chain=(Link(0, someone, 0),)), good, MessageInvalid, "must lead from"),
                 (hop.request(someone), good, MessageInvalid, "must lead from driver"),
+                (hop.request(me, adopt=(Link(2, me, 0),)), good, MessageInvalid, "hops to adopt"),
+                (hop.request(me, adopt=(Link(1, me, 0),) * 9), good, MessageInvalid, "hops to adopt"),
+                (hop.request(me, adopt=(Link(2, me, 0),) * 257), good, MessageInvalid, "adopt"),
             )
             for request, payload, kind, words in cases:
                 with pytest.raises(kind, match=words):
@@ -575,6 +582,38 @@ def test_nobody_but_its_driver_decides_a_micro_batch(tmp_path: Path) -> None:
     play_run(scene, tmp_path)
 
 
+def test_a_stranger_takes_over_nobodys_micro_batch(tmp_path: Path) -> None:
+    async def scene(run: Run) -> None:
+        async with hop_and_caller(run) as (hop, driver):
+            stranger = run.transport()
+            await ask_hop(driver, hop, hop.request(driver.me), hop.payload())
+            before = hop.state()
+
+            def adopt(**changes: object) -> Adopt:
+                own = (Link(0, driver.me, 0),)
+                return replace(Adopt(MicroBatch(driver.me, 1, 0), 1, 100, own), **changes)  # type: ignore[arg-type]
+
+            chain = (Link(0, stranger.me, 0),)
+            cases: tuple[tuple[Adopt, type[ShoalError], str], ...] = (
+                (adopt(), MessageInvalid, "must lead from driver"),
+                (adopt(chain=chain), MessageInvalid, "must lead from driver"),
+                (adopt(chain=(Link(0, driver.me, 0), *chain)), MessageInvalid, "must lead from driver"),
+                (adopt(chain=chain * 257), MessageInvalid, "chain"),
+                (adopt(chain=()), MessageInvalid, "must lead from driver"),
+                (adopt(stage=2), Stale, "holds stage 1"),
+                (adopt(micro_batch=MicroBatch(stranger.me, 1, 0), chain=chain), NotHere, "not known here"),
+            )
+            for request, kind, words in cases:
+                with pytest.raises(kind, match=words):
+                    await say(stranger, hop.me, "propagate", (request, b""), reply=(Adopted,))
+            hop.known.peers.append(stranger.me)  # a replica of that stage, but not of this chain
+            with pytest.raises(NotHere, match="not under way here in that attempt"):
+                await say(stranger, hop.me, "propagate", (cases[-1][0], b""), reply=(Adopted,))
+            assert hop.state() == before
+
+    play_run(scene, tmp_path)
+
+
 def gradient(chain: tuple[Link, ...], payload: bytes) -> Answers:
     return (Gradient(chain, 1.0, 0.0, 0.01), b""), (Activations(), payload)
 
@@ -592,6 +631,9 @@ GARBAGE: dict[str, Callable[[Link, int], Answers]] = {
     "another peer's chain": lambda own, size: gradient((replace(own, peer=PeerId("z" * 52)),), bytes(size)),
     "a chain too long": lambda own, size: gradient((own, replace(own, stage=2)), bytes(size)),
     "another message": lambda own, size: ((Note(1), bytes(size)),),
+    "hops behind the last": lambda own, size: ((Working(1, chain=(replace(own, stage=2),)), b""),),
+    "hops of its own stage": lambda own, size: ((Working(1, chain=(own,)), b""),),
+    "adoption of what was sent": lambda own, size: ((Adopted("float32"), b""),),
     "work without result": lambda own, size: ((Working(1), b""),),
     "no values": lambda own, size: gradient((own,), b"")[:1],
 }

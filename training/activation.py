@@ -40,7 +40,8 @@ def activation_bytes(spec: RunSpec, layers: range) -> int:
     Per token and block, from forward to backward: inputs and results of two norms, inputs of q and of gate,
     queries, attention output (eight times width), keys and values before and after rotation, and four times
     the feed-forward width. From backward to commit the tape holds a tenth less: inputs and output gradients
-    of each matrix. The last stage adds its norm and the softmax in float32. Attention keeps no [T, T] matrix.
+    of each matrix; the answer, kept as long for who may take the caller's place, has room in that. The last
+    stage adds its norm and the softmax in float32. Attention keeps no [T, T] matrix.
     """
     model = spec.model
     key_width = model.kv_heads * (model.width // model.heads)

@@ -427,6 +427,7 @@ class Trainer:
             "dropped": self._ledger.dropped,
             "undecided": self.hop.undecided if self.hop is not None else 0,
             "retries": self._downstream.successors.retries if self._downstream is not None else 0,
+            "adopted": self._downstream.adopted if self._downstream is not None else 0,
             "hedges": self._downstream.hedges if self._downstream is not None else 0,
             "next_stage": self._downstream.successors.status() if self._downstream is not None else [],
             "reroutes_s": list(self.reroutes),

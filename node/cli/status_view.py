@@ -51,7 +51,9 @@ def micro_batches_text(training: Mapping[str, Any]) -> str:
     )
     if "lost" in training:  # of a driver
         text += f", {training['lost']} lost at other stages"
-    return text + f"; {training['retries']} retries, {training['hedges']} hedges"
+    return text + (
+        f"; {training['retries']} retries, {training['adopted']} adopted, {training['hedges']} hedges"
+    )
 
 
 def sessions_text(sessions: Mapping[str, Any]) -> str:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from shoal.protocol.errors import Busy, MessageInvalid, PeerSilent, StreamBroken
+from shoal.protocol.errors import Busy, MessageInvalid, PeerSilent, ShoalError, StreamBroken
 from shoal.protocol.identity import PeerId
 from shoal.protocol.limits import SUSPECT_AFTER_S
 from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.training.pipeline.messages import (
     Activations,
+    Adopt,
+    Adopted,
     Gradient,
     HedgeSpent,
     Link,
     Propagate,
     Working,
+    begins,
     spans,
 )
 from shoal.training.pipeline.routing import stands_still
@@ -28,6 +31,7 @@ from shoal.training.pipeline.standing import Report
 
 WORKING_EVERY_S = 0.5  # four times within SUSPECT_AFTER_S
 _GUILTY = 4.0  # times what was expected of a replica, before it is to blame for a lack of time
+_OWN_PAUSE_S = 1.0  # a timer that is late by so much
 _MISSED_S = 2 * WORKING_EVERY_S  # of silence: enough to hedge, not to give up
 
 
@@ -37,6 +41,9 @@ class Journey:
 
     stage: int  # that has it now
     hedged: bool = False  # the chain's one hedge is spent
+    behind: tuple[Link, ...] = ()  # the hops behind this one, as far as it is known
+    unwanted: bool = False  # nobody wants an answer: those behind are to know
+    orphaned: bool = False  # nobody waits for an answer now, but somebody may yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,7 @@ class Answer:
     gradient: memoryview
     codec: str  # of the gradient
     report: Report
-    own_s: float  # what the replica and the link to it took, without the stages behind
+    own_s: float  # what the replica and the link to it took, without the stages behind; 0 if not known
     waited_s: float  # for those
 
 
@@ -70,7 +77,7 @@ class Attempt:
     def __init__(
         self,
         transport: Transport,
-        request: Propagate,
+        request: Propagate | Adopt,
         stages: range,
         journey: Journey,
         pick: Pick,
@@ -78,6 +85,10 @@ class Attempt:
     ) -> None:
         """`passed`: called once, when the replica is known to be through with its forward."""
         self.peer = pick.peer
+        self.adopts = isinstance(request, Adopt)
+        self.unwanted = False  # another one was faster
+        self._link = Link(request.stage, pick.peer, request.attempt)
+        self._behind: tuple[Link, ...] = ()
         self._passed = passed
         self._has_passed = False
         self.sent_s = self._now()
@@ -94,33 +105,62 @@ class Attempt:
         self._finished = -1
         self._finished_s = self.sent_s
 
-    async def run(self, payload: memoryview, gradient_bytes: int, deadline: float) -> Answer:
-        """The answer. Raises Busy, PeerSilent after `deadline` (loop time), and what streams raise."""
+    async def run(self, payload: memoryview, gradient_bytes: Callable[[str], int], deadline: float) -> Answer:
+        """The answer. Raises Busy, PeerSilent after `deadline` (loop time), and what streams raise.
+
+        `payload`: the activations; empty for an adoption. `gradient_bytes`: of the answer, by codec.
+        Left in order (END) when nobody wants the answer; left without, what is behind may be adopted.
+        """
+        left: BaseException | None = None
         try:
             async with (
                 asyncio.timeout_at(deadline),  # Working keeps a caller patient, but not for ever
                 self._transport.open(self.peer, "propagate", Channel.BULK) as self._stream,
             ):
-                await self._stream.send(self._request)
-                await self._stream.send(Activations(), payload)
-                self._heard_s = self._now()
-                header = await self._listen(self._stream)
-                self._check(header)
-                message = await self._stream.receive(Activations, max_payload_bytes=gradient_bytes)
+                try:
+                    codec = await self._ask(self._stream, payload)
+                    self._heard_s = self._now()
+                    header = await self._listen(self._stream)
+                    self._check(header)
+                    size = gradient_bytes(codec)
+                    message = await self._stream.receive(Activations, max_payload_bytes=size)
+                except (asyncio.CancelledError, ShoalError) as error:
+                    if not self._is_unwanted(error):
+                        raise
+                    left = error
         except TimeoutError:
             text = f"{self.peer} was still at it when the micro-batch's time was over"
             if self._now() - self.sent_s < _GUILTY * self._pick.expected_s:
                 raise Busy(text, retry_after_s=0.0) from None  # the time went elsewhere
             raise PeerSilent(text) from None
-        elapsed_s = self._now() - self.sent_s
-        transfer_s = max(0.0, elapsed_s - header.held_s - self._pick.rtt_s)
-        report = Report(
-            header.service_s, header.backlog_s, transfer_s / (payload.nbytes + message.payload.nbytes)
-        )
-        own_s = max(0.0, elapsed_s - header.waited_s)
-        return Answer(
-            header.chain, header.loss, message.payload, self._request.codec, report, own_s, header.waited_s
-        )
+        if left is not None:
+            raise left
+        elapsed_s, own_s = self._now() - self.sent_s, 0.0
+        report = Report(header.service_s, header.backlog_s, 0.0)
+        if not self.adopts:
+            transfer_s = max(0.0, elapsed_s - header.held_s - self._pick.rtt_s)
+            report = replace(report, seconds_per_byte=transfer_s / (payload.nbytes + message.payload.nbytes))
+            own_s = max(0.0, elapsed_s - header.waited_s)
+        return Answer(header.chain, header.loss, message.payload, codec, report, own_s, header.waited_s)
+
+    async def _ask(self, stream: Stream, payload: memoryview) -> str:
+        """Returns the codec in which the gradient comes."""
+        await stream.send(self._request)
+        if isinstance(self._request, Propagate):
+            await stream.send(Activations(), payload)
+            return self._request.codec
+        try:
+            async with asyncio.timeout(SUSPECT_AFTER_S + self._pick.rtt_s):
+                header: Adopted = (await stream.receive(Adopted)).header
+        except TimeoutError:
+            raise PeerSilent(f"{self.peer} did not say within {SUSPECT_AFTER_S:.1f} s what it has") from None
+        return header.codec
+
+    def _is_unwanted(self, error: BaseException) -> bool:
+        """Whether the replica is to know that nobody wants its answer."""
+        if isinstance(error, asyncio.CancelledError):
+            return self.unwanted or self._journey.unwanted
+        return not self._behind  # else who takes its place adopts them
 
     async def tell_hedge(self) -> None:
         """Another replica is asked, too: nobody behind this one may do the same."""
@@ -137,11 +177,14 @@ class Attempt:
                 async with asyncio.timeout_at(min(silent_s, self._hedge_s())):
                     message = await stream.receive(Working, Gradient)
             except TimeoutError:
-                if self._now() >= silent_s:
+                if self._now() >= silent_s + _OWN_PAUSE_S:
+                    self._heard_s = self._now()  # this process stood still, and others are not to blame
+                elif self._now() >= silent_s:
                     raise PeerSilent(
                         f"{self.peer} said nothing for {SUSPECT_AFTER_S:.1f} s while computing"
                     ) from None
-                self.stalled.set()
+                else:
+                    self.stalled.set()
                 continue
             self._heard_s = self._now()
             if isinstance(message.header, Gradient):
@@ -160,6 +203,11 @@ class Attempt:
         now = self._now()
         self._journey.stage = word.stage
         self._journey.hedged |= word.hedged
+        if word.chain:
+            if not begins(word.chain, self._stages[1:]):
+                raise MessageInvalid(f"{self.peer} tells of hops behind it that are not of the next stages")
+            self._behind = word.chain
+        self._journey.behind = (self._link, *self._behind)
         if word.finished != self._finished:
             self._finished, self._finished_s = word.finished, now
         if word.stage > self._request.stage:
@@ -179,8 +227,7 @@ class Attempt:
             self.stalled.set()
 
     def _check(self, header: Gradient) -> None:
-        own = Link(self._request.stage, self.peer, self._request.attempt)
-        if not spans(header.chain, self._stages) or header.chain[0] != own:
+        if not spans(header.chain, self._stages) or header.chain[0] != self._link:
             raise MessageInvalid(
                 f"{self.peer} answered with a chain that does not lead from it over stages "
                 f"{self._stages.start} to {self._stages.stop - 1}"

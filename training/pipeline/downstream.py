@@ -3,6 +3,10 @@
 Used by the driver and by every hop but the last. Recovery is local: the caller keeps its output until it has
 the gradient, so only the direct caller of a replica that fails retries, and retries never multiply. Backward
 stays with the replica that did the forward, since it is the answer to the same call.
+
+Who is asked in place of a replica that failed hears who was behind that one, and adopts them: it runs its own
+forward, and then takes over the gradient that they have or are at. That gradient is of the failed replica's
+output, whose weights differ by some inner steps: an error as of a gradient that is late by so much.
 """
 
 from __future__ import annotations
@@ -14,13 +18,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from shoal.protocol.errors import Busy, PeerSilent, ShoalError
+from shoal.protocol.errors import Busy, NotHere, PeerSilent, ShoalError, Stale, Superseded
+from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
 from shoal.training.decisions import DecisionLog
 from shoal.training.lane import Lane
 from shoal.training.pipeline.attempt import Answer, Attempt, Journey, Pick
 from shoal.training.pipeline.compute import Boundary
-from shoal.training.pipeline.messages import Link, MicroBatch, Propagate
+from shoal.training.pipeline.messages import Adopt, Link, MicroBatch, Propagate
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.pipeline.successors import Event, Successors
@@ -40,6 +45,7 @@ class Errand:
     boundary: Boundary
     deadline: float  # loop time
     journey: Journey
+    adopt: tuple[Link, ...] = ()  # from the next stage on: who may have it already
 
 
 @dataclass(slots=True)
@@ -75,6 +81,7 @@ class Downstream:
         self._event = event
         self._hedges_saved = HEDGES_SAVED
         self.hedges = 0
+        self.adopted = 0  # micro-batches whose chain behind a dead hop was taken over
 
     async def propagate(self, errand: Errand, use: Callable[[Answer], Awaitable[T]]) -> tuple[Answer, T]:
         """Ask until a replica answers, and what `use` made of the answer: the caller's backward.
@@ -82,40 +89,55 @@ class Downstream:
         MessageInvalid from `use` counts against the replica, as no answer would, and another one is asked.
         Raises StageEmpty or PeerSilent after the deadline, MessageInvalid if there is nothing fit to send.
         """
-        loop = asyncio.get_running_loop()
+        loop, journey = asyncio.get_running_loop(), errand.journey
         failed_at: float | None = None
+        adopting, behind = bool(errand.adopt), errand.adopt[1:]
         while True:
             now = loop.time()
             if now >= errand.deadline:
                 number = errand.micro_batch.number
                 raise PeerSilent(f"stage {self.stage} gave no gradient of {number} in time")
-            pick = self.successors.pick(errand.sequences)
-            if pick is None:
-                await self.successors.room(now, errand.deadline)
-                continue
-            payload = await errand.boundary.payload(pick.codec)
+            runner, adopting = self._adopt(errand) if adopting else None, False
+            if runner is None:
+                pick = self.successors.pick(errand.sequences)
+                if pick is None:
+                    await self.successors.room(now, errand.deadline)
+                    continue
+                runner = self._start(errand, pick, await errand.boundary.payload(pick.codec), behind)
             try:
-                winner, answer = await self._race(errand, pick, payload)
+                winner, answer = await self._race(errand, runner)
                 try:
                     used = await use(answer)
                 except ShoalError as error:
+                    journey.behind = answer.chain
                     self.successors.failed(winner.attempt, error)
                     raise
             except Busy:
                 continue
-            except ShoalError:
+            except ShoalError as error:
+                if isinstance(error, Superseded) or journey.orphaned:  # nobody waits here: ask nobody else
+                    raise Stale(f"stage {self.stage} is not asked again: {error}") from error
+                if _finds_nothing(runner.attempt, error):
+                    continue
                 failed_at = failed_at if failed_at is not None else loop.time()
+                behind, journey.behind = journey.behind[1:] or behind, ()
                 continue
-            self.successors.answered(winner.attempt, answer, winner.expected_s)
+            journey.behind = answer.chain
             self._hedges_saved = min(HEDGES_SAVED, self._hedges_saved + HEDGE_SHARE)
+            if winner.attempt.adopts:
+                self.adopted += 1
+                told: dict[str, object] = {"stage": self.stage, "peer": winner.attempt.peer}
+                self._event("adopt", {**told, "micro_batch": errand.micro_batch.number})
+            else:
+                self.successors.answered(winner.attempt, answer, winner.expected_s)
             if failed_at is not None:
                 seconds = loop.time() - failed_at
                 self._event("reroute", {"stage": self.stage, "to": winner.attempt.peer, "seconds": seconds})
             return answer, used
 
-    async def _race(self, errand: Errand, pick: Pick, payload: memoryview) -> tuple[_Runner, Answer]:
+    async def _race(self, errand: Errand, first: _Runner) -> tuple[_Runner, Answer]:
         """The first answer, of one replica or, should that stall, of two. Raises the last one's failure."""
-        runners = [self._start(errand, pick, payload)]
+        runners = [first]
         stall = asyncio.create_task(runners[0].attempt.stalled.wait())
         telling: list[asyncio.Task[None]] = []
         try:
@@ -129,13 +151,16 @@ class Downstream:
                     if error is None:
                         for loser in runners:
                             if loser is not runner:
+                                loser.attempt.unwanted = True
                                 self.successors.outrun(loser.attempt)
                         return runner, runner.task.result()
                     runners.remove(runner)
                     self.successors.ended(runner.attempt)
                     if not isinstance(error, ShoalError):
                         raise error
-                    self.successors.failed(runner.attempt, error)
+                    taken = isinstance(error, Superseded) and errand.journey.orphaned
+                    if not taken and not _finds_nothing(runner.attempt, error):
+                        self.successors.failed(runner.attempt, error)
                     if not runners:
                         raise error
                 if stall.done() and len(runners) == 1 and (other := await self._hedge(errand, runners[0])):
@@ -163,7 +188,21 @@ class Downstream:
         self._event("hedge", {**told, "micro_batch": errand.micro_batch.number})
         return self._start(errand, pick, await errand.boundary.payload(pick.codec))
 
-    def _start(self, errand: Errand, pick: Pick, payload: memoryview) -> _Runner:
+    def _adopt(self, errand: Errand) -> _Runner | None:
+        """Ask the replica that may have it already, if it is known here as one of the next stage."""
+        if not errand.adopt:
+            return None
+        link = errand.adopt[0]
+        pick = self.successors.named(PeerId(link.peer), errand.sequences)
+        if pick is None:
+            return None
+        number, journey = errand.micro_batch, errand.journey
+        request = Adopt(number, self.stage, link.attempt, errand.chain, journey.hedged)
+        return self._run(errand, pick, request, memoryview(b""))
+
+    def _start(
+        self, errand: Errand, pick: Pick, payload: memoryview, adopt: tuple[Link, ...] = ()
+    ) -> _Runner:
         left_s = errand.deadline - asyncio.get_running_loop().time()
         request = Propagate(
             errand.micro_batch,
@@ -174,10 +213,20 @@ class Downstream:
             max(left_s, 0.0),
             pick.codec,
             errand.journey.hedged,
+            adopt,
         )
+        return self._run(errand, pick, request, payload)
+
+    def _run(self, errand: Errand, pick: Pick, request: Propagate | Adopt, payload: memoryview) -> _Runner:
         passed = functools.partial(self.successors.passed, pick.peer)
         attempt = Attempt(self._transport, request, self._stages, errand.journey, pick, passed)
         self.successors.began(attempt)
-        gradient_bytes = self._form.hidden_bytes(errand.sequences, pick.codec)
+        errand.journey.behind = (Link(self.stage, pick.peer, request.attempt),)
+        gradient_bytes = functools.partial(self._form.hidden_bytes, errand.sequences)
         task = asyncio.create_task(attempt.run(payload, gradient_bytes, errand.deadline))
         return _Runner(attempt, pick.expected_s, task)
+
+
+def _finds_nothing(attempt: Attempt, error: ShoalError) -> bool:
+    """Whether there was nothing (left) to adopt: no failure of the replica that says so."""
+    return attempt.adopts and isinstance(error, NotHere)

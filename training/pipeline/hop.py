@@ -7,32 +7,30 @@ gradient `undecided` until the driver's commit.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
-from collections import Counter
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable
 
-from shoal.protocol.errors import Busy, MessageInvalid, NetworkError, ShoalError, Stale
+from shoal.protocol.errors import Busy, MessageInvalid, NotHere, Stale
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.training.activation import held_most
 from shoal.training.lane import Lane, Work
-from shoal.training.pipeline.attempt import WORKING_EVERY_S, Answer, Journey
+from shoal.training.pipeline.answering import Answering
+from shoal.training.pipeline.attempt import Answer, Journey
 from shoal.training.pipeline.compute import Boundary, Passage, StageCompute
 from shoal.training.pipeline.downstream import Downstream, Errand
+from shoal.training.pipeline.jobs import Done, Job, Jobs
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.messages import (
     Activations,
+    Adopt,
+    Adopted,
     CommitChain,
-    Gradient,
-    HedgeSpent,
     Link,
     Propagate,
     QueryChain,
-    Working,
+    begins,
     spans,
 )
 from shoal.training.pipeline.replicas import Replicas
@@ -43,20 +41,7 @@ from shoal.training.pipeline.undecided import Undecided
 from shoal.training.spec import RunSpec
 
 TRAINERS = frozenset({Role.TRAINER, Role.OWNER})
-T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Done:
-    """What a hop has to answer."""
-
-    passage: Passage
-    chain: tuple[Link, ...]  # from here on
-    loss: float  # of the last stage
-    gradient: memoryview
-    received: float  # loop time at which the activations had arrived
-    waited_s: float  # for the stages behind
 
 
 class Hop:
@@ -81,6 +66,7 @@ class Hop:
         self._held_most = held_most(spec, stage)
         self._largest_micro_batch = spec.inner.micro_batch_sequences
         self.stage = stage
+        self._behind = range(stage + 1, spec.stages.count)
         self.me = me
         self._transport = transport
         self._replicas = replicas
@@ -99,10 +85,11 @@ class Hop:
             replicas,
             ledger,
             self._start_applying,
-            self._progress.set,
+            lambda key: self.jobs.released(key),
             event,
         )
-        self._working: Counter[PeerId] = Counter()  # by caller
+        self.jobs = Jobs(self._undecided, ledger, lambda: lane.load().service_s, self._progress.set)
+        self._answering = Answering(lane, self.jobs)
         self._arriving: set[Journey] = set()  # admitted, not on the lane yet
         self._applying: set[asyncio.Task[None]] = set()
         self.draining = False
@@ -123,39 +110,47 @@ class Hop:
                 await asyncio.sleep(1.0)
                 await self._undecided.settle()
         finally:
+            await self.jobs.close()
             for task in self._applying:
                 task.cancel()
             await asyncio.gather(*self._applying, return_exceptions=True)
 
     async def _propagate(self, stream: Stream) -> None:
-        request: Propagate = (await stream.receive(Propagate)).header
+        request: Propagate | Adopt = (await stream.receive(Propagate, Adopt)).header
         caller = stream.remote.peer
-        self._admit(request, caller)
-        journey = Journey(self.stage, request.hedged)
-        self._working[caller] += 1
-        self._arriving.add(journey)
-        try:
-            done = await self._while_working(stream, journey, self._work(stream, request, journey))
-            chain = (*request.chain, *done.chain)
-            self._undecided.hold(request.micro_batch, request.attempt, done.passage, caller, chain)
-        finally:
-            self._working[caller] -= 1
-            self._working += Counter()  # forgets callers at zero
-            self._arriving.discard(journey)
-            self._progress.set()
-        load = self._lane.load()
-        held_s, waited_s = asyncio.get_running_loop().time() - done.received, done.waited_s
-        await stream.send(Gradient(done.chain, done.loss, load.backlog_s, load.service_s, held_s, waited_s))
-        await stream.send(Activations(), done.gradient)
+        self._check(request, caller)
+        if isinstance(request, Adopt):
+            self._admit_adopter(caller)
+            job = self.jobs.adopt(request, caller)
+            await self._answering.attend(stream, job, Adopted(job.codec))
+        else:
+            await self._answering.attend(stream, await self._take_on(stream, request, caller))
 
-    def _admit(self, request: Propagate, caller: PeerId) -> None:
-        """Refuse what is malformed, for another stage, applied already, or beyond the memory granted."""
+    async def _take_on(self, stream: Stream, request: Propagate, caller: PeerId) -> Job:
+        """Take the activations, and begin to work on them."""
+        self._admit(request, caller)
+        begun = asyncio.get_running_loop().time()
+        journey = Journey(self.stage, request.hedged)
+        form, sequences = self._compute.format, request.sequences
+        size = form.token_bytes(sequences) + form.hidden_bytes(sequences, request.codec)
+        self.jobs.arrives(caller)
+        self._arriving.add(journey)
+        arrival = asyncio.create_task(stream.receive(Activations, max_payload_bytes=size))
+        try:
+            await self._answering.while_working(stream, journey, arrival)
+            payload = arrival.result().payload
+            return self.jobs.begin(request, caller, journey, self._work(request, payload, journey, begun))
+        finally:
+            if not arrival.done():
+                arrival.cancel()
+                await asyncio.gather(arrival, return_exceptions=True)
+            self._arriving.discard(journey)
+            self.jobs.arrived(caller)
+
+    def _check(self, request: Propagate | Adopt, caller: PeerId) -> None:
+        """Refuse what is malformed, for another stage, or applied already."""
         if request.stage != self.stage:
             raise Stale(f"asked for stage {request.stage}, this peer holds stage {self.stage}")
-        if request.sequences > self._largest_micro_batch:
-            raise MessageInvalid(
-                f"{request.sequences} sequences, the run's micro-batches have {self._largest_micro_batch}"
-            )
         chain = request.chain
         ends = (request.micro_batch.driver, caller)
         if not spans(chain, range(self.stage)) or (chain[0].peer, chain[-1].peer) != ends:
@@ -166,6 +161,22 @@ class Hop:
         if self._ledger.has(request.micro_batch):
             self._ledger.duplicates_refused += 1
             raise Stale(f"micro-batch {request.micro_batch.number} is applied here already")
+
+    def _admit_adopter(self, caller: PeerId) -> None:
+        """Only a replica of the stage before may take a dead one's place."""
+        if all(replica.peer != caller for replica in self._replicas.of_stage(self.stage - 1)):
+            raise NotHere(f"{caller} is not known here as a replica of stage {self.stage - 1}")
+
+    def _admit(self, request: Propagate, caller: PeerId) -> None:
+        """Refuse what does not fit this run, or the memory and the queue here."""
+        if request.sequences > self._largest_micro_batch:
+            raise MessageInvalid(
+                f"{request.sequences} sequences, the run's micro-batches have {self._largest_micro_batch}"
+            )
+        if not begins(request.adopt, self._behind):
+            raise MessageInvalid(
+                f"hops to adopt must be of stages {self.stage + 1}, {self.stage + 2} and so on"
+            )
         self._admit_memory(caller)
         load = self._lane.load()
         queued = load.queued + len(self._arriving)
@@ -174,24 +185,18 @@ class Hop:
             raise Busy(f"has {backlog_s:.1f} s of work queued", retry_after_s=busy_s)
 
     def _admit_memory(self, caller: PeerId) -> None:
-        held = self._working.total() + len(self._undecided) + len(self._applying)
-        of_caller = self._working[caller] + self._undecided.of_caller(caller)
+        held = self.jobs.working.total() + len(self._undecided) + len(self._applying)
+        of_caller = self.jobs.working[caller] + self._undecided.of_caller(caller)
         if self.draining or not admits(of_caller, held, self._held_most):
             raise Busy(
                 f"holds {held} micro-batches, {of_caller} of this caller",
                 retry_after_s=min(max(self._lane.load().backlog_s / 2, 0.05), 5.0),
             )
 
-    async def _work(self, stream: Stream, request: Propagate, journey: Journey) -> Done:
+    async def _work(self, request: Propagate, payload: memoryview, journey: Journey, begun: float) -> Done:
         """Forward, the next stage, input gradient. Gives back everything if it fails or is cancelled."""
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        form, sequences = self._compute.format, request.sequences
-        size = form.token_bytes(sequences) + form.hidden_bytes(sequences, request.codec)
-        message = await stream.receive(Activations, max_payload_bytes=size)
-        self._arriving.discard(journey)  # the lane has it in this very moment
+        loop, sequences = asyncio.get_running_loop(), request.sequences
         received = loop.time()
-        listening = asyncio.create_task(_listen(stream, journey))
         passage = Passage()
         boundary = Boundary(self._compute, self._lane, passage)
         chain: tuple[Link, ...] = (Link(self.stage, self.me, request.attempt),)
@@ -211,8 +216,8 @@ class Hop:
             )
 
         try:
-            await self._lane.run(Work.FORWARD, forward, message.payload)
-            del message
+            await self._lane.run(Work.FORWARD, forward, payload)
+            del payload
             forwarded = loop.time()
             if self._downstream is None:
                 gradient, loss = await backward(None)
@@ -221,7 +226,9 @@ class Hop:
                 journey.stage = self.stage + 1
                 deadline = begun + min(request.deadline_s, self._limits.hop_timeout_s)
                 whole = (*request.chain, *chain)
-                errand = Errand(request.micro_batch, whole, sequences, boundary, deadline, journey)
+                errand = Errand(
+                    request.micro_batch, whole, sequences, boundary, deadline, journey, request.adopt
+                )
                 answer, (gradient, loss) = await self._downstream.propagate(errand, backward)
                 chain, total_loss = (*chain, *answer.chain), answer.loss
             if not math.isfinite(loss):
@@ -231,11 +238,7 @@ class Hop:
                 )
         except BaseException:
             self._lane.post(self._compute.drop, passage)
-            self._ledger.abandoned += 1
             raise
-        finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
         return Done(passage, chain, total_loss, gradient, received, waited_s)
 
     async def _commit(self, stream: Stream) -> None:
@@ -249,7 +252,7 @@ class Hop:
                     "only its driver decides it"
                 )
             self._undecided.decide(request.micro_batch, request.chain)
-        await stream.send(self._undecided.verdict(request.micro_batch))
+        await stream.send(self._undecided.verdict(request.micro_batch, stream.remote.peer))
 
     def _start_applying(self, passage: Passage) -> None:
         task = asyncio.create_task(self._apply(passage))
@@ -266,31 +269,8 @@ class Hop:
         if await self._lane.run(Work.WEIGHT, self._compute.add, passage):
             self._stepped()
 
-    async def _while_working(self, stream: Stream, journey: Journey, work: Awaitable[T]) -> T:
-        """The result of `work`, telling the caller Working as long as it takes."""
-        task = asyncio.ensure_future(work)
-        try:
-            while not (await asyncio.wait({task}, timeout=WORKING_EVERY_S))[0]:
-                finished = self._lane.load().finished
-                await stream.send(Working(journey.stage, finished, journey.hedged))
-            return task.result()
-        finally:
-            if not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, NetworkError):
-                    await task
-            elif not task.cancelled():
-                task.exception()  # taken note of: where telling the caller failed, so did the work
-
     async def drained(self) -> None:
         """Returns when nothing is held, computed or being applied; admission must be closed before."""
-        while self._working or len(self._undecided) or self._applying:
+        while self.jobs.working or len(self._undecided) or self._applying:
             self._progress.clear()
             await self._progress.wait()
-
-
-async def _listen(stream: Stream, journey: Journey) -> None:
-    """Whatever the caller still says while this hop works."""
-    with contextlib.suppress(ShoalError):
-        await stream.receive(HedgeSpent)
-        journey.hedged = True

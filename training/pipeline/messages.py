@@ -36,6 +36,11 @@ def spans(chain: tuple[Link, ...], stages: range) -> bool:
     return [link.stage for link in chain] == list(stages)
 
 
+def begins(chain: tuple[Link, ...], stages: range) -> bool:
+    """Whether a chain has one link for each of the first of these stages, in order."""
+    return spans(chain, stages[: len(chain)])
+
+
 @wire_message
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
@@ -51,7 +56,8 @@ class MicroBatch:
 class Propagate:
     """Forward what the Activations after this hold, and answer with their gradient.
 
-    It comes without them, so that a replica refuses before it has read them, and knows their size.
+    It comes without them, so that a replica refuses before it has read them, and knows their size. An END
+    before the answer says that nobody wants it; a stream that breaks may be that of a caller that died.
     """
 
     micro_batch: MicroBatch
@@ -62,6 +68,27 @@ class Propagate:
     deadline_s: Seconds  # left of the whole chain's time
     codec: HopCodec = "float32"  # of the hidden states there and of their gradient back
     hedged: bool = False  # the chain's one hedge is spent
+    adopt: Chain = ()  # the hops behind a failed replica of this stage: they may have it already
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Who asked you for this attempt has failed; its caller asked me instead: your answer is for me now."""
+
+    micro_batch: MicroBatch
+    stage: StageIndex
+    attempt: Attempt  # by which the failed replica asked; only hops of the chain know it
+    chain: Chain  # the hops before this one, the driver first, the adopting one last
+    hedged: bool = False
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """The answer to Adopt; Working and Gradient follow as after a Propagate."""
+
+    codec: HopCodec  # of the gradient, as it was asked for at first
 
 
 @wire_message
@@ -78,6 +105,7 @@ class Working:
     stage: StageIndex  # that has the micro-batch now, as far as is known here
     finished: Count = 0  # pieces of work that the sender's lane has finished
     hedged: bool = False  # behind here the chain's hedge was spent
+    chain: Chain = ()  # the hops behind the sender as far as it knows; empty: those it has told before
 
 
 @wire_message

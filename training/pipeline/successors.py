@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,14 +83,25 @@ class Successors:
         chosen = self._choose(self._candidates(roomy, now), 2 * sizes[self.usual_codec])
         if chosen is None:
             return None
-        peer = PeerId(chosen.peer)
-        known = self._known[peer]
+        known = self._known[PeerId(chosen.peer)]
         wanted = widest_in_time(sizes, chosen.seconds_per_byte, self._lane.load().service_s)
         known.codec = known.codec.wanting(wanted)
-        self.usual_codec = codec = known.codec.codec
+        self.usual_codec = known.codec.codec
+        return self._pick(chosen, self.usual_codec, sizes)
+
+    def named(self, peer: PeerId, sequences: int) -> Pick | None:
+        """What is expected of this one; None if it is not listed as a replica of the stage."""
+        now = asyncio.get_running_loop().time()
+        candidates = self._candidates([replica for replica in self._look(now) if replica.peer == peer], now)
+        if not candidates:
+            return None
+        codec = self._known[peer].codec.codec
+        return self._pick(candidates[0], codec, {codec: self._form.hidden_bytes(sequences, codec)})
+
+    def _pick(self, chosen: Candidate, codec: str, sizes: Mapping[str, int]) -> Pick:
         expected_s = expected_finish_s(chosen, 2 * sizes[codec])
         hedge_s = hedge_after_s(expected_s, self._ratios)
-        return Pick(peer, codec, chosen.rtt_s, chosen.service_s, expected_s, hedge_s)
+        return Pick(PeerId(chosen.peer), codec, chosen.rtt_s, chosen.service_s, expected_s, hedge_s)
 
     def _choose(self, candidates: list[Candidate], payload_bytes: int) -> Candidate | None:
         if self._decisions is None or not candidates:

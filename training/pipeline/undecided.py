@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from shoal.protocol import limits
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport, call
@@ -56,7 +57,7 @@ class Undecided:
         replicas: Replicas,
         ledger: Ledger,
         apply: Callable[[Passage], None],
-        released: Callable[[], None],
+        released: Callable[[tuple[MicroBatch, int]], None],
         event: Event,
     ) -> None:
         """`apply` is called once for each that counts, `released` whenever one is held no more."""
@@ -85,13 +86,27 @@ class Undecided:
         now = asyncio.get_running_loop().time()
         self._release((micro_batch, attempt))
         self._held[micro_batch, attempt] = Held(passage, caller, chain, now, now)
-        self._by_caller[caller] += 1
+        self._count(caller, 1)
 
-    def verdict(self, micro_batch: MicroBatch) -> Verdict:
-        """What this replica knows of a micro-batch."""
+    def reroute(self, key: tuple[MicroBatch, int], caller: PeerId, chain: tuple[Link, ...]) -> None:
+        """Another replica has taken the caller's place: the chain is another one, this attempt the same."""
+        if (held := self._held.get(key)) is not None:
+            self._count(held.caller, -1)
+            self._count(caller, 1)
+            held.caller, held.chain = caller, chain
+
+    def abandon(self, key: tuple[MicroBatch, int]) -> None:
+        """Nobody was told the answer, and nobody will be: nothing is missing."""
+        if self._release(key) is not None:
+            self._ledger.abandoned += 1
+
+    def verdict(self, micro_batch: MicroBatch, asker: PeerId) -> Verdict:
+        """What this replica knows of a micro-batch; while it is undecided, the chain that has the asker."""
         if self._ledger.has(micro_batch):
             return Verdict(APPLIED, self._ledger.chain(micro_batch))
-        return Verdict(TENTATIVE if any(key[0] == micro_batch for key in self._held) else UNKNOWN, ())
+        chains = [held.chain for key, held in self._held.items() if key[0] == micro_batch]
+        with_asker = (chain for chain in chains if any(link.peer == asker for link in chain))
+        return Verdict(TENTATIVE, next(with_asker, ())) if chains else Verdict(UNKNOWN, ())
 
     def decide(self, micro_batch: MicroBatch, chain: tuple[Link, ...]) -> None:
         """Apply the attempt that `chain` names; abandon this micro-batch's other attempts. Idempotent."""
@@ -115,10 +130,12 @@ class Undecided:
     async def _settle(self, key: tuple[MicroBatch, int], held: Held) -> None:
         micro_batch, attempt = key
         departed = self._replicas.has_departed
-        links = [link for link in held.chain if link.peer != self._me and not departed(PeerId(link.peer))]
-        found = await asyncio.gather(*(self._ask(PeerId(link.peer), micro_batch) for link in links))
-        verdicts = dict(zip(links, found, strict=True))
         own = Link(self._stage, self._me, attempt)
+        verdicts = await self._ask_all(held.chain, micro_batch)
+        tentative = [said.chain for said in verdicts.values() if said and said.decision == TENTATIVE]
+        adopters = {link for chain in tentative if own in chain for link in chain} - {*held.chain}
+        in_order = sorted(adopters, key=lambda link: (link.stage, link.peer, link.attempt))
+        verdicts |= await self._ask_all(in_order[: limits.STAGES], micro_batch)
         what = outcome(
             own,
             verdicts,
@@ -130,7 +147,8 @@ class Undecided:
             return
         match what:
             case Outcome.APPLY:
-                self.decide(micro_batch, next(v.chain for v in found if v is not None and own in v.chain))
+                said = (v.chain for v in verdicts.values() if v is not None and v.decision == APPLIED)
+                self.decide(micro_batch, next(chain for chain in said if own in chain))
             case Outcome.ABANDON:
                 self._release(key)
                 self._ledger.abandoned += 1
@@ -138,6 +156,12 @@ class Undecided:
                 self._release(key)
                 self._ledger.dropped += 1
                 self._event("dropped", {"micro_batch": micro_batch.number, "driver": micro_batch.driver})
+
+    async def _ask_all(self, chain: Iterable[Link], micro_batch: MicroBatch) -> dict[Link, Verdict | None]:
+        departed = self._replicas.has_departed
+        links = [link for link in chain if link.peer != self._me and not departed(PeerId(link.peer))]
+        found = await asyncio.gather(*(self._ask(PeerId(link.peer), micro_batch) for link in links))
+        return dict(zip(links, found, strict=True))
 
     async def _ask(self, peer: PeerId, micro_batch: MicroBatch) -> Verdict | None:
         if self._replicas.is_gone(peer):
@@ -153,8 +177,11 @@ class Undecided:
     def _release(self, key: tuple[MicroBatch, int]) -> Held | None:
         held = self._held.pop(key, None)
         if held is not None:
-            self._by_caller[held.caller] -= 1
-            if not self._by_caller[held.caller]:
-                del self._by_caller[held.caller]
-            self._released()
+            self._count(held.caller, -1)
+            self._released(key)
         return held
+
+    def _count(self, caller: PeerId, change: int) -> None:
+        self._by_caller[caller] += change
+        if not self._by_caller[caller]:
+            del self._by_caller[caller]
