@@ -131,6 +131,7 @@ def training(**changed: object) -> dict[str, object]:
         "duplicates_refused": 0,
         "dropped": 1,
         "retries": 2,
+        "adopted": 1,
         "hedges": 0,
         "inner_steps": 5,
         "tokens_per_s": 100.0,
