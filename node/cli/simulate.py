@@ -45,8 +45,8 @@ def simulate(
     routing: Annotated[Routing, typer.Option(help="Baselines need --policies-only.")] = Routing.SHOAL,
     recovery: Annotated[
         Recovery,
-        typer.Option(help="What is behind a dead hop: redone, or adopted by its heir (--policies-only)."),
-    ] = Recovery.REDO,
+        typer.Option(help="What is behind a dead hop: adopted by its heir, or redone (--policies-only)."),
+    ] = Recovery.ADOPT,
     policies_only: Annotated[
         bool | None,
         typer.Option(
@@ -89,7 +89,7 @@ def simulate(
         router=routing.value,
         recovery=recovery.value,
     )
-    if policies_only is False and (routing is not Routing.SHOAL or recovery is not Recovery.REDO):
+    if policies_only is False and (routing is not Routing.SHOAL or recovery is not Recovery.ADOPT):
         raise UsageError("--routing and --recovery choose what is simulated with --policies-only, not --full")
     if chain_s > spec.limits.hop_timeout_s:
         note(

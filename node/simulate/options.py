@@ -10,8 +10,8 @@ from shoal.node.simulate.machines import Draws
 FULL_PROTOCOL_PEERS = 200  # beyond, every beat and frame of everybody takes too long
 Router = Literal["shoal", "swarm", "random"]
 Recovery = Literal["redo", "adopt"]
-"""What the stages behind a dead hop did for its micro-batches is void, as in the pipeline today; or whoever
-takes its place adopts them and gets their gradient (policies only)."""
+"""Whoever takes a dead hop's place adopts those behind it and gets their gradient, as in the pipeline; or
+what they did is void and done again (policies only), for comparison."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +28,14 @@ class Options:
     kill_share: float = 0.5
     policies_only: bool | None = None  # None: by the number of peers
     router: Router = "shoal"
-    recovery: Recovery = "redo"
+    recovery: Recovery = "adopt"
 
     @property
     def mode(self) -> str:
         """`full`: the real protocol; `policies`: routing, placement and rebalancing alone."""
         wanted = self.policies_only
         if wanted is None:
-            wanted = self.peers > FULL_PROTOCOL_PEERS or self.router != "shoal" or self.recovery != "redo"
+            wanted = self.peers > FULL_PROTOCOL_PEERS or self.router != "shoal" or self.recovery != "adopt"
         return "policies" if wanted else "full"
 
     @property

@@ -59,6 +59,7 @@ class Outcome:
     moves: int = 0
     reroutes: list[tuple[float, float]] = field(default_factory=list)  # (when, seconds)
     retries: int = 0
+    adopted: int = 0  # of their micro-batches, where what stood behind was taken over (full protocol)
     hedges: int = 0
     lost: int = 0  # decided, but missing at a hop that is gone, or whose driver is
     unexplained: int = 0  # decided, not applied, and both are there
@@ -145,6 +146,7 @@ class Outcome:
             "leaves": self.leaves,
             "moves": self.moves,
             "retries": self.retries,
+            "adopted": self.adopted,
             "hedges": self.hedges,
             "reroutes": len(seconds),
             "reroute_p50_s": round(_quantile(seconds, 0.5), 3),

@@ -234,6 +234,8 @@ class Swarm:
                     outcome.reroutes.append((at_s, float(str(data["seconds"]))))
                 case "retry":
                     outcome.retries += 1
+                case "adopt":
+                    outcome.adopted += 1
                 case "hedge":
                     outcome.hedges += 1
                 case "stage-rebuilt":
