@@ -17,8 +17,8 @@ STAGES = 4
 Moment = Callable[[World], bool]
 
 
-def paced(stages: int = STAGES, replicas: int = 2) -> World:
-    return World(small_spec(stages), replicas, service_s=lambda stage, number: SERVICE_S)
+def paced(replicas: int = 2, adopt: bool = True) -> World:
+    return World(small_spec(STAGES, adopt=adopt), replicas, service_s=lambda stage, number: SERVICE_S)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -95,6 +95,26 @@ def test_hops_behind_a_dead_one_compute_a_micro_batch_once(moment: str) -> None:
             for stage in range(STAGES):
                 assert sum(len(peer.ledger) for peer in world.stage(stage)) == 1
                 assert torch.equal(summed(world, stage), expected[stage]), "equal weights, equal bits"
+
+    virtual_time.run(main, limit_s=120.0)
+
+
+def test_a_run_may_have_everything_done_again() -> None:
+    async def main() -> None:
+        async with paced(adopt=False) as world:
+            training = one(world)
+            await until(lambda: at_it(world, 3))
+            await asyncio.sleep(0.5)
+            dead = working(world, 1)
+            assert dead
+            world.kill(dead)
+            await until(lambda: not at_it(world, 2) or bool(events(world, "reroute")))
+            assert not events(world, "reroute"), "who stood behind the dead one gave up at once"
+            await training
+            await settled(world)
+            assert not events(world, "adopt")
+            assert sum(pieces(world, 2)) > 3
+            check_once(world)
 
     virtual_time.run(main, limit_s=120.0)
 

@@ -165,6 +165,9 @@ class InnerSection(_Section):
     recompute: bool = False
     """Between its forward and its backward a stage keeps the input of a micro-batch alone, and runs the
     forward again: more compute, and hardly any memory for what waits for the stages behind."""
+    adopt: bool = True
+    """Whoever takes a dead hop's place takes over what the stages behind it have computed for the dead one.
+    false: they compute it again, which under churn costs throughput, and no gradient is of other weights."""
     mode: Literal["stream", "flush", "off"] = "stream"
     """stream never drains the pipeline; flush drains it before every step and is for tests. off: nothing is
     trained, the swarm serves the checkpoint it starts from (shoal serve-model)."""

@@ -52,7 +52,7 @@ class Answering:
             if any(future.done() for future in awaited):
                 return
             behind, finished = journey.behind, self._lane.load().finished
-            news = behind if behind != told else ()
+            news = behind if self._jobs.adopts and behind != told else ()
             await stream.send(Working(journey.stage, finished, journey.hedged, news))
             told = behind
 

@@ -88,7 +88,13 @@ class Hop:
             lambda key: self.jobs.released(key),
             event,
         )
-        self.jobs = Jobs(self._undecided, ledger, lambda: lane.load().service_s, self._progress.set)
+        self.jobs = Jobs(
+            self._undecided,
+            ledger,
+            lambda: lane.load().service_s,
+            self._progress.set,
+            adopts=spec.inner.adopt,
+        )
         self._answering = Answering(lane, self.jobs)
         self._arriving: set[Journey] = set()  # admitted, not on the lane yet
         self._applying: set[asyncio.Task[None]] = set()
@@ -140,10 +146,11 @@ class Hop:
             await self._answering.while_working(stream, journey, arrival)
             payload = arrival.result().payload
             return self.jobs.begin(request, caller, journey, self._work(request, payload, journey, begun))
+        except BaseException:
+            arrival.cancel()
+            await asyncio.gather(arrival, return_exceptions=True)
+            raise
         finally:
-            if not arrival.done():
-                arrival.cancel()
-                await asyncio.gather(arrival, return_exceptions=True)
             self._arriving.discard(journey)
             self.jobs.arrived(caller)
 

@@ -64,8 +64,14 @@ class Jobs:
         ledger: Ledger,
         service_s: Callable[[], float],
         progressed: Callable[[], None],
+        *,
+        adopts: bool,
     ) -> None:
-        """`service_s`: lane time of a micro-batch here; `progressed` is called when a job ends or is done."""
+        """`service_s`: lane time of a micro-batch here; `progressed` is called when a job ends or is done.
+
+        Unless it `adopts`, a job ends with its caller.
+        """
+        self.adopts = adopts
         self._undecided = undecided
         self._ledger = ledger
         self._service_s = service_s
@@ -103,7 +109,7 @@ class Jobs:
     def adopt(self, request: Adopt, caller: PeerId) -> Job:
         """The job now answers `caller`. Raises NotHere."""
         job = self._jobs.get((request.micro_batch, request.attempt))
-        if job is None or job.before[0] != request.chain[0]:
+        if not self.adopts or job is None or job.before[0] != request.chain[0]:
             raise NotHere(
                 f"micro-batch {request.micro_batch.number} is not under way here in that attempt (any more)"
             )
@@ -131,7 +137,7 @@ class Jobs:
         job.journey.orphaned = True
         if job.told:
             return
-        if job.caller == job.key[0].driver:
+        if not self.adopts or job.caller == job.key[0].driver:
             self.end(job)
             return
         wait_s = ORPHAN_S + ORPHAN_SERVICES * self._service_s()
