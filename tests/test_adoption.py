@@ -226,29 +226,27 @@ def test_what_was_adopted_once_can_be_adopted_again() -> None:
     virtual_time.run(main, limit_s=300.0)
 
 
-def test_nobody_works_for_long_for_whom_nobody_waits() -> None:
+@pytest.mark.parametrize(("stage", "wait_s"), [(0, 0.2), (1, ORPHAN_S + (ORPHAN_SERVICES + 1) * SERVICE_S)])
+def test_nobody_works_for_long_for_whom_nobody_waits(stage: int, wait_s: float) -> None:
     """A dead driver's micro-batch ends at once; one that nobody adopts after a while."""
 
     async def main() -> None:
-        for stage, wait_s in ((0, 0.2), (1, ORPHAN_S + (ORPHAN_SERVICES + 1) * SERVICE_S)):
-            async with paced() as world:
-                for peer in world.stage(3):
-                    world.slower[peer.name] = 100.0
-                training = one(world)
-                await until(lambda world=world: at_it(world, 3))
-                dead = working(world, stage) if stage else world.stage(0)[0]
-                assert dead
-                begun = asyncio.get_running_loop().time()
-                for peer in world.stage(stage):
-                    world.kill(peer)
-                if stage == 0:
-                    training.cancel()
-                await until(lambda world=world: not at_it(world, 2) and not at_it(world, 3))
-                assert asyncio.get_running_loop().time() - begun < wait_s
+        async with paced() as world:
+            for peer in world.stage(3):
+                world.slower[peer.name] = 100.0
+            training = one(world)
+            await until(lambda: at_it(world, 3))
+            begun = asyncio.get_running_loop().time()
+            for peer in world.stage(stage):
+                world.kill(peer)
+            if stage == 0:
                 training.cancel()
-                await asyncio.gather(training, return_exceptions=True)
-                assert not sum(len(peer.ledger) for peer in world.peers)
-                assert not sum(peer.ledger.dropped for peer in world.peers)
+            await until(lambda: not at_it(world, 2) and not at_it(world, 3))
+            assert asyncio.get_running_loop().time() - begun < wait_s
+            training.cancel()
+            await asyncio.gather(training, return_exceptions=True)
+            assert not sum(len(peer.ledger) for peer in world.peers)
+            assert not sum(peer.ledger.dropped for peer in world.peers)
 
     virtual_time.run(main, limit_s=300.0)
 
