@@ -4,65 +4,43 @@
 
 One model with random weights (120M parameters unless told otherwise), one thread of compute each. The servers
 run in this process, each with its own lane, over real sockets and mutual TLS on loopback. A hop's overhead is
-what a token takes beyond the local process, shared among the hops of the ring.
+what a token takes beyond the local process (medians, in turns), shared among the hops of the ring. Then plain
+and speculative decoding over hops that are --delay-ms apart (`inference_draft.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import itertools
 import json
-import random
+import statistics
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from inference_draft import speculation
+from inference_swarm import Swarm
 from transport_world import Run  # the tests' helpers
 
-from shoal.protocol.identity import PeerId, Role
-from shoal.training.lane import ThreadLane
+from shoal.protocol.identity import Role
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.partition import stage_ranges
-from shoal.training.pipeline.replicas import Replica
 from shoal.training.serving.cached_stage import CachedStage, Span
-from shoal.training.serving.chain import Generation
-from shoal.training.serving.messages import SamplingOptions
-from shoal.training.serving.server import SessionServer
-from shoal.training.serving.versions import Versions
 from shoal.training.spec import RunSpec
 
 VOCABULARY = 16_384
 PROMPT = [(37 * n) % VOCABULARY for n in range(32)]
-Speed = tuple[float, float]  # tokens a second after the first, seconds to the first
-
-
-class Peers:
-    """One server of each stage."""
-
-    def __init__(self) -> None:
-        self.servers: list[PeerId] = []
-
-    def of_stage(self, stage: int) -> list[Replica]:
-        return [Replica(self.servers[stage], 0.001)]
-
-    def suspect(self, peer: PeerId, reason: str) -> None:
-        print(f"suspected: {peer}: {reason}", file=sys.stderr)
-
-    def is_gone(self, peer: PeerId) -> bool:
-        return False
-
-    def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
-        return False
-
-    async def changed(self) -> None:
-        await asyncio.sleep(0.1)
+Speed = tuple[float, float]  # seconds a token after the first (median), seconds to the first
 
 
 def spec_of(arguments: argparse.Namespace, stages: int) -> RunSpec:
@@ -79,17 +57,24 @@ def spec_of(arguments: argparse.Namespace, stages: int) -> RunSpec:
     return RunSpec.model_validate({"model": model, "data": data, "stages": {"count": stages}})
 
 
-def local(spec: RunSpec, count: int) -> Speed:
-    """One stage in this thread, with a cache."""
-    stage = CachedStage(spec, stage_layout(spec, range(spec.model.layers)))
-    weights = genesis(spec, stage.layout)
-    cache, tokens, times = stage.cache(weights), PROMPT, [time.perf_counter()]
-    for at in itertools.islice(itertools.count(), count):
-        start = 0 if at == 0 else len(PROMPT) + at - 1
-        hidden = stage.forward(weights, torch.tensor(tokens), [Span(cache, start, len(tokens))])
-        tokens = [int(stage.logits(weights, hidden[-1:]).argmax())]
-        times.append(time.perf_counter())
-    return (count - 1) / (times[-1] - times[1]), times[1] - times[0]
+class Local:
+    """The whole model in one stage, with a cache and without a network."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.stage = CachedStage(spec, stage_layout(spec, range(spec.model.layers)))
+        self.weights = genesis(spec, self.stage.layout)
+
+    def write(self, count: int) -> Speed:
+        """In this thread."""
+        stage, cache, start, tokens = self.stage, self.stage.cache(self.weights), 0, PROMPT
+        times = [time.perf_counter()]
+        for _ in range(count):
+            hidden = stage.forward(self.weights, torch.tensor(tokens), [Span(cache, start, len(tokens))])
+            start += len(tokens)
+            tokens = [int(stage.logits(self.weights, hidden[-1:]).argmax())]
+            times.append(time.perf_counter())
+        each = [late - soon for soon, late in itertools.pairwise(times[1:])]
+        return statistics.median(each), times[1] - times[0]
 
 
 def theirs(spec: RunSpec, count: int) -> Speed:
@@ -119,48 +104,53 @@ def theirs(spec: RunSpec, count: int) -> Speed:
                     do_sample=False, pad_token_id=0,
                 )  # fmt: skip
                 times.append(time.perf_counter() - begun)
-    return (count - 1) / (times[1] - times[0]), times[0]
+    return (times[1] - times[0]) / (count - 1), times[0]
 
 
-async def served(spec: RunSpec, count: int, sessions: int) -> tuple[Speed, float]:
-    """(speed of one session, tokens a second of several together)."""
+@asynccontextmanager
+async def swarm(spec: RunSpec) -> AsyncIterator[Swarm]:
+    """Servers and a client over real sockets and mutual TLS."""
     with tempfile.TemporaryDirectory() as folder:
-        net, peers = Run(Path(folder)), Peers()
-        running: list[tuple[asyncio.Task[None], ThreadLane]] = []
-        for stage, layers in enumerate(stage_ranges(spec)):
-            layout = stage_layout(spec, layers)
-            transport, versions, lane = net.transport(Role.TRAINER), Versions(), ThreadLane()
-            versions.publish(bytes(32), genesis(spec, layout))
-            server = SessionServer(
-                spec, stage, layout, transport=transport, lane=lane, versions=versions, budget_bytes=512 << 20
-            )
-            server.serve()
-            await transport.start()
-            net.learn(transport)
-            peers.servers.append(transport.me)
-            running.append((asyncio.create_task(server.run()), lane))
+        net = Run(Path(folder))
         client = net.transport(Role.INFERENCE)
+        servers = [net.transport(Role.TRAINER) for _ in stage_ranges(spec)]
+        weights = [genesis(spec, stage_layout(spec, layers)) for layers in stage_ranges(spec)]
+        async with Swarm(spec, weights, client, servers) as found:
+            for transport in servers:
+                await transport.start()
+                net.learn(transport)
+            try:
+                yield found
+            finally:
+                await net.close()
 
-        async def write(number: int) -> list[float]:
-            rng, options = random.Random(number), SamplingOptions()
-            times = [time.perf_counter()]
-            async with Generation(spec, client, peers, PROMPT, count, options, rng) as generation:
-                async for _ in generation:
-                    times.append(time.perf_counter())
-            return times
 
-        try:
-            await write(0)  # connections, first allocations
-            times = await write(1)
-            each = await asyncio.gather(*(write(2 + n) for n in range(sessions)))
-            together = common_rate(each)
-        finally:
-            for task, lane in running:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-                await lane.close()
-            await net.close()
-    return ((count - 1) / (times[-1] - times[1]), times[1] - times[0]), together
+async def alone(arguments: argparse.Namespace, local: Local) -> dict[str, Speed]:
+    """One session each: the local process and both swarms in turns, the median of the rounds."""
+    found: dict[str, list[Speed]] = {"local": [], "2": [], "4": []}
+    async with swarm(spec_of(arguments, 2)) as two, swarm(spec_of(arguments, 4)) as four:
+        for servers in (two, four):
+            await servers.write(PROMPT, 4)  # connections, first allocations
+        for number in range(arguments.rounds):
+            found["local"].append(await asyncio.to_thread(local.write, arguments.tokens))
+            for name, servers in (("2", two), ("4", four)):
+                text = await servers.write(PROMPT, arguments.tokens, number)
+                found[name].append((statistics.median(text.each_s), text.first_s))
+    return {
+        name: (statistics.median(each for each, _ in speeds), statistics.median(first for _, first in speeds))
+        for name, speeds in found.items()
+    }
+
+
+async def together(arguments: argparse.Namespace, stages: int) -> float:
+    """Tokens a second of several sessions over those of one, on the same servers."""
+    async with swarm(spec_of(arguments, stages)) as servers:
+        await servers.write(PROMPT, 4)
+        one = await servers.write(PROMPT, arguments.tokens)
+        texts = await asyncio.gather(
+            *(servers.write(PROMPT, arguments.tokens, 2 + n) for n in range(arguments.sessions))
+        )
+    return common_rate([text.times_s for text in texts]) * statistics.mean(one.each_s)
 
 
 def common_rate(each: list[list[float]]) -> float:
@@ -172,37 +162,60 @@ def common_rate(each: list[list[float]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--sessions", type=int, default=8)
+    parser.add_argument("--delay-ms", type=float, default=50.0, help="One way, of the speculative texts.")
+    parser.add_argument(
+        "--corpus", type=Path, nargs="+", default=[Path(__file__).parents[2]],
+        help="Files, or folders of Python files, that target and draft are trained on; this project's own.",
+    )  # fmt: skip
+    parser.add_argument("--cache", type=Path, help="Folder that keeps the trained target and draft.")
+    parser.add_argument("--only", choices=("swarm", "speculation"))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    spec = spec_of(arguments, 1)
-    size = stage_layout(spec, range(spec.model.layers)).size
-    figures: dict[str, float] = {"parameters": size}
-    figures["local_tokens_per_s"], figures["local_ttft_s"] = local(spec, arguments.tokens)
-    figures["transformers_tokens_per_s"], figures["transformers_ttft_s"] = theirs(spec, arguments.tokens)
-    for stages in (2, 4):
-        one, together = asyncio.run(served(spec_of(arguments, stages), arguments.tokens, arguments.sessions))
-        beyond_s = 1 / one[0] - 1 / figures["local_tokens_per_s"]
-        figures |= {
-            f"tokens_per_s_{stages}": one[0],
-            f"ttft_s_{stages}": one[1],
-            f"per_hop_ms_{stages}": 1000 * beyond_s / stages,
-            f"batch{arguments.sessions}_speedup_{stages}": together / one[0],
-        }
-    figures |= {
-        "per_hop_ms": figures["per_hop_ms_4"],
-        f"batch{arguments.sessions}_speedup": figures[f"batch{arguments.sessions}_speedup_2"],
-        "tokens_per_s": figures["tokens_per_s_2"],
-        "ttft_ms": 1000 * figures["ttft_s_2"],
-    }
+    figures: dict[str, float] = {}
+    if arguments.only != "speculation":
+        figures |= of_swarms(arguments)
+    if arguments.only != "swarm":
+        say = functools.partial(print, file=sys.stderr)
+        figures |= speculation(arguments.corpus, arguments.cache, 2, arguments.delay_ms / 1000, say)
     if arguments.json:
         print(json.dumps(figures))
         return
     for name, value in figures.items():
         print(f"{name:28} {value:14,.3f}")
+
+
+def of_swarms(arguments: argparse.Namespace) -> dict[str, float]:
+    spec = spec_of(arguments, 1)
+    local = Local(spec)
+    speeds = asyncio.run(alone(arguments, local))
+    their_s, their_first_s = theirs(spec, arguments.tokens)
+    local_s, local_first_s = speeds["local"]
+    figures = {
+        "parameters": float(local.stage.layout.size),
+        "local_tokens_per_s": 1 / local_s,
+        "local_ttft_ms": 1000 * local_first_s,
+        "transformers_tokens_per_s": 1 / their_s,
+        "transformers_ttft_ms": 1000 * their_first_s,
+    }
+    for stages in (2, 4):
+        each_s, first_s = speeds[str(stages)]
+        figures |= {
+            f"tokens_per_s_{stages}": 1 / each_s,
+            f"ttft_ms_{stages}": 1000 * first_s,
+            f"per_hop_ms_{stages}": 1000 * (each_s - local_s) / stages,
+            f"batch{arguments.sessions}_speedup_{stages}": asyncio.run(together(arguments, stages)),
+        }
+    return figures | {
+        "per_hop_ms": figures["per_hop_ms_4"],
+        f"batch{arguments.sessions}_speedup": figures[f"batch{arguments.sessions}_speedup_2"],
+        "tokens_per_s": figures["tokens_per_s_2"],
+        "ttft_ms": figures["ttft_ms_2"],
+    }
 
 
 if __name__ == "__main__":
