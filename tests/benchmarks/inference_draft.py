@@ -26,7 +26,7 @@ from shoal.training.partition import stage_ranges
 from shoal.training.serving.draft import DraftModel
 from shoal.training.spec import RunSpec
 
-SEQUENCE, BATCH = 128, 16
+SEQUENCE, BATCH = 128, 8
 TARGET = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "feedforward": 384}
 DRAFT = {"layers": 1, "width": 64, "heads": 2, "kv_heads": 1, "feedforward": 192}
 STEPS = {"target": 400, "draft": 600}
