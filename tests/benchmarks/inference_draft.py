@@ -2,20 +2,19 @@
 
 Called by `inference.py`. Servers and client are joined by the memory transport with a delay on every message
 one way; it runs in real time, and each server and the draft compute in a thread of their own, so what the
-speculation costs is part of what is measured. Greedy texts of both ways must be the same.
+speculation costs is part of what is measured. Texts of both ways must be the same, greedy and drawn ones.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import torch
-from inference_swarm import Swarm
+from inference_swarm import Swarm, run
 
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import Link, MemoryNetwork
@@ -24,6 +23,7 @@ from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.model.stage import StageModel
 from shoal.training.partition import stage_ranges
 from shoal.training.serving.draft import DraftModel
+from shoal.training.serving.messages import SamplingOptions
 from shoal.training.spec import RunSpec
 
 SEQUENCE, BATCH = 128, 8
@@ -31,7 +31,8 @@ TARGET = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "feedforward": 3
 DRAFT = {"layers": 1, "width": 64, "heads": 2, "kv_heads": 1, "feedforward": 192}
 STEPS = {"target": 400, "draft": 600}
 RATE = 2e-3  # of AdamW, after a warm-up and down along a cosine
-PROMPT, TOKENS, TEXTS = 64, 64, 3
+PROMPT, TOKENS, TEXTS = 64, 48, 2
+TEMPERATURE = 0.8  # of the drawn texts; greedy ones of a model trained so shortly repeat themselves
 HELD_OUT = 0.05
 Corpus = tuple[torch.Tensor, torch.Tensor]  # training and held-out bytes
 
@@ -108,8 +109,9 @@ def by_stage(spec: RunSpec, whole: torch.Tensor) -> list[torch.Tensor]:
 async def swarm(stages: int, whole: torch.Tensor, delay_s: float) -> AsyncIterator[Swarm]:
     """Servers and a client, `delay_s` apart one way."""
     network = MemoryNetwork(0, Link(latency_s=delay_s))
-    client = network.transport(PeerId("client"), frozenset({Role.INFERENCE}))
-    servers = [network.transport(PeerId(f"s{n}"), frozenset({Role.TRAINER})) for n in range(stages)]
+    names = [PeerId(f"12D3KooW{n}".ljust(52, "1")) for n in range(stages + 1)]
+    client = network.transport(names[0], frozenset({Role.INFERENCE}))
+    servers = [network.transport(name, frozenset({Role.TRAINER})) for name in names[1:]]
     spec = spec_of(TARGET, stages)
     async with Swarm(spec, by_stage(spec, whole), client, servers) as found:
         for transport in (client, *servers):
@@ -122,37 +124,33 @@ async def swarm(stages: int, whole: torch.Tensor, delay_s: float) -> AsyncIterat
 
 
 async def compare(
-    stages: int, delay_s: float, target: torch.Tensor, draft: torch.Tensor, text: Corpus
-) -> dict[str, float]:
-    """Texts of held-out prompts, each without and with the draft in turns."""
+    stages: int,
+    delay_s: float,
+    weights: Mapping[str, torch.Tensor],
+    text: Corpus,
+    options: SamplingOptions,
+) -> tuple[float, float, int, int]:
+    """Tokens a second without and with the draft, right guesses and wrong ones; held-out prompts."""
     lane = ThreadLane("draft")
-    model = DraftModel(spec_of(DRAFT), draft, lane)
+    model = DraftModel(spec_of(DRAFT), weights["draft"], lane)
     plain_s = with_draft_s = 0.0
-    accepted = refused = drafted = 0
+    accepted = refused = 0
     try:
-        async with swarm(stages, target, delay_s) as servers:
+        async with swarm(stages, weights["target"], delay_s) as servers:
             for number in range(TEXTS):
                 at = number * (len(text[1]) - PROMPT) // TEXTS
                 prompt = text[1][at : at + PROMPT].tolist()
-                plain = await servers.write(prompt, TOKENS)
-                with_draft = await servers.write(prompt, TOKENS, draft=model)
+                plain = await servers.write(prompt, TOKENS, options=options)
+                with_draft = await servers.write(prompt, TOKENS, draft=model, options=options)
                 if with_draft.tokens != plain.tokens:
                     raise RuntimeError("the text with a draft is another one")
                 plain_s, with_draft_s = plain_s + sum(plain.each_s), with_draft_s + sum(with_draft.each_s)
-                figures = with_draft.figures
-                accepted, refused = accepted + figures.accepted, refused + figures.refused
-                drafted += figures.drafted
+                accepted += with_draft.figures.accepted
+                refused += with_draft.figures.refused
     finally:
         await lane.close()
-    written_tokens = TEXTS * (TOKENS - 1)
-    return {
-        "plain_tokens_per_s": written_tokens / plain_s,
-        "speculative_tokens_per_s": written_tokens / with_draft_s,
-        "speculative_speedup": plain_s / with_draft_s,
-        "acceptance": accepted / max(accepted + refused, 1),
-        "drafted": drafted,
-        "accepted": accepted,
-    }
+    written = TEXTS * (TOKENS - 1)
+    return written / plain_s, written / with_draft_s, accepted, refused
 
 
 def speculation(
@@ -166,4 +164,12 @@ def speculation(
         weights[name] = trained(name, spec, text, cache, say)
         figures[f"{name}_parameters"] = len(weights[name])
         figures[f"{name}_loss"] = held_out_loss(spec, weights[name], text)
-    return figures | asyncio.run(compare(stages, delay_s, weights["target"], weights["draft"], text))
+    for suffix, options in (("", SamplingOptions()), ("_drawn", SamplingOptions(temperature=TEMPERATURE))):
+        plain, with_draft, accepted, refused = run(compare(stages, delay_s, weights, text, options))
+        figures |= {
+            f"plain_tokens_per_s{suffix}": plain,
+            f"speculative_tokens_per_s{suffix}": with_draft,
+            f"speculative_speedup{suffix}": with_draft / plain,
+            f"acceptance{suffix}": accepted / max(accepted + refused, 1),
+        }
+    return figures

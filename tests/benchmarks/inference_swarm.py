@@ -10,11 +10,13 @@ import itertools
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
+from shoal.node.loop import LoopMeter, new_loop
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
 from shoal.training.lane import ThreadLane
@@ -29,10 +31,19 @@ from shoal.training.serving.versions import Versions
 from shoal.training.serving.written import ChainFigures
 from shoal.training.spec import RunSpec
 
+GREEDY = SamplingOptions()
+T = TypeVar("T")
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """On the loop that daemons run on."""
+    with asyncio.Runner(loop_factory=lambda: new_loop(LoopMeter())) as runner:
+        return runner.run(main)
+
 
 @dataclass(frozen=True)
 class Text:
-    """A greedy text, when it was begun and when each of its tokens came, and what became of its chain."""
+    """A text, when it was begun and when each of its tokens came, and what became of its chain."""
 
     tokens: list[int]
     times_s: list[float]
@@ -90,10 +101,15 @@ class Swarm:
             await lane.close()
 
     async def write(
-        self, prompt: list[int], count: int, seed: int = 0, draft: DraftModel | None = None
+        self,
+        prompt: list[int],
+        count: int,
+        seed: int = 0,
+        draft: DraftModel | None = None,
+        options: SamplingOptions = GREEDY,
     ) -> Text:
         """`count` tokens after the prompt."""
-        rng, options, tokens = random.Random(seed), SamplingOptions(), list[int]()
+        rng, tokens = random.Random(seed), list[int]()
         times = [time.perf_counter()]
         generation = Generation(self._spec, self._client, self, prompt, count, options, rng, draft=draft)
         async with generation:
