@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 
 import pytest
-from serving_world import PROMPT, World, greedy, reference, serving_spec
+from serving_world import PROMPT, World, draft_of, greedy, reference, serving_spec
 
 from shoal.protocol.identity import PeerId
 from shoal.protocol.virtual_time import run
@@ -92,6 +92,22 @@ def test_a_server_that_fails_while_another_is_built_beside_it_is_replaced_by_tha
     assert (generation.figures.moved, generation.figures.replaced) == (0, 1)
 
 
+def test_a_text_with_a_draft_moves_as_well() -> None:
+    async def main() -> None:
+        async with World(SPEC(2), 2, duration_s=0.02) as world:
+            text: list[int] = []
+            async with world.generation(count=150, draft=draft_of(world, 0.1)) as generation:
+                world.watched = generation
+                async for token in generation:
+                    text.append(token)
+                    slow_down(1, at=60)(world, len(text))
+            assert text == reference(world, PROMPT, 150)
+            assert generation.figures.refused > 0
+            assert (generation.figures.moved, generation.figures.replaced) == (1, 0)
+
+    run(main, limit_s=120)
+
+
 @pytest.mark.parametrize("victim", ["new", "before"])
 def test_a_move_that_fails_costs_nothing(victim: str) -> None:
     expected = undisturbed(3)
@@ -136,21 +152,21 @@ def test_sessions_leave_a_slow_server_and_do_not_come_back() -> None:
 
 def test_a_server_that_only_claims_to_be_fast_never_catches_up_and_never_gets_the_seat() -> None:
     async def main() -> None:
-        async with World(serving_spec(1, sequence=512), 2, duration_s=0.02) as world:
+        async with World(SPEC(1), 2, duration_s=0.04) as world:
             honest, liar = world.peers
             world.slower[liar.name] = 5
             world.claims[liar.name] = 0.001
             world.hidden = {liar.name}
-            async with world.generation(count=480) as generation:
+            async with world.generation(count=LONG) as generation:
                 tokens = aiter(generation)
                 text = [await anext(tokens)]
                 world.hidden = set()
                 text += [token async for token in tokens]
-            assert text == reference(world, PROMPT, 480)
+            assert text == reference(world, PROMPT, LONG)
             assert liar.computed > len(PROMPT)  # it was tried
-            assert honest.computed == len(PROMPT) + 479
+            assert honest.computed == len(PROMPT) + LONG - 1
             assert generation.figures.moved == 0
-            assert generation.figures.longest_gap_s < 0.03
+            assert generation.figures.longest_gap_s < 0.05
 
     run(main, limit_s=120)
 
