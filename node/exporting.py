@@ -9,6 +9,7 @@ Called by the daemon, one at a time; written beside the training, into the run's
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -73,7 +74,7 @@ class Exports:
 
     def _newest(self) -> Checkpoint:
         for _, path in reversed(numbered(self._checkpoints)):
-            checkpoint = open_checkpoint(path)
-            if checkpoint.whole:
-                return checkpoint
+            with contextlib.suppress(ShoalError):  # a damaged one is no reason to give no other
+                if (checkpoint := open_checkpoint(path)).whole:
+                    return checkpoint
         raise UsageError("no whole checkpoint lies on this machine yet; press Checkpoint now first")

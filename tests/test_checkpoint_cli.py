@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pytest
 from checkpoint_world import spec_of, write_stages
 
 from shoal.node import paths
 from shoal.node.cli.app import main
+from shoal.node.exporting import Exports
 from shoal.training import spec_file
 from shoal.training.checkpoint.manifest import MANIFEST
 from shoal.training.checkpoint.read import Checkpoint
@@ -52,6 +54,26 @@ def peer_folder(tmp_path: Path, number: int = 0) -> Path:
 @pytest.fixture
 def whole(tmp_path: Path) -> Checkpoint:
     return write_stages(peer_folder(tmp_path), spec_of(2))
+
+
+def test_the_page_exports_the_newest_checkpoint_that_is_whole_and_says_where(
+    tmp_path: Path, whole: Checkpoint
+) -> None:
+    (write_stages(peer_folder(tmp_path), spec_of(2)).path / "embedding.safetensors").unlink()
+    write_stages(peer_folder(tmp_path), spec_of(2), "stage-1", range(1, 2))
+
+    async def exported(folder: Path) -> dict[str, Any]:
+        async with Exports(folder) as exports:
+            assert await exports.actions["checkpoint_export"]({}) == {"running": True}
+        told = await exports.actions["checkpoint_exported"]({})  # once it has ended
+        assert isinstance(told, dict)
+        return told
+
+    made = asyncio.run(exported(peer_folder(tmp_path).parent))
+    assert Path(made["path"]).name == whole.path.name
+    assert made["bytes"] == sum(file.stat().st_size for file in Path(made["path"]).iterdir())
+    assert asyncio.run(exported(peer_folder(tmp_path).parent)) == made, "it is there already"
+    assert "no whole checkpoint" in asyncio.run(exported(tmp_path))["why_not"]
 
 
 def test_list_shows_what_is_here_and_what_is_damaged(shoal: Shoal, tmp_path: Path, whole: Checkpoint) -> None:

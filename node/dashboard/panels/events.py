@@ -63,11 +63,12 @@ def _event(event: EventRow, names: Mapping[str, str]) -> Markup:
         if event.text == event.kind
         else _PEER_ID.sub(lambda id_: names.get(id_[0], id_[0][-6:]), event.text)
     )
+    name = names.get(event.peer, event.name)  # its first event may have come before its name
     return tag(
         "li",
         tag("time", words.clock(event.at), title=words.day(event.at)),
         badge(event.kind.replace("_", " ").replace("-", " "), kind),
-        tag("span", told, tag("small", " " if told else "", event.name) if event.name else None),
+        tag("span", told, tag("small", " " if told else "", name) if name else None),
         data_key=str(event.number),
     )
 
