@@ -1,4 +1,4 @@
-"""What the page knows: the daemon's newest Snapshot, asked for twice a second while anybody looks.
+"""What the page knows: the daemon's newest Snapshot, asked for again and again while anybody looks.
 
 One for the whole process, however many browsers are open. Called by `server`, read by `page`.
 """
@@ -15,8 +15,8 @@ from shoal.node.control import ask
 from shoal.node.view.snapshot import Snapshot
 from shoal.protocol.errors import ShoalError
 
-EVERY_S = 0.5  # so that what is new is on the page within a second
-SELDOM = 8  # looks
+EVERY_S = 0.6  # so that what is new is on the page within a second
+SELDOM = 7  # looks
 CONTRIBUTORS, ORDERS = 30, 20  # shown
 RATES_S = 24 * 3600.0  # back in time
 IDLE_S = 5.0  # so long after the last page was there, nobody looks any more

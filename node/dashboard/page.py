@@ -36,7 +36,7 @@ from shoal.node.dashboard.panels import (
 from shoal.node.dashboard.state import PageState
 from shoal.node.view.snapshot import Snapshot
 
-TICK_S = 0.1
+TICK_S = 0.15
 Draw = Callable[[Snapshot, PageState], Markup]
 
 PANELS: tuple[tuple[str, str, Draw], ...] = (  # id, classes, what draws it

@@ -86,6 +86,8 @@ async def updates(peers: int, looks: int, folder: Path) -> dict[str, object]:
         await asyncio.sleep(2.0)
         memory.append(process.memory_info().rss >> 20)
         shown = await page.evaluate("window.shown")
+    if shown is None:
+        raise SystemExit("the page was loaded anew meanwhile: the machine is too busy to measure this")
     found = [shown[text] - at for text, at in changed_at.items() if text in shown]
     return {
         "peers": len(snapshot.peers),
