@@ -111,7 +111,6 @@ _SENTENCES: dict[str, Callable[[Fields], str | None]] = {
     "stage-rebuilt": lambda fields: (
         f"stage {fields['stage']} was lost and is rebuilt ({fields['policy']}), from round {fields['height']}"
     ),
-    "hedge": lambda fields: f"a second replica of stage {fields['stage']} was asked: the first is slow",
     "checkpoint-refused": lambda fields: f"no checkpoint: {fields['why']}",
     "drain-cut": lambda fields: "not everything could be finished in time; what is left is dropped",
 }
