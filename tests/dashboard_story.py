@@ -94,7 +94,7 @@ class Story:
         await self._answered("Revoke")
         await expect(row).to_contain_text("revoked")
         assert await volunteer.ended(START_S) == 10
-        assert "shut this peer out" in volunteer.last_words()
+        assert "revocation list" in volunteer.last_words()
         await expect(self._cell(volunteer)).to_have_count(0, timeout=PATIENT_MS)
 
     async def pauses_and_resumes(self) -> None:

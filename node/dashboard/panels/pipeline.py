@@ -94,14 +94,13 @@ def _cell(peer: Peer, top: float, compact: bool) -> Markup:
     title = f"{label}. {peer.reason}" if peer.reason else label
     name = None if compact else tag("span", _SIGNS.get(state, ""), " ", peer.name, class_="cell-name")
     rate = None if compact else tag("small", words.rate(peer.tokens_per_s))
-    size = f"--size:{18 + 16 * share:.0f}px" if compact else f"--share:{100 * share:.0f}%"
     return tag(
         "button",
         name,
         rate,
         type="button",
         class_=f"cell cell-{state}{' compact' if compact else ''}{' slow' if peer.findings else ''}",
-        style=size,
+        style=f"--share:{100 * share:.0f}%",  # a fill, not a size: only who moves shall move
         title=title,
         aria_label=label,
         data_do="peer",
