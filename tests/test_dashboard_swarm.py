@@ -19,8 +19,9 @@ def test_an_owner_runs_a_swarm_from_the_page(tmp_path: Path) -> None:
     async def main() -> None:
         async with Swarm(tmp_path / "swarm", story_spec(tmp_path)) as swarm, browser() as chromium:
             try:
-                size = {"width": 1280, "height": 900}
-                context = await chromium.new_context(viewport=size, reduced_motion="reduce")  # type: ignore[arg-type]
+                context = await chromium.new_context(
+                    viewport={"width": 1280, "height": 900}, reduced_motion="reduce"
+                )
                 await (await Story.begin(swarm, context)).told()
             except BaseException as error:
                 error.add_note(swarm.story())
