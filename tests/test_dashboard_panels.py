@@ -22,8 +22,8 @@ from shoal.node.dashboard.panels.peers import as_csv, chosen
 from shoal.node.dashboard.panels.pipeline import pipeline
 from shoal.node.dashboard.panels.questions import question_of
 from shoal.node.dashboard.state import Invitation, PageState, Tryout
-from shoal.node.view import parts
 from shoal.node.view.snapshot import Snapshot
+from shoal.node.view.verdict import verdict
 
 EVERYTHING = frozenset(
     ("snapshot", "order", "orders", "tokens", "token_create", "token_revoke", "generate_start")
@@ -131,18 +131,15 @@ def test_the_weakest_stage_is_outlined_and_cells_fill_with_the_rate() -> None:
 
 
 def test_the_lamp_follows_the_verdict() -> None:
-    snapshot = full_snapshot()
-    assert verdict_level(snapshot) == "warn"
-    calm = dataclasses.replace(
-        snapshot,
-        verdict=parts.Verdict(state="training", text=""),
-        stages=(parts.Stage(stage=0, replicas=3),),
-    )
-    assert verdict_level(calm) == "ok"
-    lost = dataclasses.replace(calm, verdict=parts.Verdict(state="waiting", text=""))
-    assert verdict_level(lost) == "bad"
-    paused = dataclasses.replace(calm, verdict=parts.Verdict(state="paused", text=""))
-    assert verdict_level(paused) == "idle"
+    def lamp(replicas: tuple[int, ...], standing: str = "running", trains: bool = True) -> str:
+        found = verdict(replicas, standing, trains=trains)
+        return verdict_level(dataclasses.replace(full_snapshot(), verdict=found))
+
+    assert verdict_level(full_snapshot()) == "warn", "it has findings"
+    assert lamp((2, 3)) == lamp((2, 3), trains=False) == "ok"
+    assert lamp((2, 1)) == "warn"
+    assert lamp((2, 0)) == lamp((2, 0), "paused") == "bad"
+    assert lamp((2, 3), "paused") == lamp((2, 0), "stopped") == lamp(()) == "idle"
 
 
 def test_the_table_filters_by_words_and_sorts_by_any_column_unknown_last() -> None:

@@ -82,11 +82,10 @@ def verdict(snapshot: Snapshot, state: PageState) -> Markup:
 
 def verdict_level(snapshot: Snapshot) -> str:
     """ok, warn, bad or idle: the colour of the lamp."""
-    if snapshot.verdict.state in ("paused", "finished", "starting"):
+    found = snapshot.verdict
+    if found.state in ("paused", "stopped", "starting") and found.level != "bad":
         return "idle"
-    if snapshot.verdict.state != "training":
-        return "bad"
-    return "warn" if min(snapshot.replicas, default=0) < 2 or snapshot.verdict.findings else "ok"
+    return "warn" if found.level == "ok" and found.findings else found.level
 
 
 def _orders(snapshot: Snapshot, state: PageState) -> Markup | None:
