@@ -148,6 +148,7 @@ class Swarm:
         self.spec = spec
         self.options: tuple[str, ...] = ()  # more of them for every peer
         self._decisions = decisions  # whether peers write theirs down
+        self.poll_s = POLL_S  # between two looks of the watcher at a peer
         self.heads = Heads()
         self.peers: list[Peer] = []
         self.taken_along: dict[Id, str] = {}  # micro-batches gone with a lost replica -> its name
@@ -356,7 +357,7 @@ class Swarm:
                 for peer in self.peers:
                     if peer.name not in polls or polls[peer.name].done():
                         polls[peer.name] = asyncio.create_task(self.poll([peer]))
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(self.poll_s)
         finally:
             for task in polls.values():
                 task.cancel()
