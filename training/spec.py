@@ -167,7 +167,8 @@ class InnerSection(_Section):
     forward again: more compute, and hardly any memory for what waits for the stages behind."""
     adopt: bool = True
     """Whoever takes a dead hop's place takes over what the stages behind it have computed for the dead one.
-    false: they compute it again, which under churn costs throughput, and no gradient is of other weights."""
+    false: they compute it again, which costs throughput under churn; adopted gradients are of the dead one's
+    weights, and teach less the further replicas drift apart between rounds."""
     mode: Literal["stream", "flush", "off"] = "stream"
     """stream never drains the pipeline; flush drains it before every step and is for tests. off: nothing is
     trained, the swarm serves the checkpoint it starts from (shoal serve-model)."""

@@ -137,18 +137,19 @@ def trained(seed: int, share: float, adopts: bool, micro_batches: int, text: Tex
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--micro-batches", type=int, default=800)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", default="1-5", help="first-last")
     parser.add_argument("--shares", type=float, nargs="*", default=SHARES)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     library = Path(sysconfig.get_path("stdlib"))
     text = Text.of([library, library / "asyncio", library / "email"])
+    first, last = map(int, options.seeds.split("-"))
     rows: dict[str, dict[str, float]] = {}
     for share in options.shares:
         found: dict[bool, list[float]] = {True: [], False: []}
         apart = []
-        for seed in range(1, options.seeds + 1):
+        for seed in range(first, last + 1):
             for adopts in (False, True):
                 loss, distance = trained(seed, share, adopts, options.micro_batches, text)
                 found[adopts].append(loss)

@@ -6,7 +6,7 @@ stays with the replica that did the forward, since it is the answer to the same 
 
 Who is asked in place of a replica that failed hears who was behind that one, and adopts them: it runs its own
 forward, and then takes over the gradient that they have or are at. That gradient is of the failed replica's
-output, whose weights differ by some inner steps: an error as of a gradient that is late by so much.
+output, whose weights differ by some inner steps; what that costs, tests/benchmarks/adoption.py measures.
 """
 
 from __future__ import annotations
