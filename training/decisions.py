@@ -55,9 +55,11 @@ class DecisionLog:
 
 
 def plain(value: object) -> object:
-    """As JSON has it: dataclasses become objects, bytes hex."""
+    """As JSON has it: dataclasses and named tuples become objects, bytes hex."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, dict):

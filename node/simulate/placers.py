@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from shoal.dht.view import SwarmView
 from shoal.node.simulate.fleet import Node
+from shoal.node.simulate.flow import Flow
 from shoal.node.simulate.places import Places
 from shoal.training.placement import place
 from shoal.training.rebalance import Move, plan, settled
@@ -77,8 +78,9 @@ class SwarmPlacer(Placer):
 
     window_s = 300.0
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: Places, flow: Flow) -> None:
         self._places = places
+        self._flow = flow
 
     def join(self, node: Node, now: float) -> int:
         queues = self._queues()
@@ -90,13 +92,10 @@ class SwarmPlacer(Placer):
         group = self._places.groups[source].nodes
         if source == target or len(group) < 2:
             return None
-        return min(group, key=lambda node: (_queue(node), node.number)), target
+        return min(group, key=lambda node: (self._flow.waiting(node), node.number)), target
 
     def _queues(self) -> list[float]:
         """Of each stage; an empty one is the most loaded."""
         groups = self._places.groups
-        return [float(sum(map(_queue, group.nodes))) if len(group) else float("inf") for group in groups]
+        return [float(sum(map(self._flow.waiting, group.nodes))) if len(group) else float("inf") for group in groups]
 
-
-def _queue(node: Node) -> int:
-    return len(node.forward) + len(node.backward) + node.weights

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 
 from shoal.dht.neighbours import SMALL_SWARM
 from shoal.node.simulate.fleet import Node
 from shoal.node.simulate.flow import Flow
+from shoal.node.simulate.tables import KNOWN_MOST
 
 KNOWN = SMALL_SWARM * 3 // 8  # of the next stage: its share of a large swarm's neighbours
 
@@ -39,7 +41,7 @@ class Drawable:
 
 
 class Places:
-    """See the module. Keeps what `Flow`'s router knows up to date."""
+    """See the module. Keeps what `Flow`'s callers know up to date."""
 
     def __init__(self, flow: Flow, stages: int, rng: random.Random) -> None:
         self.everybody = Drawable()  # those who are joining, too
@@ -55,17 +57,18 @@ class Places:
     def serve(self, node: Node) -> None:
         """It is online: it meets replicas of the next stage, and some of the previous one meet it."""
         stage = node.stage
+        self._flow.serve(node)
         self._callers[node] = {}
         own = self.groups[stage]
         own.add(node)
+        met = []
         if stage + 1 < len(self.groups):
-            for replica in self.groups[stage + 1].sample(self._rng, KNOWN):
-                self._introduce(node, replica)
+            met += [(node, replica) for replica in self.groups[stage + 1].sample(self._rng, KNOWN)]
         if stage > 0:
             before = self.groups[stage - 1]
             fair = max(1, round(KNOWN * len(before) / len(own))) if len(own) > KNOWN else len(before)
-            for caller in before.sample(self._rng, fair):
-                self._introduce(caller, node)
+            met += [(caller, node) for caller in before.sample(self._rng, fair)]
+        self._introduce(met)
 
     def withdraw(self, node: Node) -> None:
         """It takes no more work; whoever called it finds somebody else."""
@@ -73,9 +76,11 @@ class Places:
             return
         stage = node.stage
         self.groups[stage].remove(node)
-        for caller in self._callers.pop(node):
-            self._flow.router.part(caller, node)
-            self._complete(caller)
+        callers = list(self._callers.pop(node))
+        for caller in callers:
+            del caller.known[node]
+        self._flow.withdraw(node, callers)
+        self._introduce([(caller, found) for caller in callers for found in self._another(caller)])
 
     def leave(self, node: Node) -> None:
         """It is gone."""
@@ -84,15 +89,21 @@ class Places:
         for replica in node.known:
             self._callers[replica].pop(node, None)
         node.known.clear()
+        if node.index >= 0:
+            self._flow.die(node)
 
-    def _complete(self, caller: Node) -> None:
+    def _another(self, caller: Node) -> list[Node]:
+        """One more that this caller might know, if it knows few."""
         group = self.groups[caller.stage + 1]
-        if len(caller.known) < min(KNOWN, len(group)):
-            for replica in group.sample(self._rng, KNOWN):
-                if replica not in caller.known:
-                    self._introduce(caller, replica)
-                    return
+        if len(caller.known) >= min(KNOWN, len(group)):
+            return []
+        strangers = (node for node in group.sample(self._rng, KNOWN) if node not in caller.known)
+        return list(itertools.islice(strangers, 1))
 
-    def _introduce(self, caller: Node, replica: Node) -> None:
-        self._callers[replica][caller] = None
-        self._flow.met(caller, replica)
+    def _introduce(self, met: list[tuple[Node, Node]]) -> None:
+        """(caller, replica), each of whom hears of the other, but for callers who know as many as they can."""
+        found = [(caller, replica) for caller, replica in met if len(caller.known) < KNOWN_MOST]
+        for caller, replica in found:
+            caller.known[replica] = None
+            self._callers[replica][caller] = None
+        self._flow.introduce(found)

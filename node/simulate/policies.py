@@ -10,8 +10,10 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 from blake3 import blake3
 
+from shoal.node.simulate.choice import ROUTERS
 from shoal.node.simulate.directory import directory_bytes_per_s
 from shoal.node.simulate.fleet import Node
 from shoal.node.simulate.flow import Flow
@@ -22,14 +24,13 @@ from shoal.node.simulate.options import Options
 from shoal.node.simulate.outcome import SAMPLES, Life, Outcome, Progress, Sample, Stopwatch
 from shoal.node.simulate.placers import Placer, ShoalPlacer, SwarmPlacer
 from shoal.node.simulate.places import Places
-from shoal.node.simulate.routers import RandomRouter, Router, ShoalRouter, SwarmRouter
+from shoal.node.simulate.tables import Rules
 from shoal.protocol.identity import PeerId
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.spec import RunSpec
 
 _LOOK_S = 1.6  # a joiner looks around, and once more: `placing`
 _DRAIN_S = 20.0  # as the daemon's
-_ROUTERS: dict[str, type[Router]] = {"shoal": ShoalRouter, "swarm": SwarmRouter, "random": RandomRouter}
 
 
 def simulate_policies(
@@ -65,17 +66,19 @@ class Crowd:
         rng = random.Random(f"{options.seed}/policies")
         form, sequences = PayloadFormat.of(spec), spec.inner.micro_batch_sequences
         hidden = form.hidden_bytes(sequences, form.widest)
-        self.flow = Flow(
-            _ROUTERS[options.router](random.Random(rng.getrandbits(64)), hidden),
-            stages,
+        rules = Rules(
+            last=stages - 1,
             in_flight=spec.inner.in_flight,
             held_most=spec.limits.undecided_micro_batches,
-            forward_bytes=hidden + form.token_bytes(sequences),
-            backward_bytes=hidden,
-            recovery=options.recovery,
+            forward_bytes=float(hidden + form.token_bytes(sequences)),
+            backward_bytes=float(hidden),
+            hop_bytes=float(hidden),
+            adopts=options.recovery == "adopt",
+            router=ROUTERS[options.router],
         )
+        self.flow = Flow(rules, np.random.default_rng(rng.getrandbits(64)))
         self.places = Places(self.flow, stages, random.Random(rng.getrandbits(64)))
-        self.placer: Placer = SwarmPlacer(self.places)
+        self.placer: Placer = SwarmPlacer(self.places, self.flow)
         if options.router != "swarm":
             self.placer = ShoalPlacer(
                 self.places,
@@ -106,7 +109,7 @@ class Crowd:
             before = flow.decided
             progress(flow.now, options.end_s)
         outcome.micro_batches = flow.decided - begun
-        outcome.lost, outcome.retries, outcome.reroutes = flow.lost, flow.retries, flow.reroutes
+        outcome.lost, outcome.retries, outcome.reroutes = flow.lost, flow.retries, flow.take_reroutes()
         outcome.directory_bytes = directory_bytes_per_s(options.peers) * outcome.peer_seconds
         outcome.trace = self._trace.hexdigest(length=16)
 
@@ -169,7 +172,6 @@ class Crowd:
             self._note("gone", node)
             node.state = "gone"
             self.places.leave(node)
-            self.flow.die(node)
 
     # --- rebalancing
 

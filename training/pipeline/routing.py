@@ -17,6 +17,8 @@ it, nobody would ever learn better. Its slow start keeps such a trial to one mic
 
 A few candidates are drawn in proportion to their rate, and the best of them is taken: with all callers
 looking at the same numbers, taking the best of all would send everyone to one.
+
+Plain functions of tuples and numbers, so that the simulator of large swarms can compile them as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 SAMPLED = 3
 OWN_WORK_OFF = 0.5
@@ -39,8 +41,15 @@ LANE_STALL_S = 5.0  # a lane that finishes nothing for so long, and ...
 LANE_STALL_SERVICES = 4.0  # ... for so many of its usual micro-batches, stands still though its loop answers
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Chance(Protocol):
+    """What policies draw from: `random.Random`, or numpy's generator in the simulator."""
+
+    def random(self) -> float: ...
+
+    def uniform(self, a: float, b: float, /) -> float: ...
+
+
+class Candidate(NamedTuple):
     """A replica as its caller sees it."""
 
     peer: str
@@ -71,27 +80,41 @@ def cost_s(candidate: Candidate, payload_bytes: int) -> float:
 def choose(candidates: Sequence[Candidate], payload_bytes: int, rng: random.Random) -> Candidate | None:
     """The replica to ask, or None without candidates. Equal inputs and rng state give equal answers."""
     in_order = sorted(candidates, key=lambda candidate: candidate.peer)
-    drawn = sample([candidate.service_s for candidate in in_order], rng)
-    return best([in_order[index] for index in drawn], payload_bytes)
+    drawn = [in_order[index] for index in sample([candidate.service_s for candidate in in_order], rng)]
+    place = best(drawn, payload_bytes)
+    return drawn[place] if drawn else None
 
 
-def sample(services_s: Sequence[float], rng: random.Random) -> list[int]:
+def sample(services_s: Sequence[float], rng: Chance) -> list[int]:
     """Which candidates are compared: at most SAMPLED, drawn in proportion to their rates.
 
     Without replacement: Efraimidis and Spirakis 2006.
     """
-    log, uniform = math.log, rng.random
-    drawn = [(-log(1.0 - uniform()) * service_s, index) for index, service_s in enumerate(services_s)]
-    drawn.sort()
-    return [index for _, index in drawn[:SAMPLED]]
+    keys = [-math.log(1.0 - rng.random()) * service_s for service_s in services_s]
+    drawn: list[int] = []
+    for _ in range(min(SAMPLED, len(keys))):
+        least = -1
+        for index, key in enumerate(keys):
+            if (least < 0 or key < keys[least]) and index not in drawn:
+                least = index
+        drawn.append(least)
+    return drawn
 
 
-def best(sampled: Sequence[Candidate], payload_bytes: int) -> Candidate | None:
-    """The one of least cost, of those that would not turn us away if there are any; of equals the first."""
-    return min(sampled, key=lambda one: (_is_full(one), cost_s(one, payload_bytes)), default=None)
+def best(sampled: Sequence[Candidate], payload_bytes: int) -> int:
+    """The place of the one of least cost, of those that would not turn us away if there are any.
+
+    Of equals the first; -1 where nobody is.
+    """
+    chosen, turns_away, least_s = -1, True, math.inf
+    for place, one in enumerate(sampled):
+        full, seconds = is_full(one), cost_s(one, payload_bytes)
+        if chosen < 0 or (turns_away and not full) or (full == turns_away and seconds < least_s):
+            chosen, turns_away, least_s = place, full, seconds
+    return chosen
 
 
-def _is_full(candidate: Candidate) -> bool:
+def is_full(candidate: Candidate) -> bool:
     """Whether it would answer busy, as far as it is known: a refusal costs a round trip, or more."""
     backlog_s = candidate.backlog_s + candidate.sent_since * FORWARD_SHARE * candidate.service_s
     return busy_for_s(0, backlog_s, candidate.service_s) > 0.0
