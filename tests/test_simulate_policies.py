@@ -8,17 +8,21 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shoal.node.cli.app import main
+from shoal.node.simulate import choice, policies
+from shoal.node.simulate.choice import RANDOM, ROUTERS, SHOAL, SWARM
+from shoal.node.simulate.compiled import PLAIN, Entrances
 from shoal.node.simulate.fleet import Node
 from shoal.node.simulate.flow import Flow
 from shoal.node.simulate.machines import Machine
 from shoal.node.simulate.options import FULL_PROTOCOL_PEERS, Options, Recovery, Router
 from shoal.node.simulate.outcome import Outcome
 from shoal.node.simulate.places import Places
-from shoal.node.simulate.routers import RandomRouter, ShoalRouter, SwarmRouter
 from shoal.node.simulate.run import simulate_run
+from shoal.node.simulate.tables import Rules
 from shoal.protocol.identity import PeerId
 from shoal.training import spec_file
 from shoal.training.spec import RunSpec
@@ -34,6 +38,12 @@ def long_pipeline(stages: int = 6, rebalance_window_s: float = 15.0) -> RunSpec:
     values["inner"] |= {"in_flight": 24}
     values["limits"] |= {"undecided_micro_batches": 512}
     return RunSpec.model_validate(values)
+
+
+@pytest.fixture(autouse=True)
+def always_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all of these tests, which together are sooner done so."""
+    monkeypatch.setattr(policies, "COMPILED_FROM", 0.0)
 
 
 def options(**changes: object) -> Options:
@@ -95,18 +105,19 @@ def machine(number: int, speed: float = 1.0) -> Machine:
 class Chain:
     """So many replicas of each stage, one micro-batch under way, everything a second a piece."""
 
-    def __init__(self, groups: list[int], recovery: Recovery = "redo") -> None:
-        rng = random.Random(1)
-        self.flow = Flow(
-            ShoalRouter(rng, 0.0),
-            len(groups),
+    def __init__(self, groups: list[int], recovery: Recovery = "redo", router: int = SHOAL) -> None:
+        rules = Rules(
+            last=len(groups) - 1,
             in_flight=1,
             held_most=64,
             forward_bytes=0.0,
             backward_bytes=0.0,
-            recovery=recovery,
+            hop_bytes=0.0,
+            adopts=recovery == "adopt",
+            router=router,
         )
-        self.places = Places(self.flow, len(groups), rng)
+        self.flow = Flow(rules, np.random.default_rng(1))
+        self.places = Places(self.flow, len(groups), random.Random(1))
         self.nodes: list[list[Node]] = []
         for stage, count in enumerate(groups):
             self.nodes.append([self.node(10 * stage + n, stage) for n in range(count)])
@@ -121,11 +132,10 @@ class Chain:
     def kill(self, node: Node) -> None:
         node.state = "gone"
         self.places.leave(node)
-        self.flow.die(node)
 
     def holder(self, stage: int) -> Node:
         """Who has the micro-batch at a stage."""
-        return next(node for node in self.nodes[stage] if node.trips)
+        return next(node for node in self.nodes[stage] if self.flow.holds(node))
 
     def decided_at(self) -> float:
         while not self.flow.decided:
@@ -151,7 +161,7 @@ def test_whenever_a_hop_dies_another_one_takes_its_micro_batch(recovery: Recover
     if recovery == "redo":  # adopted, a forward may be made up for while the stages behind compute
         assert took_s > undisturbed_s
     chain.flow.run(took_s + 0.5)
-    assert sum(len(node.trips) for group in chain.nodes[1:] for node in group) <= 1  # of the next one
+    assert sum(chain.flow.holds(node) for group in chain.nodes[1:] for node in group) <= 1  # of the next one
 
 
 def test_a_stage_without_anybody_waits_for_a_joiner() -> None:
@@ -164,20 +174,41 @@ def test_a_stage_without_anybody_waits_for_a_joiner() -> None:
     assert chain.decided_at() == pytest.approx(60.0 + 5.1, abs=0.2)
 
 
-def test_swarms_rule_learns_who_is_slow_and_chance_does_not() -> None:
-    rng = random.Random(1)
-    caller, fast, slow = (Node(n, PeerId(f"p{n}"), machine(n), state="online") for n in range(3))
-    for router, expected in ((SwarmRouter(rng, 0.0), 3.0), (RandomRouter(rng, 0.0), 1.0)):
-        caller.known.clear()
-        router.meet(caller, fast)
-        router.meet(caller, slow)
-        picked = {fast: 0, slow: 0}
-        for _ in range(4000):
-            node = router.pick(caller, 0.0)
-            assert node is not None
-            picked[node] += 1
-            router.answered(caller, node, 0.0, 0.0, 1.0 if node is fast else 3.0)
-        assert picked[fast] / picked[slow] == pytest.approx(expected, rel=0.1)
+@pytest.mark.parametrize(("router", "expected"), [(SWARM, 3.0), (RANDOM, 1.0)])
+def test_swarms_rule_learns_who_is_slow_and_chance_does_not(router: int, expected: float) -> None:
+    chain = Chain([1, 2], router=router)
+    (caller,), (fast, slow) = ([node.index for node in group] for group in chain.nodes)
+    world, rng = chain.flow.world, np.random.default_rng(1)
+    picked = {fast: 0, slow: 0}
+    for _ in range(1000):
+        node = int(world.known[world.nodes[caller].row, choice.pick(world, rng, caller, 0.0)])
+        picked[node] += 1
+        choice.answered(world, caller, node, 0.0, 0.0, 1.0 if node == fast else 3.0)
+    assert picked[fast] / picked[slow] == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_compiled_it_decides_the_same(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each place of work, each retry, each draw: the digest of both runs is one."""
+    used: list[Entrances] = []
+    monkeypatch.setattr(policies, "Flow", lambda *made: used.append(made[-1]) or Flow(*made))
+    found = []
+    for least in (1e12, 0.0):
+        monkeypatch.setattr(policies, "COMPILED_FROM", least)
+        found.append(
+            simulated(router=router, recovery="adopt", session_s=200.0, duration_s=20.0, warmup_s=40.0)
+        )
+    plain, compiled = found
+    assert used[0] is PLAIN and used[1] is not PLAIN
+    assert plain.retries > 0 and plain.trace == compiled.trace and plain.samples == compiled.samples
+    assert plain.lanes() == compiled.lanes()
+
+
+def test_the_account_of_the_lanes_adds_up() -> None:
+    shares = simulated(session_s=200.0).lanes()
+    assert sum(shares.values()) == pytest.approx(1.0, abs=0.001)
+    assert shares["useful"] > 0.3 and shares["thrown"] > 0.0
+    assert all(shares[name] > -0.02 for name in ("absent", "uneven", "waiting", "thrown"))
 
 
 def test_many_peers_are_simulated_by_their_policies_and_the_output_says_so(

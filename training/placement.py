@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 from shoal.dht.view import Member, SwarmView, is_measured
 from shoal.protocol.identity import PeerId, Role
@@ -27,55 +26,53 @@ from shoal.protocol.identity import PeerId, Role
 ENOUGH_REPLICAS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """What a stage has, or is about to have."""
+class Loads:
+    """What each stage has, or is about to have."""
 
-    cost: float  # of a micro-batch; the mean of the stages is 1
-    replicas: int = 0
-    speed: float = 0.0  # of all replicas together; the usual one's is 1
+    def __init__(self, costs: Sequence[float]) -> None:
+        mean = statistics.fmean(costs)
+        self.costs = [cost / mean for cost in costs]
+        self.replicas = [0] * len(costs)
+        self.speeds = [0.0] * len(costs)  # of all replicas together
 
-    @property
-    def need(self) -> tuple[int, int, int]:
-        """The least comes first."""
-        return (min(self.replicas, ENOUGH_REPLICAS), round(self.speed / self.cost), self.replicas)
+    def add(self, stage: int, speed: float, replicas: int = 1) -> None:
+        self.replicas[stage] += replicas
+        self.speeds[stage] += speed
+
+    def neediest(self, usual: float = 1.0) -> int:
+        """Where another replica is needed most. `usual`: a replica's speed, in the unit of those added."""
+        return min(range(len(self.costs)), key=lambda stage: self._need(stage, usual))
+
+    def _need(self, stage: int, usual: float) -> tuple[int, int, int]:
+        replicas, speed = self.replicas[stage], self.speeds[stage] / usual
+        return (min(replicas, ENOUGH_REPLICAS), round(speed / self.costs[stage]), replicas)
 
 
 def place(view: SwarmView, me: PeerId, costs: Sequence[float]) -> int:
     """The stage `me` should join. `costs`: of a micro-batch at each stage, in any unit."""
-    mean = statistics.fmean(costs)
-    loads = [_Load(cost / mean) for cost in costs]
+    loads = Loads(costs)
     candidates = [member for member in view.here() if Role.TRAINER in member.roles]
     speeds = _speeds(candidates, costs)
     for member in candidates:
         if member.state in ("online", "joining"):
             for stage in member.stages:
-                if stage < len(loads):
-                    loads[stage] = _with(loads[stage], speeds.get(member.peer, 1.0))
+                if stage < len(costs):
+                    loads.add(stage, speeds.get(member.peer, 1.0))
     mine = view.get(me)
     announced = mine.stages[0] if mine and mine.state == "joining" and mine.stages else None
-    if announced is not None and announced < len(loads):
+    if announced is not None and announced < len(costs):
         return _keep_or_move(candidates, me, announced, loads)
     waiting = [m for m in candidates if m.state == "joining" and not m.stages and m.peer < me]
     for _ in waiting:
-        stage = _neediest(loads)
-        loads[stage] = _with(loads[stage], 1.0)
-    return _neediest(loads)
+        loads.add(loads.neediest(), 1.0)
+    return loads.neediest()
 
 
-def _keep_or_move(candidates: list[Member], me: PeerId, announced: int, loads: list[_Load]) -> int:
+def _keep_or_move(candidates: list[Member], me: PeerId, announced: int, loads: Loads) -> int:
     joining = [m.peer for m in candidates if m.state == "joining" and announced in m.stages]
-    neediest = _neediest(loads)
-    gap = loads[announced].replicas - loads[neediest].replicas
+    neediest = loads.neediest()
+    gap = loads.replicas[announced] - loads.replicas[neediest]
     return neediest if gap >= 2 and me == max(joining) else announced
-
-
-def _neediest(loads: list[_Load]) -> int:
-    return min(range(len(loads)), key=lambda stage: loads[stage].need)
-
-
-def _with(load: _Load, speed: float) -> _Load:
-    return replace(load, replicas=load.replicas + 1, speed=load.speed + speed)
 
 
 def _speeds(members: list[Member], costs: Sequence[float]) -> dict[PeerId, float]:

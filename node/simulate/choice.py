@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from shoal.node.simulate.compiled import compiled
 from shoal.node.simulate.tables import KNOWN_MOST, SENT_MOST, World
 from shoal.training.pipeline.replicas import Replica
 from shoal.training.pipeline.routing import best, busy_for_s, sample
@@ -36,7 +35,6 @@ _SMOOTHING = 0.1  # SWARM's
 # --- who knows whom
 
 
-@compiled
 def place_of(w: World, caller: int, replica: int) -> int:
     """Among those that a caller knows; -1: it is not."""
     row = w.nodes[caller].row
@@ -47,7 +45,6 @@ def place_of(w: World, caller: int, replica: int) -> int:
     return -1
 
 
-@compiled
 def meet(w: World, caller: int, replica: int) -> bool:
     """The caller hears of a replica; False: of too many."""
     one, other = w.nodes[caller], w.nodes[replica]
@@ -67,7 +64,6 @@ def meet(w: World, caller: int, replica: int) -> bool:
     return True
 
 
-@compiled
 def part(w: World, caller: int, replica: int) -> None:
     """It is gone."""
     place = place_of(w, caller, replica)
@@ -83,7 +79,6 @@ def part(w: World, caller: int, replica: int) -> None:
         w.sent[row, place, :count] = w.sent[row, last, :count]
 
 
-@compiled
 def read(pair: Any) -> Standing:
     return Standing(
         pair.measured,
@@ -99,7 +94,6 @@ def read(pair: Any) -> Standing:
     )
 
 
-@compiled
 def write(pair: Any, standing: Standing) -> None:
     pair.measured = standing.measured
     pair.service_s = standing.service_s
@@ -115,7 +109,6 @@ def write(pair: Any, standing: Standing) -> None:
 # --- what is known of a replica
 
 
-@compiled
 def backlog_s(w: World, node: int, now: float) -> float:
     """Time to finish what runs and what is queued, as `lane.LaneLoad` tells it."""
     one, queues = w.nodes[node], w.queues[node]
@@ -123,8 +116,7 @@ def backlog_s(w: World, node: int, now: float) -> float:
     return float(pieces * one.service_s / 3 + max(0.0, one.free_s - now))
 
 
-@compiled
-def as_replica(w: World, pair: Any, node: int, now: float) -> Replica:
+def as_replica(w: World, pair: Any, node: Any, now: float) -> Replica:
     """As its last heartbeat had it."""
     one = w.nodes[node]
     if now - one.beat_s >= BEAT_S:
@@ -132,7 +124,6 @@ def as_replica(w: World, pair: Any, node: int, now: float) -> Replica:
     return Replica(node, pair.rtt_s, one.beat_backlog_s, one.service_s, one.beat_s)
 
 
-@compiled
 def busy_s(w: World, node: int, now: float) -> float:
     """For how long a replica turns a caller away that has just come; 0: not at all."""
     if w.rules.router != SHOAL:
@@ -145,7 +136,6 @@ def busy_s(w: World, node: int, now: float) -> float:
 # --- the choice
 
 
-@compiled
 def pick(w: World, rng: Any, caller: int, now: float) -> int:
     """The place of the replica to ask now; -1 while nobody may be asked."""
     count = w.nodes[caller].known
@@ -164,7 +154,6 @@ def pick(w: World, rng: Any, caller: int, now: float) -> int:
     return _pick_ours(w, rng, row, count, now)
 
 
-@compiled
 def _pick_ours(w: World, rng: Any, row: int, count: int, now: float) -> int:
     pairs = w.pairs[row]
     all_new = True
@@ -192,7 +181,6 @@ def _pick_ours(w: World, rng: Any, row: int, count: int, now: float) -> int:
     return drawn[best(candidates, round(2 * w.rules.hop_bytes))]
 
 
-@compiled
 def again_s(w: World, caller: int, now: float) -> float:
     """When there may be room, if nothing is answered before."""
     soonest_s = math.inf
@@ -208,7 +196,6 @@ def again_s(w: World, caller: int, now: float) -> float:
 # --- what comes of it
 
 
-@compiled
 def sent(w: World, caller: int, place: int, now: float) -> None:
     """A micro-batch is on its way."""
     row = w.nodes[caller].row
@@ -218,7 +205,6 @@ def sent(w: World, caller: int, place: int, now: float) -> None:
         pair.sent += 1
 
 
-@compiled
 def _ended(w: World, caller: int, replica: int, sent_s: float) -> int:
     """It is not on its way any more; the replica's place, -1 if that is gone, or under others' rules."""
     place = place_of(w, caller, replica) if w.rules.router == SHOAL else -1
@@ -233,7 +219,6 @@ def _ended(w: World, caller: int, replica: int, sent_s: float) -> int:
     return place
 
 
-@compiled
 def passed(w: World, caller: int, replica: int) -> None:
     """It is through with a forward: its Working messages tell."""
     place = place_of(w, caller, replica) if w.rules.router == SHOAL else -1
@@ -242,7 +227,6 @@ def passed(w: World, caller: int, replica: int) -> None:
         write(pair, after_forward(read(pair), pair.sent))
 
 
-@compiled
 def answered(w: World, caller: int, replica: int, now: float, sent_s: float, own_s: float) -> None:
     """Its gradient came; `own_s`: what link and replica took, without the stages behind."""
     place = _ended(w, caller, replica, sent_s)
@@ -259,7 +243,6 @@ def answered(w: World, caller: int, replica: int, now: float, sent_s: float, own
             pair.seconds += _SMOOTHING * (own_s - pair.seconds)
 
 
-@compiled
 def failed(w: World, rng: Any, caller: int, replica: int, now: float, sent_s: float, died: bool) -> None:
     """No answer will come: it died, or a hop before it did."""
     place = _ended(w, caller, replica, sent_s)
@@ -268,7 +251,6 @@ def failed(w: World, rng: Any, caller: int, replica: int, now: float, sent_s: fl
         write(pair, after_failure(read(pair), now, rng))
 
 
-@compiled
 def turned_away(
     w: World, rng: Any, caller: int, replica: int, now: float, sent_s: float, retry_after_s: float
 ) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shoal.dht.beats import Beat, StageBeat
-from shoal.dht.view import Member
 from shoal.node.simulate.machines import Machine
 from shoal.protocol.identity import PeerId
 from shoal.training.rebalance import Placed
@@ -27,17 +25,7 @@ class Node:
     state: str = "joining"  # as in `dht.directory`; "gone" at the end
     index: int = -1  # in `tables`, once it serves
     known: dict[Node, None] = field(default_factory=dict)  # of the next stage
-    member: Member | None = None
     placed: Placed | None = None  # a node serves one stage in its life: a mover comes back as another
-
-    def as_member(self) -> Member:
-        """How others see it."""
-        if self.member is None or (self.member.state, self.member.stages) != (self.state, (self.stage,)):
-            beat = Beat(stages=(StageBeat(self.stage, service_s=self.service_s),))
-            self.member = Member(
-                peer=self.name, state=self.state, stages=(self.stage,), service_s=self.service_s, beat=beat
-            )
-        return self.member
 
     def as_placed(self) -> Placed:
         """How planners see it."""

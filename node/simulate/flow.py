@@ -1,4 +1,4 @@
-"""The event queue of the policy simulation: its own events, few, and those of micro-batches, many (`passage`).
+"""The event queue of the policy simulation: its own events, and those of micro-batches (`passage`).
 
 Not in here: frozen peers and hedges, rounds, lost frames, limits of a sender's whole uplink.
 """
@@ -12,20 +12,25 @@ from typing import Any
 
 import numpy as np
 
-from shoal.node.simulate import passage, tables
+from shoal.node.simulate import tables
 from shoal.node.simulate.choice import BEAT_S
-from shoal.node.simulate.compiled import njit
+from shoal.node.simulate.compiled import PLAIN, Entrances
 from shoal.node.simulate.fleet import Node
-from shoal.node.simulate.tables import World
+from shoal.node.simulate.tables import Rules, Tables
 
 _FEWEST = 4 * tables.SPARE  # places of each kind, to begin with
+_FREE = {
+    tables.FREE_LEGS: ("free_legs", "legs", "links"),
+    tables.FREE_TRIPS: ("free_trips", "chain", "length", "uses", "broken_s"),
+}
 _STATES = {"online": tables.ONLINE, "draining": tables.DRAINING, "gone": tables.GONE}
 
 
 class Flow:
     """See the module. `at` takes others' events; nodes are known here from `serve` to `die`."""
 
-    def __init__(self, rules: tables.Rules, rng: np.random.Generator) -> None:
+    def __init__(self, rules: Rules, rng: np.random.Generator, entrances: Entrances = PLAIN) -> None:
+        """`entrances`: `compiled()` where it is worth the time that compiling takes."""
         self.now = 0.0
         self.reroutes: list[tuple[float, float]] = []
         self._rng = rng
@@ -33,25 +38,34 @@ class Flow:
         self._order = itertools.count()
         self._nodes = 0
         self._rows = list(range(_FEWEST))[::-1]
-        self._world = _world(rules)
+        self._rules = rules
+        self._calls = entrances
+        self._use(tables.empty_tables(_FEWEST, rules.last + 1))
+
+    def _use(self, new: Tables) -> None:
+        """`Tables` hold what `world` does: records where it is compiled, with attributes where not."""
+        if self._calls is PLAIN:
+            new = Tables(*(array.view(np.recarray) if array.dtype.names else array for array in new))
+        self._tables = new
+        self.world = self._calls.world(self._rules, new)
 
     @property
     def decided(self) -> int:
-        return int(self._world.counts[tables.DECIDED])
+        return int(self._tables.counts[tables.DECIDED])
 
     @property
     def lost(self) -> int:
         """Decided; a hop had died between its answer and that."""
-        return int(self._world.counts[tables.LOST])
+        return int(self._tables.counts[tables.LOST])
 
     @property
     def retries(self) -> int:
-        return int(self._world.counts[tables.RETRIES])
+        return int(self._tables.counts[tables.RETRIES])
 
     @property
     def pieces(self) -> Any:
         """By stage: pieces of work begun, of these by who drains, and thrown away."""
-        return self._world.pieces
+        return self._tables.pieces
 
     def at(self, when_s: float, call: Callable[..., None], *arguments: object) -> None:
         """Call it then."""
@@ -66,7 +80,7 @@ class Flow:
         self._pass(until_s)
 
     def _pass(self, until_s: float) -> None:
-        while not passage.run(self._world, self._rng, until_s):
+        while not self._calls.run(self.world, self._rng, until_s):
             self._grow()
         self.now = until_s
 
@@ -74,79 +88,85 @@ class Flow:
 
     def serve(self, node: Node) -> None:
         """It is online."""
-        if self._nodes == len(self._world.nodes):
-            self._world = _more_nodes(self._world)
+        if self._nodes == len(self._tables.nodes):
+            self._double("nodes", "queues")
         if not self._rows:
-            self._rows = list(range(len(self._world.known), 2 * len(self._world.known)))[::-1]
-            self._world = _more_rows(self._world)
+            size = len(self._tables.known)
+            self._rows = list(range(size, 2 * size))[::-1]
+            self._double("known", "pairs", "sent")
         node.index, self._nodes = self._nodes, self._nodes + 1
-        place = self._world.nodes[node.index]
+        place = self._tables.nodes[node.index]
         place["stage"], place["state"], place["row"] = node.stage, tables.ONLINE, self._rows.pop()
         place["service_s"], place["latency_s"] = node.service_s, node.machine.latency_s
-        place["upload"], place["download"] = node.machine.upload_bytes_per_s, node.machine.download_bytes_per_s
+        place["upload"], place["download"] = (
+            node.machine.upload_bytes_per_s,
+            node.machine.download_bytes_per_s,
+        )
         place["beat_s"] = -BEAT_S
 
     def drive(self, driver: Node) -> None:
         """A first-stage replica is online: from now on it keeps `in_flight` micro-batches under way."""
         self._make_room()
-        passage.drive(self._world, driver.index, self.now)
+        self._calls.drive(self.world, driver.index, self.now)
 
     def introduce(self, pairs: Sequence[tuple[Node, Node]]) -> None:
         """(caller, replica): each caller hears of a replica of its next stage."""
         if pairs:
             self._make_room()
             callers, replicas = (np.array([node.index for node in side]) for side in zip(*pairs, strict=True))
-            passage.introduce(self._world, self._rng, callers, replicas, self.now)
+            self._calls.introduce(self.world, self._rng, callers, replicas, self.now)
 
     def withdraw(self, node: Node, callers: Sequence[Node]) -> None:
         """These callers hear that it takes no more work."""
-        self._world.nodes[node.index]["state"] = _STATES[node.state]
-        passage.part(self._world, np.array([caller.index for caller in callers], dtype=np.int64), node.index)
+        self._tables.nodes[node.index]["state"] = _STATES[node.state]
+        self._calls.part(
+            self.world, np.array([caller.index for caller in callers], dtype=np.int64), node.index
+        )
 
     def die(self, node: Node) -> None:
         """It is no more; whoever called it asks others."""
-        place = self._world.nodes[node.index]
+        place = self._tables.nodes[node.index]
         place["state"] = tables.GONE
         self._make_room()
-        passage.die(self._world, self._rng, node.index, self.now)
-        place = self._world.nodes[node.index]
+        self._calls.die(self.world, self._rng, node.index, self.now)
+        place = self._tables.nodes[node.index]
         self._rows.append(int(place["row"]))
         place["row"], place["known"] = -1, 0
 
     def waiting(self, node: Node) -> int:
         """Pieces of work in its queue."""
-        queues = self._world.queues[node.index]
+        queues = self._tables.queues[node.index]
         return int(queues[tables.FORWARD, 2] + queues[tables.BACKWARD, 2]) + int(
-            self._world.nodes[node.index]["weights"]
+            self._tables.nodes[node.index]["weights"]
         )
 
     def holds(self, node: Node) -> int:
         """Micro-batches asked of it and not answered."""
-        return int(self._world.queues[node.index, tables.HELD, 2])
+        return int(self._tables.queues[node.index, tables.HELD, 2])
 
     # --- room
 
     def _make_room(self) -> None:
-        while not passage.has_room(self._world):
+        while not tables.has_room(self._tables):
             self._grow()
 
     def _grow(self) -> None:
-        """Everything that an event takes, twice as much where it gets narrow; reroutes are taken away."""
-        w, n = self._world, self._world.counts
-        told = w.reroutes[: n[tables.REROUTED]].tolist()
+        """Twice as much of what gets narrow; the reroutes are taken away."""
+        arrays, n = self._tables, self._tables.counts
+        told = arrays.reroutes[: n[tables.REROUTED]].tolist()
         self.reroutes.extend((when_s, took_s) for when_s, took_s in told)
         n[tables.REROUTED] = 0
-        if n[tables.EVENTS] + tables.SPARE >= len(w.when_s):
-            w = w._replace(when_s=_twice(w.when_s), what=_twice(w.what))
-        if n[tables.FREE_LEGS] <= tables.SPARE:
-            w = w._replace(
-                legs=_twice(w.legs), links=_twice(w.links), free_legs=_more(w.free_legs, n, tables.FREE_LEGS)
-            )
-        if n[tables.FREE_TRIPS] <= tables.SPARE:
-            names = ("chain", "length", "uses", "broken_s")
-            w = w._replace(**{name: _twice(getattr(w, name)) for name in names})
-            w = w._replace(free_trips=_more(w.free_trips, n, tables.FREE_TRIPS))
-        self._world = w
+        if n[tables.EVENTS] + tables.SPARE >= len(arrays.when_s):
+            self._double("when_s", "what")
+        for free, names in _FREE.items():
+            if n[free] <= tables.SPARE:
+                size = len(getattr(arrays, names[0]))
+                self._double(*names)
+                getattr(self._tables, names[0])[n[free] : n[free] + size] = np.arange(size, 2 * size)
+                n[free] += size
+
+    def _double(self, *names: str) -> None:
+        self._use(self._tables._replace(**{name: _twice(getattr(self._tables, name)) for name in names}))
 
     def take_reroutes(self) -> list[tuple[float, float]]:
         """All of them: (when, seconds)."""
@@ -154,59 +174,8 @@ class Flow:
         return self.reroutes
 
 
-def _world(rules: tables.Rules) -> World:
-    stages, size = rules.last + 1, _FEWEST
-    counts = np.zeros(8, np.int64)
-    counts[tables.FREE_LEGS] = counts[tables.FREE_TRIPS] = size
-    return World(
-        rules=rules,
-        nodes=_table(1024, tables.NODE),
-        queues=np.zeros((1024, 4, 3), np.int64),
-        legs=_table(size, tables.LEG),
-        links=np.zeros((size, 4), np.int64),
-        chain=np.zeros((size, stages), np.int64),
-        length=np.zeros(size, np.int64),
-        uses=np.zeros(size, np.int64),
-        broken_s=np.zeros((size, stages)),
-        known=np.zeros((size, tables.KNOWN_MOST), np.int64),
-        pairs=_table((size, tables.KNOWN_MOST), tables.PAIR),
-        sent=np.zeros((size, tables.KNOWN_MOST, tables.SENT_MOST)),
-        when_s=np.zeros(size),
-        what=np.zeros(size, np.int64),
-        free_legs=np.arange(size)[::-1].copy(),
-        free_trips=np.arange(size)[::-1].copy(),
-        counts=counts,
-        reroutes=np.zeros((2 * size, 2)),
-        pieces=np.zeros((stages, 3), np.int64),
-    )
-
-
-def _table(shape: int | tuple[int, ...], kind: Any) -> Any:
-    """Zeros; where nothing is compiled, with fields as attributes."""
-    made = np.zeros(shape, kind)
-    return made if njit is not None else made.view(np.recarray)
-
-
 def _twice(array: Any) -> Any:
     """The same, and as many zeros."""
-    made = np.zeros((2 * array.shape[0], *array.shape[1:]), array.dtype).view(type(array))
+    made = np.zeros((2 * array.shape[0], *array.shape[1:]), array.dtype)
     made[: array.shape[0]] = array
     return made
-
-
-def _more(free: Any, counts: Any, which: int) -> Any:
-    """Twice as many places, the new ones free."""
-    size = len(free)
-    made = _twice(free)
-    count = counts[which]
-    made[count : count + size] = np.arange(size, 2 * size)
-    counts[which] += size
-    return made
-
-
-def _more_nodes(w: World) -> World:
-    return w._replace(nodes=_twice(w.nodes), queues=_twice(w.queues))
-
-
-def _more_rows(w: World) -> World:
-    return w._replace(known=_twice(w.known), pairs=_twice(w.pairs), sent=_twice(w.sent))

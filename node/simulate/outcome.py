@@ -68,6 +68,9 @@ class Outcome:
     rounds: list[int] = field(default_factory=list)  # the highest log of each stage
     setbacks: list[tuple[float, int, int]] = field(default_factory=list)
     """(when, stage, rounds of the run by then): nobody was left who knew them."""
+    begun: float = 0.0  # work, in seconds at speed 1 within the measured time (policies only) ...
+    drained: float = 0.0  # ... of it by those who were leaving
+    thrown: float = 0.0  # ... and done in vain
     bytes_by_use: dict[str, float] = field(default_factory=dict)
     directory_bytes: float = 0.0
     trace: str = ""
@@ -113,6 +116,34 @@ class Outcome:
         ]
         return statistics.fmean(shares) if shares else 0.0
 
+    def lanes(self) -> dict[str, float]:
+        """Where the time of the lanes went that the ideal counts, in shares of it; they add up to 1.
+
+        `absent`: of who is alive and serves nothing yet, or not any more. `uneven`: what the other stages had
+        more than the slowest. `waiting`: for work, besides. `thrown`: done in vain. `under_way`: more begun
+        than decided, less what those did who drained.
+        """
+        ideal, over_s = self.ideal_micro_batches * sum(self.stage_s), self.options.duration_s
+        if not self.measured or ideal <= 0 or self.begun == 0:
+            return {}
+        capacity = [(self._work(sample.capacity), min(sample.capacity)) for sample in self.measured]
+        serving = statistics.fmean(all_ for all_, _ in capacity) * over_s
+        even = statistics.fmean(least for _, least in capacity) * sum(self.stage_s) * over_s
+        busy = self.begun - self.drained
+        useful = self.micro_batches * sum(self.stage_s)
+        shares = {
+            "useful": useful,
+            "absent": ideal - serving,
+            "uneven": serving - even,
+            "waiting": even - busy,
+            "thrown": self.thrown,
+            "under_way": busy - useful - self.thrown,
+        }
+        return {name: round(share / ideal, 4) for name, share in shares.items()}
+
+    def _work(self, capacity: Sequence[float]) -> float:
+        return sum(rate * cost for rate, cost in zip(capacity, self.stage_s, strict=True))
+
     def bottlenecks(self) -> dict[int, float]:
         """Share of the time in which each stage set the pace."""
         counts = Counter(sample.bottleneck for sample in self.measured)
@@ -137,6 +168,7 @@ class Outcome:
             "throughput_of_ideal": round(self.throughput_of_ideal, 4),
             "throughput_of_placement": round(self.throughput_of_placement, 4),
             "stage_balance": round(self.stage_balance, 4),
+            "lanes": self.lanes(),
             "micro_batches": self.micro_batches,
             "tokens_per_s": round(self.micro_batches * self.micro_batch_tokens / options.duration_s, 1),
             "bottlenecks": self.bottlenecks(),

@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 from shoal.node.simulate import choice
-from shoal.node.simulate.compiled import compiled
 from shoal.node.simulate.tables import (
     ANSWERED,
     ARRIVED,
@@ -49,11 +48,12 @@ from shoal.node.simulate.tables import (
 from shoal.training.lane import WEIGHTS_WAITING
 
 _NOTICE_S = 0.05  # until a broken stream is noticed
-_PIECES = 3  # of a micro-batch at a lane: forward, input gradient, weight gradient, a third each (`lane.paced`)
+PIECES = (
+    3  # of a micro-batch at a lane: forward, input gradient, weight gradient, a third each (`lane.paced`)
+)
 _BEGUN, _DRAINED, _THROWN = 0, 1, 2  # columns of `pieces`
 
 
-@compiled
 def run(w: World, rng: Any, until_s: float) -> bool:
     """Everything that happens until then; False: the arrays have to grow before the rest can."""
     while w.counts[4] > 0 and w.when_s[0] <= until_s:
@@ -77,7 +77,6 @@ def run(w: World, rng: Any, until_s: float) -> bool:
     return True
 
 
-@compiled
 def _of_leg(w: World, rng: Any, kind: int, number: int, now: float) -> None:
     if kind == ARRIVED:
         _arrived(w, number, now)
@@ -99,14 +98,12 @@ def _of_leg(w: World, rng: Any, kind: int, number: int, now: float) -> None:
 # --- peers
 
 
-@compiled
 def drive(w: World, driver: int, now: float) -> None:
     """A first-stage replica is online: from now on it keeps `in_flight` micro-batches under way."""
     for _ in range(w.rules.in_flight):
         _begin(w, driver, now)
 
 
-@compiled
 def introduce(w: World, rng: Any, callers: Any, replicas: Any, now: float) -> None:
     """Each caller hears of a replica of its next stage."""
     for index in range(len(callers)):
@@ -114,14 +111,12 @@ def introduce(w: World, rng: Any, callers: Any, replicas: Any, now: float) -> No
             look_again(w, rng, callers[index], now)
 
 
-@compiled
 def part(w: World, callers: Any, replica: int) -> None:
     """The callers hear that a replica takes no more work."""
     for index in range(len(callers)):
         choice.part(w, callers[index], replica)
 
 
-@compiled
 def die(w: World, rng: Any, node: int, now: float) -> None:
     """It is no more (its state says so); its callers ask others."""
     stage = w.nodes[node].stage
@@ -139,7 +134,6 @@ def die(w: World, rng: Any, node: int, now: float) -> None:
     w.nodes[node].weights = 0
 
 
-@compiled
 def _replace(w: World, rng: Any, number: int, now: float) -> None:
     """This hop is dead: another one is to take its place."""
     trip, stage = w.legs[number].trip, w.nodes[w.legs[number].node].stage
@@ -155,7 +149,6 @@ def _replace(w: World, rng: Any, number: int, now: float) -> None:
     push(w, now + _NOTICE_S, SEEK, trip * w.chain.shape[1] + stage)
 
 
-@compiled
 def _void(w: World, rng: Any, number: int, now: float) -> None:
     leg = w.legs[number]
     if leg.void:
@@ -167,7 +160,6 @@ def _void(w: World, rng: Any, number: int, now: float) -> None:
         choice.failed(w, rng, leg.caller, leg.node, now, leg.sent_s, w.nodes[leg.node].state == GONE)
 
 
-@compiled
 def _trim(w: World, trip: int) -> None:
     """A chain ends with a hop that has something to do."""
     while w.length[trip] > 0:
@@ -178,7 +170,6 @@ def _trim(w: World, trip: int) -> None:
         drop(w, last)
 
 
-@compiled
 def _close(w: World, trip: int) -> None:
     """Nobody asks for its chain any more."""
     count = w.length[trip]
@@ -190,7 +181,6 @@ def _close(w: World, trip: int) -> None:
 # --- a micro-batch, forward
 
 
-@compiled
 def _begin(w: World, driver: int, now: float) -> None:
     if w.nodes[driver].state == ONLINE:
         trip = new_trip(w)
@@ -202,7 +192,6 @@ def _begin(w: World, driver: int, now: float) -> None:
         _work(w, driver, now)
 
 
-@compiled
 def _forwarded(w: World, rng: Any, number: int, now: float) -> None:
     leg = w.legs[number]
     node = leg.node
@@ -221,7 +210,6 @@ def _forwarded(w: World, rng: Any, number: int, now: float) -> None:
     _idle(w, node, now)
 
 
-@compiled
 def _count(w: World, number: int) -> None:
     """Of a piece of work that is done."""
     leg = w.legs[number]
@@ -230,7 +218,6 @@ def _count(w: World, number: int) -> None:
         w.pieces[w.nodes[leg.node].stage, _THROWN] += 1
 
 
-@compiled
 def _wants(w: World, number: int) -> bool:
     """Whether this hop has something to send on, and nobody behind it has it already."""
     leg = w.legs[number]
@@ -240,14 +227,12 @@ def _wants(w: World, number: int) -> bool:
     return bool(w.length[leg.trip] <= behind or w.legs[w.chain[leg.trip, behind]].void)
 
 
-@compiled
 def _seek(w: World, rng: Any, trip: int, stage: int, now: float) -> None:
     """Find a replica for this stage, if the hop before is there and through with its forward."""
     if w.length[trip] >= stage:
         _ask(w, rng, w.chain[trip, stage - 1], now)
 
 
-@compiled
 def _ask(w: World, rng: Any, number: int, now: float) -> None:
     """Send it to the next stage, or wait for room there."""
     if not _wants(w, number):
@@ -261,7 +246,6 @@ def _ask(w: World, rng: Any, number: int, now: float) -> None:
         _send(w, number, place, now)
 
 
-@compiled
 def _send(w: World, number: int, place: int, now: float) -> None:
     caller, trip = w.legs[number].node, w.legs[number].trip
     replica = w.known[w.nodes[caller].row, place]
@@ -284,14 +268,12 @@ def _send(w: World, number: int, place: int, now: float) -> None:
     expect(w, now + _transfer_s(w, caller, replica, w.rules.forward_bytes), ARRIVED, new)
 
 
-@compiled
 def _transfer_s(w: World, sender: int, receiver: int, payload_bytes: float) -> float:
     """Until so many bytes have crossed."""
     one, other = w.nodes[sender], w.nodes[receiver]
     return float(one.latency_s + other.latency_s + payload_bytes / min(one.upload, other.download))
 
 
-@compiled
 def _arrived(w: World, number: int, now: float) -> None:
     leg = w.legs[number]
     if leg.void:
@@ -312,7 +294,6 @@ def _arrived(w: World, number: int, now: float) -> None:
 # --- and back
 
 
-@compiled
 def _answered(w: World, number: int, now: float) -> None:
     """The input gradient is computed: it goes to the caller."""
     leg = w.legs[number]
@@ -324,7 +305,6 @@ def _answered(w: World, number: int, now: float) -> None:
     _idle(w, leg.node, now)
 
 
-@compiled
 def _returned(w: World, rng: Any, number: int, now: float) -> None:
     """The gradient of the stages behind is where it is needed next."""
     done = w.legs[number]
@@ -349,7 +329,6 @@ def _returned(w: World, rng: Any, number: int, now: float) -> None:
         look_again(w, rng, leg.node, now)
 
 
-@compiled
 def _decided(w: World, number: int, now: float) -> None:
     """The driver is through: everybody computes weight gradients."""
     leg = w.legs[number]
@@ -373,7 +352,6 @@ def _decided(w: World, number: int, now: float) -> None:
 # --- lanes
 
 
-@compiled
 def _work(w: World, node: int, now: float) -> None:
     """Give an idle lane its next piece, in the order of `lane.next_kind`."""
     one = w.nodes[node]
@@ -382,7 +360,7 @@ def _work(w: World, node: int, now: float) -> None:
     for queue in (BACKWARD, FORWARD):
         while w.queues[node, queue, 2] > 0 and w.legs[w.queues[node, queue, 0]].void:
             drop(w, take(w, node, queue))
-    done_s = now + one.service_s / _PIECES
+    done_s = now + one.service_s / PIECES
     if w.queues[node, BACKWARD, 2] > 0:
         push(w, done_s, ANSWERED, take(w, node, BACKWARD))  # the queue's reference is the event's now
     elif w.queues[node, FORWARD, 2] > 0 and one.weights < WEIGHTS_WAITING:
@@ -398,7 +376,6 @@ def _work(w: World, node: int, now: float) -> None:
         w.pieces[one.stage, _DRAINED] += 1
 
 
-@compiled
 def _idle(w: World, node: int, now: float) -> None:
     """The piece is done."""
     w.nodes[node].busy = 0
@@ -408,7 +385,6 @@ def _idle(w: World, node: int, now: float) -> None:
 # --- waiting for room
 
 
-@compiled
 def look_again(w: World, rng: Any, caller: int, now: float) -> None:
     """Something may have become free."""
     while w.queues[caller, WAITING, 2] > 0:
@@ -422,7 +398,6 @@ def look_again(w: World, rng: Any, caller: int, now: float) -> None:
         drop(w, take(w, caller, WAITING))
 
 
-@compiled
 def _wake_later(w: World, caller: int, now: float) -> None:
     again_s = choice.again_s(w, caller, now)
     wake_s = w.nodes[caller].wake_s

@@ -101,7 +101,7 @@ class Places:
         return list(itertools.islice(strangers, 1))
 
     def _introduce(self, met: list[tuple[Node, Node]]) -> None:
-        """(caller, replica), each of whom hears of the other, but for callers who know as many as they can."""
+        """(caller, replica): they hear of one another, unless the caller knows as many as it can."""
         found = [(caller, replica) for caller, replica in met if len(caller.known) < KNOWN_MOST]
         for caller, replica in found:
             caller.known[replica] = None

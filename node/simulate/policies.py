@@ -2,7 +2,7 @@
 
 Peers come and go like in the full one (`swarm`), micro-batches follow `flow`. Routing, admission, placement
 and rebalancing are the functions that real peers call, on what a real peer would see: a few replicas of the
-next stage, as many as `dht.neighbours` gives it, and, when it joins, a sample of the members.
+next stage, as many as `dht.neighbours` gives it, and, when it joins, the members' records.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from blake3 import blake3
 
 from shoal.node.simulate.choice import ROUTERS
+from shoal.node.simulate.compiled import PLAIN, compiled
 from shoal.node.simulate.directory import directory_bytes_per_s
 from shoal.node.simulate.fleet import Node
 from shoal.node.simulate.flow import Flow
@@ -22,6 +23,7 @@ from shoal.node.simulate.machines import Machine
 from shoal.node.simulate.miniature import miniature
 from shoal.node.simulate.options import Options
 from shoal.node.simulate.outcome import SAMPLES, Life, Outcome, Progress, Sample, Stopwatch
+from shoal.node.simulate.passage import PIECES
 from shoal.node.simulate.placers import Placer, ShoalPlacer, SwarmPlacer
 from shoal.node.simulate.places import Places
 from shoal.node.simulate.tables import Rules
@@ -30,6 +32,7 @@ from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.spec import RunSpec
 
 _LOOK_S = 1.6  # a joiner looks around, and once more: `placing`
+COMPILED_FROM = 60_000.0  # peers times virtual seconds: below, it is sooner done as it stands
 _DRAIN_S = 20.0  # as the daemon's
 
 
@@ -76,14 +79,14 @@ class Crowd:
             adopts=options.recovery == "adopt",
             router=ROUTERS[options.router],
         )
-        self.flow = Flow(rules, np.random.default_rng(rng.getrandbits(64)))
+        entrances = compiled() if options.peers * options.end_s >= COMPILED_FROM else PLAIN
+        self.flow = Flow(rules, np.random.default_rng(rng.getrandbits(64)), entrances)
         self.places = Places(self.flow, stages, random.Random(rng.getrandbits(64)))
         self.placer: Placer = SwarmPlacer(self.places, self.flow)
         if options.router != "swarm":
             self.placer = ShoalPlacer(
                 self.places,
                 self.outcome.stage_s,
-                random.Random(rng.getrandbits(64)),
                 window_s=spec.stages.rebalance_window_s,
                 minimum_replicas=spec.stages.minimum_replicas,
                 move_s=_DRAIN_S,
@@ -101,14 +104,17 @@ class Crowd:
             flow.at(self.placer.window_s, self._rebalance)
         every_s = options.end_s / SAMPLES
         before = begun = 0
+        pieces = flow.pieces.copy()
         for look in range(1, SAMPLES + 1):
             flow.run(look * every_s)
             outcome.samples.append(self._sample((flow.decided - before) / every_s))
             if flow.now <= options.warmup_s:
-                begun = flow.decided
+                begun, pieces = flow.decided, flow.pieces.copy()
             before = flow.decided
             progress(flow.now, options.end_s)
         outcome.micro_batches = flow.decided - begun
+        work = np.array(outcome.stage_s) @ (flow.pieces - pieces) / PIECES
+        outcome.begun, outcome.drained, outcome.thrown = map(float, work)
         outcome.lost, outcome.retries, outcome.reroutes = flow.lost, flow.retries, flow.take_reroutes()
         outcome.directory_bytes = directory_bytes_per_s(options.peers) * outcome.peer_seconds
         outcome.trace = self._trace.hexdigest(length=16)
@@ -138,6 +144,7 @@ class Crowd:
     def _take(self, node: Node, stage: int) -> None:
         node.stage = stage
         node.service_s = node.machine.service_s(1.0, self.outcome.stage_s[stage])
+        self.placer.came(node)
 
     def _online(self, node: Node) -> None:
         if node.state == "joining":
@@ -165,12 +172,14 @@ class Crowd:
 
     def _drain(self, node: Node) -> None:
         node.state = "draining"
+        self.placer.went(node)
         self.places.withdraw(node)
 
     def _go(self, node: Node) -> None:
         if node.state != "gone":
             self._note("gone", node)
             node.state = "gone"
+            self.placer.went(node)
             self.places.leave(node)
 
     # --- rebalancing

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shoal.node.simulate.compiled import compiled
-
 ONLINE, DRAINING, GONE = 1, 2, 3  # states of a node
 FORWARD, BACKWARD, WAITING, HELD = 0, 1, 2, 3  # queues of a node: its lane's, for room behind, not answered
 ARRIVED, FORWARDED, ANSWERED, RETURNED, REFUSED, SEEK, IDLE, WOKEN = range(8)  # kinds of events
@@ -88,15 +86,14 @@ class Rules(NamedTuple):
     router: int
 
 
-class World(NamedTuple):
-    """All of it; the arrays grow between two calls, never within."""
+class Tables(NamedTuple):
+    """The arrays; they grow between two calls, never within."""
 
-    rules: Rules
     nodes: Any  # [node] NODE
     queues: Any  # [node, 4, 3]: first leg, last leg, length
     legs: Any  # [leg] LEG
     links: Any  # [leg, 4]: next in a lane's queue, next waiting, next held, the one before
-    chain: Any  # [trip, stage]: leg, -1: none yet
+    chain: Any  # [trip, stage]: leg
     length: Any  # [trip] of the chain: it grows forward, and stays on the way back
     uses: Any  # [trip]
     broken_s: Any  # [trip, stage] since when it wants another replica; -1: it does not
@@ -112,8 +109,58 @@ class World(NamedTuple):
     pieces: Any  # [stage, 3] of work: begun, of these by who drains, and thrown away
 
 
-@compiled
-def has_room(w: World) -> bool:
+class World:
+    """All of it, as the functions take it. `compiled` makes a compiled twin of this class."""
+
+    def __init__(self, rules: Rules, tables: Tables) -> None:
+        self.rules = rules
+        self.nodes = tables.nodes
+        self.queues = tables.queues
+        self.legs = tables.legs
+        self.links = tables.links
+        self.chain = tables.chain
+        self.length = tables.length
+        self.uses = tables.uses
+        self.broken_s = tables.broken_s
+        self.known = tables.known
+        self.pairs = tables.pairs
+        self.sent = tables.sent
+        self.when_s = tables.when_s
+        self.what = tables.what
+        self.free_legs = tables.free_legs
+        self.free_trips = tables.free_trips
+        self.counts = tables.counts
+        self.reroutes = tables.reroutes
+        self.pieces = tables.pieces
+
+
+def empty_tables(size: int, stages: int) -> Tables:
+    """With so many places of each kind, all free."""
+    counts = np.zeros(8, np.int64)
+    counts[FREE_LEGS] = counts[FREE_TRIPS] = size
+    return Tables(
+        nodes=np.zeros(size, NODE),
+        queues=np.zeros((size, 4, 3), np.int64),
+        legs=np.zeros(size, LEG),
+        links=np.zeros((size, 4), np.int64),
+        chain=np.zeros((size, stages), np.int64),
+        length=np.zeros(size, np.int64),
+        uses=np.zeros(size, np.int64),
+        broken_s=np.zeros((size, stages)),
+        known=np.zeros((size, KNOWN_MOST), np.int64),
+        pairs=np.zeros((size, KNOWN_MOST), PAIR),
+        sent=np.zeros((size, KNOWN_MOST, SENT_MOST)),
+        when_s=np.zeros(size),
+        what=np.zeros(size, np.int64),
+        free_legs=np.arange(size)[::-1].copy(),
+        free_trips=np.arange(size)[::-1].copy(),
+        counts=counts,
+        reroutes=np.zeros((2 * size, 2)),
+        pieces=np.zeros((stages, 3), np.int64),
+    )
+
+
+def has_room(w: World | Tables) -> bool:
     """Whether another event may be handled."""
     n = w.counts
     return bool(
@@ -127,7 +174,6 @@ def has_room(w: World) -> bool:
 # --- events: a binary heap; of equal times whichever the heap brings, which is the same in every run
 
 
-@compiled
 def push(w: World, when_s: float, kind: int, number: int) -> None:
     """An event to come."""
     times, what = w.when_s, w.what
@@ -142,7 +188,6 @@ def push(w: World, when_s: float, kind: int, number: int) -> None:
     times[at], what[at] = when_s, (kind << _KIND_SHIFT) | number
 
 
-@compiled
 def pop(w: World) -> tuple[int, int]:
     """Kind and number of the next event; its time is `when_s[0]` before."""
     times, what = w.when_s, w.what
@@ -168,7 +213,6 @@ def pop(w: World) -> tuple[int, int]:
 # --- legs and trips
 
 
-@compiled
 def new_trip(w: World) -> int:
     w.counts[FREE_TRIPS] -= 1
     trip = w.free_trips[w.counts[FREE_TRIPS]]
@@ -178,7 +222,6 @@ def new_trip(w: World) -> int:
     return int(trip)
 
 
-@compiled
 def new_leg(w: World, trip: int, node: int, caller: int, now: float) -> int:
     """Referred to by nobody yet."""
     w.counts[FREE_LEGS] -= 1
@@ -191,7 +234,6 @@ def new_leg(w: World, trip: int, node: int, caller: int, now: float) -> int:
     return int(number)
 
 
-@compiled
 def drop(w: World, number: int) -> None:
     """One fewer refers to this leg."""
     leg = w.legs[number]
@@ -202,7 +244,6 @@ def drop(w: World, number: int) -> None:
         drop_trip(w, leg.trip)
 
 
-@compiled
 def drop_trip(w: World, trip: int) -> None:
     """One fewer refers to this trip."""
     w.uses[trip] -= 1
@@ -211,7 +252,6 @@ def drop_trip(w: World, trip: int) -> None:
         w.counts[FREE_TRIPS] += 1
 
 
-@compiled
 def expect(w: World, when_s: float, kind: int, leg: int) -> None:
     """An event of this leg."""
     w.legs[leg].uses += 1
@@ -221,7 +261,6 @@ def expect(w: World, when_s: float, kind: int, leg: int) -> None:
 # --- queues of legs
 
 
-@compiled
 def append(w: World, node: int, queue: int, leg: int) -> None:
     q, links = w.queues[node, queue], w.links
     link = max(queue - 1, 0)
@@ -238,7 +277,6 @@ def append(w: World, node: int, queue: int, leg: int) -> None:
     w.legs[leg].uses += 1
 
 
-@compiled
 def take(w: World, node: int, queue: int) -> int:
     """The first; whoever takes it drops it."""
     q = w.queues[node, queue]
@@ -248,7 +286,6 @@ def take(w: World, node: int, queue: int) -> int:
     return int(leg)
 
 
-@compiled
 def let_go(w: World, number: int) -> None:
     """It is not held by its node any more, if it was."""
     leg = w.legs[number]
@@ -268,7 +305,6 @@ def let_go(w: World, number: int) -> None:
     drop(w, number)
 
 
-@compiled
 def empty(w: World, node: int, queue: int) -> None:
     while w.queues[node, queue, 2] > 0:
         drop(w, take(w, node, queue))

@@ -7,7 +7,8 @@ stages they take minutes, and a replica that is new to all its callers would idl
 stay.) So a breaker that half-opens lets exactly one probe through. Who was not asked for long is new again:
 it may have been slow for reasons that are gone.
 
-The methods are plain functions of tuples and numbers, so that the simulator of large swarms can compile them.
+The rules are plain functions of tuples and numbers, so that the simulator of large swarms can compile them;
+the methods call them.
 """
 
 from __future__ import annotations
@@ -171,12 +172,24 @@ class Standing(NamedTuple):
     crowded: bool = False  # it has been full: the window holds in any case
     away: bool = False
 
-    answered = after_answer
-    passed = after_forward
-    busy = after_refusal
-    failed = after_failure
-    candidate = as_candidate
-    established = property(is_established)
+    def answered(self, now: float, report: Report) -> Standing:
+        return after_answer(self, now, report)
+
+    def passed(self, in_flight: int) -> Standing:
+        return after_forward(self, in_flight)
+
+    def busy(self, now: float, retry_after_s: float, in_flight: int, rng: Chance) -> Standing:
+        return after_refusal(self, now, retry_after_s, in_flight, rng)
+
+    def failed(self, now: float, rng: Chance) -> Standing:
+        return after_failure(self, now, rng)
+
+    def candidate(self, replica: Replica, sent_s: Sequence[float], now: float, typical_s: float) -> Candidate:
+        return as_candidate(self, replica, sent_s, now, typical_s)
+
+    @property
+    def established(self) -> bool:
+        return is_established(self)
 
     def admits(self, now: float, in_flight: int, *, all_new: bool = False) -> bool:
         """As `is_admitted`."""
