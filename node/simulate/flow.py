@@ -32,7 +32,7 @@ class Flow:
     def __init__(self, rules: Rules, rng: np.random.Generator, entrances: Entrances = PLAIN) -> None:
         """`entrances`: `compiled()` where it is worth the time that compiling takes."""
         self.now = 0.0
-        self.reroutes: list[tuple[float, float]] = []
+        self._reroutes: list[tuple[float, float]] = []
         self._rng = rng
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._order = itertools.count()
@@ -61,6 +61,12 @@ class Flow:
     @property
     def retries(self) -> int:
         return int(self._tables.counts[tables.RETRIES])
+
+    @property
+    def reroutes(self) -> list[tuple[float, float]]:
+        """(when, seconds from a hop's death until another's gradient came)."""
+        self._collect()
+        return self._reroutes
 
     @property
     def pieces(self) -> Any:
@@ -152,10 +158,8 @@ class Flow:
 
     def _grow(self) -> None:
         """Twice as much of what gets narrow; the reroutes are taken away."""
+        self._collect()
         arrays, n = self._tables, self._tables.counts
-        told = arrays.reroutes[: n[tables.REROUTED]].tolist()
-        self.reroutes.extend((when_s, took_s) for when_s, took_s in told)
-        n[tables.REROUTED] = 0
         if n[tables.EVENTS] + tables.SPARE >= len(arrays.when_s):
             self._double("when_s", "what")
         for free, names in _FREE.items():
@@ -168,10 +172,13 @@ class Flow:
     def _double(self, *names: str) -> None:
         self._use(self._tables._replace(**{name: _twice(getattr(self._tables, name)) for name in names}))
 
-    def take_reroutes(self) -> list[tuple[float, float]]:
-        """All of them: (when, seconds)."""
-        self._grow()
-        return self.reroutes
+    def _collect(self) -> None:
+        """The reroutes told by now."""
+        arrays, n = self._tables, self._tables.counts
+        self._reroutes.extend(
+            (when_s, took_s) for when_s, took_s in arrays.reroutes[: n[tables.REROUTED]].tolist()
+        )
+        n[tables.REROUTED] = 0
 
 
 def _twice(array: Any) -> Any:

@@ -115,7 +115,7 @@ class Crowd:
         outcome.micro_batches = flow.decided - begun
         work = np.array(outcome.stage_s) @ (flow.pieces - pieces) / PIECES
         outcome.begun, outcome.drained, outcome.thrown = map(float, work)
-        outcome.lost, outcome.retries, outcome.reroutes = flow.lost, flow.retries, flow.take_reroutes()
+        outcome.lost, outcome.retries, outcome.reroutes = flow.lost, flow.retries, flow.reroutes
         outcome.directory_bytes = directory_bytes_per_s(options.peers) * outcome.peer_seconds
         outcome.trace = self._trace.hexdigest(length=16)
 
