@@ -121,7 +121,7 @@ def as_replica(w: World, pair: Any, node: Any, now: float) -> Replica:
     one = w.nodes[node]
     if now - one.beat_s >= BEAT_S:
         one.beat_s, one.beat_backlog_s = now, backlog_s(w, node, now)
-    return Replica(node, pair.rtt_s, one.beat_backlog_s, one.service_s, one.beat_s)
+    return Replica(node, pair.rtt_s, one.beat_backlog_s, one.service_s, one.beat_s, 0.0)
 
 
 def busy_s(w: World, node: int, now: float) -> float:
