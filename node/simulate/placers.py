@@ -1,23 +1,26 @@
 """Whose rules say which stage a peer serves in the policy simulation: ours, or SWARM's.
 
-Ours: `training.placement` for joiners, who have read all of the directory (the sums that it makes of a
-view are kept up to date here, for all joiners together), and `training.rebalance` for everybody else, as
-every peer would plan.
+Ours: `training.placement` for joiners, who have read the directory, of a large one as much as an answer of it
+holds, and `training.rebalance` for everybody else, as every peer would plan.
 SWARM's: joiners go to the stage with the longest queues; every five minutes the peer with the shortest queue
 at the stage with the shortest queues moves there, too.
 """
 
 from __future__ import annotations
 
-import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from shoal.node.simulate.fleet import Node
 from shoal.node.simulate.flow import Flow
 from shoal.node.simulate.places import Places
 from shoal.training.placement import Loads
 from shoal.training.rebalance import Move, plan, settled
+
+_SEEN_BY_JOINER = 2500  # records: what a bucket's holder answers at most (`dht.kademlia.call_guard`)
 
 
 class Placer(ABC):
@@ -49,6 +52,7 @@ class ShoalPlacer(Placer):
         self,
         places: Places,
         costs: Sequence[float],
+        rng: np.random.Generator,
         *,
         window_s: float,
         minimum_replicas: int,
@@ -57,27 +61,49 @@ class ShoalPlacer(Placer):
         self.window_s = window_s
         self._places = places
         self._costs = costs
-        self._loads = Loads(costs)
-        self._speeds: dict[Node, float] = {}
-        self._usual = 1.0
+        self._rng = rng
+        self._announced: list[Node] = []  # their stages, in the order of the arrays
+        self._places_of: dict[Node, int] = {}
+        self._stages, self._speeds = np.zeros(1024, np.int64), np.zeros(1024)
         self._minimum_replicas = minimum_replicas
         self._move_s = move_s
         self._last: Move | None = None
 
     def join(self, node: Node, now: float) -> int:
-        return self._loads.neediest(self._usual)
+        count = len(self._announced)
+        seen: Any = slice(count)
+        if count > _SEEN_BY_JOINER:
+            seen = self._rng.choice(count, _SEEN_BY_JOINER, replace=False, shuffle=False)
+        stages, speeds = self._stages[seen], self._speeds[seen]
+        loads, size = Loads(self._costs), len(self._costs)
+        replicas, sums = np.bincount(stages, minlength=size), np.bincount(stages, speeds, minlength=size)
+        for stage in range(size):
+            loads.add(stage, float(sums[stage]), int(replicas[stage]))
+        return loads.neediest(float(np.median(speeds)) if count else 1.0)
 
     def came(self, node: Node) -> None:
-        self._speeds[node] = speed = self._costs[node.stage] / node.service_s
-        self._loads.add(node.stage, speed)
+        at = self._places_of[node] = len(self._announced)
+        self._announced.append(node)
+        if at == len(self._stages):
+            self._stages, self._speeds = np.resize(self._stages, 2 * at), np.resize(self._speeds, 2 * at)
+        self._stages[at], self._speeds[at] = node.stage, self._costs[node.stage] / node.service_s
 
     def went(self, node: Node) -> None:
-        if (speed := self._speeds.pop(node, None)) is not None:
-            self._loads.add(node.stage, -speed, -1)
+        at = self._places_of.pop(node, None)
+        if at is None:
+            return
+        last = len(self._announced) - 1
+        self._announced[at], self._stages[at], self._speeds[at] = (
+            self._announced[last],
+            self._stages[last],
+            self._speeds[last],
+        )
+        if at != last:
+            self._places_of[self._announced[at]] = at
+        self._announced.pop()
 
     def move(self, now: float) -> tuple[Node, int] | None:
         nodes = [node for group in self._places.groups for node in group.nodes]
-        self._usual = statistics.median(self._speeds.values()) if self._speeds else 1.0
         current = plan(
             [node.as_placed() for node in nodes], self._costs, self._minimum_replicas, self._move_s
         )

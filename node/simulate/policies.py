@@ -2,7 +2,7 @@
 
 Peers come and go like in the full one (`swarm`), micro-batches follow `flow`. Routing, admission, placement
 and rebalancing are the functions that real peers call, on what a real peer would see: a few replicas of the
-next stage, as many as `dht.neighbours` gives it, and, when it joins, the members' records.
+next stage, as many as `dht.neighbours` gives it, and, when it joins, records of the directory.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Crowd:
             self.placer = ShoalPlacer(
                 self.places,
                 self.outcome.stage_s,
+                np.random.default_rng(rng.getrandbits(64)),
                 window_s=spec.stages.rebalance_window_s,
                 minimum_replicas=spec.stages.minimum_replicas,
                 move_s=_DRAIN_S,
