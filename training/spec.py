@@ -160,7 +160,7 @@ class InnerSection(_Section):
     """AdamW's guard against division by zero."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; divided by sqrt(stages.count), for each stage clips its own. 0: no clipping."""
-    in_flight: Annotated[int, Field(ge=1, le=64)] = 4
+    in_flight: Annotated[int, Field(ge=1, le=256)] = 4
     """Micro-batches of one driver under way at once. More hide slow links and cost memory at every stage."""
     recompute: bool = False
     """Between its forward and its backward a stage keeps the input of a micro-batch alone, and runs the

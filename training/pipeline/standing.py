@@ -24,7 +24,7 @@ OWN_MEASUREMENTS = 3  # from then on what a replica claims of its rate no longer
 STALE_S, STALE_SERVICES = 30.0, 20.0  # after so long, and so many of its micro-batches, it is measured anew
 UNKNOWN_SERVICE_S = 0.05  # where nobody was ever measured; a guess that the first answer replaces
 BACKOFF_S, BACKOFF_CAP_S = 0.5, 30.0
-NO_WINDOW = 64  # as many as a driver may have in flight: the slow start is over
+NO_WINDOW = 64  # of one caller at one replica: the slow start is over
 _SMOOTHING = 0.2  # of the newest measurement in the averages
 _JITTER = (0.5, 1.5)
 
