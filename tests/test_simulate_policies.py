@@ -191,7 +191,12 @@ def test_swarms_rule_learns_who_is_slow_and_chance_does_not(router: int, expecte
 def test_compiled_it_decides_the_same(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each place of work, each retry, each draw: the digest of both runs is one."""
     used: list[Entrances] = []
-    monkeypatch.setattr(policies, "Flow", lambda *made: used.append(made[-1]) or Flow(*made))
+
+    def flow(rules: Rules, rng: np.random.Generator, entrances: Entrances) -> Flow:
+        used.append(entrances)
+        return Flow(rules, rng, entrances)
+
+    monkeypatch.setattr(policies, "Flow", flow)
     found = []
     for least in (1e12, 0.0):
         monkeypatch.setattr(policies, "COMPILED_FROM", least)

@@ -28,7 +28,7 @@ RULES: dict[str, tuple[Router, Recovery]] = {
 
 
 def spec() -> RunSpec:
-    """1.3 MB a hop; enough under way for the fastest drivers, whose lanes take three micro-batches in 10 s."""
+    """1.3 MB a hop; enough under way for the fastest drivers, who finish three micro-batches in 10 s."""
     values = TEMPLATES["small"].model_dump()
     values["model"] |= {"layers": 24}
     values["stages"] |= {"count": 24}
