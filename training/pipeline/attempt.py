@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shoal.protocol.errors import Busy, MessageInvalid, PeerSilent, ShoalError, StreamBroken
 from shoal.protocol.identity import PeerId
@@ -139,7 +139,7 @@ class Attempt:
         report = Report(header.service_s, header.backlog_s, 0.0)
         if not self.adopts:
             transfer_s = max(0.0, elapsed_s - header.held_s - self._pick.rtt_s)
-            report = replace(report, seconds_per_byte=transfer_s / (payload.nbytes + message.payload.nbytes))
+            report = report._replace(seconds_per_byte=transfer_s / (payload.nbytes + message.payload.nbytes))
             own_s = max(0.0, elapsed_s - header.waited_s)
         return Answer(header.chain, header.loss, message.payload, codec, report, own_s, header.waited_s)
 
