@@ -213,7 +213,7 @@ def test_the_account_of_the_lanes_adds_up() -> None:
     shares = simulated(session_s=200.0).lanes()
     assert sum(shares.values()) == pytest.approx(1.0, abs=0.001)
     assert shares["useful"] > 0.3 and shares["thrown"] > 0.0
-    assert all(shares[name] > -0.02 for name in ("absent", "uneven", "waiting", "thrown"))
+    assert shares["absent"] >= 0.0 and shares["uneven"] >= 0.0
 
 
 def test_many_peers_are_simulated_by_their_policies_and_the_output_says_so(

@@ -32,7 +32,7 @@ from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.spec import RunSpec
 
 _LOOK_S = 1.6  # a joiner looks around, and once more: `placing`
-COMPILED_FROM = 60_000.0  # peers times virtual seconds: below, it is sooner done as it stands
+COMPILED_FROM = 15_000.0  # peers times virtual seconds: below, it is sooner done as it stands
 _DRAIN_S = 20.0  # as the daemon's
 
 
