@@ -200,9 +200,7 @@ def test_compiled_it_decides_the_same(router: Router, monkeypatch: pytest.Monkey
     found = []
     for least in (1e12, 0.0):
         monkeypatch.setattr(policies, "COMPILED_FROM", least)
-        found.append(
-            simulated(router=router, recovery="adopt", session_s=200.0, duration_s=20.0, warmup_s=40.0)
-        )
+        found.append(simulated(router=router, peers=30, session_s=150.0, duration_s=20.0, warmup_s=30.0))
     plain, compiled = found
     assert used[0] is PLAIN and used[1] is not PLAIN
     assert plain.retries > 0 and plain.trace == compiled.trace and plain.samples == compiled.samples
