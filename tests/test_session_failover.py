@@ -15,9 +15,9 @@ from serving_world import PROMPT, World, reference, serving_spec
 
 from shoal.protocol.errors import StageEmpty
 from shoal.protocol.virtual_time import run
-from shoal.training.serving.chain import SILENT_S
 from shoal.training.serving.messages import SamplingOptions
 from shoal.training.serving.server import PULSE_S
+from shoal.training.serving.stuck import SILENT_S
 from shoal.training.serving.written import ChainFigures
 
 TOKENS = 64

@@ -19,8 +19,6 @@ from shoal.protocol.errors import (
     AccessError,
     Busy,
     MessageInvalid,
-    PeerSilent,
-    PeerUnreachable,
     ShoalError,
     StageEmpty,
     VersionRetired,
@@ -41,16 +39,13 @@ from shoal.training.serving.messages import (
 )
 from shoal.training.serving.moving import Mover
 from shoal.training.serving.speculation import Speculation
+from shoal.training.serving.stuck import broken, stuck
 from shoal.training.serving.written import ChainFigures, Written
 from shoal.training.spec import RunSpec
 
-SILENT_S = 2.0  # four pulses; a server is then replaced if its stage has another one
-STARVED_S = 3.0  # without what the server before has; then one of the two is replaced
-STALLED_S = 10.0  # without a position computed, while some wait
 PATIENCE_S = 30.0  # for a stage that nobody serves
 _LOOK_S = 0.25
 _REROUTE_S = 0.1  # before a supply that broke off is tried again
-_MOST_CUTS = 4  # of the supply of a server; then another one is taken
 _MOST_VAIN = 4  # restarts without a token in between
 
 
@@ -204,29 +199,9 @@ class Generation:
 
     def _trouble(self, stage: int, link: Link, now_s: float) -> ShoalError | None:
         """Why a server has to be replaced."""
-        if link.down is not None:
-            return link.down
-        if link.cuts >= _MOST_CUTS:
-            return PeerUnreachable(f"the server before cannot reach it: {link.cut_reason}")
-        if self._candidates.another(stage, link.peer, now_s) is None:
-            return None  # a slow one is better than none
-        if now_s - link.heard_s > SILENT_S:
-            return PeerSilent(f"{link.peer} has said nothing for {now_s - link.heard_s:.1f} s")
-        if link.received > link.computed and now_s - link.moved_s > STALLED_S:
-            return PeerSilent(f"{link.peer} has computed nothing for {now_s - link.moved_s:.1f} s")
-        if link is self._blamed(stage, now_s) or link is self._blamed((stage + 1) % self._stages, now_s):
-            return PeerUnreachable(f"nothing moves between {link.peer} and its neighbour")
-        return None
-
-    def _blamed(self, stage: int, now_s: float) -> Link | None:
-        """Where a server does not get what the one before has for it: in turns that server and the other."""
-        link, before = self._links[stage], self._links[stage - 1]
-        if link is None or before is None or link is before or not (link.is_open and before.is_open):
-            return None
-        due = len(self.tokens) if stage == 0 else before.computed
-        if link.received >= due or now_s - max(link.moved_s, before.moved_s) < STARVED_S:
-            return None
-        return before if self.figures.replaced % 2 else link
+        if (found := broken(link)) is not None or self._candidates.another(stage, link.peer, now_s) is None:
+            return found
+        return stuck(self._links, stage, len(self.tokens), self.figures.replaced, now_s)
 
     def _note(self, stage: int, link: Link, trouble: ShoalError, now_s: float) -> None:
         """Remember what a server that is given up has done, so that the next choice is a better one."""
