@@ -146,6 +146,14 @@ class Flow:
             self._tables.nodes[node.index]["weights"]
         )
 
+    def waiting_by_stage(self) -> Any:
+        """The same, of everybody who is online, summed up."""
+        nodes = self._tables.nodes
+        online = np.flatnonzero(nodes["state"] == tables.ONLINE)
+        queues = self._tables.queues[online]
+        pieces = queues[:, tables.FORWARD, 2] + queues[:, tables.BACKWARD, 2] + nodes["weights"][online]
+        return np.bincount(nodes["stage"][online], pieces, minlength=self._rules.last + 1)
+
     def holds(self, node: Node) -> int:
         """Micro-batches asked of it and not answered."""
         return int(self._tables.queues[node.index, tables.HELD, 2])

@@ -137,8 +137,6 @@ class SwarmPlacer(Placer):
 
     def _queues(self) -> list[float]:
         """Of each stage; an empty one is the most loaded."""
+        pieces = self._flow.waiting_by_stage()
         groups = self._places.groups
-        return [
-            float(sum(map(self._flow.waiting, group.nodes))) if len(group) else float("inf")
-            for group in groups
-        ]
+        return [float(pieces[stage]) if len(group) else float("inf") for stage, group in enumerate(groups)]
