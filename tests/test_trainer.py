@@ -48,11 +48,11 @@ def test_two_replicas_after_a_round_equal_one_process(stages: int) -> None:
                 for parameter in model.parameters():
                     assert parameter.grad is not None
                     parameter.sub_(rate * parameter.grad / (len(everything) * spec.micro_batch_tokens))
-            drivers = [r.trainer.driver for r in world.group(0)]
+            drivers = [r.trainer.station.driver for r in world.group(0)]
             await asyncio.gather(*(d.train(everything[n::2]) for n, d in enumerate(drivers) if d))
             for replica in world.replicas.values():
-                if replica.trainer.hop is not None:
-                    await replica.trainer.hop.drained()
+                if replica.trainer.station.hop is not None:
+                    await replica.trainer.station.hop.drained()
                 assert replica.trainer.weights.pending_tokens > 0
                 replica.trainer.weights.step(rate)  # each on the mean of its own share; tokens are weights
                 replica.task = asyncio.create_task(replica.trainer.outer.run())
@@ -77,7 +77,9 @@ def test_a_swarm_trains_and_its_groups_stay_bit_equal(stages: int) -> None:
                 await world.heights(height)
                 for stage in range(stages):
                     same_bits(world.group(stage))
-            losses = [r.trainer.driver.figures.loss for r in world.group(0) if r.trainer.driver]
+            losses = [
+                r.trainer.station.driver.figures.loss for r in world.group(0) if r.trainer.station.driver
+            ]
             assert all(loss < 3.0 for loss in losses), losses  # ln 257 is 5.55
 
     virtual_time.run(main)
@@ -124,8 +126,8 @@ def test_what_counted_and_what_did_not_is_shown() -> None:
             died = await world.kill(3)
             await asyncio.sleep(10.0)
             for r in world.group(0):
-                assert r.trainer.driver is not None
-                r.trainer.driver.pause()
+                assert r.trainer.station.driver is not None
+                r.trainer.station.driver.pause()
             await asyncio.sleep(5.0)
             drivers = [json.loads(json.dumps(r.trainer.status())) for r in world.group(0)]
             hops = [r.trainer.status() for r in (*world.group(1), died)]

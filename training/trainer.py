@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import math
 import random
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,9 @@ from shoal.training.outer.service import GroupMember, Outer
 from shoal.training.outer.snapshot import Inherited
 from shoal.training.partition import stage_ranges
 from shoal.training.pipeline.compute import StageCompute
-from shoal.training.pipeline.downstream import Downstream
-from shoal.training.pipeline.driver import Driver
-from shoal.training.pipeline.hop import Hop
 from shoal.training.pipeline.inference import InferenceHop
 from shoal.training.pipeline.ledger import Ledger
+from shoal.training.pipeline.station import Station
 from shoal.training.pipeline.successors import Event
 from shoal.training.recovery.guarding import Guarding
 from shoal.training.recovery.lost_stage import LostStage
@@ -56,7 +53,6 @@ from shoal.training.weights import Weights, learning_rate
 
 _EVALUATE_EVERY_S = 5.0  # at most so often, and for at most so much of the time
 _EVALUATE_SHARE = 0.04
-_RATE_WINDOW_S = 20.0
 Offload = Callable[..., Awaitable[Any]]
 
 
@@ -128,8 +124,6 @@ class Trainer:
         self._streams: Streams | None = None  # of a driver
         self._held_out_loss = math.nan
         self._uplink_bytes_per_s = UNKNOWN  # as this peer claims it
-        self._marks: deque[tuple[float, int]] = deque()  # (loop time, tokens) for the rate
-        self.reroutes: deque[float] = deque(maxlen=100)
 
     @property
     def layers(self) -> range:
@@ -193,8 +187,23 @@ class Trainer:
                 self._event,
             )
             self._streams.begin()
-        compute = StageCompute(self.spec, model, self.weights, self._device, self._learning_rate)
-        self._build_pipeline(compute)
+        self.station = Station(
+            self.spec,
+            self.stage,
+            me=self._me,
+            incarnation=self._incarnation,
+            transport=self._transport,
+            replicas=self._replicas,
+            compute=StageCompute(self.spec, model, self.weights, self._device, self._learning_rate),
+            lane=self._lane,
+            ledger=self._ledger,
+            stepped=self.outer.stepped,
+            added=self._book.add,
+            event=self._event,
+            rng=self._rng,
+            decisions=self._decisions,
+        )
+        self.station.serve()
         self._inference = InferenceHop(
             self.spec,
             self.stage,
@@ -239,55 +248,6 @@ class Trainer:
         if self._checkpoints is not None and self.outer.height == 0:
             await self._checkpoints.restore(self.outer)
 
-    def _build_pipeline(self, compute: StageCompute) -> None:
-        downstream = None
-        if not self.layout.last:
-            downstream = Downstream(
-                range(self.stage + 1, self.spec.stages.count),
-                self._transport,
-                self._replicas,
-                compute.format,
-                self._lane,
-                random.Random(self._rng.getrandbits(64)),
-                self._pipeline_event,
-                self._decisions,
-            )
-        self._downstream = downstream
-        self.driver: Driver | None = None
-        self.hop: Hop | None = None
-        if self.layout.first:
-            self.driver = Driver(
-                self.spec,
-                me=self._me,
-                incarnation=self._incarnation,
-                transport=self._transport,
-                replicas=self._replicas,
-                compute=compute,
-                lane=self._lane,
-                ledger=self._ledger,
-                downstream=downstream,
-                stepped=self._stepped,
-                event=self._pipeline_event,
-                rng=random.Random(self._rng.getrandbits(64)),
-                added=self._book.add,
-            )
-            self.driver.serve()
-        else:
-            self.hop = Hop(
-                self.spec,
-                self.stage,
-                me=self._me,
-                transport=self._transport,
-                replicas=self._replicas,
-                compute=compute,
-                lane=self._lane,
-                ledger=self._ledger,
-                downstream=downstream,
-                stepped=self._stepped,
-                event=self._pipeline_event,
-            )
-            self.hop.serve()
-
     async def run(self) -> None:
         """Train until cancelled."""
         async with asyncio.TaskGroup() as tasks:
@@ -297,23 +257,22 @@ class Trainer:
             tasks.create_task(self._obey())
             if self._checkpoints is not None:
                 tasks.create_task(self._checkpoints.run())
-            if self.hop is not None:
-                tasks.create_task(self.hop.run())
-            if self.driver is not None and self._feed is not None:
-                if self._streams is not None:
-                    tasks.create_task(self._streams.run())
-                tasks.create_task(self.driver.run(self._next_batch))
+            if self._streams is not None:
+                tasks.create_task(self._streams.run())
+            tasks.create_task(self.station.run(self._next_batch if self._feed is not None else None))
+            if self._feed is not None:
                 tasks.create_task(self._evaluate())
 
     async def _obey(self) -> None:
         """A driver begins nothing while the run is paused; what is in flight finishes, rounds go quiet."""
+        driver = self.station.driver
         with self._amended.watch() as changed:
-            while self.driver is not None:
+            while driver is not None:
                 changed.clear()
                 if self._amended.paused:
-                    self.driver.pause()
+                    driver.pause()
                 else:
-                    self.driver.resume()
+                    driver.resume()
                 await changed.wait()
 
     async def prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
@@ -331,15 +290,10 @@ class Trainer:
 
     async def drain(self, deadline_s: float) -> None:
         """Leave in order: take nothing new, finish what is held, contribute the last delta."""
-        if self._downstream is not None:
-            self._downstream.successors.leave()
+        self.station.leave()
         try:
             async with asyncio.timeout(deadline_s):
-                if self.driver is not None:
-                    await self.driver.drained()
-                if self.hop is not None:
-                    self.hop.draining = True
-                    await self.hop.drained()
+                await self.station.drained()
                 await self.outer.final_round()
         except TimeoutError:
             self._event("drain-cut", {"after_s": deadline_s})
@@ -372,23 +326,13 @@ class Trainer:
         load = self._lane.load()
         return Beat(
             backlog_s=load.backlog_s,
-            tokens_per_s=self.tokens_per_s(),
+            tokens_per_s=self.station.tokens_per_s(),
             finished_work=load.finished,
             stages=self.beat(),
             guards=self._guarding.beats(),
             spare_bytes=self._guarding.spare_bytes,
             streams=self._streams.claims if self._streams is not None else (),
         )
-
-    def tokens_per_s(self) -> float:
-        """Committed tokens a second over the last RATE_WINDOW_S."""
-        now, tokens = asyncio.get_running_loop().time(), self._ledger.tokens
-        self._marks.append((now, tokens))
-        while len(self._marks) > 2 and now - self._marks[0][0] > _RATE_WINDOW_S:
-            self._marks.popleft()
-        then, before = self._marks[0]
-        elapsed_s = now - then
-        return (tokens - before) / elapsed_s if elapsed_s > 0 else 0.0
 
     @property
     def decisions(self) -> Ledger:
@@ -401,12 +345,13 @@ class Trainer:
 
     def under_way(self) -> dict[PeerId, int]:
         """How many micro-batches each replica of the next stage has been asked for by this one."""
-        return self._downstream.successors.under_way() if self._downstream is not None else {}
+        return self.station.under_way()
 
     def status(self) -> dict[str, object]:
         """Figures for `shoal status`, JSON-able, keys stable."""
         outer, weights, load = self.outer, self.weights, self._lane.load()
         figures: dict[str, object] = {
+            **self.station.status(),
             "stage": self.stage,
             "layers": [self.layout.layers.start, self.layout.layers.stop],
             "parameters": self.layout.size,
@@ -419,18 +364,6 @@ class Trainer:
             "round_inner_steps": outer.spec.outer.inner_steps,
             "inner_steps": weights.inner_steps,
             "gradient_norm": weights.gradient_norm,
-            "tokens": self._ledger.tokens,
-            "tokens_per_s": self.tokens_per_s(),
-            "micro_batches": len(self._ledger),
-            "duplicates_refused": self._ledger.duplicates_refused,
-            "abandoned": self._ledger.abandoned,
-            "dropped": self._ledger.dropped,
-            "undecided": self.hop.undecided if self.hop is not None else 0,
-            "retries": self._downstream.successors.retries if self._downstream is not None else 0,
-            "adopted": self._downstream.adopted if self._downstream is not None else 0,
-            "hedges": self._downstream.hedges if self._downstream is not None else 0,
-            "next_stage": self._downstream.successors.status() if self._downstream is not None else [],
-            "reroutes_s": list(self.reroutes),
             "lane_queued": load.queued,
             "lane_backlog_s": load.backlog_s,
             "lane_busy_s": load.busy_s,
@@ -443,24 +376,12 @@ class Trainer:
             "guards": self._guarding.status(),
             "checkpoint": self._checkpoints.status() if self._checkpoints is not None else {},
         }
-        if self.driver is not None:
-            driver = self.driver.figures
-            figures |= {
-                "loss": _number(driver.loss),
-                "chain_s": driver.chain_s,
-                "restarted": driver.restarted,
-                "lost": self.driver.commits.lost,
-                "owed": self.driver.commits.owed,
-                "in_flight": self.driver.in_flight,
-                "streams": dict(self._book.at(self.weights.inner_steps)),
-            }
+        if self.stage == 0:
+            figures["streams"] = dict(self._book.at(self.weights.inner_steps))
         return figures
 
     def _learning_rate(self) -> float:
         return learning_rate(self.outer.spec, self.outer.tokens)
-
-    def _stepped(self) -> None:
-        self.outer.stepped()
 
     def _positions(self, step: int) -> tuple[tuple[int, int], ...]:
         """Of its data streams, as of an inner step."""
@@ -483,11 +404,6 @@ class Trainer:
         beats = (member.progress(0) for member in self._members.view().group(0))
         known = [beat for beat in beats if beat is not None]
         return max(known, key=lambda beat: (beat.log_tokens, beat.head)).head if known else bytes(32)
-
-    def _pipeline_event(self, kind: str, data: dict[str, object]) -> None:
-        if kind == "reroute":
-            self.reroutes.append(float(str(data["seconds"])))
-        self._event(kind, data)
 
     def _outer_event(self, kind: str, data: dict[str, object]) -> None:
         if kind == "round":  # the group waits for beats at the new height before it opens another
