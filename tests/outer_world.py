@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from members_world import RUN, owner
 
+from shoal.protocol.amendments import AmendmentBook
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.protocol.transport import Transport
+from shoal.training.amended import Amended
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import Entry, seats_in
 from shoal.training.outer.local import MemoryWeights
@@ -56,6 +59,7 @@ class Node:
         self.suspected: list[tuple[str, str]] = []
         self.transport = world.wrap(world.network.transport(name, frozenset({Role.TRAINER})))
         self.weights = MemoryWeights(world.genesis)
+        self.orders = AmendmentBook(RUN, owner().root_der)  # no heartbeat fills it
         self.changes: list[torch.Tensor] = []  # of every inner step this process made
         self.outer = Outer(
             world.spec,
@@ -72,6 +76,7 @@ class Node:
             event=lambda kind, data: self.events.append((kind, data)),
             directory=directory,
             guardians=lambda: [keeper.member() for keeper in world.keepers if keeper.keeps],
+            amended=Amended(world.spec, self.orders),
         )
         self.task: asyncio.Task[None] | None = None
 

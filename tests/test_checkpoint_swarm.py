@@ -100,6 +100,8 @@ def test_a_gathered_checkpoint_is_the_swarm_s_state_under_one_vector_of_heads(
     async def main() -> None:
         async with TrainerWorld(adam_spec(stages), disk=tmp_path) as world:
             await trained(world, stages, 4, replicas=2)
+            while not all(r.trainer.weights.inner_steps for r in world.replicas.values()):
+                await asyncio.sleep(0.1)  # virtual; whoever gives a stage has moments then
             seen: list[tuple[int, int]] = []
             checkpoint = await gatherer(world, world.replicas[0], tmp_path / "all").gather(
                 lambda done, total: seen.append((done, total))

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from fault_table import Case, all_cases
+from orders_world import Owner
 from outer_faults import Faults
 from outer_world import Node, World, round_spec
 
@@ -128,6 +129,19 @@ async def a_broken_replica(blow: Blow) -> int:
     return step(world, 3)
 
 
+async def a_member_without_orders(blow: Blow) -> int:
+    """One has not heard what the owner ordered; the leader names it."""
+    world = blow.world
+    order = Owner().set("inner.learning_rate", 1e-3)
+    names = [node.name for node in world.nodes]
+    leader = succession(world.spec.run_id(), 0, 1 + world.nodes[0].outer.height, names)[0]
+    blow.late = deaf = next(node for node in world.nodes if node.name != leader)
+    for node in world.nodes:
+        assert node is deaf or node.orders.adopt(order)
+    blow.arm()
+    return step(world)
+
+
 async def a_joiner(blow: Blow) -> int:
     """A newcomer takes a snapshot and its tail."""
     world = blow.world
@@ -153,6 +167,7 @@ SCENES: dict[str, Scene] = {
     "Tick": a_slow_round,
     "Gone": a_round_that_loses_a_member,
     "PartRequest": a_round_with_a_lost_part,
+    "OrdersRequest": a_member_without_orders,
 }
 
 
