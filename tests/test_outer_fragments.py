@@ -167,7 +167,7 @@ def test_bytes_spread_over_the_turns_and_inner_steps_go_on_as_if_there_were_no_r
             for one, other in itertools.permutations(world.nodes, 2):
                 world.network.set_link(one.name, other.name, link)
             sent: list[int] = []
-            made = until_all_have_led(spec, [node.name for node in world.nodes])
+            made = until_all_have_led(spec, [node.name for node in world.nodes]) + 2
             for _ in range((made + 20) * steps_apart):
                 world.everybody_steps()  # waits for nothing: the clock alone says when
                 await asyncio.sleep(step_s)
