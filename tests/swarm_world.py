@@ -34,7 +34,7 @@ from shoal.training.templates import TEMPLATES
 
 DECISIONS = "decisions.jsonl"
 START_S = 90.0  # two cores, four imports of torch, and whatever else the machine does
-POLL_S = 0.3
+POLL_S = 0.6  # a look costs a peer and the watcher as much as some training does
 HOST = "127.0.0.1"
 _EVENTS_TOLD = 8
 _ASKED_AT_ONCE = 8
