@@ -17,12 +17,11 @@ from shoal.training.model.layout import StageLayout, genesis, stage_layout
 from shoal.training.model.stage import StageModel
 from shoal.training.partition import stage_ranges
 from shoal.training.pipeline.compute import StageCompute
-from shoal.training.pipeline.downstream import Downstream
 from shoal.training.pipeline.driver import Driver
 from shoal.training.pipeline.hop import Hop
 from shoal.training.pipeline.ledger import Ledger
-from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.pipeline.replicas import Replica
+from shoal.training.pipeline.station import Station
 from shoal.training.spec import RunSpec
 from shoal.training.weights import Weights
 
@@ -119,42 +118,24 @@ class World:
         def event(kind: str, data: dict[str, object]) -> None:
             peer.events.append((kind, data))
 
-        downstream = None
-        if stage + 1 < spec.stages.count:
-            form = PayloadFormat.of(spec)
-            behind = range(stage + 1, spec.stages.count)
-            downstream = Downstream(behind, transport, self, form, lane, rng, event)
-        if stage == 0:
-            peer.driver = Driver(
-                spec,
-                me=name,
-                incarnation=peer.incarnation,
-                transport=transport,
-                replicas=self,
-                compute=compute,
-                lane=lane,
-                ledger=peer.ledger,
-                downstream=downstream,
-                stepped=lambda: None,
-                event=event,
-                rng=rng,
-            )
-            peer.driver.serve()
-        else:
-            peer.hop = Hop(
-                spec,
-                stage,
-                me=name,
-                transport=transport,
-                replicas=self,
-                compute=compute,
-                lane=lane,
-                ledger=peer.ledger,
-                downstream=downstream,
-                stepped=lambda: None,
-                event=event,
-            )
-            peer.hop.serve()
+        station = Station(
+            spec,
+            stage,
+            me=name,
+            incarnation=peer.incarnation,
+            transport=transport,
+            replicas=self,
+            compute=compute,
+            lane=lane,
+            ledger=peer.ledger,
+            stepped=lambda: None,
+            added=lambda tokens, stepped: None,
+            event=event,
+            rng=rng,
+            decisions=None,
+        )
+        peer.driver, peer.hop = station.driver, station.hop
+        station.serve()
         return peer
 
     async def __aenter__(self) -> World:

@@ -77,7 +77,7 @@ def trained(spec: RunSpec, text: torch.Tensor, steps: int) -> torch.Tensor:
         rows = batch(spec, text, generator)
         optimizer.zero_grad()
         hidden = model.blocks(flat, model.embed(flat, rows[:, :-1]), None)
-        (model.loss(flat, hidden, rows[:, 1:], None) / rows[:, 1:].numel()).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(model.loss(flat, hidden, rows[:, 1:], None) / rows[:, 1:].numel())
         optimizer.step()
     return flat.detach()
 
@@ -163,7 +163,9 @@ def test_a_session_goes_on_in_another_form_only_by_beginning_again() -> None:
             assert text[:10] == reference(world, PROMPT, 10)
             assert generation.figures.restarted == 1  # told to whoever asks for checks: `Written.restarted`
             assert generation.written().restarted
-            world.weights[1] = Int8Weights.dense(last.versions.get(b"").weights(torch.float32, "cpu"))  # type: ignore[arg-type]
+            held = last.versions.get(b"").weights(torch.float32, "cpu")
+            assert isinstance(held, Int8Weights)
+            world.weights[1] = held.dense()
             assert text[10:] == reference(world, PROMPT + text[:10], TOKENS - 10)
 
     run(main, limit_s=60)

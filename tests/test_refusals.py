@@ -46,6 +46,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -589,9 +590,9 @@ def test_a_stranger_takes_over_nobodys_micro_batch(tmp_path: Path) -> None:
             await ask_hop(driver, hop, hop.request(driver.me), hop.payload())
             before = hop.state()
 
-            def adopt(**changes: object) -> Adopt:
+            def adopt(**changes: Any) -> Adopt:
                 own = (Link(0, driver.me, 0),)
-                return replace(Adopt(MicroBatch(driver.me, 1, 0), 1, 100, own), **changes)  # type: ignore[arg-type]
+                return replace(Adopt(MicroBatch(driver.me, 1, 0), 1, 100, own), **changes)
 
             chain = (Link(0, stranger.me, 0),)
             cases: tuple[tuple[Adopt, type[ShoalError], str], ...] = (

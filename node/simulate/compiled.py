@@ -36,7 +36,7 @@ def compiled() -> Entrances:
     """The same, compiled; PLAIN without numba."""
     try:
         import numba
-        from numba.experimental import jitclass  # type: ignore[attr-defined]
+        from numba.experimental.jitclass.decorators import jitclass
         from numba.extending import register_jitable
     except ImportError:
         return PLAIN

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from inference_swarm import Swarm
+from safetensors.torch import load_file, save_file
 
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import Link, MemoryNetwork
@@ -55,10 +56,9 @@ def trained(
 ) -> torch.Tensor:
     """Flat weights [size]; taken from the folder `cache` where they lie from an earlier run."""
     layout = stage_layout(spec, range(spec.model.layers))
-    mark = f"{name}-{layout.size}-{STEPS[name]}-{len(text[0])}.pt"
+    mark = f"{name}-{layout.size}-{STEPS[name]}-{len(text[0])}.safetensors"
     if cache is not None and (cache / mark).exists():
-        found: torch.Tensor = torch.load(cache / mark, weights_only=True)
-        return found
+        return load_file(cache / mark)["weights"]
     model, weights = StageModel(spec, layout), genesis(spec, layout).requires_grad_()
     optimizer = torch.optim.AdamW([weights], lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     rng = random.Random(0)
@@ -67,7 +67,7 @@ def trained(
         optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / 50, 0.1 + 0.9 * cosine)
         loss = loss_of(model, weights, text[0], rng)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_([weights], 1.0)
         optimizer.step()
         if step % 100 == 99:
@@ -75,7 +75,7 @@ def trained(
     flat = weights.detach()
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
-        torch.save(flat, cache / mark)
+        save_file({"weights": flat}, cache / mark)
     return flat
 
 

@@ -28,15 +28,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from paced_peers import START_S, join, quiet_peer, token_of, training_of
 
 from shoal.node import AsyncClient, Options
-from shoal.node.demo.processes import JsonObject, PeerProcess, run_shoal
+from shoal.node.demo.processes import JsonObject, PeerProcess
 from shoal.training import spec_text
 from shoal.training.spec import RunSpec
 from shoal.training.templates import TEMPLATES
 
-START_S = 180.0
 MARGIN, TAKEN_GOAL, CPU_MOST = 0.05, 0.8, 0.9
 STAGES = 2
 
@@ -68,7 +67,7 @@ class Swarm:
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self._folder, self._options = folder, options
-        self.peers = [PeerProcess(f"s{stage}", folder / f"s{stage}", _ignore) for stage in range(STAGES)]
+        self.peers = [quiet_peer(f"s{stage}", folder / f"s{stage}") for stage in range(STAGES)]
 
     async def start(self) -> str:
         """The client's token."""
@@ -78,17 +77,9 @@ class Swarm:
         owner, other = self.peers
         await owner.start("up", str(spec), "--listen", "127.0.0.1", "--stage", "0", *share)
         await owner.event("invitation", START_S)
-        token = self._folder / "trainer.token"
-        token.touch(mode=0o600)
-        token.write_text(await self._token("trainer"))
-        await other.start("join", f"@{token}", "--listen", "127.0.0.1", "--stage", "1", *share)
+        await join(owner, other, "--stage", "1", *share)
         await asyncio.gather(*(peer.event("online", START_S) for peer in self.peers))
-        return await self._token("inference")
-
-    async def _token(self, role: str) -> str:
-        data = str(self.peers[0].folder / "data")
-        command = ("token", "create", "--role", role, "--name", role, "--json", "--data-dir", data)
-        return str((await run_shoal(*command, timeout_s=START_S))["token"])
+        return await token_of(owner, "client", "inference")
 
     async def look(self) -> list[Look]:
         return [await _look(peer) for peer in self.peers]
@@ -97,23 +88,14 @@ class Swarm:
         await asyncio.gather(*(peer.stop() for peer in self.peers))
 
 
-def _ignore(peer: PeerProcess, event: JsonObject) -> None:
-    del peer, event
-
-
 async def _look(peer: PeerProcess) -> Look:
-    status = await peer.status()
-    if status is None or peer.process_id is None:
-        raise SystemExit(f"{peer.name} does not answer\n{peer.last_words()}")
-    process = psutil.Process(peer.process_id)
-    times = [found.cpu_times() for found in (process, *process.children(recursive=True))]
-    training = status["training"]
+    training, cpu_s = await training_of(peer)
     return Look(
         time.perf_counter(),
         int(training["micro_batches"]),
         float(training["lane_served_s"]),
         int(training["sessions"]["positions"]),
-        sum(used.user + used.system for used in times),
+        cpu_s,
     )
 
 

@@ -25,14 +25,13 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
+from paced_peers import START_S, join, quiet_peer, training_of
 
-from shoal.node.demo.processes import JsonObject, PeerProcess, run_shoal
+from shoal.node.demo.processes import JsonObject, PeerProcess
 from shoal.training import spec_text
 from shoal.training.spec import RunSpec
 from shoal.training.templates import TEMPLATES
 
-START_S = 180.0
 RATE_GOAL, SHARE_GOAL, CPU_GOAL = 0.9, 0.15, 0.5
 
 
@@ -71,7 +70,7 @@ class Unequal:
         spec.write_text(spec_text.render(unequal_spec(options.stages, options.in_flight)))
         paces = (options.fast, options.fast * options.slower)
         self.peers = [
-            [PeerProcess(f"s{stage}-{word}", self._folder / f"{stage}-{word}", _ignore) for word in SPEEDS]
+            [quiet_peer(f"s{stage}-{word}", self._folder / f"{stage}-{word}") for word in SPEEDS]
             for stage in range(options.stages)
         ]
         owner = self.peers[0][0]
@@ -80,21 +79,9 @@ class Unequal:
         for stage, group in enumerate(self.peers):
             for peer, pace_s in zip(group, paces, strict=True):
                 if peer is not owner:
-                    await self._join(owner, peer, stage, pace_s)
+                    await join(owner, peer, "--stage", str(stage), "--pace", str(pace_s))
                     await peer.event("plan", START_S)  # one import of torch at a time
         await asyncio.gather(*(peer.event("online", START_S) for group in self.peers for peer in group))
-
-    async def _join(self, owner: PeerProcess, peer: PeerProcess, stage: int, pace_s: float) -> None:
-        data = str(owner.folder / "data")
-        created = await run_shoal(
-            *("token", "create", "--role", "trainer", "--name", peer.name, "--json", "--data-dir", data),
-            timeout_s=START_S,
-        )
-        token = self._folder / f"{peer.name}.token"
-        token.touch(mode=0o600)
-        token.write_text(str(created["token"]))
-        options = ("--listen", "127.0.0.1", "--stage", str(stage), "--pace", str(pace_s))
-        await peer.start("join", f"@{token}", *options)
 
     async def look(self) -> list[list[Look]]:
         return [[await _look(peer) for peer in group] for group in self.peers]
@@ -106,23 +93,10 @@ class Unequal:
 SPEEDS = ("fast", "slow")
 
 
-def _ignore(peer: PeerProcess, event: JsonObject) -> None:
-    del peer, event
-
-
 async def _look(peer: PeerProcess) -> Look:
-    status = await peer.status()
-    if status is None or peer.process_id is None:
-        raise SystemExit(f"{peer.name} does not answer\n{peer.last_words()}")
-    process = psutil.Process(peer.process_id)
-    times = [found.cpu_times() for found in (process, *process.children(recursive=True))]
-    training = status["training"]
-    return Look(
-        time.perf_counter(),
-        int(training["micro_batches"]),
-        float(training["lane_service_s"]),
-        sum(used.user + used.system for used in times),
-    )
+    training, cpu_s = await training_of(peer)
+    done, service_s = int(training["micro_batches"]), float(training["lane_service_s"])
+    return Look(time.perf_counter(), done, service_s, cpu_s)
 
 
 @dataclass(frozen=True, slots=True)
