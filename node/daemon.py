@@ -37,6 +37,7 @@ from shoal.node.paths import PeerFolder, checkpoint_store, run_folder
 from shoal.node.presence import Presence, present
 from shoal.node.progress import Show, show_progress
 from shoal.node.revoked import leave_when_revoked
+from shoal.node.sinks.telling import telling
 from shoal.node.tokenizers import serve_tokenizer
 from shoal.node.view.archive import Archive
 from shoal.node.view.buffer import Buffer
@@ -158,14 +159,15 @@ class Daemon:
             worker = Worker(presence, options, self._folder, self._store, self._events)
             self._worker, presence.make_beat = worker, worker.beat
             with ThreadPoolExecutor(1, thread_name_prefix="history") as disk:
-                self._observer = self._observe(presence, disk)
-                async with self._serve_metrics(self._observer):
-                    await self._live(presence, worker, self._observer)
+                async with telling(options.sinks, self._events) as tell:
+                    self._observer = self._observe(presence, disk, tell)
+                    async with self._serve_metrics(self._observer):
+                        await self._live(presence, worker, self._observer)
             await presence.members.leave(self._stop_reason or "left")
         self._events("left", self._farewell())
         return self._exit_code
 
-    def _observe(self, presence: Presence, disk: Executor) -> Observer:
+    def _observe(self, presence: Presence, disk: Executor, tell: Callable[[Snapshot], None]) -> Observer:
         """What this peer shows, tells and, with the owner's role, takes and keeps."""
 
         async def offload(function: Callable[..., Any], *arguments: object) -> Any:
@@ -185,6 +187,7 @@ class Daemon:
             rng=random.Random(presence.rng.getrandbits(64)),
             history=History(archive, offload, time.time) if takes else None,
             takes=takes,
+            tell=tell,
         )
 
     @contextlib.asynccontextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shoal.node.dashboard.address import DashboardOptions
 from shoal.node.presence import Listening
+from shoal.node.sinks.telling import Sink
 from shoal.training.lane import SHARE
 
 ALL_THREADS: int | None = None
@@ -30,3 +31,4 @@ class PeerOptions:
     metrics: tuple[str, int] | None = None  # where /metrics is served
     listening: Listening = field(default_factory=Listening)
     dashboard: DashboardOptions | None = None  # the owner's page
+    sinks: tuple[Sink, ...] = ()  # where the owner's figures go besides

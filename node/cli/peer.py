@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.node.cli import dashboard as page
+from shoal.node.cli import sinks
 from shoal.node.cli.console import note, out, print_json
 from shoal.node.cli.units import rate_bytes_per_s, size_bytes, socket_address
 from shoal.node.events import json_events, plain_events
@@ -97,6 +98,8 @@ def up(
     dashboard_tls: page.Tls = None,
     dashboard_without_tls: page.WithoutTls = False,
     metrics: Metrics = None,
+    tensorboard: sinks.TensorBoardFolder = None,
+    wandb: sinks.WandbProject = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -131,6 +134,7 @@ def up(
         options = dataclasses.replace(options, dashboard=shown)
     root = data_root(data_dir)
     home = OwnerHome.of_run(root, spec, time.time())
+    options = dataclasses.replace(options, sinks=sinks.chosen(home, tensorboard, wandb))
     with PeerFolder.claim(root) as folder:
         code = run_peer(home.own_token(time.time()), folder, options, as_json, home)
     raise typer.Exit(code)

@@ -60,8 +60,12 @@ class Observer:
         rng: random.Random,
         history: History | None = None,
         takes: bool = False,
+        tell: Callable[[Snapshot], None] = lambda snapshot: None,
     ) -> None:
-        """`takes`: the others' telemetry, since this peer has the owner role. `clock`: Unix seconds."""
+        """`takes`: the others' telemetry, since this peer has the owner role. `clock`: Unix seconds.
+
+        `tell` gets a Snapshot with every point of the series.
+        """
         self._transport = transport
         self._members = members
         self._buffer = buffer
@@ -71,6 +75,7 @@ class Observer:
         self._process = process
         self._clock = clock
         self._history = history
+        self._tell = tell
         self._tally = Tally()
         self._watch = Watch()
         self._mine = Told(process)
@@ -188,6 +193,7 @@ class Observer:
         self._best = max(self._best or 0.0, snapshot.throughput.now)
         await asyncio.sleep(0.0)  # with a thousand peers each half takes the loop's 50 ms
         self._findings = self._judge(snapshot)
+        self._tell(snapshot)
         history = self._history
         if history is None:
             return

@@ -106,6 +106,11 @@ class Snapshot:
         """Live online replicas of every stage."""
         return tuple(stage.replicas for stage in self.stages)
 
+    @property
+    def online(self) -> int:
+        """Live online peers."""
+        return sum(peer.state == "online" and peer.liveness == "alive" for peer in self.peers)
+
     def to_json(self) -> dict[str, object]:
         """Plain values with stable keys."""
         values: dict[str, object] = plain(self)

@@ -111,7 +111,6 @@ def tiles(snapshot: Snapshot, state: PageState) -> Markup:
     held_out = next((p.held_out for p in reversed(snapshot.loss) if p.held_out is not None), None)
     train = next((p.train for p in reversed(snapshot.loss) if p.train is not None), None)
     done = run.tokens / run.goal_tokens if run.goal_tokens else None
-    online = sum(peer.state == "online" and peer.liveness == "alive" for peer in snapshot.peers)
     losses = [point.train for point in snapshot.loss if point.train is not None][-_SPARK_POINTS:]
     goal = f"of {words.number(run.goal_tokens)}" if run.goal_tokens else ""
     eta = f", {words.duration(run.eta_s)} to go" if run.eta_s else ""
@@ -143,7 +142,7 @@ def tiles(snapshot: Snapshot, state: PageState) -> Markup:
             ),
             _tile(
                 "Peers online",
-                words.number(online),
+                words.number(snapshot.online),
                 f"weakest stage: {words.count(min(snapshot.replicas), 'replica')}"
                 if snapshot.replicas
                 else "",
