@@ -11,12 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from view_peers import inline
 from view_world import NOW, own
 
 from shoal.node.control import Action, serve_control
 from shoal.node.dashboard.address import DashboardOptions
 from shoal.node.dashboard.child import Dashboard, dashboard
 from shoal.node.view import parts
+from shoal.node.view.archive import Archive, Entry
+from shoal.node.view.history import History
 from shoal.node.view.snapshot import Snapshot
 from shoal.protocol.errors import StorageError
 
@@ -272,6 +275,32 @@ def _member(row: parts.Peer, rng: random.Random) -> parts.RoundMember:
     return parts.RoundMember(peer=row.peer, name=row.name, bytes_out=1_100_000, phases=tuple(phases))
 
 
+async def recorded(folder: Path, ended: float) -> tuple[History, list[Snapshot]]:
+    """Ten minutes of a run until `ended`, a moment every 20 s; in the seventh a replica was lost."""
+    history = History(Archive(folder / "history.sqlite"), inline, lambda: ended)
+    now = full_snapshot(at=ended)
+    lost = peer_row(77, 2, random.Random(7), name="lost-later")
+    moments = []
+    for number in range(31):
+        at = ended - 20.0 * (30 - number)
+        run = replace(now.run, tokens=now.run.tokens - 40_000 * (30 - number), height=41 - (30 - number) // 5)
+        then = replace(now, at=at, run=run)
+        if number < 20:
+            verdict = parts.Verdict(
+                state="training", level="ok", text="Training. Every stage has two replicas."
+            )
+            then = replace(then, peers=(*now.peers, lost), verdict=verdict)
+        moments.append(then)
+        history.frame(then)
+        history.sample("tokens_per_s", at, 4000.0 + 30.0 * number)
+        row = parts.EventRow(
+            number=number, at=at, kind="note", peer="me", name="owner", text=f"note {number}"
+        )
+        history.add(Entry(row=row, process=1, theirs=number))
+        await history.flush()
+    return history, moments
+
+
 @dataclass
 class FakeDaemon:
     """Answers the page as an owner's daemon would, and remembers what it was asked to do."""
@@ -284,6 +313,7 @@ class FakeDaemon:
     logins: int = 0
     disk_full: bool = False
     exported: dict[str, Any] = field(default_factory=dict)
+    recorded: History | None = None  # what the scrubber goes back through
     hidden: frozenset[str] = frozenset()  # actions that it has no more
     page: Dashboard | None = None
 
@@ -358,6 +388,8 @@ class FakeDaemon:
     async def _history(self, request: Mapping[str, Any]) -> object:
         if self.disk_full:
             raise StorageError("cannot write the history: no space left on device")
+        if self.recorded is not None and request["what"] in ("span", "moment", "series"):
+            return await self.recorded.ask(dict(request))
         rows = [
             {
                 "peer": peer.peer,

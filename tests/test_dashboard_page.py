@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import json
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.resources import files
@@ -18,12 +19,13 @@ from typing import Any
 import psutil
 import pytest
 from dashboard_browser import browser, sign_in
-from dashboard_world import FakeDaemon, full_snapshot, served
+from dashboard_world import FakeDaemon, full_snapshot, recorded, served
 from playwright.async_api import Browser, Page, expect
 
-from shoal.node.dashboard import snippets
+from shoal.node.dashboard import snippets, words
 
 AXE = (files("axe_playwright_python") / "axe.min.js").read_text()
+MOVED = "(one, at) => { one.value = at; one.dispatchEvent(new Event('input', {bubbles: true})); }"
 HOSTILE = "<img src=x onerror=window.pwned=1>\"'><script>window.pwned=1</script>"
 
 
@@ -41,6 +43,7 @@ class World:
         self.browser: Browser = await self._stack.enter_async_context(browser())
         self.context = await self.browser.new_context(viewport={"width": 1280, "height": 900})
         self.page = await sign_in(self.context, link)
+        self.daemon.recorded, self.moments = await recorded(folder, time.time())
 
     @asynccontextmanager
     async def fresh(self) -> AsyncIterator[Page]:
@@ -274,6 +277,51 @@ def test_what_the_daemon_cannot_do_is_not_there(world: World) -> None:
             await expect(page.locator("#verdict .buttons")).to_have_count(0)
             await expect(page.locator("#tryout")).to_be_hidden()
             await expect(page.locator("#invitations form")).to_have_count(0)
+
+    world.runner.run(story())
+
+
+def test_it_looks_back_at_the_run_as_it_was(world: World) -> None:
+    async def story() -> None:
+        async with world.fresh() as page:
+            slider, scrubber = page.locator("#scrubber input"), page.locator("#scrubber")
+            live = world.daemon.snapshot
+            then = world.moments[10]
+            await expect(slider).to_be_visible()  # once the page knows how far the history reaches
+            for at in (world.moments[2].at, then.at + 5.0):  # the second before the first is answered
+                await slider.evaluate(MOVED, at)
+            await expect(scrubber).to_contain_text(f"As of {words.clock(then.at)}, not live")
+            await expect(page.locator("h1")).to_have_text("Training. Every stage has two replicas.")
+            await expect(page.locator("#pipeline .cell", has_text="lost-later")).to_be_visible()
+            await expect(page.locator("#tiles")).to_contain_text(words.number(then.run.tokens))
+            await expect(page.locator("#loss .mark.then")).to_have_count(1)
+            await expect(page.locator("#events li").first).to_contain_text("note 10")
+            await expect(page.locator("#verdict .buttons")).to_have_count(0)  # the past takes no orders
+            for gone in ("invitations", "tryout", "links", "rounds"):
+                await expect(page.locator(f"#{gone}")).to_be_hidden()
+            await page.locator("#peers .link", has_text="lost-later").click()
+            await expect(page.locator("dialog.drawer h2")).to_have_text("lost-later")
+            await expect(page.locator("dialog.drawer .buttons")).to_have_count(0)
+            await page.keyboard.press("Escape")
+
+            await page.evaluate(f"() => {{ {AXE} }}")
+            assert not await serious(page)
+            assert not await overlapping(page)
+            await scrubber.get_by_role("button", name="Later").click()
+            await expect(scrubber).to_contain_text(words.clock(world.moments[11].at))
+            await slider.evaluate(MOVED, world.moments[25].at)
+            await expect(page.locator("#pipeline .cell", has_text="lost-later")).to_have_count(0)
+
+            await scrubber.get_by_role("button", name="Back to live").click()
+            await expect(scrubber).not_to_contain_text("not live")
+            await expect(page.locator("h1")).to_have_text(live.verdict.text)
+            await expect(page.locator("#verdict button", has_text="Pause")).to_be_visible()
+            assert await slider.evaluate("one => one.value === one.max")
+            await slider.evaluate(MOVED, 0.0)
+            await expect(scrubber).to_contain_text(f"As of {words.clock(world.moments[0].at)}")
+            await slider.focus()
+            await page.keyboard.press("End")  # the right end is now
+            await expect(scrubber).not_to_contain_text("not live")
 
     world.runner.run(story())
 

@@ -17,6 +17,7 @@ from nicegui import ui
 from shoal.node.dashboard.feed import Feed
 from shoal.node.dashboard.panels.peers import COLUMNS, as_csv
 from shoal.node.dashboard.panels.questions import RATES, REASON_CHARACTERS, question_of
+from shoal.node.dashboard.past import Looking
 from shoal.node.dashboard.state import Invitation, PageState, Tryout
 from shoal.protocol.errors import ShoalError
 
@@ -33,6 +34,7 @@ class Deeds:
         self, feed: Feed, who: str, state: Callable[[], PageState], become: Callable[[PageState], None]
     ) -> None:
         self._feed, self._who, self._state, self._become = feed, who, state, become
+        looking = Looking(feed, state, become)
         self._deeds: dict[str, Callable[[Values], Awaitable[None] | None]] = {
             "peer": lambda values: self._step(peer=str(values.get("peer", ""))[:128]),
             "close": lambda values: self._close(),
@@ -51,6 +53,9 @@ class Deeds:
             "set-rates": self._set_rates,
             "token_create": self._create_token,
             "invitation-done": lambda values: self._step(invitation=None),
+            "moment": looking.at,
+            "window": looking.window,
+            "live": looking.live,
             "tryout": self._write,
             "tryout-stop": lambda values: self._step(tryout=replace(self._state().tryout, running=False)),
         }
@@ -81,8 +86,10 @@ class Deeds:
             self._step(sort=column, descending=not state.descending if column == state.sort else False)
 
     def _csv(self, values: Values) -> None:
-        if self._feed.snapshot is not None:
-            content = as_csv(self._feed.snapshot, self._state()).encode()
+        past = self._state().past
+        shown = past.snapshot if past is not None else self._feed.snapshot
+        if shown is not None:
+            content = as_csv(shown, self._state()).encode()
             ui.download.content(content, "peers.csv", "text/csv")
 
     async def _events_file(self, values: Values) -> None:

@@ -39,6 +39,7 @@ class Feed:
         self.contributors: list[dict[str, Any]] = []
         self.exported: dict[str, Any] = {}  # what became of the last export of a checkpoint
         self.rates: list[tuple[float, float]] = []  # Unix seconds, tokens a second
+        self.span: tuple[float, float] | None = None  # of the history, Unix seconds
 
     def wanted(self) -> None:
         """A page is there."""
@@ -82,6 +83,8 @@ class Feed:
         self.contributors = told.get("contributors", self.contributors)
         told = await self._paper("history", {}, what="series", name="tokens_per_s", since=since)
         self.rates = told.get("points", self.rates)
+        told = await self._paper("history", {}, what="span")
+        self.span = tuple(told["span"]) if told.get("span") else self.span
 
     async def _paper(self, do: str, known: Any, **arguments: object) -> Any:
         """What the daemon says, or what was known: a full disk, for one, is no reason to show nothing."""

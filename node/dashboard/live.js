@@ -45,6 +45,7 @@ function attributes(old, next) {
   for (const { name, value } of next.attributes) {
     if (old.getAttribute(name) !== value) old.setAttribute(name, value);
   }
+  if (old.type === "range" && old !== document.activeElement) old.value = next.getAttribute("value");
 }
 
 function places(root) {
@@ -104,12 +105,14 @@ export default {
       event.preventDefault();
       this.$emit("do", { ...form.dataset, form: Object.fromEntries(new FormData(form)) });
     });
-    let typing = 0;
+    let typing = 0, told = 0;
     root.addEventListener("input", (event) => {
       const field = event.target;
       if (!field.dataset.do) return;
+      const tell = () => this.$emit("do", { ...field.dataset, value: field.value });
+      if (field.type === "range" && Date.now() - told > 150) return (told = Date.now()), tell(); // while it is dragged
       clearTimeout(typing);
-      typing = setTimeout(() => this.$emit("do", { ...field.dataset, value: field.value }), 150);
+      typing = setTimeout(tell, 150);
     });
     root.addEventListener("cancel", (event) => {
       event.preventDefault(); // Escape: the server closes it

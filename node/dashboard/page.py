@@ -30,6 +30,7 @@ from shoal.node.dashboard.panels import (
     questions,
     rounds,
     safety,
+    scrubber,
     training,
     tryout,
 )
@@ -41,6 +42,7 @@ Draw = Callable[[Snapshot, PageState], Markup]
 
 PANELS: tuple[tuple[str, str, Draw], ...] = (  # id, classes, what draws it
     ("verdict", "verdict wide", overview.verdict),
+    ("scrubber", "scrubber wide", scrubber.scrubber),
     ("tiles", "tiles wide", overview.tiles),
     ("loss", "card two-thirds", training.loss),
     ("throughput", "card third", training.throughput),
@@ -61,6 +63,8 @@ PANELS: tuple[tuple[str, str, Draw], ...] = (  # id, classes, what draws it
     ("drawer", "over", drawer.drawer),
     ("questions", "over", questions.dialogs),
 )
+OF_NOW = frozenset({"scrubber", "loss"})  # draw the run as it is beside the moment that is shown
+NOT_KEPT = frozenset({"rounds", "links", "coordinator", "invitations", "tryout", "contributors", "orders"})
 _FOLDER = Path(__file__).parent
 
 
@@ -95,11 +99,11 @@ class OwnersPage:
             for name, kind, draw in PANELS:
                 if "stacked" not in kind:
                     beside = None
-                    self._live("section", name, kind, _when_known(draw))
+                    self._live("section", name, kind, _at_its_time(name, draw))
                     continue
                 beside = beside or ui.element("div").classes("beside half")
                 with beside:
-                    self._live("section", name, kind, _when_known(draw))
+                    self._live("section", name, kind, _at_its_time(name, draw))
         toast = self._live("div", "toast", "toasts", questions.toast)
         toast.props("role=status")
         ui.timer(TICK_S, self._tick)
@@ -126,6 +130,7 @@ class OwnersPage:
                 exported=feed.exported,
                 rates=tuple((at, rate) for at, rate in feed.rates),
                 trouble=feed.trouble,
+                span=feed.span,
             )
         self._redraw()
 
@@ -144,5 +149,12 @@ class OwnersPage:
         ui.run_javascript("window.shoalAlive?.()")
 
 
-def _when_known(draw: Draw) -> Callable[[Snapshot | None, PageState], Markup]:
-    return lambda snapshot, state: draw(snapshot, state) if snapshot is not None else Markup()
+def _at_its_time(name: str, draw: Draw) -> Callable[[Snapshot | None, PageState], Markup]:
+    """Draws the moment that the page shows; nothing where nothing is known of it."""
+
+    def shown(snapshot: Snapshot | None, state: PageState) -> Markup:
+        if state.past is not None and name not in OF_NOW:
+            snapshot = state.past.snapshot if name not in NOT_KEPT else None
+        return draw(snapshot, state) if snapshot is not None else Markup()
+
+    return shown

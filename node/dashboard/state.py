@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from shoal.node.dashboard.words import count
+from shoal.node.view.snapshot import Snapshot
 
 PEERS_SHOWN = 50
 
@@ -46,6 +47,18 @@ class Tryout:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """A moment of the history, shown instead of now."""
+
+    snapshot: Snapshot
+    before: float | None  # the kept moments beside it, Unix seconds
+    after: float | None
+    window_s: float  # what the scrubber reaches over
+    until: float  # its right end: when the page was live last
+    curve: tuple[tuple[float, float], ...] = ()  # Unix seconds, tokens a second
+
+
 @dataclass(frozen=True, slots=True)
 class PageState:
     """See the module."""
@@ -70,12 +83,18 @@ class PageState:
     invitation: Invitation | None = None
     event_filter: str = ""
     tryout: Tryout = Tryout()
+    span: tuple[float, float] | None = None  # of the history that can be looked at, Unix seconds
+    window_s: float = 3600.0
+    past: Past | None = None  # what is shown; None: now
 
     def can(self, action: str, what: str = "") -> bool:
-        """Whether the daemon knows this action, and this order; what it does not know has no button."""
+        """Whether the daemon knows this action, and this order; what it does not know has no button.
+
+        The past cannot be acted upon.
+        """
         kinds = self.orders.get("kinds")
         ordered = not what or action != "order" or (isinstance(kinds, list) and what in kinds)
-        return action in self.actions and ordered
+        return self.past is None and action in self.actions and ordered
 
 
 def stage_word(stages: tuple[int, ...]) -> str:

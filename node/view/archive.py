@@ -1,4 +1,4 @@
-"""The history's file: events, series and contributors in SQLite. Blocking; `history` calls it.
+"""The history's file: events, series, contributors and frames in SQLite. Blocking; `history` calls it.
 
 Bounded in age and size. A damaged file is put aside and a new one begun; anything else that the disk refuses
 raises StorageError, and the next call tries again.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.node.view import frames
 from shoal.node.view.parts import EventRow
+from shoal.node.view.snapshot import Snapshot
 from shoal.protocol.errors import StorageError
 from shoal.protocol.limits import MIB
 
@@ -38,6 +41,8 @@ INSERT INTO contributors VALUES (?,?,?,?,?,?,?,?) ON CONFLICT DO UPDATE SET name
     tokens=max(tokens, excluded.tokens), uptime_s=max(uptime_s, excluded.uptime_s),
     micro_batches=max(micro_batches, excluded.micro_batches), last_at=excluded.last_at
 """
+
+_AGEING = (("events", "at"), ("series", "at"), ("contributors", "last_at"), ("frames", "at"))  # table, time
 
 LOSSES = 800
 _LOSSES = """
@@ -75,6 +80,7 @@ class Write:
     entries: tuple[Entry, ...] = ()
     samples: tuple[tuple[str, float, float], ...] = ()  # series, Unix seconds, value
     contributions: tuple[Contribution, ...] = ()
+    frames: tuple[Snapshot, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,13 +154,15 @@ class Archive:
                 who = (done.peer, str(done.process), done.name)
                 what_done = (done.tokens, done.uptime_s, done.micro_batches)
                 db.execute(_CONTRIBUTED, (*who, *what_done, done.at, done.at))
+            for snapshot in what.frames:
+                frames.write(db, snapshot)
         return self.used_bytes()
 
     def tidy(self, now: float) -> int:
         """Let go of what is too old, and of the oldest while the file is too large; its bytes then."""
         with self._open() as db:
             with db:
-                for table, column in (("events", "at"), ("series", "at"), ("contributors", "last_at")):
+                for table, column in _AGEING:
                     db.execute(f"DELETE FROM {table} WHERE {column} < ?", (now - self._kept_s,))
                 db.execute("DELETE FROM heard WHERE at < ?", (now - self._kept_s,))
                 db.execute(
@@ -162,6 +170,7 @@ class Archive:
                     "(SELECT peer, process FROM contributors ORDER BY last_at DESC LIMIT -1 OFFSET ?)",
                     (CONTRIBUTORS,),
                 )
+                frames.thin(db, now, self._size_bytes)
             while self._shrunk_bytes(db) > self._size_bytes and self._drop_oldest(db):
                 pass
         return self.used_bytes()
@@ -178,10 +187,23 @@ class Archive:
         return sum(file.stat().st_size for file in files if file.exists())
 
     def events(
-        self, after: int, kind: str | None, peer: str | None, most: int, *, newest: bool
+        self,
+        after: int,
+        kind: str | None,
+        peer: str | None,
+        most: int,
+        *,
+        newest: bool,
+        until: float | None = None,
     ) -> list[EventRow]:
-        """Those numbered above `after`, ascending: the first `most` of them, or the last if `newest`."""
+        """Those numbered above `after`, ascending: the first `most` of them, or the last if `newest`.
+
+        `until`: none that happened later, Unix seconds.
+        """
         wanted, values = ["number > ?"], list[object]([after])
+        if until is not None:
+            wanted.append("at <= ?")
+            values.append(until)
         if kind:
             wanted.append("kind = ?")
             values.append(kind)
@@ -194,20 +216,33 @@ class Archive:
             rows = [_row(row) for row in db.execute(query, (*values, min(most, PAGE)))]
         return rows[::-1] if newest else rows
 
-    def series(self, name: str, since: float, points: int) -> list[tuple[float, float]]:
+    def frame(self, at: float) -> frames.Frame | None:
+        """The run as it was then; see `frames.read`."""
+        with self._open() as db:
+            return frames.read(db, at)
+
+    def span(self) -> tuple[float, float] | None:
+        """The times of the first and of the last frame."""
+        with self._open() as db:
+            return frames.span(db)
+
+    def series(
+        self, name: str, since: float, points: int, until: float = math.inf
+    ) -> list[tuple[float, float]]:
         """(Unix seconds, mean), at most `points`, evenly cut in time."""
         points = max(1, min(points, PAGE))
         with self._open() as db:
             span = db.execute(
-                "SELECT min(at), max(at) FROM series WHERE name = ? AND at >= ?", (name, since)
+                "SELECT min(at), max(at) FROM series WHERE name = ? AND at BETWEEN ? AND ?",
+                (name, since, until),
             ).fetchone()
             if span[0] is None:
                 return []
             width = max(1e-3, (span[1] - span[0]) / points)
             found = db.execute(
-                "SELECT max(at), avg(value) FROM series WHERE name = ? AND at >= ? "
+                "SELECT max(at), avg(value) FROM series WHERE name = ? AND at BETWEEN ? AND ? "
                 "GROUP BY min(CAST((at - ?) / ? AS INTEGER), ?) ORDER BY 1",
-                (name, since, span[0], width, points - 1),
+                (name, since, until, span[0], width, points - 1),
             )
             return [(at, value) for at, value in found]
 
@@ -236,7 +271,7 @@ class Archive:
         """A tenth of what is there; whether there was anything."""
         with db:
             gone = 0
-            for table, order in (("events", "number"), ("series", "at")):
+            for table, order in (("events", "number"), ("series", "at"), ("frames", "at")):
                 count = db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
                 where = f"SELECT {order} FROM {table} ORDER BY {order} LIMIT 1 OFFSET ?"
                 if count:
@@ -267,7 +302,7 @@ class Archive:
             db.execute("PRAGMA journal_mode=WAL").fetchall()
             db.execute("PRAGMA synchronous=NORMAL")
             db.execute("PRAGMA journal_size_limit=8388608").fetchall()
-            db.executescript(_SCHEMA)
+            db.executescript(_SCHEMA + frames.SCHEMA)
         except BaseException:
             db.close()
             raise

@@ -7,12 +7,14 @@ trouble is stated in the snapshot, and goes away when the disk takes something a
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from shoal.node.view.archive import Archive, Contribution, Entry, Start, Write
 from shoal.node.view.plain import plain
+from shoal.node.view.snapshot import EVENTS, Snapshot
 from shoal.protocol.errors import ShoalError, StorageError, UsageError
 
 QUEUE = 8192  # events that wait for the disk
@@ -36,6 +38,7 @@ class History:
         self._entries: deque[Entry] = deque()
         self._samples: deque[tuple[str, float, float]] = deque(maxlen=SAMPLES)
         self._contributions: dict[tuple[str, int], Contribution] = {}
+        self._frame: Snapshot | None = None
 
     @property
     def queue(self) -> int:
@@ -74,6 +77,10 @@ class History:
         if len(self._contributions) < QUEUE or (done.peer, done.process) in self._contributions:
             self._contributions[done.peer, done.process] = done
 
+    def frame(self, snapshot: Snapshot) -> None:
+        """The run as it is; of two that wait for the disk the newer is kept."""
+        self._frame = snapshot
+
     async def run(self) -> None:
         """Write and tidy until cancelled."""
         loop = asyncio.get_running_loop()
@@ -91,13 +98,15 @@ class History:
 
     async def flush(self) -> bool:
         """Write what waits; whether the disk took it."""
-        if not (self._entries or self._samples or self._contributions):
+        if not (self._entries or self._samples or self._contributions or self._frame):
             return True
         write = Write(
             entries=tuple(self._entries),
             samples=tuple(self._samples),
             contributions=tuple(self._contributions.values()),
+            frames=(self._frame,) if self._frame else (),
         )
+        self._frame = None
         self._entries.clear()
         self._samples.clear()
         self._contributions.clear()
@@ -130,14 +139,20 @@ class History:
                 case "series":
                     name, since = str(request.get("name")), float(request.get("since", 0.0))
                     points = int(request.get("points", 300))
-                    return {"points": await self._offload(archive.series, name, since, points)}
+                    until = float(request.get("until", math.inf))
+                    return {"points": await self._offload(archive.series, name, since, points, until)}
+                case "span":
+                    return {"span": await self._offload(archive.span)}
+                case "moment":
+                    moment: dict[str, object] = await self._offload(_moment, archive, float(request["at"]))
+                    return moment
                 case "names":
                     return {"names": await self._offload(archive.series_names)}
                 case "contributors":
                     return {"contributors": await self._offload(archive.contributors, most)}
-        except (TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"history: {error}") from error
-        raise UsageError("history knows what: events, series, names, contributors")
+        raise UsageError("history knows what: events, series, names, contributors, span, moment")
 
     def _give_back(self, write: Write) -> None:
         """What was not written waits again, before what came meanwhile."""
@@ -153,6 +168,16 @@ class History:
 
     def _refused(self, error: ShoalError) -> None:
         self.trouble = str(error).splitlines()[0]
+
+
+def _moment(archive: Archive, at: float) -> dict[str, object]:
+    """A Snapshot's JSON with the events until then, and the moments beside it. Raises UsageError."""
+    frame = archive.frame(at)
+    if frame is None:
+        raise UsageError("the history keeps no moment of this run yet\nlook again in ten seconds")
+    rows = archive.events(0, None, None, EVENTS, newest=True, until=frame.at)
+    shown = {**frame.snapshot, "events": plain(rows)}
+    return {"snapshot": shown, "at": frame.at, "before": frame.before, "after": frame.after}
 
 
 def _text(value: object) -> str | None:

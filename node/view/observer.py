@@ -208,6 +208,7 @@ class Observer:
         }
         for name, value in values.items():
             history.sample(name, at, value)
+        history.frame(snapshot)
         told = self._told()
         for peer in snapshot.peers:
             if peer.tokens is not None and (one := told.get(PeerId(peer.peer))) is not None:

@@ -22,6 +22,9 @@ def loss(snapshot: Snapshot, state: PageState) -> Markup:
         Mark(mark.tokens, _mark_kind(mark.kind), f"{words.clock(mark.at)} {mark.text}")
         for mark in snapshot.markers[-_MARKS:]
     ]
+    if state.past is not None:
+        then = state.past.snapshot
+        marks.append(Mark(then.run.tokens, "then", f"{words.clock(then.at)}, the moment that is shown"))
     last = f"{train[-1][1]:.3f} at {words.number(train[-1][0])} tokens" if train else "nothing yet"
     drawing = chart(
         [line for line in lines if line.points],
