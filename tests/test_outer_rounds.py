@@ -136,6 +136,29 @@ def test_a_leaver_takes_its_last_steps_into_the_log_first() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_a_leaver_that_led_its_last_round_has_told_the_others_of_it(number: int) -> None:
+    """Once it applied the entry before its COMMIT was on the way, and left: the others decided anew."""
+
+    async def main() -> None:
+        async with World(3) as world:
+            await world.rounds(2)
+            leaver = world.nodes[number]
+            for node in world.nodes:
+                if node is not leaver:
+                    world.network.set_link(leaver.name, node.name, Link(latency_s=0.2))
+            leaver.step()
+            async with asyncio.timeout(10):
+                await leaver.outer.final_round()
+            height, head = leaver.outer.height, leaver.outer.head
+            await leaver.stop()
+            await world.reach(height)
+            assert all(node.outer.head == head for node in world.live.values())
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
 def test_the_leader_changes_and_positions_of_data_are_recorded() -> None:
     async def main() -> None:
         async with World(4) as world:

@@ -77,6 +77,7 @@ class Turns:
         self._not_before_s = 0.0
         self._failures = 0
         self._urgent = False
+        self._leads = False
         self._ballot = 0  # the highest met at the height to come
         self._brought_back_by: str | None = None  # who led the last entry, if that was a re-entry
 
@@ -134,13 +135,14 @@ class Turns:
     async def final_round(self) -> None:
         """Before a graceful leave: returns when the log holds all inner steps made until now.
 
-        `run` has to be running; the caller sets the limit.
+        And when the others have the entry, if this replica led it: one that is gone with the only COMMIT
+        leaves them to decide anew. `run` has to be running; the caller sets the limit.
         """
         steps = self._weights.inner_steps
         self._urgent = True
         self._change.notify()
         try:
-            await self._change.until(lambda: min(self._ends())[0] >= steps, lambda: None)
+            await self._change.until(lambda: min(self._ends())[0] >= steps and not self._leads, lambda: None)
         finally:
             self._urgent = False
 
@@ -239,6 +241,7 @@ class Turns:
             self._mix(height),
         )
         self._context.event("round-open", {"height": height, "roster": len(group)})
+        self._leads = True
         try:
             await leader.lead()
             self._figures.led += 1
@@ -246,6 +249,9 @@ class Turns:
         except ShoalError as error:
             self._ballot = leader.highest_ballot
             self._back_off(f"round {height} not committed: {error}")
+        finally:
+            self._leads = False
+            self._change.notify()
 
     async def catch_up(self, group: Sequence[GroupMember]) -> bool:
         try:
