@@ -7,7 +7,6 @@ the parts, evaluates the held-out loss now and then, and drains in order when th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -53,6 +52,7 @@ from shoal.training.weights import Weights, learning_rate
 
 _EVALUATE_EVERY_S = 5.0  # at most so often, and for at most so much of the time
 _EVALUATE_SHARE = 0.04
+_EVALUATE_AGAIN_S = 1.0  # until the first has been possible
 Offload = Callable[..., Awaitable[Any]]
 
 
@@ -419,7 +419,7 @@ class Trainer:
             return
         tokens = self._feed.held_out()
         loop = asyncio.get_running_loop()
-        pause_s = _EVALUATE_EVERY_S
+        pause_s = _EVALUATE_AGAIN_S  # the curve begins with the weights that the run begins with
         while True:
             await asyncio.sleep(pause_s * self._rng.uniform(0.9, 1.1))
             view = self._members.view()
@@ -427,9 +427,11 @@ class Trainer:
             if self._amended.paused or (drivers and min(drivers) != self._me):
                 continue
             begun_s = loop.time()
-            with contextlib.suppress(ShoalError):  # a stage is empty for now: the next time then
+            try:
                 self._held_out_loss = await self._inference.score(tokens)
-                self._event("held-out", {"loss": self._held_out_loss, "log_tokens": self.outer.tokens})
+            except ShoalError:  # a stage is empty for now
+                continue
+            self._event("held-out", {"loss": self._held_out_loss, "log_tokens": self.outer.tokens})
             pause_s = max(_EVALUATE_EVERY_S, (loop.time() - begun_s) / _EVALUATE_SHARE)
 
 
