@@ -14,7 +14,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -210,12 +210,13 @@ class Daemon:
                 tasks.create_task(self._obey(presence), name="obey the owner"),
                 tasks.create_task(worker.test_reach(), name="test reach"),
                 tasks.create_task(self._gather_checkpoints(), name="gather checkpoints"),
-                tasks.create_task(self._watch_over(observer), name="observe"),
+                tasks.create_task(self._aside(observer.run(), "it tells nobody any more how it fares")),
             ]
             if self._owner is not None:
                 background.append(tasks.create_task(keep_addresses(presence, self._owner, self._events)))
             if self._show is not None:
-                background.append(tasks.create_task(show_progress(presence, worker, self._show)))
+                showing = show_progress(presence, worker, self._show)
+                background.append(tasks.create_task(self._aside(showing, "no progress is drawn any more")))
             if self._dashboard is not None:
                 background.append(tasks.create_task(self._dashboard.run(), name="keep the page"))
             work = tasks.create_task(worker.run(), name="work")
@@ -239,14 +240,13 @@ class Daemon:
         presence.announce("draining", presence.stages)
         await worker.drain()
 
-    async def _watch_over(self, observer: Observer) -> None:
+    async def _aside(self, work: Coroutine[None, None, None], without: str) -> None:
         """What is shown of a run must not end it: a bug there is told, and training goes on."""
         try:
-            await observer.run()
+            await work
         except Exception as error:
-            log.exception("observing failed")
-            text = "this peer tells nobody how it fares any more; it trains on"
-            self._events("view-failed", {"why": repr(error), "text": text})
+            log.exception("%s", without)
+            self._events("view-failed", {"why": repr(error), "text": f"{without}; it trains on"})
 
     async def _gather_checkpoints(self) -> None:
         """When somebody asks; the owner's peer besides from time to time."""

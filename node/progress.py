@@ -10,7 +10,8 @@ from shoal.node.presence import Presence
 from shoal.node.worker import Worker
 from shoal.training.amended import amended
 from shoal.training.outer.messages import method
-from shoal.training.plan import make_plan
+from shoal.training.partition import stage_ranges
+from shoal.training.plan import stage_parameters
 
 LOOK_S = 0.5
 _BYTES_A_PARAMETER = 8  # of a snapshot: anchor and momentum, fp32
@@ -51,7 +52,7 @@ def _progress(presence: Presence, worker: Worker, came: int) -> Progress | None:
         return None
     beats = worker.beat().stages
     if presence.state == "joining" and came:
-        total = _BYTES_A_PARAMETER * make_plan(signed.spec).stages[stage].parameters
+        total = _BYTES_A_PARAMETER * stage_parameters(signed.spec, stage_ranges(signed.spec)[stage])
         return Progress(f"fetching stage {stage}", min(came, total), total, of_bytes=True)
     if presence.state != "online" or not beats or not signed.spec.trains:
         return None

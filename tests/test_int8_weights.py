@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from held_weights import dense
 from serving_world import PROMPT, World, reference, serving_spec
 
 from shoal.protocol.virtual_time import run
@@ -39,7 +40,7 @@ def test_a_product_is_that_with_the_matrix_it_stands_for(dtype: torch.dtype, nea
     spec = spec_of(layers=1, width=96, heads=4, kv_heads=2, feedforward=1500)  # more than one slice
     layout = stage_layout(spec, range(1))
     held = int8_of(spec, genesis(spec, layout), dtype)
-    flat = held.dense().float()
+    flat = dense(held, layout).float()
     generator = torch.Generator().manual_seed(rows)
     for slot in layout.slots:
         if len(slot.shape) == 2:
@@ -57,7 +58,7 @@ def test_a_weight_is_off_by_half_a_step_of_its_row_at_most() -> None:
     layout = stage_layout(spec, range(spec.model.layers))
     flat = torch.randn(layout.size, generator=torch.Generator().manual_seed(1))
     flat[: spec.model.width] = 0.0  # a row that no text has trained
-    found = int8_of(spec, flat).dense()
+    found = dense(int8_of(spec, flat), layout)
     for slot in layout.slots:
         mine, true = slot.view(found), slot.view(flat)
         if slot.start >= layout.decayed:
@@ -121,8 +122,7 @@ def test_parameter_by_parameter_is_what_the_whole_vector_gives(form: str) -> Non
         flat = genesis(spec, layout)
         one = load_held(spec, layout, ((slot, slot.view(flat)) for slot in layout.slots), "cpu")
         other = Form.of(spec, layout).held([flat[:100], flat[100:]], torch.float32, "cpu")
-        first, second = (held.dense() if isinstance(held, Int8Weights) else held for held in (one, other))
-        assert torch.equal(first, second)
+        assert torch.equal(dense(one, layout), dense(other, layout))
 
 
 @pytest.mark.parametrize("stage", range(3))
@@ -165,7 +165,7 @@ def test_a_session_goes_on_in_another_form_only_by_beginning_again() -> None:
             assert generation.written().restarted
             held = last.versions.get(b"").weights(torch.float32, "cpu")
             assert isinstance(held, Int8Weights)
-            world.weights[1] = held.dense()
+            world.weights[1] = dense(held, layout)
             assert text[10:] == reference(world, PROMPT + text[:10], TOKENS - 10)
 
     run(main, limit_s=60)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 import torch
 from outer_faults import Faults
-from outer_world import World, round_spec
+from outer_world import Node, World, round_spec
 
 from shoal.protocol.memory_transport import Link
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.messages import PublishedPart
+
+LATENCY_S = 0.1
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
@@ -157,6 +160,35 @@ def test_a_leaver_that_led_its_last_round_has_told_the_others_of_it(number: int)
             world.assert_every_step_is_in_once()
 
     run(main)
+
+
+def test_who_goes_elsewhere_in_the_middle_of_a_round_is_not_waited_for() -> None:
+    """Its transport stays, for its next stage: once the leader waited twice the round's deadline."""
+
+    async def main() -> None:
+        async with World(3, round_spec(outer={"round_deadline_s": 30.0})) as world:
+            await world.rounds(2)
+            for one, other in itertools.combinations(world.nodes, 2):
+                world.network.set_link(one.name, other.name, Link(latency_s=LATENCY_S))
+            world.everybody_steps()
+            world.everybody_steps()
+            while not (leaders := [node for node in world.nodes if ("round-open", 3) in opened(node)]):
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(3.5 * LATENCY_S)  # PREPARE, answer and GO; not all contributions yet
+            mover = next(node for node in world.nodes if node not in leaders)
+            world.live.pop(mover.name)
+            assert mover.task is not None
+            mover.task.cancel()
+            await world.reach(3, limit_s=5.0)
+            await mover.stop()
+            assert world.equal()
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def opened(node: Node) -> list[tuple[str, object]]:
+    return [(kind, data.get("height")) for kind, data in node.events]
 
 
 def test_the_leader_changes_and_positions_of_data_are_recorded() -> None:

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from held_weights import dense
 from serving_world import GREEDY, PROMPT, World, greedy, reference, serving_spec, weights_of
 from trainer_world import TrainerWorld, round_spec
 
@@ -16,7 +17,8 @@ from shoal.protocol.errors import Busy, MessageInvalid, NotHere, StageEmpty, Str
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.limits import STREAMS_PER_PEER
 from shoal.protocol.virtual_time import run
-from shoal.training.model.int8 import Int8Weights
+from shoal.training.model.layout import stage_layout
+from shoal.training.partition import stage_ranges
 from shoal.training.pipeline.replicas import Replica
 from shoal.training.serving.admission import EVICT_IDLE_S, SESSIONS, SESSIONS_PER_TOKEN, Held, admit
 from shoal.training.serving.batching import MOST_ROWS, PROMPT_ROWS, Waiting, next_batch
@@ -463,7 +465,7 @@ def kept(world: TrainerWorld, stage: int, name: bytes) -> torch.Tensor:
     for replica in world.group(stage):
         with contextlib.suppress(VersionRetired):
             weights = replica.trainer.sessions.versions.get(name).weights(torch.float32, "cpu")
-            found.append(weights.dense() if isinstance(weights, Int8Weights) else weights)
+            found.append(dense(weights, stage_layout(world.spec, stage_ranges(world.spec)[stage])))
     assert all(torch.equal(found[0], other) for other in found)
     return found[0]
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from held_weights import dense
 from serving_world import Peer, World, serving_spec
 
 from shoal.protocol.errors import Busy, MessageInvalid, ShoalError, StageEmpty, Stale
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Channel, Message, Stream, call
 from shoal.protocol.virtual_time import run
+from shoal.training.model.int8 import Int8Weights
 from shoal.training.model.layout import stage_layout
 from shoal.training.model.lowrank import PROMPT, TARGETS, AdapterForm, LowRank
 from shoal.training.model.stage import StageModel
@@ -94,6 +96,27 @@ def test_gradients_are_those_of_one_process(stages: int, form: AdapterForm) -> N
             answer = await tuner.logits(tokens, form, tensors)
             torch.testing.assert_close(answer.logits, logits, rtol=0.0, atol=1e-4)
             assert len(answer.hidden) == stages - 1
+
+    run(main)
+
+
+@pytest.mark.parametrize("form", [FORMS["all"], FORMS["both"]], ids=["all", "both"])
+def test_servers_of_int8_weights_give_gradients_without_a_copy_in_floats(form: AdapterForm) -> None:
+    async def main() -> None:
+        async with World(serving_spec(2, serving_weights="int8"), 1) as world:
+            for peer in world.peers:
+                layout = stage_layout(world.spec, stage_ranges(world.spec)[peer.stage])
+                held = peer.versions.get(b"").weights(torch.float32, "cpu")
+                assert isinstance(held, Int8Weights)
+                world.weights[peer.stage] = dense(held, layout)
+            tuner = tuner_of(world)
+            tensors, (tokens, labels) = tensors_of(tuner, form), batch()
+            loss, logits, gradients = locally(world, tokens, labels, form, tensors)
+            remote, found = await tuner.loss(tokens, labels, form, tensors, gradients=True)
+            assert abs(remote - loss) < 1e-5
+            assert_equal(found, gradients)
+            answer = await tuner.logits(tokens, form, tensors)
+            torch.testing.assert_close(answer.logits, logits, rtol=0.0, atol=1e-4)
 
     run(main)
 

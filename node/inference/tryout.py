@@ -29,6 +29,7 @@ from shoal.training.data.tokenizer import load_tokenizer
 from shoal.training.neighbours import MemberReplicas
 from shoal.training.serving.audit import Auditor, Disagreement, near_score
 from shoal.training.serving.tuner import Tuner
+from shoal.training.spec import RunSpec
 
 AT_ONCE = 4
 MOST_TOKENS = 1024
@@ -54,6 +55,7 @@ class Tryouts:
         self._presence, self._events = presence, events
         self._text: Text | None = None
         self._auditor: Auditor | None = None
+        self._making = asyncio.Lock()
         self._ending = AsyncExitStack()
         self._sessions: dict[str, _Session] = {}
 
@@ -129,17 +131,21 @@ class Tryouts:
         if presence.spec is None:
             raise NetworkError("this peer does not know the run yet\ntry again in a moment")
         presence.contacts.learn(Contact(presence.transport.me, presence.addresses, presence.membership.chain))
-        if self._text is None:
-            spec = presence.spec.spec
-            local = await with_tokenizer(spec, presence.transport, presence.others())
-            tokenizer = await asyncio.to_thread(load_tokenizer, local.data)
-            replicas = MemberReplicas(presence.members, itself=True)
-            tuner = Tuner(spec, presence.transport, replicas, presence.rng)
-            auditor = Auditor(tuner, 1.0, presence.rng, self._disagree, near_score(spec.model.dtype))
-            self._auditor = await self._ending.enter_async_context(auditor)
-            self._text = Text(spec, tokenizer, presence.transport, replicas, presence.rng)
-            self._text.ended = auditor.ended
-        return self._text
+        async with self._making:
+            if self._text is None:
+                self._text = await self._made(presence, presence.spec.spec)
+            return self._text
+
+    async def _made(self, presence: Presence, spec: RunSpec) -> Text:
+        local = await with_tokenizer(spec, presence.transport, presence.others())
+        tokenizer = await asyncio.to_thread(load_tokenizer, local.data)
+        replicas = MemberReplicas(presence.members, itself=True)
+        tuner = Tuner(spec, presence.transport, replicas, presence.rng)
+        auditor = Auditor(tuner, 1.0, presence.rng, self._disagree, near_score(spec.model.dtype))
+        self._auditor = await self._ending.enter_async_context(auditor)
+        text = Text(spec, tokenizer, presence.transport, replicas, presence.rng)
+        text.ended = auditor.ended
+        return text
 
     def _disagree(self, found: Disagreement) -> None:
         one, other = (" → ".join(map(self._name, chain)) for chain in (found.servers, found.checked_by))

@@ -1,13 +1,14 @@
 """A stage's weights for serving, at a byte each: matrices in int8 with a scale for each row.
 
 A row is one output of its matrix, so a product is taken with the codes and scaled afterwards; the matrix
-itself never exists but in slices that fit a cache. No gradients; `dense` is for who needs them.
+itself never exists but in slices that fit a cache, on the way back to the inputs neither.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -67,14 +68,9 @@ class Int8Weights:
         """inputs [..., n] times the transposed matrix of `rows` rows that begins at `start` of the vector."""
         columns = inputs.shape[-1]
         codes = self._codes[start : start + rows * columns].view(rows, columns)
-        scales = self._row_scales(start, rows)
         flat = inputs.reshape(-1, columns)
-        if flat.device.type != "cpu":
-            product = functional.linear(flat, codes.to(self.dtype))
-        else:
-            slices = torch.split(codes, max(1, _SLICE // columns))
-            product = torch.cat([functional.linear(flat, one.to(self.dtype)) for one in slices], dim=1)
-        return (product * scales).to(self.dtype).view(*inputs.shape[:-1], rows)
+        product: torch.Tensor = _Product.apply(flat, codes, self._row_scales(start, rows))  # type: ignore[no-untyped-call]
+        return product.view(*inputs.shape[:-1], rows)
 
     def rows(self, slot: Slot, ids: torch.Tensor) -> torch.Tensor:
         """Those rows of a matrix, [..., n]."""
@@ -86,19 +82,36 @@ class Int8Weights:
         start -= self._layout.decayed
         return self._vectors[start : start + count]
 
-    def dense(self) -> torch.Tensor:
-        """The flat vector [size] that these weights stand for."""
-        flat = torch.empty(self._layout.size, dtype=self.dtype, device=self.device)
-        flat[self._layout.decayed :] = self._vectors
-        for slot in self._layout.slots:
-            if slot.start < self._layout.decayed:
-                scales = self._row_scales(slot.start, slot.shape[0])
-                slot.view(flat).copy_(slot.view(self._codes) * scales[:, None])
-        return flat
-
     def _row_scales(self, start: int, rows: int) -> torch.Tensor:
         first = self._first_row[start]
         return self._scales[first : first + rows]
+
+
+class _Product(torch.autograd.Function):
+    """inputs [k, n] times codes [m, n] transposed, scaled by row; the gradient is that of the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(codes, scales)
+        product = torch.cat(
+            [functional.linear(inputs, one.to(inputs.dtype)) for one in _slices(codes)], dim=1
+        )
+        return (product * scales).to(inputs.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        codes, scales = ctx.saved_tensors
+        (gradient,) = gradients
+        scaled = (gradient * scales).to(gradient.dtype)
+        slices = _slices(codes)
+        columns = torch.split(scaled, [len(one) for one in slices], dim=1)
+        return sum(mine @ one.to(scaled.dtype) for mine, one in zip(columns, slices, strict=True)), None, None
+
+
+def _slices(codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Whole rows that fit a cache together; a device with memory of its own takes all at once."""
+    rows = len(codes) if codes.device.type != "cpu" else max(1, _SLICE // codes.shape[1])
+    return torch.split(codes, rows)
 
 
 def int8_bytes(layout: StageLayout, dtype: torch.dtype) -> int:

@@ -76,10 +76,14 @@ class LowRank(Tape):
 
     def linear(self, inputs: torch.Tensor, weight: torch.Tensor, start: int) -> torch.Tensor:
         """The base's product, and each adapter's in its rows: several matrices may lie in `weight`."""
-        result = functional.linear(inputs, weight)
+        return self.beside(functional.linear(inputs, weight), inputs, start, weight.numel())
+
+    def beside(self, product: torch.Tensor, inputs: torch.Tensor, start: int, count: int) -> torch.Tensor:
+        """The same where the base's product is known."""
+        result = product
         for at, rows, a, b in self._adapted:
-            if start <= at < start + weight.numel():
-                first = (at - start) // weight.shape[1]
+            if start <= at < start + count:
+                first = (at - start) // inputs.shape[-1]
                 added = functional.linear(functional.linear(inputs, a), b) * self._scale
                 before, mine, after = torch.tensor_split(result, (first, first + rows), dim=-1)
                 result = torch.cat((before, mine + added, after), dim=-1)

@@ -33,6 +33,10 @@ class Tape:
         result: torch.Tensor = _Linear.apply(inputs, weight, start, self)  # type: ignore[no-untyped-call]
         return result
 
+    def beside(self, product: torch.Tensor, inputs: torch.Tensor, start: int, count: int) -> torch.Tensor:
+        """What a product of weights flat[start:start+count] that never change becomes."""
+        return product
+
     def scale(self, inputs: torch.Tensor, factor: torch.Tensor, start: int) -> torch.Tensor:
         """See the function."""
         result: torch.Tensor = _Scale.apply(inputs, factor, start, self)  # type: ignore[no-untyped-call]

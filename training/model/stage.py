@@ -2,7 +2,7 @@
 
 `StageModel` holds no weights of its own: the same object runs the local weights of either version, and the
 anchor for inference. Built from the spec and the stage's layers alone; the whole model never exists.
-Weights for serving may be `Int8Weights` instead of the vector; no tape then.
+Weights for serving may be `Int8Weights` instead of the vector; nothing but an adapter learns beside those.
 Shapes: tokens [B, T], hidden [B, T, width], logits [B, T, vocabulary]. What a position attends to is the
 `Mixer`'s affair: in training all that came before it in its row, in serving what a cache holds.
 """
@@ -76,7 +76,8 @@ class StageModel:
         rows = sum(slot.shape[0] for slot in slots)
         start, columns = slots[0].start, slots[0].shape[1]
         if isinstance(weights, Int8Weights):
-            return weights.linear(inputs, start, rows)
+            product = weights.linear(inputs, start, rows)
+            return product if tape is None else tape.beside(product, inputs, start, rows * columns)
         return linear(inputs, weights[start : start + rows * columns].view(rows, columns), start, tape)
 
     def _attention(

@@ -87,6 +87,7 @@ class Services:
     def __init__(self, context: Context, member: Member) -> None:
         self._context = context
         self._member = member
+        self._following: set[asyncio.Task[None]] = set()
 
     def serve(self) -> None:
         """Register; the transport owns the handlers' tasks."""
@@ -103,7 +104,19 @@ class Services:
         transport.serve(name("part"), self._part, GROUP_ROLES, Channel.BULK)
         transport.serve(name("entries"), self._entries, GROUP_ROLES, Channel.BULK)
 
+    async def close(self) -> None:
+        """No round any more: leaders hear so at once, though the transport stays for what comes next."""
+        context, rounds = self._context, ("round", "contribute", "publish")
+        context.transport.withdraw({context.method(name) for name in rounds})
+        following = list(self._following)
+        for task in following:
+            task.cancel()
+        await asyncio.gather(*following, return_exceptions=True)
+
     async def _round(self, stream: Stream) -> None:
+        if (handler := asyncio.current_task()) is not None:
+            self._following.add(handler)
+            handler.add_done_callback(self._following.discard)
         async with lifeline(stream, LEADER_SILENCE_S) as line:
             await follow(self._context, self._member, line)
 

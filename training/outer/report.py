@@ -32,12 +32,13 @@ def most_held(reports: Sequence[bytes], here: int, parts: int, bitmap_bytes: int
     A part in the hands of a few could be lost with them after COMMIT, and the chain with it.
     """
     size = len(SKIP)
+    distinct = Counter(reports)  # few: nearly all are equal
     results: list[Decided | None] = []
     for part in range(parts):
         at = size * parts + bitmap_bytes * part
-        held = Counter(
-            (found[size * part : size * (part + 1)], found[at : at + bitmap_bytes]) for found in reports
-        )
+        held: Counter[Decided] = Counter()
+        for found, times in distinct.items():
+            held[found[size * part : size * (part + 1)], found[at : at + bitmap_bytes]] += times
         decided, holders = max(
             held.items(), key=lambda item: (item[0][0] != SKIP, item[1]), default=((SKIP, b""), 0)
         )

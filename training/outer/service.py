@@ -98,6 +98,7 @@ class Outer:
         self._snapshots = Snapshots(self._context, self._replica, start, directory)
         self._promises = Promises(self._context, self._snapshots.directory)
         self._member = Member(self._context, self._replica, weights, positions, self._change, self._promises)
+        self._services = Services(self._context, self._member)
         self._catching_up = CatchingUp(self._context, self._member, weights, self._snapshots)
         self._figures = Figures()
         self._turns = Turns(
@@ -220,7 +221,7 @@ class Outer:
 
     def serve(self) -> None:
         """Register what this replica answers to its group."""
-        Services(self._context, self._member).serve()
+        self._services.serve()
         Donor(self._context, self._replica, self._snapshots).serve()
 
     async def recover(self) -> None:
@@ -294,6 +295,7 @@ class Outer:
         try:
             await self._turns.run()
         finally:
+            await self._services.close()
             await self._member.close()
             await self._snapshots.close()
 

@@ -77,7 +77,7 @@ class Turns:
         self._not_before_s = 0.0
         self._failures = 0
         self._urgent = False
-        self._leads = False
+        self._leading = 0  # the height that this replica conducts a round for
         self._ballot = 0  # the highest met at the height to come
         self._brought_back_by: str | None = None  # who led the last entry, if that was a re-entry
 
@@ -142,7 +142,10 @@ class Turns:
         self._urgent = True
         self._change.notify()
         try:
-            await self._change.until(lambda: min(self._ends())[0] >= steps and not self._leads, lambda: None)
+            await self._change.until(
+                lambda: min(self._ends())[0] >= steps and self._leading != self._replica.log.height,
+                lambda: None,
+            )
         finally:
             self._urgent = False
 
@@ -241,7 +244,7 @@ class Turns:
             self._mix(height),
         )
         self._context.event("round-open", {"height": height, "roster": len(group)})
-        self._leads = True
+        self._leading = height
         try:
             await leader.lead()
             self._figures.led += 1
@@ -250,7 +253,7 @@ class Turns:
             self._ballot = leader.highest_ballot
             self._back_off(f"round {height} not committed: {error}")
         finally:
-            self._leads = False
+            self._leading = 0
             self._change.notify()
 
     async def catch_up(self, group: Sequence[GroupMember]) -> bool:

@@ -30,6 +30,7 @@ from shoal.training.pipeline.routing import stands_still
 from shoal.training.pipeline.standing import Report
 
 WORKING_EVERY_S = 0.5  # four times within SUSPECT_AFTER_S
+_PARTING_S = 0.1  # for the last word to a replica whose answer nobody wants
 _GUILTY = 4.0  # times what was expected of a replica, before it is to blame for a lack of time
 _OWN_PAUSE_S = 1.0  # a timer that is late by so much
 _MISSED_S = 2 * WORKING_EVERY_S  # of silence: enough to hedge, not to give up
@@ -125,7 +126,7 @@ class Attempt:
                     size = gradient_bytes(codec)
                     message = await self._stream.receive(Activations, max_payload_bytes=size)
                 except (asyncio.CancelledError, ShoalError) as error:
-                    if not self._is_unwanted(error):
+                    if not self._is_unwanted(error) or not await self._parted(self._stream):
                         raise
                     left = error
         except TimeoutError:
@@ -161,6 +162,16 @@ class Attempt:
         if isinstance(error, asyncio.CancelledError):
             return self.unwanted or self._journey.unwanted
         return not self._behind  # else who takes its place adopts them
+
+    @staticmethod
+    async def _parted(stream: Stream) -> bool:
+        """Whether END went out: a replica that has frozen takes nothing, and nobody is to wait for that."""
+        try:
+            async with asyncio.timeout(_PARTING_S):
+                await stream.end()
+        except (TimeoutError, ShoalError):
+            return False
+        return True
 
     async def tell_hedge(self) -> None:
         """Another replica is asked, too: nobody behind this one may do the same."""

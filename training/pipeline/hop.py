@@ -116,6 +116,7 @@ class Hop:
                 await asyncio.sleep(1.0)
                 await self._undecided.settle()
         finally:
+            self.draining = True
             await self.jobs.close()
             for task in self._applying:
                 task.cancel()

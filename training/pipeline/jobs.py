@@ -167,11 +167,10 @@ class Jobs:
 
     async def close(self) -> None:
         """This hop ends, without a word to those behind it: somebody may take its place."""
-        jobs = list(self._jobs.values())
-        for job in jobs:
+        for job in list(self._jobs.values()):
             self._forget(job)
             job.work.cancel()
-        await asyncio.gather(*(job.work for job in jobs), return_exceptions=True)
+        await asyncio.gather(*(job.work for job in self._working), return_exceptions=True)
 
     def _worked(self, job: Job, task: asyncio.Task[Done]) -> None:
         self._working.discard(job)

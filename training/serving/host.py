@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.members import Members
@@ -18,7 +19,7 @@ from shoal.protocol.transport import Transport
 from shoal.training.checkpoint.manifest import START_FOLDER
 from shoal.training.checkpoint.read import Checkpoint
 from shoal.training.checkpoint.reshape import weights_of
-from shoal.training.checkpoint.start import start_state
+from shoal.training.checkpoint.start import Read, start_state
 from shoal.training.lane import Lane
 from shoal.training.model.layout import StageLayout, first_values, stage_layout
 from shoal.training.model.stage import Held
@@ -29,6 +30,8 @@ from shoal.training.serving.server import SessionServer
 from shoal.training.serving.tuning import TuningServer
 from shoal.training.serving.versions import Versions
 from shoal.training.spec import RunSpec
+
+T = TypeVar("T")
 
 
 class Host:
@@ -94,24 +97,27 @@ class Host:
 
     async def recover(self) -> None:
         """Load the stage from the disk or from peers. Raises StageEmpty, StorageError, SpecError."""
-        held = await self._load(self._layout)
+        held = await self._load()
         self.sessions.versions.publish(self._name, held)
         await self.sessions.engine.warm(self.sessions.versions.get(b""))
         self.sessions.serve()
         self._tuning.serve()
 
-    async def _load(self, layout: StageLayout) -> Held:
-        spec = self._spec
-        if not spec.checkpoint.start:
-            drawn = ((slot, first_values(spec, slot)) for slot in layout.slots)
-            found: Held = await self._offload(load_held, spec, layout, drawn, self._device)
-            return found
+    async def _load(self) -> Held:
+        spec, layout = self._spec, self._layout
+        if spec.checkpoint.start:
+            return await self._start(layout, self._held)
+        drawn = ((slot, first_values(spec, slot)) for slot in layout.slots)
+        found: Held = await self._offload(load_held, spec, layout, drawn, self._device)
+        return found
 
-        def read(checkpoint: Checkpoint, spec: RunSpec, layout: StageLayout) -> Held:
-            return load_held(spec, layout, weights_of(checkpoint, spec, layout), self._device)
+    def _held(self, checkpoint: Checkpoint, spec: RunSpec, layout: StageLayout) -> Held:
+        return load_held(spec, layout, weights_of(checkpoint, spec, layout), self._device)
 
+    async def _start(self, layout: StageLayout, read: Read[T]) -> T:
+        """What the run starts from, of a stage: from the disk or from peers."""
         return await start_state(
-            spec,
+            self._spec,
             layout,
             read,
             folders=self._imported,
@@ -132,7 +138,8 @@ class Host:
 
     async def prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
         """Another stage's files to the own disk, while this one is served. Raises what `recover` raises."""
-        await self._load(stage_layout(self._spec, stage_ranges(self._spec)[stage]))
+        if self._spec.checkpoint.start:
+            await self._start(stage_layout(self._spec, stage_ranges(self._spec)[stage]), _checked)
 
     async def permission(self) -> None:
         """Returns when another replica serves the stage. Two that go at once come back by the plan."""
@@ -180,3 +187,9 @@ class Host:
             "lane_finished": load.finished,
             "sessions": self.sessions.status(),
         }
+
+
+def _checked(checkpoint: Checkpoint, spec: RunSpec, layout: StageLayout) -> None:
+    """Every byte read and compared with its hash; the memory is the served stage's."""
+    for _ in weights_of(checkpoint, spec, layout):
+        pass

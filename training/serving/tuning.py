@@ -81,7 +81,7 @@ class TuningServer:
     def _work(self, message: Message[TuneSpan], version: ServingVersion) -> tuple[float, memoryview]:
         """On the lane. Raises MessageInvalid, Stale."""
         job = self._job(message.header, message.payload)
-        return self._compute(job, _dense(version.weights(self._dtype, self._device)))
+        return self._compute(job, version.weights(self._dtype, self._device))
 
     def _most_bytes(self) -> int:
         values = 2 * _SEQUENCES * self._spec.model.sequence * self._spec.model.width
@@ -112,7 +112,7 @@ class TuningServer:
             raise MessageInvalid("there is no way back from logits; ask for the loss")
         return _Job(request, form, entered, tensors, labels, gradient)
 
-    def _compute(self, job: _Job, weights: torch.Tensor) -> tuple[float, memoryview]:
+    def _compute(self, job: _Job, weights: Held) -> tuple[float, memoryview]:
         """The loss where it was asked for, and the answer's payload."""
         with torch.set_grad_enabled(job.request.back):
             tensors = {name: self._leaf(tensor, job) for name, tensor in job.tensors.items()}
@@ -140,11 +140,6 @@ class TuningServer:
     def _leaf(self, tensor: torch.Tensor, job: _Job) -> torch.Tensor:
         """In the type that is computed with; its gradient comes back in fp32."""
         return tensor.to(self._device, self._dtype).requires_grad_(job.request.back)
-
-
-def _dense(weights: Held) -> torch.Tensor:
-    """The flat vector; of int8 weights a copy, as long as the request takes."""
-    return weights if isinstance(weights, torch.Tensor) else weights.dense()
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
