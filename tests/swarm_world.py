@@ -16,16 +16,19 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
+
+from forked import fork_shoal
 
 from shoal.node.control import ask
 from shoal.node.demo.measure import Heads
-from shoal.node.demo.processes import JsonObject, PeerProcess, run_shoal
+from shoal.node.demo.processes import JsonObject, Launched, PeerProcess
+from shoal.node.owner.home import VOLUNTEER_TTL_S, OwnerHome
 from shoal.node.paths import control_sockets
 from shoal.node.presence import Listening, Presence, present
 from shoal.protocol.admission import JoinToken
 from shoal.protocol.errors import NetworkError, ShoalError
-from shoal.protocol.identity import PeerId, PeerKey
+from shoal.protocol.identity import PeerId, PeerKey, Role
 from shoal.protocol.transport import call
 from shoal.training import spec_text
 from shoal.training.pipeline.messages import APPLIED, Link, MicroBatch, QueryChain, Verdict
@@ -61,7 +64,7 @@ def write_corpus(path: Path) -> Path:
 
 
 class Peer(PeerProcess):
-    """One process, and the last it said."""
+    """One process, forked from a nursery, and the last it said."""
 
     def __init__(self, name: str, folder: Path, swarm: Swarm) -> None:
         super().__init__(name, folder, swarm.heard)
@@ -92,6 +95,9 @@ class Peer(PeerProcess):
                 self.last_ledger = _ids(await ask(path, "ledger"))
                 return True
         return False
+
+    async def _launch(self, *arguments: str, errors: IO[bytes], **variables: str) -> Launched:
+        return await fork_shoal(*arguments, errors=errors, **variables)
 
     def kill(self) -> float:
         self.killed = True
@@ -205,14 +211,11 @@ class Swarm:
 
     async def issue_token(self, name: str, role: str = "trainer") -> Path:
         """A token file; the owner's daemon need not run."""
-        owner = self.peers[0].folder / "data"
-        made = await run_shoal(
-            "token", "create", "--role", role, "--name", name, "--json", "--data-dir", str(owner),
-            timeout_s=START_S,
-        )  # fmt: skip
+        home = OwnerHome.choose(self.peers[0].folder / "data", None)
+        token = home.issue((Role(role),), VOLUNTEER_TTL_S, name, time.time())
         path = self.folder / f"{name}.token"
         path.touch(0o600)
-        path.write_text(str(made["token"]))
+        path.write_text(token.encode())
         return path
 
     @contextlib.asynccontextmanager

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 from shoal.node import parent
 from shoal.node.control import ask
@@ -30,6 +30,23 @@ JsonObject = dict[str, Any]
 Heard = Callable[["PeerProcess", JsonObject], None]
 
 
+class Launched(Protocol):
+    """A process that runs `shoal`: asyncio's, or what tests put in its place."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def stdout(self) -> asyncio.StreamReader | None: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def terminate(self) -> None: ...
+
+    async def wait(self) -> int: ...
+
+
 class PeerProcess:
     """One `shoal up` or `shoal join`. `heard` gets every event it prints, from the loop."""
 
@@ -41,7 +58,7 @@ class PeerProcess:
         self.started_unix_s = 0.0
         self._heard = heard
         self._threads = threads
-        self._running: tuple[asyncio.subprocess.Process, asyncio.Task[None]] | None = None
+        self._running: tuple[Launched, asyncio.Task[None]] | None = None
         self._seen: dict[str, asyncio.Event] = {}
 
     async def start(self, *arguments: str) -> None:
@@ -58,7 +75,7 @@ class PeerProcess:
         )
         with (self.folder / "errors.log").open("wb") as errors:
             # What a killed peer leaves in the folder for temporary files goes with the demo's own folder.
-            process = await start_shoal(
+            process = await self._launch(
                 *command, "--name", self.name, errors=errors, TMPDIR=str(self.folder.parent)
             )
         if process.stdout is not None:
@@ -127,6 +144,9 @@ class PeerProcess:
     def last_words(self) -> str:
         text = (self.folder / "errors.log").read_text(errors="replace").strip()
         return text[-_TAIL_CHARACTERS:] or "it printed no error"
+
+    async def _launch(self, *arguments: str, errors: IO[bytes], **variables: str) -> Launched:
+        return await start_shoal(*arguments, errors=errors, **variables)
 
     def _flag(self, kind: str) -> asyncio.Event:
         return self._seen.setdefault(kind, asyncio.Event())

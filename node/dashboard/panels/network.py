@@ -49,7 +49,7 @@ def links(snapshot: Snapshot, state: PageState) -> Markup:
     return card(
         "Links",
         tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=caption),
-        note=f"Round trip in ms, row to column; darker is slower.{more}",
+        note=f"Round trip in ms, row to column; the stronger the colour, the slower.{more}",
     )
 
 
