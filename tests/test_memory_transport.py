@@ -11,6 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 import pytest
+import uvloop
 from transport_world import ANYBODY, ROOM, Note, echo
 
 from shoal.protocol import virtual_time
@@ -108,6 +109,27 @@ def test_latency_and_bandwidth_are_what_the_link_says() -> None:
             assert now() - begun == pytest.approx(2.0, abs=0.1)
 
     virtual_time.run(main)
+
+
+def test_it_runs_on_uvloop() -> None:
+    """Its timers are rounded to milliseconds, and may fire before their time."""
+
+    async def main() -> None:
+        async with World(Link(latency_s=0.0002, bytes_per_s=2e7)) as world, asyncio.timeout(10):
+            for size in range(4096, 40_000, 1000):  # on the wire for 0.2 to 2 ms
+                await call(
+                    world.alice,
+                    BOB,
+                    "echo",
+                    Note(1),
+                    Note,
+                    timeout_s=5,
+                    payload=bytes(size),
+                    max_payload_bytes=ROOM,
+                )
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
 
 
 def test_loss_delays_and_loses_nothing() -> None:

@@ -14,7 +14,9 @@ import pytest
 from serving_world import PROMPT, World, reference, serving_spec
 
 from shoal.protocol.errors import StageEmpty
+from shoal.protocol.transport import Stream
 from shoal.protocol.virtual_time import run
+from shoal.training.serving.link import Link
 from shoal.training.serving.messages import SamplingOptions
 from shoal.training.serving.server import PULSE_S
 from shoal.training.serving.stuck import SILENT_S
@@ -194,3 +196,23 @@ def test_a_stage_that_nobody_serves_any_more_ends_the_text_with_a_reason() -> No
                 [_ async for _ in generation]
 
     run(main, limit_s=60)
+
+
+@pytest.mark.parametrize("side", ["_listen", "_tell"])
+def test_a_fault_of_the_clients_own_ends_the_text_at_once(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other server would mend it, and nothing would come any more."""
+
+    async def fault(link: Link, stream: Stream) -> None:
+        await asyncio.sleep(0.01)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Link, side, fault)
+
+    async def main() -> None:
+        async with World(serving_spec(2), 2) as world:
+            with pytest.raises(ZeroDivisionError):
+                await asyncio.wait_for(world.text(), 1.0)
+            await asyncio.sleep(1)
+            assert not any(peer.server.sessions for peer in world.peers)
+
+    run(main)

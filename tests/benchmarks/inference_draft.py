@@ -7,7 +7,6 @@ speculation costs is part of what is measured. Texts of both ways must be the sa
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import torch
-from inference_swarm import Swarm
+from inference_swarm import Swarm, run
 from safetensors.torch import load_file, save_file
 
 from shoal.protocol.identity import PeerId, Role
@@ -166,9 +165,7 @@ def speculation(
         figures[f"{name}_parameters"] = len(weights[name])
         figures[f"{name}_loss"] = held_out_loss(spec, weights[name], text)
     for suffix, options in (("", SamplingOptions()), ("_drawn", SamplingOptions(temperature=TEMPERATURE))):
-        # on asyncio's own loop: over memory links, drafted texts stood still on uvloop
-        comparison = compare(stages, delay_s, weights, text, options)
-        plain, with_draft, accepted, refused = asyncio.run(comparison)
+        plain, with_draft, accepted, refused = run(compare(stages, delay_s, weights, text, options))
         figures |= {
             f"plain_tokens_per_s{suffix}": plain,
             f"speculative_tokens_per_s{suffix}": with_draft,

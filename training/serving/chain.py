@@ -188,6 +188,8 @@ class Generation:
         """
         now_s = asyncio.get_running_loop().time()
         for stage, link in enumerate(self._links):
+            if link is not None:
+                link.require_sound()
             if link is not None and (trouble := self._trouble(stage, link, now_s)) is not None:
                 await self._close(stage)
                 self._note(stage, link, trouble, now_s)

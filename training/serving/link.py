@@ -22,6 +22,7 @@ from shoal.training.serving.messages import (
     SessionRoute,
     SessionToken,
 )
+from shoal.training.serving.until import until_first
 
 OPEN_S = 10.0  # for a server to answer that it holds the session
 
@@ -58,6 +59,7 @@ class Link:
         self._draft: SessionDraft | None = None  # not sent yet
         self._news = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name=f"session at {peer}")
+        self._task.add_done_callback(lambda task: changed())
 
     @property
     def is_open(self) -> bool:
@@ -81,6 +83,11 @@ class Link:
         self._draft = SessionDraft(start, tuple(tokens))
         self._news.set()
 
+    def require_sound(self) -> None:
+        """Raises what went wrong on this side of it, which no other server would mend."""
+        if self._task.done() and not self._task.cancelled():
+            self._task.result()
+
     async def close(self) -> None:
         """Leave; the server forgets the session."""
         self._task.cancel()
@@ -96,17 +103,11 @@ class Link:
                     raise MessageInvalid(f"{self.peer} serves another version than was asked for")
                 self.version = opened.version
                 self._hear()
-                telling = asyncio.create_task(self._tell(stream))
-                try:
-                    await self._listen(stream)
-                finally:
-                    telling.cancel()
-                    await asyncio.wait([telling])
+                await until_first(self._listen(stream), self._tell(stream))
         except ShoalError as error:
             self.down = error
         except TimeoutError:
             self.down = PeerSilent(f"{self.peer} did not open the session within {OPEN_S:g} s")
-        self._changed()
 
     async def _listen(self, stream: Stream) -> None:
         while True:

@@ -69,6 +69,7 @@ class Mover:
         new, move = self._new, self._wish
         if new is None or move is None:
             return None
+        new.link.require_sound()
         old = links[move.stage]
         overtaken = old is not None and old.peer != move.seat
         if new.link.down is None and new.agrees and not overtaken and now_s - new.since_s < _BUILD_S:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -22,6 +21,7 @@ from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.serving.ahead import Ahead
 from shoal.training.serving.hosted import HostedSession
 from shoal.training.serving.messages import ROWS, RowsAttach, RowsChunk, RowsHave, SessionRoute
+from shoal.training.serving.until import until_first
 from shoal.training.spec import RunSpec
 
 SERVERS = frozenset({Role.TRAINER, Role.OWNER})
@@ -152,17 +152,3 @@ class Rows:
             raise MessageInvalid(f"{payload.nbytes} bytes are no tokens")
         ids: list[int] = self.form.unpack_tokens(payload, 1, payload.nbytes // 4)[0].tolist()
         return ids
-
-
-async def until_first(*coroutines: Coroutine[Any, Any, object]) -> None:
-    """Run them together until one is through; the others are cancelled. Raises what that one raised."""
-    tasks = [asyncio.create_task(one) for one in coroutines]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-    for task in tasks:
-        if task in done:
-            task.result()

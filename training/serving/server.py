@@ -38,7 +38,8 @@ from shoal.training.serving.messages import (
     SessionRoute,
     SessionToken,
 )
-from shoal.training.serving.rows import Rows, until_first
+from shoal.training.serving.rows import Rows
+from shoal.training.serving.until import until_first
 from shoal.training.serving.versions import Versions
 from shoal.training.spec import RunSpec
 
