@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from shoal.protocol.errors import StreamBroken
@@ -34,7 +35,15 @@ class _GrpcPipe(FramePipe):
         """gRPC's own; cancelling it ends the call."""
 
     async def read(self) -> bytes | None:
-        await asyncio.wait({self._start_reading()})
+        reading = self._start_reading()
+        if not reading.done():
+            done = asyncio.get_running_loop().create_future()
+            settle = partial(_settle, done)
+            reading.add_done_callback(settle)
+            try:
+                await done
+            finally:
+                reading.remove_done_callback(settle)
         return self.take()
 
     def peek(self) -> bytes | None:
@@ -159,6 +168,11 @@ class ServerPipe(_GrpcPipe):
 
     def break_off(self) -> None:
         self.interrupt()
+
+
+def _settle(done: asyncio.Future[None], task: asyncio.Task[bytes | None]) -> None:
+    if not done.done():
+        done.set_result(None)
 
 
 def _seen(task: asyncio.Task[bytes | None]) -> None:

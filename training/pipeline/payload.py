@@ -9,7 +9,7 @@ forward's rounding as identity.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,17 @@ class PayloadFormat:
         buffer[: heads.size] = heads.data
         buffer[heads.size :] = body
         return memoryview(buffer)
+
+    def pack_ids(self, ids: Sequence[int]) -> bytes:
+        """Token ids of one text, as `pack` writes them; for a few at a time."""
+        return np.array(ids, "<i4").tobytes()
+
+    def unpack_ids(self, data: memoryview) -> list[int]:
+        """Of whole int32; every id within the vocabulary."""
+        ids: list[int] = np.frombuffer(data, "<i4").tolist()
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
+            raise MessageInvalid(f"a token id lies outside the vocabulary of {self.vocabulary}")
+        return ids
 
     def pack_hidden(self, hidden: torch.Tensor, codec: str) -> memoryview:
         """hidden [B, T, width] of any float dtype -> its bytes. Raises MessageInvalid unless it is finite."""

@@ -64,14 +64,14 @@ class _CachedMixer:
         self._spans = spans
         stops = max(span.start + span.count for span in spans)
         self._table = 1 << (stops - 1).bit_length()  # few sizes, so that the table is computed rarely
-        self._positions = torch.cat([torch.arange(s.start, s.start + s.count) for s in spans])
+        self._turns: tuple[torch.Tensor, torch.Tensor] | None = None  # of the positions, for all layers
 
     def __call__(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        head_size, theta = query.shape[-1], self._model.rope_theta
-        cosine, sine = rotation(self._table, head_size, theta, query.dtype, query.device)
-        cosine, sine = cosine[self._positions], sine[self._positions]
+        if self._turns is None:
+            self._turns = self._turns_of(query)
+        cosine, sine = self._turns
         query, both = rotate(query, cosine, sine), torch.cat((rotate(key, cosine, sine), value))
         mixed, at = [], 0
         for span in self._spans:
@@ -80,6 +80,15 @@ class _CachedMixer:
             mixed.append(self._attend(query[:, :, rows], span.cache.read(layer, span.start + span.count)))
             at += span.count
         return torch.cat(mixed, dim=2)
+
+    def _turns_of(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of the spans' positions."""
+        whole = rotation(self._table, query.shape[-1], self._model.rope_theta, query.dtype, query.device)
+        cosine, sine = (
+            torch.cat([table[span.start : span.start + span.count] for span in self._spans])
+            for table in whole
+        )
+        return cosine, sine
 
     def _attend(self, query: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
         """query [1, heads, n, d] of the last n positions of both [2, kv_heads, L, d]."""

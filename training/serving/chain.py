@@ -13,8 +13,6 @@ import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Self
 
-import torch
-
 from shoal.protocol.errors import (
     AccessError,
     Busy,
@@ -246,7 +244,7 @@ class Generation:
                 self._pins[stage],
                 self._options if stage == self._stages - 1 else None,
             ),
-            bytes(self._form.pack(torch.tensor([self.tokens]), None, self._form.widest)) if ends else b"",
+            self._form.pack_ids(self.tokens) if ends else b"",
             token=take,
             changed=self._wake.set,
             now_s=asyncio.get_running_loop().time(),

@@ -16,7 +16,6 @@ import torch
 
 from shoal.protocol.errors import ShoalError
 from shoal.training.lane import Lane, Work
-from shoal.training.model.stage import Held
 from shoal.training.serving.batching import STEP_ROWS, Waiting, next_batch, patience_s
 from shoal.training.serving.cached_stage import CachedStage, Span
 from shoal.training.serving.hosted import HostedSession
@@ -79,11 +78,12 @@ class Engine:
             while not self._waiting():
                 self._wake.clear()
                 await self._wake.wait()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._patience_s()):
-                    while self._patience_s():
-                        self._wake.clear()
-                        await self._wake.wait()
+            if patience_s := self._patience_s():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(patience_s):
+                        while self._patience_s():
+                            self._wake.clear()
+                            await self._wake.wait()
             if pieces := self._next():
                 await self._run(pieces)
 
@@ -158,27 +158,33 @@ class Engine:
         parts = torch.split(hidden, [len(piece.rows) for piece in pieces])
         if not self._stage.layout.last:
             return [(part.float().cpu(), []) for part in parts]
-        return [(None, self._draw(weights, *each)) for each in zip(pieces, parts, strict=True)]
-
-    def _draw(self, weights: Held, piece: _Piece, hidden: torch.Tensor) -> list[int]:
-        """The tokens after those positions whose next token is not known, up to the first wrong guess."""
-        session = piece.session
-        known, drawn = len(session.tokens), list[int]()
-        unknown = max(known - 1 - piece.start, 0)
-        if unknown >= len(hidden):
-            return drawn
-        guesses = [*piece.tokens[unknown + 1 :], None]
-        for logits, guess in zip(self._stage.logits(weights, hidden[unknown:]), guesses, strict=True):
-            before = session.tokens + drawn
-            drawn.append(next_token(logits, before, session.sampling))
-            if session.finish_of(len(before) + 1, drawn[-1]) or drawn[-1] != guess:
-                break
-        return drawn
+        ends = [part[_known(piece) :] for piece, part in zip(pieces, parts, strict=True)]
+        whole = torch.cat(ends)
+        scores = self._stage.logits(weights, whole) if len(whole) else whole
+        each = zip(pieces, scores.split([len(end) for end in ends]), strict=True)
+        return [(None, _draw(piece, own)) for piece, own in each]
 
 
 def _piece(session: HostedSession, rows: int) -> _Piece:
     start = session.computed
     return _Piece(session, session.next_rows(rows), start, session.inputs[start : start + rows])
+
+
+def _known(piece: _Piece) -> int:
+    """How many of its positions have a next token that is known."""
+    return max(len(piece.session.tokens) - 1 - piece.start, 0)
+
+
+def _draw(piece: _Piece, scores: torch.Tensor) -> list[int]:
+    """The tokens after its other positions, of which these are the logits, up to the first wrong guess."""
+    session, drawn = piece.session, list[int]()
+    guesses = [*piece.tokens[_known(piece) + 1 :], None]
+    for logits, guess in zip(scores, guesses, strict=False):
+        before = session.tokens + drawn
+        drawn.append(next_token(logits, before, session.sampling))
+        if session.finish_of(len(before) + 1, drawn[-1]) or drawn[-1] != guess:
+            break
+    return drawn
 
 
 def _smoothed(before: float, seconds: float) -> float:

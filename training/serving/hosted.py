@@ -11,7 +11,6 @@ a position again take its place if their token is another one, so a rewinding go
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ import torch
 from shoal.protocol.errors import MessageInvalid, ShoalError, Stale
 from shoal.protocol.identity import VerifiedPeer
 from shoal.protocol.limits import DRAFT_TOKENS
+from shoal.training.outer.change import Change
 from shoal.training.serving.ahead import Ahead, alike
 from shoal.training.serving.cache import Cache
 from shoal.training.serving.messages import LENGTH, STOP, OpenSession, SamplingOptions, SessionRoute
@@ -27,7 +27,7 @@ from shoal.training.serving.versions import ServingVersion
 
 
 class HostedSession:
-    """One session. `changed` wakes whoever waits for its state."""
+    """One session. Who waits for a part of its state is woken by changes of that part alone."""
 
     def __init__(
         self,
@@ -66,7 +66,9 @@ class HostedSession:
         self._waiting: deque[torch.Tensor] = deque()
         self._outputs = torch.empty(0 if last else opening.capacity, width)  # takes memory as it is written
         self._feeder_epoch = -1
-        self._change = asyncio.Event()
+        self.more = Change()  # that the next server can be told
+        self.news = Change()  # for the client
+        self._turned = Change()
         if first:
             self._enqueue(tokens, torch.tensor(tokens, dtype=torch.int64), now_s)
 
@@ -126,7 +128,6 @@ class HostedSession:
         self.active_s = now_s
         self._waiting.append(rows)
         self.inputs.extend(tokens)
-        self.notify()
 
     def _rewind(self, position: int) -> None:
         """Forget the positions from there on. Their keys and values are written over."""
@@ -201,7 +202,9 @@ class HostedSession:
             unfed = self.tokens[self.received :]
             self._enqueue(unfed, torch.tensor(unfed), now_s)
         self._settled = max(self._settled, len(self.tokens))
-        self.notify()
+        self.more.notify()  # first: the ring waits for it, and the client only reads
+        if self.last:
+            self.news.notify()
 
     def finish_of(self, count: int, token: int) -> str:
         """Why the text ends with this token, the `count`-th of the session; empty if it does not."""
@@ -230,18 +233,23 @@ class HostedSession:
     def fail(self, error: ShoalError) -> None:
         """The client shall be told, and the session end."""
         self.failure = self.failure or error
-        self.notify()
+        self.news.notify()
+
+    def cannot_supply(self, epoch: int, reason: str) -> None:
+        """The client shall be told."""
+        self.cut = epoch, reason
+        self.news.notify()
 
     async def next_route(self, known: SessionRoute | None) -> SessionRoute:
         """The route that the client names, once it is another one than this."""
         while self.route is None or self.route is known:
-            await self.changed()
+            await self._turned.wait()
         return self.route
 
     async def next_beside(self, known: SessionRoute | None) -> SessionRoute | None:
         """The one that is to be supplied as well, or nobody, once that is another than this."""
         while self.beside is known:
-            await self.changed()
+            await self._turned.wait()
         return self.beside
 
     def turn(self, route: SessionRoute) -> None:
@@ -253,12 +261,4 @@ class HostedSession:
             self.beside = route
         else:
             self.route, self.beside = route, None
-        self.notify()
-
-    def notify(self) -> None:
-        self._change.set()
-        self._change = asyncio.Event()
-
-    async def changed(self) -> None:
-        """Returns after the next change."""
-        await self._change.wait()
+        self._turned.notify()

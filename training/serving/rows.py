@@ -63,8 +63,7 @@ class Rows:
             try:
                 await until_first(self._supply_along(session, route), session.next_route(route))
             except ShoalError as error:
-                session.cut = route.epoch, f"{type(error).__name__}: {error}"
-                session.notify()
+                session.cannot_supply(route.epoch, f"{type(error).__name__}: {error}")
 
     async def supply_beside(self, session: HostedSession) -> None:
         """Whoever is being built, while the client wishes it; that it fails shows there."""
@@ -95,7 +94,7 @@ class Rows:
         while True:
             due = ahead.due(session.outgoing, session.produced)
             if not due:
-                await session.changed()
+                await session.more.wait()
                 continue
             due = due[:CHUNK_ROWS]
             payload = self._pack(session, due)
@@ -109,7 +108,7 @@ class Rows:
         session = self._session_of(attach)
         session.attach(attach.epoch)
         have = session.agreed
-        await stream.send(RowsHave(len(have)), self.form.pack(torch.tensor([have]), None, self.form.widest))
+        await stream.send(RowsHave(len(have)), self.form.pack_ids(have))
         while True:
             try:
                 message = await stream.receive(RowsChunk, max_payload_bytes=self._most_bytes)
@@ -129,10 +128,12 @@ class Rows:
 
     # --- bytes
 
-    def _pack(self, session: HostedSession, due: range) -> memoryview:
-        tokens = torch.tensor([session.outgoing[due.start : due.stop]])
-        hidden = None if self._layout.last else session.outputs(due.start, due.stop)
-        return self.form.pack(tokens, hidden, self.form.widest)
+    def _pack(self, session: HostedSession, due: range) -> bytes:
+        ids = self.form.pack_ids(session.outgoing[due.start : due.stop])
+        if self._layout.last:
+            return ids
+        hidden = session.outputs(due.start, due.stop)
+        return b"".join((ids, self.form.pack_hidden(hidden, self.form.widest)))
 
     def _unpack(self, payload: memoryview, count: int) -> tuple[list[int], torch.Tensor]:
         """The tokens of `count` positions, and what the stage takes for them."""
@@ -150,5 +151,4 @@ class Rows:
         """Raises MessageInvalid for none, and for what no tokens are."""
         if not payload.nbytes or payload.nbytes % 4:
             raise MessageInvalid(f"{payload.nbytes} bytes are no tokens")
-        ids: list[int] = self.form.unpack_tokens(payload, 1, payload.nbytes // 4)[0].tolist()
-        return ids
+        return self.form.unpack_ids(payload)

@@ -7,7 +7,6 @@ the next server of the ring supplied, on the route that the client names.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 import torch
 
@@ -224,9 +223,7 @@ class SessionServer:
                 await stream.send(SessionPulse(session.received, session.computed, session.step_s))
                 pulse_s = loop.time() + PULSE_S
             if session.told == len(session.tokens) and session.cut is None and session.failure is None:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(pulse_s):
-                        await session.changed()
+                await session.news.wait(pulse_s)
         raise session.failure
 
     def _gone(self) -> NotHere:
