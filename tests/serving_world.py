@@ -57,6 +57,11 @@ def weights_of(spec: RunSpec, seed: int = 0) -> list[torch.Tensor]:
     return found
 
 
+async def in_place(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Virtual time has no threads."""
+    return function(*arguments)
+
+
 @dataclass
 class Peer:
     """One server."""
@@ -196,7 +201,7 @@ class World:
             Replica(
                 peer.name,
                 0.002,
-                step_s=self.claims.get(peer.name, peer.server.engine.figures.text_step_s),
+                step_s=self.claims.get(peer.name, peer.server.engine.claimed_step_s()),
             )
             for peer in self.peers
             if peer.stage == stage and peer.name not in self.hidden

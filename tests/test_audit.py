@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from serving_world import PROMPT, World, serving_spec
+from serving_world import PROMPT, World, in_place, serving_spec
 
 from shoal.node.inference.writing import Options, Text
 from shoal.protocol.virtual_time import run
@@ -29,7 +29,7 @@ WAYS = {
 async def audited(world: World, options: Options, texts: int = 3) -> tuple[Auditor, list[Disagreement]]:
     """Some texts, all of them checked."""
     told: list[Disagreement] = []
-    tuner = Tuner(world.spec, world.client, world, random.Random(2), patience_s=2.0)
+    tuner = Tuner(world.spec, world.client, world, random.Random(2), patience_s=2.0, offload=in_place)
     async with Auditor(tuner, 1.0, random.Random(3), told.append) as auditor:
         text = Text(world.spec, ByteTokenizer(), world.client, world, random.Random(4))
         text.ended = auditor.ended
@@ -78,7 +78,7 @@ def test_a_text_that_is_cut_short_is_found() -> None:
             honest = Written(
                 (*PROMPT, *tokens), len(PROMPT), SamplingOptions(stop=(256,)), (b"",), frozenset(), False
             )
-            tuner = Tuner(world.spec, world.client, world, random.Random(1))
+            tuner = Tuner(world.spec, world.client, world, random.Random(1), offload=in_place)
             logits = (await tuner.logits(torch.tensor([honest.tokens]))).logits[0]
             assert first_wrong(honest, logits, NEAR_SCORE) is None
             cut = Written(
@@ -110,7 +110,7 @@ def test_without_a_second_chain_nothing_is_claimed() -> None:
 def test_only_the_share_is_checked_and_what_is_under_way_ends_with_the_auditor() -> None:
     async def main() -> None:
         async with World(serving_spec(1), 2, duration_s=5.0) as world:
-            tuner = Tuner(world.spec, world.client, world, random.Random(2))
+            tuner = Tuner(world.spec, world.client, world, random.Random(2), offload=in_place)
             text = Written((1, 2, 3), 2, SamplingOptions(), (b"v1".ljust(32),), frozenset(), False)
             async with Auditor(tuner, 0.25, random.Random(3)) as auditor:
                 for _ in range(16):

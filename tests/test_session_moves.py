@@ -17,6 +17,7 @@ from shoal.protocol.virtual_time import run
 from shoal.training.pipeline.replicas import Replica
 from shoal.training.serving.chain import Generation
 from shoal.training.serving.choice import choose, stand_by
+from shoal.training.serving.link import Link
 from shoal.training.serving.messages import SamplingOptions
 from shoal.training.serving.pace import LASTING_S, Seat, Wish, wish
 
@@ -124,6 +125,38 @@ def test_a_move_that_fails_costs_nothing(victim: str) -> None:
     assert any(peer.killed for peer in world.peers)
     assert text == expected
     assert generation.figures.moved == (0 if victim == "new" else 1)
+
+
+def test_a_route_that_is_told_again_costs_no_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new route ends what was supplied beside the one before: the newcomer has to be named again."""
+    beside, broken = Link.route_beside, list[Link]()
+
+    def then_again(self: Link, epoch: int, stage: int, to: Link) -> None:
+        beside(self, epoch, stage, to)
+        if not broken and self.supplies is not None:
+            broken.append(self)
+            self.cut_s = 0.0  # `chain` names its route again
+
+    monkeypatch.setattr(Link, "route_beside", then_again)
+    text, generation, _ = run(lambda: text_with(3, slow_down(1)), limit_s=300)
+    assert broken
+    assert text == undisturbed(3)
+    assert (generation.figures.moved, generation.figures.replaced) == (1, 0)
+
+
+def test_a_newcomer_that_cannot_be_supplied_is_given_up() -> None:
+    slowed = slow_down(1)
+
+    def strike(world: World, number: int) -> None:
+        slowed(world, number)
+        used = world.used(1)
+        other = next(peer for peer in world.peers if peer.stage == 1 and peer is not used)
+        if number == 20:
+            world.network.cut(world.used(0).name, other.name)
+
+    text, generation, _ = run(lambda: text_with(3, strike), limit_s=300)
+    assert text == undisturbed(3)
+    assert (generation.figures.moved, generation.figures.replaced) == (0, 0)
 
 
 def test_sessions_leave_a_slow_server_and_do_not_come_back() -> None:

@@ -254,6 +254,21 @@ async def seconds_of_a_text(stage: int, idle: int) -> float:
         return asyncio.get_running_loop().time() - begun_s
 
 
+def test_a_server_that_was_busy_once_does_not_claim_so_for_ever() -> None:
+    async def main() -> None:
+        async with World(serving_spec(1), 1) as world:
+            engine = world.peers[0].server.engine
+            assert engine.claimed_step_s() == 0.0
+            await engine.warm(world.peers[0].versions.get(b""))
+            world.slower[world.peers[0].name] = 20.0
+            await world.text(PROMPT, 10)
+            assert engine.claimed_step_s() == pytest.approx(0.1, rel=0.1)
+            await asyncio.sleep(31)
+            assert engine.claimed_step_s() == pytest.approx(0.005, rel=0.1)
+
+    run(main, limit_s=60)
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_batches_do_not_wait_for_sessions_that_do_not_move(stage: int) -> None:
     alone_s = run(lambda: seconds_of_a_text(stage, 0), limit_s=60)

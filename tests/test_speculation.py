@@ -214,11 +214,11 @@ def test_the_first_stage_takes_a_bounded_number_of_guesses_and_drops_wrong_ones(
     for flood in range(100):
         held.guess(4, [PROMPT[4], *[flood] * 64], 0.0)
     assert held.inputs == [*PROMPT, *[99] * DRAFT_TOKENS]
-    assert sum(map(len, held._waiting)) == held.waiting == len(held.inputs)
+    assert held.waiting == len(held.inputs)
     held.guess(3, [7, 7, 7], 0.0)  # from another text than this
     held.guess(90, [7, 7, 7], 0.0)  # from a text that is not known here
     assert held.inputs == [*PROMPT, *[99] * DRAFT_TOKENS]
-    held.take(0, 5, [99, 98], torch.tensor([99, 98]), 0.0)  # what was drawn
+    held.take(0, 5, [99, 98], None, 0.0)  # what was drawn
     assert held.inputs == [*PROMPT, 99, 98]
     assert held.agreed == held.inputs
     with pytest.raises(MessageInvalid, match="leaves a session of 200"):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving_world import World, serving_spec
+from serving_world import World, in_place, serving_spec
 
 from shoal.node.hf import SwarmModelForCausalLM
 from shoal.node.inference.writing import Text
@@ -46,7 +46,9 @@ class Served:
         self.world: World = self.wait(self._open())
         rng, world = random.Random(1), self.world
         text = Text(world.spec, ByteTokenizer(), world.client, world, rng)
-        self.model = SwarmModelForCausalLM(text, Tuner(world.spec, world.client, world, rng), self.wait)
+        self.model = SwarmModelForCausalLM(
+            text, Tuner(world.spec, world.client, world, rng, offload=in_place), self.wait
+        )
 
     def wait(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60.0)

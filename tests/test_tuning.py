@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from held_weights import dense
-from serving_world import Peer, World, serving_spec
+from serving_world import Peer, World, in_place, serving_spec
 
 from shoal.protocol.errors import Busy, MessageInvalid, ShoalError, StageEmpty, Stale
 from shoal.protocol.identity import PeerId, Role
@@ -35,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def tuner_of(world: World, **options: float) -> Tuner:
-    return Tuner(world.spec, world.client, world, random.Random(1), **options)
+    return Tuner(world.spec, world.client, world, random.Random(1), offload=in_place, **options)
 
 
 def tensors_of(tuner: Tuner, form: AdapterForm, seed: int = 1) -> Tensors:

@@ -40,7 +40,6 @@ from shoal.training.pipeline.successors import Event
 from shoal.training.recovery.guarding import Guarding
 from shoal.training.recovery.lost_stage import LostStage
 from shoal.training.recovery.prefetch import prefetch
-from shoal.training.serving.engine import EngineFigures
 from shoal.training.serving.form import Form
 from shoal.training.serving.server import SessionServer
 from shoal.training.serving.tuning import TuningServer
@@ -118,7 +117,7 @@ class Trainer:
                 rng=random.Random(rng.getrandbits(64)),
             )
         self._versions = Versions(Form.of(spec, self.layout))
-        self._served = EngineFigures()
+        self._step_s: Callable[[], float] = lambda: 0.0  # of serving
         self._ledger = Ledger()
         self._book = StreamBook()
         self._streams: Streams | None = None  # of a driver
@@ -225,7 +224,7 @@ class Trainer:
             device=self._device,
             budget_bytes=self._session_bytes,
         )
-        self._served = self.sessions.engine.figures
+        self._step_s = self.sessions.engine.claimed_step_s
         self.outer.watch_snapshots(lambda kept: self._versions.publish(kept.state.head, kept.anchor))
         self.sessions.serve()
         TuningServer(
@@ -317,7 +316,7 @@ class Trainer:
                 uplink_bytes_per_s=self._uplink_bytes_per_s,
                 service_s=self._lane.load().service_s,
                 fixed=self._fixed,
-                step_s=self._served.text_step_s,
+                step_s=self._step_s(),
             ),
         )
 

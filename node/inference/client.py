@@ -123,7 +123,7 @@ class AsyncClient:
             tokenizer = await asyncio.to_thread(load_tokenizer, local.data)
             replicas = MemberReplicas(presence.members)
             self._text = Text(spec, tokenizer, presence.transport, replicas, presence.rng, draft)
-            self._tuner = Tuner(spec, presence.transport, replicas, presence.rng)
+            self._tuner = Tuner(spec, presence.transport, replicas, presence.rng, offload=asyncio.to_thread)
             near = near_score(spec.model.dtype)
             auditor = Auditor(self._tuner, self._verify, presence.rng, _warn, near)
             self._auditor = await self._stack.enter_async_context(auditor)

@@ -140,7 +140,7 @@ class Tryouts:
         local = await with_tokenizer(spec, presence.transport, presence.others())
         tokenizer = await asyncio.to_thread(load_tokenizer, local.data)
         replicas = MemberReplicas(presence.members, itself=True)
-        tuner = Tuner(spec, presence.transport, replicas, presence.rng)
+        tuner = Tuner(spec, presence.transport, replicas, presence.rng, offload=asyncio.to_thread)
         auditor = Auditor(tuner, 1.0, presence.rng, self._disagree, near_score(spec.model.dtype))
         self._auditor = await self._ending.enter_async_context(auditor)
         text = Text(spec, tokenizer, presence.transport, replicas, presence.rng)

@@ -147,7 +147,7 @@ class Auditor:
         except ShoalError as error:
             self._not_checked(str(error))
             return
-        found = first_wrong(written, answer.logits[0], self._near_score)
+        found = await self._tuner.offload(first_wrong, written, answer.logits[0], self._near_score)
         if found is None:
             self.figures.agreed += 1
             return

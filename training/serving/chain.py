@@ -199,9 +199,12 @@ class Generation:
 
     def _trouble(self, stage: int, link: Link, now_s: float) -> ShoalError | None:
         """Why a server has to be replaced."""
-        if (found := broken(link)) is not None or self._candidates.another(stage, link.peer, now_s) is None:
+        if (found := broken(link)) is not None:
             return found
-        return stuck(self._links, stage, len(self.tokens), self.figures.replaced, now_s)
+        found = stuck(self._links, stage, len(self.tokens), self.figures.replaced, now_s)
+        if found is not None and self._candidates.another(stage, link.peer, now_s) is None:
+            return None
+        return found
 
     def _note(self, stage: int, link: Link, trouble: ShoalError, now_s: float) -> None:
         """Remember what a server that is given up has done, so that the next choice is a better one."""

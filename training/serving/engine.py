@@ -25,6 +25,7 @@ from shoal.training.serving.versions import ServingVersion
 _log = logging.getLogger(__name__)
 _SMOOTHING = 0.2
 _WARM_STEPS = 3  # the first ones allocate
+_CLAIM_S = 30.0  # so old a step says nothing of the present
 _LATELY_S = 1.0  # a session that moved within it, or within two rounds of the ring, is soon here again
 
 
@@ -45,9 +46,7 @@ class EngineFigures:
     batches: int = 0
     positions: int = 0
     step_s: float = 0.0  # smoothed, of a batch
-    text_step_s: float = (
-        0.0  # smoothed, of a few positions of a text: from their coming until they are computed
-    )
+    text_step_s: float = 0.0  # smoothed, of a few positions: from their coming until they are computed
 
 
 class Engine:
@@ -67,6 +66,16 @@ class Engine:
         self._stage, self._lane, self._sessions = stage, lane, sessions
         self._dtype, self._device, self._servers = dtype, device, servers
         self._wake = asyncio.Event()
+        self._idle_step_s = 0.0  # what a step took with nobody's text
+        self._stepped_s = -_CLAIM_S  # when a text's last step was
+
+    def claimed_step_s(self) -> float:
+        """What a step takes here, for those who look for a server; 0: not known.
+
+        Of late where there was one: who was busy once must not claim so for ever, for nobody would come.
+        """
+        recent = asyncio.get_running_loop().time() - self._stepped_s < _CLAIM_S
+        return self.figures.text_step_s if recent else self._idle_step_s
 
     def wake(self) -> None:
         """A session has something to compute."""
@@ -125,6 +134,10 @@ class Engine:
             piece.session.computed_rows(piece.start, len(piece.rows), hidden, drawn, now_s)
 
     def _note_step(self, session: HostedSession, seconds: float) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._stepped_s >= _CLAIM_S:
+            self.figures.text_step_s = 0.0
+        self._stepped_s = now_s
         session.step_s = _smoothed(session.step_s, seconds)
         self.figures.text_step_s = _smoothed(self.figures.text_step_s, seconds)
 
@@ -133,7 +146,7 @@ class Engine:
         for _ in range(_WARM_STEPS):
             begun_s = asyncio.get_running_loop().time()
             await self._lane.run(Work.SERVE, self._step, version)
-            self.figures.text_step_s = asyncio.get_running_loop().time() - begun_s
+            self._idle_step_s = asyncio.get_running_loop().time() - begun_s
 
     def _step(self, version: ServingVersion) -> None:
         weights = version.weights(self._dtype, self._device)

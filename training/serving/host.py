@@ -158,7 +158,7 @@ class Host:
             head=self._name,
             service_s=load.service_s,
             fixed=self._fixed,
-            step_s=self.sessions.engine.figures.text_step_s,
+            step_s=self.sessions.engine.claimed_step_s(),
         )
         return Beat(backlog_s=load.backlog_s, finished_work=load.finished, stages=(stage,))
 

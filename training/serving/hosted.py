@@ -11,7 +11,6 @@ a position again take its place if their token is another one, so a rewinding go
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -63,14 +62,15 @@ class HostedSession:
         self._begun = 0  # positions that were given out to be computed
         self._settled = len(tokens)  # at the first stage: of its inputs so many are no guesses
         self._refusing = False  # what follows from a wrong guess; the server before does not know yet
-        self._waiting: deque[torch.Tensor] = deque()
-        self._outputs = torch.empty(0 if last else opening.capacity, width)  # takes memory as it is written
+        # both take memory as they are written
+        self._entered = torch.empty(0 if first else opening.capacity, width)
+        self._outputs = torch.empty(0 if last else opening.capacity, width)
         self._feeder_epoch = -1
         self.more = Change()  # that the next server can be told
         self.news = Change()  # for the client
         self._turned = Change()
         if first:
-            self._enqueue(tokens, torch.tensor(tokens, dtype=torch.int64), now_s)
+            self._enqueue(tokens, None, now_s)
 
     # --- input
 
@@ -81,8 +81,10 @@ class HostedSession:
         if epoch > self._feeder_epoch:
             self._feeder_epoch, self._refusing = epoch, False
 
-    def take(self, epoch: int, start: int, tokens: Sequence[int], rows: torch.Tensor, now_s: float) -> None:
-        """Positions from `start`, from the server before.
+    def take(
+        self, epoch: int, start: int, tokens: Sequence[int], rows: torch.Tensor | None, now_s: float
+    ) -> None:
+        """Positions from `start`, from the server before: their tokens, and behind stage 0 hidden states.
 
         Raises Stale when another server feeds it now, MessageInvalid for a gap or more than was asked for.
         """
@@ -106,9 +108,9 @@ class HostedSession:
         known = self.inputs[start : self._settled]
         tokens = tokens[: max(self._settled + DRAFT_TOKENS - start, 0)]
         if not self.finish and alike(known, tokens) == min(len(known), len(tokens)):
-            self._accept(start, tokens, torch.tensor(tokens, dtype=torch.int64), now_s)
+            self._accept(start, tokens, None, now_s)
 
-    def _accept(self, start: int, tokens: Sequence[int], rows: torch.Tensor, now_s: float) -> None:
+    def _accept(self, start: int, tokens: Sequence[int], rows: torch.Tensor | None, now_s: float) -> None:
         """Take rows but for those that are here already, or are computed from a wrong guess."""
         if start > self.received:
             return
@@ -120,13 +122,14 @@ class HostedSession:
         same = alike(self.inputs[start : start + stop], tokens)
         if same < stop:
             self._rewind(start + same)
-            self._enqueue(tokens[same:stop], rows[same:stop], now_s)
+            self._enqueue(tokens[same:stop], None if rows is None else rows[same:stop], now_s)
 
-    def _enqueue(self, tokens: Sequence[int], rows: torch.Tensor, now_s: float) -> None:
+    def _enqueue(self, tokens: Sequence[int], rows: torch.Tensor | None, now_s: float) -> None:
         if not self.waiting:
             self.since_s = now_s
         self.active_s = now_s
-        self._waiting.append(rows)
+        if rows is not None:
+            self._entered[self.received : self.received + len(rows)] = rows
         self.inputs.extend(tokens)
 
     def _rewind(self, position: int) -> None:
@@ -134,9 +137,6 @@ class HostedSession:
         if position == self.received:
             return
         del self.inputs[position:]
-        waiting = max(position - self._begun, 0)
-        rows = torch.cat(tuple(self._waiting))[:waiting] if waiting else None
-        self._waiting = deque(() if rows is None else (rows,))
         self._begun, self.computed = min(self._begun, position), min(self.computed, position)
         for ahead in self.supplies:
             ahead.rewind(position)
@@ -162,17 +162,11 @@ class HostedSession:
         return self.received > 0 and not self.finish and self.failure is None
 
     def next_rows(self, count: int) -> torch.Tensor:
-        """The first `count` of those that wait; they are gone from here then."""
-        self._begun += count
-        taken: list[torch.Tensor] = []
-        while count:
-            rows = self._waiting.popleft()
-            if len(rows) > count:
-                self._waiting.appendleft(rows[count:])
-                rows = rows[:count]
-            taken.append(rows)
-            count -= len(rows)
-        return torch.cat(taken)
+        """The first `count` of those that were not given out yet: a copy, for others may take their place."""
+        begun, self._begun = self._begun, self._begun + count
+        if self.first:
+            return torch.tensor(self.inputs[begun : self._begun])
+        return self._entered[begun : self._begun].clone()
 
     # --- output
 
@@ -200,7 +194,7 @@ class HostedSession:
             self._refusing = True
         if self.first and self.last and not self.finish and self.received < len(self.tokens):
             unfed = self.tokens[self.received :]
-            self._enqueue(unfed, torch.tensor(unfed), now_s)
+            self._enqueue(unfed, None, now_s)
         self._settled = max(self._settled, len(self.tokens))
         self.more.notify()  # first: the ring waits for it, and the client only reads
         if self.last:

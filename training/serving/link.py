@@ -55,7 +55,10 @@ class Link:
         self._transport, self._payload = transport, payload
         self._token, self._changed = token, changed
         self._epoch, self._route, self._untold = -1, SessionRoute(0, 0, peer), False
-        self._beside: SessionRoute | None = None  # not told yet
+        self.beside: Link | None = None  # whom it was told to supply as well
+        self.beside_cut = False  # it cannot
+        self._beside: SessionRoute | None = None  # the route to it
+        self._beside_untold = False
         self._draft: SessionDraft | None = None  # not sent yet
         self._news = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name=f"session at {peer}")
@@ -70,12 +73,13 @@ class Link:
         self.supplies, self.cut_s = to, None
         to.moved_s = asyncio.get_running_loop().time()
         self._epoch, self._route = epoch, SessionRoute(epoch, stage, to.peer)
-        self._untold, self._beside = True, None
+        self._untold, self.beside, self._beside = True, None, None
         self._news.set()
 
     def route_beside(self, epoch: int, stage: int, to: Link) -> None:
         """Tell the server whom to supply as well, for as long as its route stays."""
-        self._beside = SessionRoute(epoch, stage, to.peer, beside=True)
+        self.beside, self.beside_cut = to, False
+        self._beside, self._beside_untold = SessionRoute(epoch, stage, to.peer, beside=True), True
         self._news.set()
 
     def draft(self, start: int, tokens: Sequence[int]) -> None:
@@ -114,12 +118,18 @@ class Link:
             message = (await stream.receive(SessionToken, SessionPulse, SessionCut)).header
             if isinstance(message, SessionToken):
                 self._token(message)
-            elif isinstance(message, SessionCut) and self.supplies and message.epoch == self._epoch:
-                self.cut_s = asyncio.get_running_loop().time()
-                self.supplies.cuts, self.supplies.cut_reason = self.supplies.cuts + 1, message.reason
+            elif isinstance(message, SessionCut):
+                self._note_cut(message)
             elif isinstance(message, SessionPulse):
                 self._note(message)
             self._hear()
+
+    def _note_cut(self, cut: SessionCut) -> None:
+        if self.supplies and cut.epoch == self._epoch:
+            self.cut_s = asyncio.get_running_loop().time()
+            self.supplies.cuts, self.supplies.cut_reason = self.supplies.cuts + 1, cut.reason
+        elif self._beside is not None and cut.epoch == self._beside.epoch:
+            self.beside_cut = True
 
     def _note(self, pulse: SessionPulse) -> None:
         self.step_s = pulse.step_s
@@ -138,9 +148,9 @@ class Link:
             if self._untold:
                 self._untold = False
                 await stream.send(self._route)
-            if self._beside is not None:
-                beside, self._beside = self._beside, None
-                await stream.send(beside)
+            if self._beside is not None and self._beside_untold:
+                self._beside_untold = False
+                await stream.send(self._beside)
             if self._draft is not None:
                 draft, self._draft = self._draft, None
                 await stream.send(draft)

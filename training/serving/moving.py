@@ -59,8 +59,7 @@ class Mover:
         if new is None or move is None or not new.link.is_open:
             return None
         before, old = links[move.stage - 1], links[move.stage]
-        if before is not None and before is not old and before.is_open and new.fed_by is not before:
-            new.fed_by = before
+        if before is not None and before is not old and before.is_open and before.beside is not new.link:
             before.route_beside(next_epoch(), move.stage, new.link)
         return move.stage if new.link.computed + _CAUGHT_UP >= len(self._text) else None
 
@@ -70,9 +69,11 @@ class Mover:
         if new is None or move is None:
             return None
         new.link.require_sound()
-        old = links[move.stage]
+        old, before = links[move.stage], links[move.stage - 1]
         overtaken = old is not None and old.peer != move.seat
-        if new.link.down is None and new.agrees and not overtaken and now_s - new.since_s < _BUILD_S:
+        unfed = before is not None and before.beside is new.link and before.beside_cut
+        late = now_s - new.since_s >= _BUILD_S
+        if new.link.down is None and new.agrees and not (overtaken or unfed or late):
             return None
         return self.drop()
 
@@ -104,7 +105,6 @@ class _Newcomer:
     def __init__(self, text: Sequence[int], most: int, take: Take, now_s: float) -> None:
         """`most` tokens there may be."""
         self.since_s = now_s
-        self.fed_by: Link | None = None
         self._text, self._take, self._next, self._most = text, take, len(text), most
         self._ahead: list[SessionToken] = []  # of the text, when they came
         self._seated = False

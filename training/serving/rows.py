@@ -8,7 +8,6 @@ with its token, so that both sides know what it was computed from: drafts come a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -66,13 +65,16 @@ class Rows:
                 session.cannot_supply(route.epoch, f"{type(error).__name__}: {error}")
 
     async def supply_beside(self, session: HostedSession) -> None:
-        """Whoever is being built, while the client wishes it; that it fails shows there."""
+        """Whoever is being built, while the client wishes it; that it fails is told."""
         route: SessionRoute | None = None
         while True:
             route = await session.next_beside(route)
-            if route is not None:
-                with contextlib.suppress(ShoalError):
-                    await until_first(self._supply_along(session, route), session.next_beside(route))
+            if route is None:
+                continue
+            try:
+                await until_first(self._supply_along(session, route), session.next_beside(route))
+            except ShoalError as error:
+                session.cannot_supply(route.epoch, f"{type(error).__name__}: {error}")
 
     async def _supply_along(self, session: HostedSession, route: SessionRoute) -> None:
         async with self._transport.open(route.peer, ROWS, Channel.BULK) as stream:
@@ -135,8 +137,8 @@ class Rows:
         hidden = session.outputs(due.start, due.stop)
         return b"".join((ids, self.form.pack_hidden(hidden, self.form.widest)))
 
-    def _unpack(self, payload: memoryview, count: int) -> tuple[list[int], torch.Tensor]:
-        """The tokens of `count` positions, and what the stage takes for them."""
+    def _unpack(self, payload: memoryview, count: int) -> tuple[list[int], torch.Tensor | None]:
+        """The tokens of `count` positions, and behind stage 0 their hidden states."""
         size = self.form.token_bytes(1, count)
         tokens = self.tokens(payload[:size])
         if len(tokens) != count:
@@ -145,7 +147,7 @@ class Rows:
             return tokens, self.form.unpack_hidden(payload[size:], 1, self.form.widest, "cpu", count)[0]
         if payload.nbytes != size:
             raise MessageInvalid(f"{payload.nbytes} bytes came for {count} tokens")
-        return tokens, torch.tensor(tokens)
+        return tokens, None
 
     def tokens(self, payload: memoryview) -> list[int]:
         """Raises MessageInvalid for none, and for what no tokens are."""

@@ -28,6 +28,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Transport, call
 from shoal.training.model.layout import StageLayout, stage_layout
 from shoal.training.model.lowrank import AdapterForm
+from shoal.training.outer.context import Offload
 from shoal.training.partition import stage_ranges
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.serving.choice import choose
@@ -76,9 +77,10 @@ class Tuner:
         rng: random.Random,
         *,
         patience_s: float = PATIENCE_S,
+        offload: Offload,
     ) -> None:
         self._spec, self._transport, self._replicas, self._rng = spec, transport, replicas, rng
-        self._patience_s = patience_s
+        self._patience_s, self.offload = patience_s, offload
         self.layouts: list[StageLayout] = [stage_layout(spec, layers) for layers in stage_ranges(spec)]
         self._avoid_until_s: dict[PeerId, float] = {}
         self.replaced = 0  # servers, since the start
@@ -238,10 +240,16 @@ class Tuner:
             raise ProtocolViolation(f"{message.payload.nbytes} bytes came back, {4 * wanted} were due")
         if request.version and message.header.version != request.version:
             raise ProtocolViolation("it was computed on another version than was asked for")
-        out = torch.frombuffer(bytearray(message.payload), dtype=torch.float32) if wanted else torch.empty(0)
-        if not bool(torch.isfinite(out).all()):
-            raise ProtocolViolation("NaN or infinity came back")
+        out = await self.offload(_values, message.payload)
         return message.header.version, message.header.loss, out
+
+
+def _values(payload: memoryview) -> torch.Tensor:
+    """fp32. Raises ProtocolViolation unless they are finite."""
+    out = torch.frombuffer(bytearray(payload), dtype=torch.float32) if payload else torch.empty(0)
+    if not bool(torch.isfinite(out).all()):
+        raise ProtocolViolation("NaN or infinity came back")
+    return out
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

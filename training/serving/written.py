@@ -20,11 +20,6 @@ class ChainFigures:
     accepted: int = 0  # guesses that were right
     refused: int = 0  # guesses that were not; what was guessed after one of these is neither
 
-    @property
-    def acceptance(self) -> float:
-        """Share of right guesses of those that were compared with a token."""
-        return self.accepted / max(self.accepted + self.refused, 1)
-
 
 @dataclass(frozen=True, slots=True)
 class Written:
