@@ -174,7 +174,7 @@ class Engine:
         ends = [part[_known(piece) :] for piece, part in zip(pieces, parts, strict=True)]
         whole = torch.cat(ends)
         scores = self._stage.logits(weights, whole) if len(whole) else whole
-        each = zip(pieces, scores.split([len(end) for end in ends]), strict=True)
+        each = zip(pieces, torch.split(scores, [len(end) for end in ends]), strict=True)
         return [(None, _draw(piece, own)) for piece, own in each]
 
 
