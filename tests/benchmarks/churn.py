@@ -6,7 +6,7 @@
 Real processes (`shoal up`, `shoal join`) of two stages on the paced lane: a micro-batch takes a declared time
 of the lane, so that two cores can stand for eight machines. First the swarm trains undisturbed for `--calm`
 seconds, then for `--minutes` every volunteer's session ends after an exponential time, by SIGKILL or in
-order, and a spare process that has its imports behind it takes its place. The owner's peer stays.
+order, and a process that has its imports behind it takes its place. The owner's peer stays.
 
 `of_calm`: committed tokens a second under churn over those before, each over the processes alive in the mean,
 joiners from the moment they begin. Goal 0.85; and no micro-batch applied twice, none missing but what killed
@@ -34,20 +34,16 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from swarm_world import Auditor, Id, Peer, Swarm, swarm_spec, write_corpus
 
-from shoal.node import parent
 from shoal.node.demo.processes import JsonObject
 from shoal.node.paths import CACHE_KEY
 from shoal.protocol.errors import ShoalError
-from shoal.training import spec_text
 from shoal.training.spec import RunSpec
 
 GOAL, CPU_GOAL = 0.85, 0.5
 STAGES = 2
-SPARES = 2
 LOOK_S = 0.5
 WARM_UP_S = 20.0
 SETTLE_S = 90.0
-_LINE_BYTES = 1 << 20
 
 
 def churn_spec(corpus: Path) -> RunSpec:
@@ -55,98 +51,6 @@ def churn_spec(corpus: Path) -> RunSpec:
     values = swarm_spec(corpus, STAGES).model_dump()
     values["inner"] |= {"in_flight": 8, "micro_batch_sequences": 2}
     return RunSpec.model_validate(values)
-
-
-def be_spare() -> None:
-    """A process that has imported everything, and becomes a peer when it is told how."""
-    import shoal.node.daemon  # noqa: F401  (what takes the seconds)
-    from shoal.node.cli.app import main
-
-    sys.argv = ["shoal", *json.loads(sys.stdin.readline())]
-    main()
-
-
-class SparePeer(Peer):
-    """A peer whose process was there before."""
-
-    def __init__(self, name: str, folder: Path, swarm: Swarm, process: asyncio.subprocess.Process) -> None:
-        super().__init__(name, folder, swarm)
-        self._process = process
-
-    async def start(self, *arguments: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "errors.log").symlink_to(self.folder.parent / "spares.errors")
-        options = ("--json", "--data-dir", str(self.folder / "data"), "--threads", "1", "--name", self.name)
-        if self._process.stdin is None or self._process.stdout is None:
-            raise RuntimeError("a spare has pipes")
-        self._process.stdin.write(json.dumps([*arguments, *options]).encode() + b"\n")
-        self.started_unix_s = time.time()
-        reading = asyncio.create_task(self._read(self._process.stdout), name=f"events of {self.name}")
-        self._running = self._process, reading
-
-
-class SpareSwarm(Swarm):
-    """A swarm whose later peers come from spare processes."""
-
-    def __init__(self, folder: Path, spec: RunSpec, pace_s: float) -> None:
-        super().__init__(folder, spec)
-        self._pace = ("--pace", str(pace_s))
-        self._spares: asyncio.Queue[asyncio.subprocess.Process] = asyncio.Queue()
-
-    async def begin(self, peers: int) -> None:
-        """The owner and the others, all spares first."""
-        for _ in range(peers + SPARES):
-            await self.add_spare()
-        owner = await self._from_spare("owner")
-        path = self.folder / "run.toml"
-        path.write_text(spec_text.render(self.spec))
-        await owner.start("up", str(path), "--listen", "127.0.0.1", "--stage", "0", *self._pace)
-        await owner.event("invitation", 180.0)
-        self._token = await self.issue_token("everybody")
-        await asyncio.gather(*(self.come(stage=number % STAGES) for number in range(1, peers)))
-        await self.until_training(self.peers, 180.0)
-
-    async def come(self, stage: int | None = None) -> Peer:
-        """One more, online."""
-        peer = await self._from_spare(f"peer-{len(self.peers)}")
-        where = () if stage is None else ("--stage", str(stage))
-        await peer.start("join", f"@{self._token}", "--listen", "127.0.0.1", *self._pace, *where)
-        await peer.event("online", 180.0)
-        return peer
-
-    async def renew_token(self) -> None:
-        """With the addresses of who is there now."""
-        self._token = await self.issue_token(f"everybody-{len(self.peers)}")
-
-    async def add_spare(self) -> None:
-        environment = {
-            **os.environ,
-            parent.ENVIRONMENT_KEY: str(os.getpid()),
-            "OMP_NUM_THREADS": "1",
-            "TMPDIR": str(self.folder),
-        }
-        with (self.folder / "spares.errors").open("ab") as errors:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, __file__, "--spare"),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                limit=_LINE_BYTES,
-                start_new_session=True,
-            )
-        self._spares.put_nowait(process)
-
-    async def _from_spare(self, name: str) -> Peer:
-        peer = SparePeer(name, self.folder / name, self, await self._spares.get())
-        self.peers.append(peer)
-        return peer
-
-    def dismiss(self) -> None:
-        """The spares that were not needed."""
-        while not self._spares.empty():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._spares.get_nowait().pid, signal.SIGKILL)
 
 
 class Meter:
@@ -182,9 +86,9 @@ class Meter:
 
 
 class Churn:
-    """Sessions that end, and spares that take over."""
+    """Sessions that end, and others that begin."""
 
-    def __init__(self, swarm: SpareSwarm, session_s: float, seed: int) -> None:
+    def __init__(self, swarm: Swarm, session_s: float, seed: int) -> None:
         self._swarm = swarm
         self._session_s = session_s
         self._rng = random.Random(seed)
@@ -195,7 +99,7 @@ class Churn:
     async def run(self, until_s: float) -> None:
         """Every volunteer has its sessions; the last of each stays."""
         begin = self._swarm.peers[1:]
-        await asyncio.gather(*(self._place(peer, until_s) for peer in begin), self._renew(until_s))
+        await asyncio.gather(*(self._place(peer, until_s) for peer in begin))
 
     async def _place(self, peer: Peer, until_s: float) -> None:
         while True:
@@ -204,15 +108,12 @@ class Churn:
                 return
             await asyncio.sleep(ends_s - time.monotonic())
             await self._end(peer)
-            spare = asyncio.create_task(self._swarm.add_spare())
             try:
                 self.joins += 1
-                peer = await self._swarm.come()
+                peer = await self._swarm.join()
             except ShoalError as error:
                 self.problems.append(str(error))
                 return
-            finally:
-                await spare
 
     async def _end(self, peer: Peer) -> None:
         stage = [other for other in self._swarm.replicas(peer.stage or 0) if other is not peer]
@@ -225,11 +126,6 @@ class Churn:
         peer.signal(signal.SIGTERM)
         await peer.ended(60.0)
 
-    async def _renew(self, until_s: float) -> None:
-        while time.monotonic() + 40.0 < until_s:
-            await asyncio.sleep(40.0)
-            await self._swarm.renew_token()
-
 
 async def keep_accounts(swarm: Swarm, auditor: Auditor) -> None:
     """Asks drivers about what is not applied at stage 1, before they forget its chain or go."""
@@ -239,8 +135,8 @@ async def keep_accounts(swarm: Swarm, auditor: Auditor) -> None:
         await swarm.account(auditor, frozenset[Id]().union(*decided))
 
 
-async def measure(swarm: SpareSwarm, options: argparse.Namespace) -> JsonObject:
-    await swarm.begin(options.peers)
+async def measure(swarm: Swarm, options: argparse.Namespace) -> JsonObject:
+    await swarm.start(options.peers // STAGES)
     await asyncio.sleep(WARM_UP_S)
     async with swarm.auditor() as auditor:
         accounts = asyncio.create_task(keep_accounts(swarm, auditor))
@@ -295,17 +191,15 @@ def _cpu_s() -> float:
 
 
 async def run(folder: Path, options: argparse.Namespace) -> JsonObject:
-    swarm = SpareSwarm(folder, churn_spec(write_corpus(folder / "corpus.txt")), options.pace)
+    swarm = Swarm(folder, churn_spec(write_corpus(folder / "corpus.txt")))
+    swarm.options = ("--pace", str(options.pace))
     async with swarm:
-        try:
-            return await measure(swarm, options)
-        finally:
-            swarm.dismiss()
+        return await measure(swarm, options)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--peers", type=int, default=8)
+    parser.add_argument("--peers", type=int, default=8, help="as many of each stage")
     parser.add_argument("--session", type=float, default=60.0, help="mean, in seconds")
     parser.add_argument("--minutes", type=float, default=5.0, help="under churn")
     parser.add_argument("--calm", type=float, default=60.0, help="seconds before it")
@@ -327,7 +221,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--spare"]:
-        be_spare()
-    else:
-        sys.exit(main())
+    sys.exit(main())
