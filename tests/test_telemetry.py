@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from view_peers import TRAINER, World, round_told, training
-from view_world import NOW
+from view_peers import TRAINER, Listed, World, round_told, training
+from view_world import NOW, replica
 
+from shoal.node.inference.checking import DISAGREE, in_words, telling_owners
 from shoal.node.view import intake
 from shoal.node.view.buffer import EVENTS, Buffer
 from shoal.node.view.messages import (
@@ -27,6 +31,7 @@ from shoal.protocol.errors import Busy, MessageInvalid
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream
 from shoal.protocol.wire import decode, encode
+from shoal.training.serving.audit import Disagreement
 
 Scene = Callable[[World], Awaitable[None]]
 
@@ -47,6 +52,34 @@ def kinds(snapshot: Snapshot) -> list[tuple[str, str]]:
 
 
 # --- what gets there
+
+
+def test_what_a_program_found_out_about_answers_reaches_the_owner() -> None:
+    async def scene(world: World) -> None:
+        owner = await world.add("owner", owner=True)
+        world.members["client"] = replica("client", 0)
+        transport = world.network.transport(PeerId("gateway"), TRAINER)
+        await transport.start()
+        world.members["gateway"] = dataclasses.replace(replica("gateway", 0), stages=(), state="observing")
+        presence = SimpleNamespace(
+            transport=transport, members=Listed(transport.me, world), incarnation=9, rng=random.Random(1)
+        )
+        counts = {"agreed": 40, "disagreed": 0, "unchecked": 2}
+        async with telling_owners(presence, lambda: counts) as buffer:  # type: ignore[arg-type]
+            await asyncio.sleep(6.0)
+            assert owner.observer.snapshot().trust.audits == counts
+            counts = {"agreed": 41, "disagreed": 1, "unchecked": 2}
+            found = Disagreement(7, 1, 2, (PeerId("owner"), PeerId("nobody")), (PeerId("client"),))
+            buffer.add(DISAGREE, in_words(found, presence.members.view()))
+            await asyncio.sleep(6.0)
+            seen = owner.observer.snapshot()
+            assert seen.trust.audits == counts
+            (told,) = [event for event in seen.events if event.kind == DISAGREE]
+            assert told.peer == "gateway"
+            assert "name of owner → somebody, and name of client recomputed it" in told.text
+        await transport.close()
+
+    play(scene)
 
 
 def test_what_happens_at_a_peer_is_in_the_owners_snapshot_a_second_later() -> None:

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, overload
 
+from shoal.node.inference.checking import DISAGREE, in_words, telling_owners
 from shoal.node.inference.writing import Options, Piece, Text, Writing
 from shoal.node.paths import PeerFolder, data_root, run_folder
 from shoal.node.presence import Listening, Presence, present
 from shoal.node.tokenizers import with_tokenizer
+from shoal.node.view.buffer import Buffer
 from shoal.protocol.admission import JoinToken
 from shoal.protocol.errors import NetworkError, UsageError
 from shoal.protocol.identity import PeerKey
@@ -88,8 +90,9 @@ class AsyncClient:
         draft: Path | None = None,
     ) -> None:
         """`timeout_s`: for a whole text, where a call does not say another. `verify`: share of the texts that
-        a second chain recomputes; `status()["checks"]` tells. `draft`: folder of a small model in the Llama
-        layout that guesses ahead, for the same texts in less time. Raises TokenInvalid, UsageError."""
+        a second chain recomputes; `status()["checks"]` and the run's owners tell. `draft`: folder of a
+        small model in the Llama layout that guesses ahead, for the same texts in less time.
+        Raises TokenInvalid, UsageError."""
         if not 0.0 <= verify <= 1.0:
             raise UsageError(f"verify = {verify}: a share lies between 0 and 1")
         self._token = JoinToken.parse(join.strip()) if isinstance(join, str) else join
@@ -100,6 +103,7 @@ class AsyncClient:
         self._text: Text | None = None
         self._tuner: Tuner | None = None
         self._auditor: Auditor | None = None
+        self._told: Buffer | None = None  # what the run's owners are told
         self._last: Writing | None = None
 
     async def __aenter__(self) -> Self:
@@ -125,8 +129,11 @@ class AsyncClient:
             self._text = Text(spec, tokenizer, presence.transport, replicas, presence.rng, draft)
             self._tuner = Tuner(spec, presence.transport, replicas, presence.rng, offload=asyncio.to_thread)
             near = near_score(spec.model.dtype)
-            auditor = Auditor(self._tuner, self._verify, presence.rng, _warn, near)
+            auditor = Auditor(self._tuner, self._verify, presence.rng, self._disagree, near)
             self._auditor = await self._stack.enter_async_context(auditor)
+            if self._verify:
+                told = telling_owners(presence, auditor.figures.counts)
+                self._told = await self._stack.enter_async_context(told)
             self._text.ended = auditor.ended
             self._presence = presence
             self._stack = self._stack.pop_all()
@@ -258,6 +265,11 @@ class AsyncClient:
             "checks": self._auditor.status() if self._auditor is not None else {},
         }
 
+    def _disagree(self, found: Disagreement) -> None:
+        _log.warning("two chains disagree on a token: %s", json.dumps(found.to_json()))
+        if self._told is not None and self._presence is not None:
+            self._told.add(DISAGREE, in_words(found, self._presence.members.view()))
+
     async def _complete(self, prompt: str, options: Options | None) -> Completion:
         begun_s = time.monotonic()
         async with self.writing(prompt, options) as writing:
@@ -273,10 +285,6 @@ class AsyncClient:
             writing.figures.drafted,
             writing.figures.accepted,
         )
-
-
-def _warn(found: Disagreement) -> None:
-    _log.warning("two chains disagree on a token: %s", json.dumps(found.to_json()))
 
 
 def transcript(turns: Sequence[Turn], options: Options) -> tuple[str, Options]:

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from shoal.node.control import Action
 from shoal.node.events import Events
+from shoal.node.inference.checking import DISAGREE, in_words
 from shoal.node.inference.writing import Options, Text
 from shoal.node.presence import Presence
 from shoal.node.tokenizers import with_tokenizer
@@ -70,10 +71,7 @@ class Tryouts:
     @property
     def checks(self) -> dict[str, int]:
         """How many texts a second chain agreed with, or not, or could not be had for."""
-        if self._auditor is None:
-            return {}
-        found = self._auditor.figures
-        return {"agreed": found.agreed, "disagreed": found.disagreed, "unchecked": found.unchecked}
+        return self._auditor.figures.counts() if self._auditor is not None else {}
 
     @property
     def actions(self) -> dict[str, Action]:
@@ -148,9 +146,7 @@ class Tryouts:
         return text
 
     def _disagree(self, found: Disagreement) -> None:
-        one, other = (" → ".join(map(self._name, chain)) for chain in (found.servers, found.checked_by))
-        text = f"two chains disagree on a token of the try-it box: {one}, and {other} recomputed it"
-        self._events("answers-disagree", {"text": text, "position": found.position})
+        self._events(DISAGREE, in_words(found, self._presence.members.view(), " of the try-it box"))
 
     def _name(self, peer: PeerId | None) -> str:
         member = self._presence.members.view().get(peer) if peer else None

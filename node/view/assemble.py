@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -153,8 +154,11 @@ def _links(view: SwarmView, seen: Seen) -> tuple[tuple[Link, ...], int]:
 
 def _trust(own: Own, seen: Seen) -> Trust:
     refused: Counter[str] = Counter()
+    audits = Counter(own.audits)
     repaired = 0
-    for told in seen.told.values():
+    for peer, told in seen.told.items():
+        if told.figures and told.figures.audits and peer != own.peer:
+            audits.update(dataclasses.asdict(told.figures.audits))
         for one in told.figures.refused if told.figures else ():
             refused[printable(one.peer, 64)] += one.count
         repaired += told.figures.training.repaired_parts if told.figures and told.figures.training else 0
@@ -163,5 +167,5 @@ def _trust(own: Own, seen: Seen) -> Trust:
         refusals=dict(own.refusals),
         refused=dict(refused.most_common(REFUSED)),
         repaired_parts=repaired,
-        audits=dict(own.audits),
+        audits=dict(audits),
     )

@@ -11,6 +11,7 @@ from shoal.dht.view import SwarmView
 from shoal.node.view.messages import (
     LINKS,
     REFUSALS,
+    TelemetryAudits,
     TelemetryFigures,
     TelemetryLink,
     TelemetryRefusals,
@@ -38,7 +39,13 @@ def figures_of(own: Own, view: SwarmView) -> TelemetryFigures:
         training=_training(training) if training else None,
         links=_links(training, view),
         refused=tuple(TelemetryRefusals(peer, count) for peer, count in sorted(refused.items())[:REFUSALS]),
+        audits=audits_of(own.audits),
     )
+
+
+def audits_of(counts: Mapping[str, int]) -> TelemetryAudits | None:
+    """By result, as a message; None where nothing was checked."""
+    return TelemetryAudits(**counts) if counts else None
 
 
 def _training(training: Mapping[str, Any]) -> TelemetryTraining:

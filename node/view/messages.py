@@ -91,6 +91,16 @@ class TelemetryTraining:
 
 @wire_message
 @dataclass(frozen=True, slots=True)
+class TelemetryAudits:
+    """Texts that the sender had written and then recomputed by a second chain."""
+
+    agreed: Count = 0
+    disagreed: Count = 0
+    unchecked: Count = 0
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
 class TelemetryFigures:
     """A peer's own figures now."""
 
@@ -104,6 +114,7 @@ class TelemetryFigures:
     training: TelemetryTraining | None = None
     links: Annotated[tuple[TelemetryLink, ...], Items(LINKS)] = ()
     refused: Annotated[tuple[TelemetryRefusals, ...], Items(REFUSALS)] = ()
+    audits: TelemetryAudits | None = None
 
 
 @wire_message

@@ -249,7 +249,9 @@ class Trust:
     )  # kind -> inbound streams that were refused here
     refused: Mapping[str, int] = field(default_factory=dict)  # peer -> data that others refused from it
     repaired_parts: int = 0
-    audits: Mapping[str, int] = field(default_factory=dict)  # result -> texts that a second chain recomputed
+    audits: Mapping[str, int] = field(
+        default_factory=dict
+    )  # result -> texts that a second chain recomputed, for anybody here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

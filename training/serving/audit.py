@@ -62,6 +62,11 @@ class AuditFigures:
     why_unchecked: str = ""
     evidence: list[Disagreement] = field(default_factory=list)  # the last few
 
+    def counts(self) -> dict[str, int]:
+        """Texts by result; empty where none was due."""
+        found = {"agreed": self.agreed, "disagreed": self.disagreed, "unchecked": self.unchecked}
+        return found if any(found.values()) else {}
+
 
 def near_score(dtype: str) -> float:
     """By how much logits of two honest servers of this type may differ, in shares of the largest."""

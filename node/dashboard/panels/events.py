@@ -14,7 +14,7 @@ from shoal.node.view.snapshot import Snapshot
 
 _SHOWN = 60
 _PEER_ID = re.compile(r"12D3KooW[1-9A-HJ-NP-Za-km-z]{44}")
-_BAD = ("gone", "lost", "refused", "suspect", "fault", "cut", "dropped", "down", "hung")
+_BAD = ("gone", "lost", "refused", "suspect", "fault", "cut", "dropped", "down", "hung", "disagree")
 
 
 def events(snapshot: Snapshot, state: PageState) -> Markup:
