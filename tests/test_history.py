@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from view_peers import World, clock, inline, round_told, training
-from view_world import NOW
+from view_world import NOW, own
 
 from shoal.node.view.archive import PAGE, Archive, Contribution, Entry, Write
 from shoal.node.view.history import QUEUE, History
 from shoal.node.view.names import readable
-from shoal.node.view.parts import EventRow
+from shoal.node.view.parts import EventRow, Run
+from shoal.node.view.snapshot import Snapshot
 from shoal.protocol import virtual_time
 from shoal.protocol.errors import StorageError, UsageError
 
@@ -270,3 +272,74 @@ def test_the_newest_figures_of_a_process_replace_those_before_and_never_shrink(t
 def test_a_file_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"history\.sqlite"):
         Archive(tmp_path / "nowhere" / "history.sqlite").start(10, NOW)
+
+
+# --- the run as it was
+
+
+def moment(at: float, tokens: int = 0) -> Snapshot:
+    return Snapshot(at=at, me=own(), run=Run(tokens=tokens))
+
+
+def test_the_owners_peer_keeps_the_run_as_it_was(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        owner = await world.add("owner", owner=True, folder=tmp_path)
+        with pytest.raises(UsageError, match="no moment"):
+            await owner.observer.ask_history({"what": "moment", "at": clock()})
+        await world.add("peer")
+        owner.buffer.add("moving", {"text": "before"})
+        await asyncio.sleep(25.0)
+        then = owner.observer.snapshot()
+        await world.remove("peer")
+        owner.buffer.add("moving", {"text": "after"})
+        await asyncio.sleep(60.0)
+
+        told = await owner.observer.ask_history({"what": "moment", "at": then.at})
+        assert isinstance(told, dict)
+        seen = Snapshot.from_json(told["snapshot"])
+        assert told["before"] < seen.at <= then.at < told["after"]
+        assert [peer.name for peer in seen.peers] == [peer.name for peer in then.peers]
+        assert seen.verdict == then.verdict
+        assert seen.verdict != owner.observer.snapshot().verdict
+        assert [event.text for event in seen.events] == ["before"]
+        span = await owner.observer.ask_history({"what": "span"})
+        first = await owner.observer.ask_history({"what": "moment", "at": 0.0})
+        assert isinstance(span, dict) and isinstance(first, dict)
+        assert span["span"][0] == first["at"] and first["before"] is None
+
+    play(scene)
+
+
+def test_of_old_moments_fewer_are_kept_and_all_within_their_share(tmp_path: Path) -> None:
+    archive = Archive(tmp_path / "history.sqlite")
+    ages = (*range(0, 7200, 10), *range(23 * 3600, 25 * 3600, 30))
+    archive.write(Write(frames=tuple(moment(NOW - age) for age in ages)))
+    archive.tidy(NOW)
+    kept = []
+    frame = archive.frame(NOW)
+    while frame is not None:
+        kept.append(NOW - frame.at)
+        frame = archive.frame(frame.before) if frame.before is not None else None
+
+    def number(first: float, last: float) -> int:
+        return sum(first < age <= last for age in kept)
+
+    assert number(-1, 3600) == 361
+    assert number(3600, 7200) == pytest.approx(60, abs=1)
+    assert number(23 * 3600, 24 * 3600) == pytest.approx(60, abs=1)
+    assert number(24 * 3600, 25 * 3600) == pytest.approx(6, abs=1)
+    frame = archive.frame(NOW - 23.5 * 3600.0)
+    assert frame is not None
+    archive.tidy(NOW)
+    assert archive.frame(NOW - 23.5 * 3600.0) == frame, "tidied again nothing more goes"
+
+    large = Archive(tmp_path / "large.sqlite", size_bytes=100_000)
+    noise = random.Random(1).randbytes(2000).hex()
+    frames = tuple(
+        dataclasses.replace(moment(NOW - n), me=dataclasses.replace(own(), device=f"{n}{noise}"))
+        for n in range(60)
+    )
+    large.write(Write(frames=frames))
+    assert large.tidy(NOW) <= 100_000
+    span = large.span()
+    assert span is not None and span[1] == NOW and NOW - 59 < span[0] < NOW - 5
