@@ -91,7 +91,7 @@ def test_after_a_kill_training_goes_on_within_seconds_and_a_joiner_contributes(s
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        async with TrainerWorld(round_spec(2), seed=seed) as world:
+        async with TrainerWorld(round_spec(2), seed=seed, slower=5.0) as world:
             for number in range(4):
                 await world.add(number, number % 2)
             await world.heights(5)
@@ -166,7 +166,7 @@ def test_a_freeze_does_not_fork_the_log(seed: int) -> None:
     """Found by the churn soak: whom a freeze left behind committed alone, and so did the thawed one."""
 
     async def main() -> None:
-        async with TrainerWorld(round_spec(1), seed=seed) as world:
+        async with TrainerWorld(round_spec(1), seed=seed, slower=5.0) as world:
             for number in range(2):
                 await world.add(number, 0)
             await world.heights(3)
@@ -188,7 +188,7 @@ def test_a_freeze_does_not_fork_the_log(seed: int) -> None:
 
 def test_training_goes_on_with_the_directory_gone_for_ten_minutes() -> None:
     async def main() -> None:
-        async with TrainerWorld(round_spec(2), slower=50.0) as world:
+        async with TrainerWorld(round_spec(2), slower=300.0) as world:
             for number in range(4):
                 await world.add(number, number % 2)
             await world.heights(1)
@@ -206,7 +206,7 @@ def test_the_same_seed_gives_the_same_trace() -> None:
     """P9."""
 
     async def once() -> list[tuple[float, int, str]]:
-        async with TrainerWorld(round_spec(2), seed=3) as world:
+        async with TrainerWorld(round_spec(2), seed=3, slower=5.0) as world:
             for number in range(4):
                 await world.add(number, number % 2)
             await world.heights(4)
