@@ -36,7 +36,7 @@ from shoal.training.spec import RunSpec
 from shoal.training.templates import TEMPLATES
 
 DECISIONS = "decisions.jsonl"
-START_S = 90.0  # two cores, four imports of torch, and whatever else the machine does
+START_S = 150.0  # two cores, four imports of torch, and whatever else the machine does
 POLL_S = 0.6  # a look costs a peer and the watcher as much as some training does
 HOST = "127.0.0.1"
 _EVENTS_TOLD = 8
@@ -280,7 +280,7 @@ class Swarm:
         await until(grown, f"progress of {', '.join(enough)}", timeout_s, lambda: self.poll(peers))
         return time.monotonic() - now_s
 
-    async def until_compared(self, peers: list[Peer], timeout_s: float = 60.0) -> int:
+    async def until_compared(self, peers: list[Peer], timeout_s: float = 120.0) -> int:
         """Returns a height, later than now, at which all of `peers`, of one stage, told their state."""
         (stage,) = {peer.stage for peer in peers}
         assert stage is not None
@@ -306,7 +306,7 @@ class Swarm:
         """For a failed test: the last words of all."""
         return "\n".join(peer.story() for peer in self.peers)
 
-    async def settled(self, auditor: Auditor, timeout_s: float = 60.0) -> frozenset[Id]:
+    async def settled(self, auditor: Auditor, timeout_s: float = 120.0) -> frozenset[Id]:
         """What living drivers have decided by now, once each of it is applied at stage 1 or accounted for.
 
         Raises NetworkError with what is missing.
