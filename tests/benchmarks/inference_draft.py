@@ -30,7 +30,7 @@ from shoal.training.spec import RunSpec
 SEQUENCE, BATCH = 128, 8
 TARGET = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "feedforward": 384}
 DRAFT = {"layers": 1, "width": 64, "heads": 2, "kv_heads": 1, "feedforward": 192}
-STEPS = {"target": 400, "draft": 600}
+STEPS = {"target": 300, "draft": 400}
 RATE = 2e-3  # of AdamW, after a warm-up and down along a cosine
 PROMPT, TOKENS, TEXTS = 64, 48, 2
 TEMPERATURE = 0.8  # of the drawn texts; greedy ones of a model trained so shortly repeat themselves
