@@ -32,7 +32,7 @@ async def audited(world: World, options: Options, texts: int = 3) -> tuple[Audit
     tuner = Tuner(world.spec, world.client, world, random.Random(2), patience_s=2.0, offload=in_place)
     async with Auditor(tuner, 1.0, random.Random(3), told.append) as auditor:
         text = Text(world.spec, ByteTokenizer(), world.client, world, random.Random(4))
-        text.ended = auditor.ended
+        text.auditor = auditor
         for number in range(texts):
             async with text.writing([*PROMPT, number], options) as writing:
                 async for _ in writing:
@@ -114,7 +114,8 @@ def test_only_the_share_is_checked_and_what_is_under_way_ends_with_the_auditor()
             text = Written((1, 2, 3), 2, SamplingOptions(), (b"v1".ljust(32),), frozenset(), False)
             async with Auditor(tuner, 0.25, random.Random(3)) as auditor:
                 for _ in range(16):
-                    auditor.ended(text)
+                    if auditor.draw():
+                        auditor.ended(text)
                 await asyncio.sleep(0.1)
                 assert 1 <= len(auditor._tasks) <= 8
             assert auditor.figures.agreed == 0

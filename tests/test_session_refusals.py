@@ -39,6 +39,8 @@ from shoal.training.serving.messages import (
     SessionOpened,
     SessionPulse,
     SessionRoute,
+    SessionShow,
+    SessionShown,
     SessionToken,
     TokenBias,
 )
@@ -107,6 +109,8 @@ SAID_LATER: tuple[tuple[object, str], ...] = (
     (SessionDraft(4, (50, 257)), "outside the vocabulary"),
     (SessionDraft(60, (1, 2, 3, 4, 5)), "up to 65 leaves a session of 64"),
     (SessionDraft(1 << 20, (1,)), "leaves a session of 64"),
+    (SessionShow((), 1), "0 positions are asked for"),
+    (SessionShow((3, 64), 1), "2 positions are asked for, of 64"),
 )
 
 
@@ -218,7 +222,11 @@ async def _rubbish(stream: Stream) -> None:
     await stream.send(RowsHave(1))
 
 
-@pytest.mark.parametrize("lie", [_far_token, _foreign_token, _rubbish])
+async def _shown_unasked(stream: Stream) -> None:
+    await stream.send(SessionShown((3,)), bytes(72))
+
+
+@pytest.mark.parametrize("lie", [_far_token, _foreign_token, _rubbish, _shown_unasked])
 def test_a_server_that_breaks_the_protocol_is_replaced_and_suspected(lie: Lie) -> None:
     async def main() -> None:
         async with World(serving_spec(2), 1) as world:

@@ -32,7 +32,7 @@ from shoal.protocol.identity import PeerKey
 from shoal.training.data.tokenizer import Tokenizer, load_tokenizer
 from shoal.training.lane import ThreadLane
 from shoal.training.neighbours import MemberReplicas
-from shoal.training.serving.audit import Auditor, Disagreement, near_score
+from shoal.training.serving.audit import Auditor, Disagreement, coarsest
 from shoal.training.serving.draft import DraftModel, load_draft
 from shoal.training.serving.tuner import Tuner
 from shoal.training.spec import RunSpec
@@ -128,13 +128,12 @@ class AsyncClient:
             replicas = MemberReplicas(presence.members)
             self._text = Text(spec, tokenizer, presence.transport, replicas, presence.rng, draft)
             self._tuner = Tuner(spec, presence.transport, replicas, presence.rng, offload=asyncio.to_thread)
-            near = near_score(spec.model.dtype)
-            auditor = Auditor(self._tuner, self._verify, presence.rng, self._disagree, near)
+            auditor = Auditor(self._tuner, self._verify, presence.rng, self._disagree, coarsest(spec))
             self._auditor = await self._stack.enter_async_context(auditor)
             if self._verify:
                 told = telling_owners(presence, auditor.figures.counts)
                 self._told = await self._stack.enter_async_context(told)
-            self._text.ended = auditor.ended
+            self._text.auditor = auditor
             self._presence = presence
             self._stack = self._stack.pop_all()
         return self
@@ -266,7 +265,7 @@ class AsyncClient:
         }
 
     def _disagree(self, found: Disagreement) -> None:
-        _log.warning("two chains disagree on a token: %s", json.dumps(found.to_json()))
+        _log.warning("two chains disagree: %s", json.dumps(found.to_json()))
         if self._told is not None and self._presence is not None:
             self._told.add(DISAGREE, in_words(found, self._presence.members.view()))
 

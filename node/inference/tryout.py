@@ -28,7 +28,7 @@ from shoal.protocol.errors import Busy, NetworkError, NotHere, ShoalError, Usage
 from shoal.protocol.identity import Contact, PeerId
 from shoal.training.data.tokenizer import load_tokenizer
 from shoal.training.neighbours import MemberReplicas
-from shoal.training.serving.audit import Auditor, Disagreement, near_score
+from shoal.training.serving.audit import Auditor, Disagreement, coarsest
 from shoal.training.serving.tuner import Tuner
 from shoal.training.spec import RunSpec
 
@@ -139,10 +139,10 @@ class Tryouts:
         tokenizer = await asyncio.to_thread(load_tokenizer, local.data)
         replicas = MemberReplicas(presence.members, itself=True)
         tuner = Tuner(spec, presence.transport, replicas, presence.rng, offload=asyncio.to_thread)
-        auditor = Auditor(tuner, 1.0, presence.rng, self._disagree, near_score(spec.model.dtype))
+        auditor = Auditor(tuner, 1.0, presence.rng, self._disagree, coarsest(spec))
         self._auditor = await self._ending.enter_async_context(auditor)
         text = Text(spec, tokenizer, presence.transport, replicas, presence.rng)
-        text.ended = auditor.ended
+        text.auditor = auditor
         return text
 
     def _disagree(self, found: Disagreement) -> None:

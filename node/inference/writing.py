@@ -19,10 +19,11 @@ from shoal.protocol.transport import Transport
 from shoal.protocol.wire import encode
 from shoal.training.data.tokenizer import ByteTokenizer, Tokenizer
 from shoal.training.pipeline.replicas import Replicas
+from shoal.training.serving.audit import Auditor
 from shoal.training.serving.chain import Generation
 from shoal.training.serving.draft import DraftModel
 from shoal.training.serving.messages import STOP, SamplingOptions, TokenBias
-from shoal.training.serving.written import ChainFigures, Written
+from shoal.training.serving.written import ChainFigures
 from shoal.training.spec import RunSpec
 
 _MOST_STOPS = 16
@@ -80,17 +81,17 @@ class Writing:
         begin: Callable[[Sequence[int]], Generation],
         tokenizer: Tokenizer,
         stops: Sequence[str],
-        ended: Callable[[Written], None] = lambda written: None,
+        auditor: Auditor | None = None,
     ) -> None:
         """`begin` makes the generation of a prompt's tokens; it raises MessageInvalid for what cannot be.
 
-        `ended` gets a text that came to its end.
+        `auditor` gets a text that came to its end.
         """
         self.prompt_tokens = self.new_tokens = 0
         self.text = ""
         self.finish = ""
         self._prompt, self._begin, self._tokenizer = prompt, begin, tokenizer
-        self._ended = ended
+        self._auditor = auditor
         self._generation: Generation | None = None  # once entered
         self._decoder, self._filter = Decoder(tokenizer), StopFilter(stops)
 
@@ -114,8 +115,8 @@ class Writing:
     async def __aexit__(self, *error: object) -> None:
         generation = self._entered
         await generation.__aexit__(*error)
-        if self.finish:
-            self._ended(generation.written())
+        if self.finish and self._auditor is not None:
+            self._auditor.ended(generation.written())
 
     def _encoded(self, prompt: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(prompt).tolist()
@@ -178,7 +179,7 @@ class Text:
             draft.require(spec)
         self.spec, self.tokenizer, self._draft = spec, tokenizer, draft
         self._transport, self._replicas, self._rng = transport, replicas, rng
-        self.ended: Callable[[Written], None] = lambda written: None  # of each text
+        self.auditor: Auditor | None = None  # that checks a share of the texts
 
     def writing(self, prompt: str | Sequence[int], options: Options) -> Writing:
         """A text that begins once it is entered. Raises UsageError for options out of bounds.
@@ -193,6 +194,7 @@ class Text:
             )
         sampling = options.sampling(self.tokenizer.end_of_document)
         rng = random.Random(self._rng.getrandbits(64))
+        auditor = self.auditor if self.auditor is not None and self.auditor.draw() else None
 
         def begin(tokens: Sequence[int]) -> Generation:
             return Generation(
@@ -204,6 +206,7 @@ class Text:
                 sampling,
                 rng,
                 draft=self._draft,
+                checked=auditor is not None,
             )
 
-        return Writing(prompt, begin, self.tokenizer, options.stop, self.ended)
+        return Writing(prompt, begin, self.tokenizer, options.stop, auditor)

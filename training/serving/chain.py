@@ -30,12 +30,15 @@ from shoal.training.serving.draft import Drafting, DraftModel
 from shoal.training.serving.link import Link
 from shoal.training.serving.messages import (
     LENGTH,
+    SHOWN,
     STOP,
     OpenSession,
     SamplingOptions,
+    SessionShow,
     SessionToken,
 )
 from shoal.training.serving.moving import Mover
+from shoal.training.serving.prints import Shown
 from shoal.training.serving.speculation import Speculation
 from shoal.training.serving.stuck import broken, stuck
 from shoal.training.serving.written import ChainFigures, Written
@@ -43,6 +46,7 @@ from shoal.training.spec import RunSpec
 
 PATIENCE_S = 30.0  # for a stage that nobody serves
 _LOOK_S = 0.25
+_SHOW_S = 2.0  # for servers to say what went through them
 _REROUTE_S = 0.1  # before a supply that broke off is tried again
 _MOST_VAIN = 4  # restarts without a token in between
 
@@ -62,8 +66,10 @@ class Generation:
         *,
         draft: DraftModel | None = None,
         patience_s: float = PATIENCE_S,
+        checked: bool = False,
     ) -> None:
-        """`draft` guesses ahead: the text is the same, and comes sooner.
+        """`draft` guesses ahead: the text is the same, and comes sooner. `checked`: its servers are asked at
+        the end what went through them, for `written`.
 
         Raises MessageInvalid for a prompt that leaves no room in the model's sequence.
         """
@@ -87,6 +93,7 @@ class Generation:
         self._stages = spec.stages.count
         self._links: list[Link | None] = [None] * self._stages
         self._pins: list[bytes] = [b""] * self._stages
+        self._checked, self._shown = checked, tuple[tuple[PeerId, Shown | None], ...]()
         self._empty_since_s: dict[int, float] = {}
         self._reasons: dict[int, ShoalError] = {}
         self._candidates = Candidates(replicas, self._stages, rng)
@@ -155,6 +162,7 @@ class Generation:
             frozenset(self.servers),
             self.finish == STOP,
             self.figures.restarted > 0,
+            self._shown,
         )
 
     # --- the loop
@@ -172,11 +180,28 @@ class Generation:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):
                         await self._wake.wait()
+            if self._checked:
+                await self._have_shown()
         finally:
             if speculation is not None:
                 speculation.cancel()
                 await asyncio.wait([speculation])
             await self._close_all()
+
+    async def _have_shown(self) -> None:
+        """Ask the servers what went through them; whoever does not say so in time has not."""
+        most = len(self.tokens) - 1
+        positions = sorted(self._rng.sample(range(most), min(most, SHOWN)))
+        asked = SessionShow(tuple(positions), self._rng.getrandbits(64))
+        links = [link for link in self._links if link is not None]
+        for link in links:
+            link.ask(asked)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SHOW_S):
+                while any(link.shown is None and link.down is None for link in links):
+                    self._wake.clear()
+                    await self._wake.wait()
+        self._shown = tuple((link.peer, link.shown) for link in links)
 
     async def _mend(self) -> None:
         """Bring the chain to what it should be, as far as that can be done now.
@@ -251,6 +276,8 @@ class Generation:
             token=take,
             changed=self._wake.set,
             now_s=asyncio.get_running_loop().time(),
+            sides=(stage > 0, stage < self._stages - 1),
+            width=self._spec.model.width,
         )
 
     def _given_up(self, stage: int) -> ShoalError:

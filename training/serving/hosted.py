@@ -21,7 +21,15 @@ from shoal.protocol.limits import DRAFT_TOKENS
 from shoal.training.outer.change import Change
 from shoal.training.serving.ahead import Ahead, alike
 from shoal.training.serving.cache import Cache
-from shoal.training.serving.messages import LENGTH, STOP, OpenSession, SamplingOptions, SessionRoute
+from shoal.training.serving.messages import (
+    LENGTH,
+    STOP,
+    OpenSession,
+    SamplingOptions,
+    SessionRoute,
+    SessionShow,
+)
+from shoal.training.serving.prints import Prints, Shown
 from shoal.training.serving.versions import ServingVersion
 
 
@@ -58,6 +66,7 @@ class HostedSession:
         self.route: SessionRoute | None = None
         self.beside: SessionRoute | None = None  # of the higher epoch of the two, if there is one
         self.cut: tuple[int, str] | None = None  # epoch and reason, to tell the client
+        self.asked: SessionShow | None = None  # and not shown yet
         self.failure: ShoalError | None = None
         self._begun = 0  # positions that were given out to be computed
         self._settled = len(tokens)  # at the first stage: of its inputs so many are no guesses
@@ -221,6 +230,20 @@ class HostedSession:
     def outputs(self, start: int, stop: int) -> torch.Tensor:
         """Hidden states that the next server takes for these positions."""
         return self._outputs[start:stop]
+
+    def ask(self, asked: SessionShow) -> None:
+        """The client wants to see what went through. Raises MessageInvalid for what cannot be."""
+        if not asked.positions or max(asked.positions) >= self.capacity:
+            raise MessageInvalid(f"{len(asked.positions)} positions are asked for, of {self.capacity}")
+        self.asked = asked
+        self.news.notify()
+
+    def shown(self, asked: SessionShow) -> Shown:
+        """As far as it is computed."""
+        at = [position for position in asked.positions if position < self.computed]
+        came = None if self.first else Prints.of(self._entered[at], asked.seed)
+        went = None if self.last else Prints.of(self._outputs[at], asked.seed)
+        return Shown(tuple(at), asked.seed, came, went)
 
     # --- life
 

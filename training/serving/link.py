@@ -14,14 +14,18 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream, Transport
 from shoal.training.serving.messages import (
     SESSION,
+    SHOWN,
     OpenSession,
     SessionCut,
     SessionDraft,
     SessionOpened,
     SessionPulse,
     SessionRoute,
+    SessionShow,
+    SessionShown,
     SessionToken,
 )
+from shoal.training.serving.prints import Shown, print_bytes
 from shoal.training.serving.until import until_first
 
 OPEN_S = 10.0  # for a server to answer that it holds the session
@@ -40,8 +44,11 @@ class Link:
         token: Callable[[SessionToken], None],
         changed: Callable[[], None],
         now_s: float,
+        sides: tuple[bool, bool],
+        width: int,
     ) -> None:
-        """`token` takes what the last stage tells; it raises MessageInvalid for what cannot be."""
+        """`token` takes what the last stage tells; it raises MessageInvalid for what cannot be. `sides`:
+        whether the server has a stage before it, and one after it, which take hidden states of `width`."""
         self.peer, self.opening = peer, opening
         self.version: bytes | None = None  # once open
         self.heard_s = now_s
@@ -52,7 +59,9 @@ class Link:
         self.supplies: Link | None = None  # whom it was told to supply
         self.cut_s: float | None = None  # since when it cannot
         self.cuts, self.cut_reason = 0, ""  # of its own supply, by the server before
+        self.shown: Shown | None = None  # once asked
         self._transport, self._payload = transport, payload
+        self._sides, self._width = sides, width
         self._token, self._changed = token, changed
         self._epoch, self._route, self._untold = -1, SessionRoute(0, 0, peer), False
         self.beside: Link | None = None  # whom it was told to supply as well
@@ -60,6 +69,8 @@ class Link:
         self._beside: SessionRoute | None = None  # the route to it
         self._beside_untold = False
         self._draft: SessionDraft | None = None  # not sent yet
+        self._asked: SessionShow | None = None
+        self._unasked = False
         self._news = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name=f"session at {peer}")
         self._task.add_done_callback(lambda task: changed())
@@ -85,6 +96,11 @@ class Link:
     def draft(self, start: int, tokens: Sequence[int]) -> None:
         """Tell the first stage what the text may be from `start` on; the latest counts."""
         self._draft = SessionDraft(start, tuple(tokens))
+        self._news.set()
+
+    def ask(self, asked: SessionShow) -> None:
+        """Have the server show what went through it."""
+        self._asked, self._unasked = asked, True
         self._news.set()
 
     def require_sound(self) -> None:
@@ -115,14 +131,27 @@ class Link:
 
     async def _listen(self, stream: Stream) -> None:
         while True:
-            message = (await stream.receive(SessionToken, SessionPulse, SessionCut)).header
+            came = await stream.receive(
+                *(SessionToken, SessionPulse, SessionCut, SessionShown),
+                max_payload_bytes=2 * print_bytes(SHOWN, self._width),
+            )
+            message = came.header
             if isinstance(message, SessionToken):
                 self._token(message)
             elif isinstance(message, SessionCut):
                 self._note_cut(message)
             elif isinstance(message, SessionPulse):
                 self._note(message)
+            elif isinstance(message, SessionShown):
+                self._take_shown(message, came.payload)
             self._hear()
+
+    def _take_shown(self, message: SessionShown, payload: memoryview) -> None:
+        asked = self._asked
+        if asked is None or not set(message.positions) <= set(asked.positions):
+            raise MessageInvalid(f"{self.peer} shows positions that it was not asked for")
+        positions, seed = message.positions, asked.seed
+        self.shown = Shown.unpack(positions, seed, payload, sides=self._sides, width=self._width)
 
     def _note_cut(self, cut: SessionCut) -> None:
         if self.supplies and cut.epoch == self._epoch:
@@ -154,3 +183,6 @@ class Link:
             if self._draft is not None:
                 draft, self._draft = self._draft, None
                 await stream.send(draft)
+            if self._asked is not None and self._unasked:
+                self._unasked = False
+                await stream.send(self._asked)

@@ -27,6 +27,7 @@ from shoal.training.model.lowrank import TARGETS
 SESSION, ROWS, TUNE = "session", "session.rows", "tune"  # methods
 HIDDEN, LOGITS, LOSS = "hidden", "logits", "loss"
 POSITIONS = 1 << 20  # the spec's most
+SHOWN = 8  # positions of a text, at most
 STOP, LENGTH = "stop", "length"
 SessionId = Annotated[bytes, Length(16, 16)]
 Version = Annotated[bytes, Length(0, 32)]
@@ -136,6 +137,23 @@ class SessionCut:
 
     epoch: Count
     reason: Text
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class SessionShow:
+    """The client asks a server what went through it, at the text's end. Signs are drawn from the seed."""
+
+    positions: Annotated[tuple[Position, ...], Items(SHOWN)]
+    seed: Identifier
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class SessionShown:
+    """The answer, at those of the positions that are computed. Payload: see `prints.Shown`."""
+
+    positions: Annotated[tuple[Position, ...], Items(SHOWN)]
 
 
 @wire_message

@@ -35,6 +35,8 @@ from shoal.training.serving.messages import (
     SessionOpened,
     SessionPulse,
     SessionRoute,
+    SessionShow,
+    SessionShown,
     SessionToken,
 )
 from shoal.training.serving.rows import Rows
@@ -187,11 +189,14 @@ class SessionServer:
         """Until the client leaves."""
         while True:
             try:
-                said = (await stream.receive(SessionRoute, SessionDraft)).header
+                said = (await stream.receive(SessionRoute, SessionDraft, SessionShow)).header
             except StreamEnded:
                 return
             if isinstance(said, SessionDraft):
                 self._guess(session, said)
+                continue
+            if isinstance(said, SessionShow):
+                session.ask(said)
                 continue
             route: SessionRoute = said
             if route.stage != (self._stage + 1) % self._spec.stages.count:
@@ -219,10 +224,14 @@ class SessionServer:
             if session.cut is not None:
                 (epoch, reason), session.cut = session.cut, None
                 await stream.send(SessionCut(epoch, reason[:_REASON_CHARACTERS]))
+            if session.asked is not None:
+                shown, session.asked = session.shown(session.asked), None
+                await stream.send(SessionShown(shown.positions), shown.pack())
             if loop.time() >= pulse_s:
                 await stream.send(SessionPulse(session.received, session.computed, session.step_s))
                 pulse_s = loop.time() + PULSE_S
-            if session.told == len(session.tokens) and session.cut is None and session.failure is None:
+            news = session.cut or session.asked or session.failure
+            if session.told == len(session.tokens) and news is None:
                 await session.news.wait(pulse_s)
         raise session.failure
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from shoal.protocol.identity import PeerId
 from shoal.training.serving.messages import SamplingOptions
+from shoal.training.serving.prints import Shown
 
 
 @dataclass(slots=True)
@@ -32,3 +33,4 @@ class Written:
     servers: frozenset[PeerId]
     stopped: bool  # by a token that ended it
     restarted: bool = False  # some of it was computed on versions before these
+    shown: tuple[tuple[PeerId, Shown | None], ...] = ()  # by stage, if asked: who says what went through it
