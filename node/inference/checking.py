@@ -28,7 +28,10 @@ def in_words(found: Disagreement, view: SwarmView, where: str = "") -> dict[str,
         return member.name if member is not None else "somebody"
 
     one, other = (" → ".join(map(name, chain)) for chain in (found.servers, found.checked_by))
-    text = f"two chains disagree on a token{where}: {one}, and {other} recomputed it"
+    what = "a token" if found.said != found.recomputed else "hidden states"
+    text = f"two chains disagree on {what}{where}: {one}, and {other} recomputed it"
+    if found.stage is not None:
+        text += f"; stage {found.stage} differs first, of {' and '.join(map(name, found.suspects))}"
     return {"text": text, "position": found.position}
 
 
