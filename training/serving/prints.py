@@ -53,7 +53,7 @@ class Prints:
             raise MessageInvalid(f"a print lies outside the width of {width}")
         if not bool(floats.isfinite().all()):
             raise MessageInvalid("a print holds NaN or infinity")
-        values, sums, norms = floats.split([count, positions, positions])
+        values, sums, norms = torch.split(floats, [count, positions, positions])
         return cls(indices.view(positions, largest), values.view(positions, largest), sums, norms)
 
     def off(self, rows: torch.Tensor, seed: int) -> torch.Tensor:
