@@ -44,7 +44,7 @@ async def audited(world: World, draft: Any = None, texts: int = 2) -> Auditor:
     [({}, None), ({"dtype": "bfloat16"}, None), ({"serving_weights": "int8"}, None), ({}, 0.1)],
     ids=["float32", "bfloat16", "int8", "draft"],
 )
-def test_honest_chains_agree(more: dict[str, str], noise: float | None) -> None:
+def test_honest_chains_agree(more: dict[str, Any], noise: float | None) -> None:
     async def main() -> None:
         async with World(serving_spec(3, **more), 2) as world:
             auditor = await audited(world, draft_of(world, noise) if noise is not None else None)
@@ -59,7 +59,8 @@ def shakes(peer: Peer) -> None:
     compute = peer.server.engine._compute
 
     def shaken(pieces: Any) -> Any:
-        return [(hidden * 1.003, drawn) for hidden, drawn in compute(pieces)]
+        found: list[tuple[Any, list[int]]] = list(compute(pieces))
+        return [(1.003 * hidden, drawn) for hidden, drawn in found]
 
     peer.server.engine._compute = shaken  # type: ignore[method-assign]
 
