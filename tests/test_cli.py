@@ -180,6 +180,15 @@ def test_an_upload_limit_that_is_too_low_is_refused_by_name(shoal: Shoal, home: 
     assert "--upload 600kbit" in answer.errors
 
 
+def test_a_gateways_draft_that_is_none_is_told_before_anybody_is_asked(
+    shoal: Shoal, home: OwnerHome, tmp_path: Path
+) -> None:
+    token = home.issue((Role.INFERENCE,), 60.0, "", NOW).encode()
+    answer = shoal("serve", token, "--listen", "127.0.0.1:0", "--draft", tmp_path / "nothing")
+    assert answer.code == 20
+    assert str(tmp_path / "nothing") in answer.errors
+
+
 def test_help_and_quick_commands_load_no_heavy_library() -> None:
     program = (
         "import sys; from shoal.node.cli import app; from shoal.node.cli import tokens, spec; "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.node.cli.console import note, print_json
+from shoal.node.cli.inference import Draft
 
 if TYPE_CHECKING:
     from shoal.protocol.admission import JoinToken
@@ -30,6 +31,7 @@ def serve(
     verify: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the answers that a second chain recomputes.")
     ] = 0.0,
+    draft: Draft = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of keys and runs.", show_default=False)
     ] = None,
@@ -44,7 +46,7 @@ def serve(
         note(warning)
     keys = read_keys(api_key_file)
     with bind(listen, keys) as bound:
-        asyncio.run(_serve(parsed, data_dir, bound, keys, verify, as_json))
+        asyncio.run(_serve(parsed, data_dir, bound, keys, verify, draft, as_json))
 
 
 async def _serve(
@@ -53,13 +55,14 @@ async def _serve(
     bound: socket.socket,
     keys: tuple[str, ...],
     verify: float,
+    draft: Path | None,
     as_json: bool,
 ) -> None:
     from shoal.node.gateway.app import Gateway
     from shoal.node.gateway.server import server_of
     from shoal.node.inference.client import AsyncClient
 
-    async with AsyncClient(token, data_dir=data_dir, verify=verify) as client:
+    async with AsyncClient(token, data_dir=data_dir, verify=verify, draft=draft) as client:
         gateway = Gateway(client, client.model, int(time.time()), time.time, keys)
         host, port = bound.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
