@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import dataclasses
 import io
@@ -21,7 +22,9 @@ from shoal.node.dashboard.panels.overview import stale_banner, tiles, top_bar, v
 from shoal.node.dashboard.panels.peers import as_csv, chosen
 from shoal.node.dashboard.panels.pipeline import pipeline
 from shoal.node.dashboard.panels.questions import question_of
-from shoal.node.dashboard.state import Invitation, PageState, Tryout
+from shoal.node.dashboard.panels.scrubber import WINDOWS, reach, scrubber
+from shoal.node.dashboard.past import Looking
+from shoal.node.dashboard.state import Invitation, PageState, Past, Tryout
 from shoal.node.view.snapshot import Snapshot
 from shoal.node.view.verdict import verdict
 
@@ -40,6 +43,7 @@ BUSY = PageState(
     },
     trouble="gone",
     rates=((NOW - 600, 10.0), (NOW, 20.0)),
+    span=(NOW - 7 * 86400.0, NOW),
     contributors=({"peer": "p", "name": "bob", "tokens": 5, "uptime_s": 1.0, "last_at": NOW},),
     peer="12D3Koo0002",
     rates_open=True,
@@ -221,3 +225,28 @@ def test_ticks_are_round_and_cover_the_figures() -> None:
     assert nice_ticks(3.0, 3.0, 4)[0] < 3.0 < nice_ticks(3.0, 3.0, 4)[-1]
     assert thinned([(float(i), 0.0) for i in range(1001)], 100)[-1] == (1000.0, 0.0)
     assert "None" not in tiles(Snapshot(at=NOW, me=own()), PageState())
+
+
+@pytest.mark.parametrize("window_s", [seconds for seconds, _ in WINDOWS])
+def test_the_sliders_last_step_is_now_however_far_it_reaches(window_s: float) -> None:
+    then = dataclasses.replace(full_snapshot(), at=NOW - 3000.0)
+    past = Past(snapshot=then, before=None, after=None, window_s=window_s, until=NOW)
+    state = dataclasses.replace(BUSY, now=NOW + 60.0, window_s=window_s, past=past)
+    left, until, step = reach(state)
+    assert left >= NOW - 7 * 86400.0 and until == NOW
+    last = left + (until - left) // step * step  # as far as a browser lets it go
+    became: list[PageState] = []
+    looking = Looking(None, lambda: state, became.append)  # type: ignore[arg-type]  # nothing is asked
+    asyncio.run(looking.at({"value": str(last)}))
+    assert [one.past for one in became] == [None]
+
+
+def test_the_past_says_when_it_was_and_takes_no_orders() -> None:
+    then = dataclasses.replace(full_snapshot(), at=NOW - 3000.0)
+    past = Past(snapshot=then, before=None, after=NOW - 2990.0, window_s=3600.0, until=NOW)
+    state = dataclasses.replace(BUSY, past=past)
+    assert not any(state.can(action) for action in EVERYTHING)
+    html = scrubber(full_snapshot(), state)
+    assert "not live" in html and "50 min ago" in html
+    assert "not live" not in scrubber(full_snapshot(), BUSY)
+    assert scrubber(full_snapshot(), dataclasses.replace(BUSY, span=None)) == ""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from shoal.node.dashboard.feed import Feed
+from shoal.node.dashboard.panels.scrubber import reach
 from shoal.node.dashboard.state import PageState, Past
 from shoal.node.view.snapshot import Snapshot
 from shoal.protocol.errors import ShoalError
@@ -42,8 +43,8 @@ class Looking:
             at = float(str(values.get("value", values.get("at", ""))))
         except ValueError:
             return
-        until = state.past.until if state.past is not None else state.now
-        if at >= until - NEAR_LIVE_S and "value" in values:
+        _, until, step = reach(state)
+        if at >= until - max(NEAR_LIVE_S, step) and "value" in values:
             return self.live(values)
         await self._want(_Wish(at, state.window_s, until))
 

@@ -21,8 +21,7 @@ def scrubber(snapshot: Snapshot, state: PageState) -> Markup:
     past, known = state.past, state.span
     if known is None or known[1] - known[0] < SHORTEST_S:
         return Markup()
-    until = past.until if past is not None else state.now
-    left = max(known[0], until - state.window_s)
+    left, until, step = reach(state)
     at = past.snapshot.at if past is not None else until
     short = words.day if until - left > DAY_S else words.clock
     slider = tag(
@@ -30,7 +29,7 @@ def scrubber(snapshot: Snapshot, state: PageState) -> Markup:
         type="range",
         min=f"{left:.0f}",
         max=f"{until:.0f}",
-        step=max(1, round((until - left) / STEPS)),
+        step=step,
         value=f"{at:.0f}",
         data_do="moment",
         aria_label="Moment of the run",
@@ -49,6 +48,14 @@ def scrubber(snapshot: Snapshot, state: PageState) -> Markup:
             ),
         ]
     )
+
+
+def reach(state: PageState) -> tuple[float, float, int]:
+    """Both ends of the slider, Unix seconds, and its step. The right end is now, or when looking back began."""
+    until = state.past.until if state.past is not None else state.now
+    left = until - state.window_s
+    left = left if state.span is None else max(left, state.span[0])
+    return left, until, max(1, round((until - left) / STEPS))
 
 
 def _as_of(past: Past, now: float) -> Markup:
