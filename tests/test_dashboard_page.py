@@ -41,16 +41,21 @@ class World:
     async def _start(self, folder: Path) -> None:
         link = await self._stack.enter_async_context(served(folder, self.daemon))
         self.browser: Browser = await self._stack.enter_async_context(browser())
-        self.context = await self.browser.new_context(viewport={"width": 1280, "height": 900})
+        self.context = await self.browser.new_context(
+            viewport={"width": 1280, "height": 900}, reduced_motion="reduce"
+        )
         self.page = await sign_in(self.context, link)
         self.daemon.recorded, self.moments = await recorded(folder, time.time())
 
     @asynccontextmanager
     async def fresh(self) -> AsyncIterator[Page]:
-        """The page as it is after a reload, with the daemon as it was at first."""
+        """A new tab, since an old one may be about to load itself again; the daemon as it was at first."""
         self.daemon.snapshot, self.daemon.hidden = full_snapshot(), frozenset()
         self.daemon.did.clear()
-        await self.page.reload()
+        self.daemon.paused = False
+        old, self.page = self.page, await self.context.new_page()
+        await self.page.goto(old.url)
+        await old.close()
         await expect(self.page.locator(".sentence")).to_be_visible()
         yield self.page
 
@@ -277,6 +282,10 @@ def test_what_the_daemon_cannot_do_is_not_there(world: World) -> None:
             await expect(page.locator("#verdict .buttons")).to_have_count(0)
             await expect(page.locator("#tryout")).to_be_hidden()
             await expect(page.locator("#invitations form")).to_have_count(0)
+            world.daemon.hidden = frozenset({"snapshot"})
+            await expect(page.locator("#stale")).to_contain_text("does not answer")
+            world.daemon.hidden = frozenset()
+            await expect(page.locator("#verdict button", has_text="Pause")).to_be_visible()
 
     world.runner.run(story())
 

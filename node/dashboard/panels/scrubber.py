@@ -51,7 +51,7 @@ def scrubber(snapshot: Snapshot, state: PageState) -> Markup:
 
 
 def reach(state: PageState) -> tuple[float, float, int]:
-    """Both ends of the slider, Unix seconds, and its step. The right end is now, or when looking back began."""
+    """Both ends of the slider, Unix seconds, and its step. The right one: now, or when looking back began."""
     until = state.past.until if state.past is not None else state.now
     left = until - state.window_s
     left = left if state.span is None else max(left, state.span[0])
