@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from shoal.protocol import virtual_time
-from shoal.training.lane import InlineLane, Lane, ThreadLane, Work
+from shoal.training.lane import WEIGHTS_WAITING, InlineLane, Lane, ThreadLane, Work
 
 
 async def in_order(lane: Lane, kinds: list[Work], hold: threading.Event | None = None) -> list[Work]:
@@ -42,9 +42,10 @@ def test_backward_goes_before_forward_and_weights_fill_the_gaps() -> None:
 
 def test_weight_gradients_that_pile_up_go_before_forwards() -> None:
     async def twin() -> list[Work]:
-        return await in_order(InlineLane(), [Work.FORWARD] * 3 + [Work.WEIGHT] * 3)
+        kinds = [Work.FORWARD] * 3 + [Work.WEIGHT] * (WEIGHTS_WAITING + 1)
+        return await in_order(InlineLane(), kinds)
 
-    assert virtual_time.run(twin)[:2] == [Work.WEIGHT, Work.WEIGHT]
+    assert virtual_time.run(twin)[:3] == [Work.WEIGHT, Work.WEIGHT, Work.FORWARD]
 
 
 async def busy_with_both(share: float, seconds: float, training: bool = True) -> dict[Work, float]:
@@ -112,3 +113,18 @@ def test_work_whose_caller_gave_up_is_not_done() -> None:
         await lane.close()
 
     asyncio.run(main())
+
+
+def test_a_lane_that_is_faster_now_says_so_before_its_weight_gradients_are_due() -> None:
+    async def main() -> None:
+        duration_s = 0.2
+        lane = InlineLane(lambda kind: duration_s)
+        for kind in [Work.FORWARD, Work.BACKWARD, Work.WEIGHT] * 5:
+            await lane.run(kind, lambda: None)
+        duration_s = 0.01
+        for kind in [Work.FORWARD, Work.BACKWARD] * 3:
+            await lane.run(kind, lambda: None)
+        await asyncio.sleep(0.001)
+        assert lane.load().service_s == pytest.approx(0.03)
+
+    virtual_time.run(main)

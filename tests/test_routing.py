@@ -83,7 +83,7 @@ def test_who_would_answer_busy_is_not_asked_while_another_has_room() -> None:
 
 def test_few_are_compared_the_faster_more_often() -> None:
     """Otherwise all callers, who see the same numbers, would run to the one that was best a second ago."""
-    pool = [replica(f"{n}", service_s=0.1 if n < 5 else 0.4, backlog_s=1.0) for n in range(10)]
+    pool = [replica(f"{n}", service_s=0.1 if n < 5 else 0.4, backlog_s=0.3) for n in range(10)]
     pool.append(replica("best", service_s=0.1))
     rng = random.Random(7)
     chosen = Counter(one.peer for _ in range(2000) if (one := choose(pool, BYTES, rng)))

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-WEIGHTS_WAITING = 2
+WEIGHTS_WAITING = 12  # a stock for gaps. Simulation of 1,000 peers, mean of three seeds: 0.856 of the ideal
+# rate with 2 and 0.887 with 6 (busy at two micro-batches); 0.898 with 8, 0.906 with 12 (busy at four)
 SHARE = 0.125  # of a busy lane that inference and scoring may take, where nobody says another
 _CREDIT_S = 0.5  # of a share that was not used stays so much: a burst, after which training is left alone
 _RECENT = (
@@ -88,12 +89,18 @@ class _Durations:
         self._credit_s = 0.0  # share · (all that ran) − serving
         self.usual_s = [0.0] * len(Work)
         self._recent: tuple[deque[float], ...] = tuple(deque(maxlen=_RECENT) for _ in Work)
+        self._weight_ratios: deque[float] = deque(maxlen=_RECENT)  # to a backward: weights may wait for long
         self.finished = 0
         self.busy_s = self.served_s = 0.0
 
     def record(self, kind: Work, seconds: float) -> None:
         self._recent[kind].append(seconds)
         self.usual_s[kind] = statistics.median_low(self._recent[kind])
+        backward_s = self.usual_s[Work.BACKWARD]
+        if kind is Work.WEIGHT and backward_s:
+            self._weight_ratios.append(seconds / backward_s)
+        if self._weight_ratios:
+            self.usual_s[Work.WEIGHT] = statistics.median_low(self._weight_ratios) * backward_s
         self.finished += 1
         self.busy_s += seconds
         self.served_s += seconds if kind is Work.SERVE else 0.0

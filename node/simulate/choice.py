@@ -110,9 +110,9 @@ def write(pair: Any, standing: Standing) -> None:
 
 
 def backlog_s(w: World, node: int, now: float) -> float:
-    """Time to finish what runs and what is queued, as `lane.LaneLoad` tells it."""
+    """Time to finish what runs and is queued, and the backward of a forward, as `lane.LaneLoad` tells it."""
     one, queues = w.nodes[node], w.queues[node]
-    pieces = queues[0, 2] + queues[1, 2] + one.weights
+    pieces = 3 * queues[0, 2] + 2 * queues[1, 2] + one.weights + max(one.busy - 1, 0)
     return float(pieces * one.service_s / 3 + max(0.0, one.free_s - now))
 
 

@@ -363,14 +363,17 @@ def _work(w: World, node: int, now: float) -> None:
     done_s = now + one.service_s / PIECES
     if w.queues[node, BACKWARD, 2] > 0:
         push(w, done_s, ANSWERED, take(w, node, BACKWARD))  # the queue's reference is the event's now
+        one.busy = 2
     elif w.queues[node, FORWARD, 2] > 0 and one.weights < WEIGHTS_WAITING:
         push(w, done_s, FORWARDED, take(w, node, FORWARD))
+        one.busy = PIECES
     elif one.weights > 0:
         one.weights -= 1
         push(w, done_s, IDLE, node)
+        one.busy = 1
     else:
         return
-    one.busy, one.free_s = 1, done_s
+    one.free_s = done_s
     w.pieces[one.stage, _BEGUN] += 1
     if one.state == DRAINING:
         w.pieces[one.stage, _DRAINED] += 1

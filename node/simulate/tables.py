@@ -22,7 +22,7 @@ NODE = np.dtype(
     [
         ("stage", "i8"),
         ("state", "i8"),
-        ("busy", "i8"),
+        ("busy", "i8"),  # pieces of its micro-batch that are left with the one that runs; 0: idle
         ("row", "i8"),  # of `known`, `pairs` and `sent`; -1: none
         ("known", "i8"),  # how many
         ("weights", "i8"),  # gradients to be computed

@@ -178,8 +178,8 @@ class Driver:
         try:
             while True:
                 try:
-                    chain = await self._through_chain(micro_batch, tokens)
-                    break
+                    await self._through_chain(micro_batch, tokens, begun)
+                    return
                 except ShoalError as error:
                     if self._leaving:
                         self._event("given-up", {"micro_batch": micro_batch.number, "reason": str(error)})
@@ -190,13 +190,9 @@ class Driver:
         finally:
             self._undecided.discard(micro_batch)
             self._progress.set()
-        chain_s = asyncio.get_running_loop().time() - begun
-        known = self.figures.chain_s
-        self.figures.chain_s = chain_s if known == 0.0 else known + _SMOOTHING * (chain_s - known)
-        await self.commits.deliver(CommitChain(micro_batch, chain))
 
-    async def _through_chain(self, micro_batch: MicroBatch, tokens: torch.Tensor) -> tuple[Link, ...]:
-        """Forward, chain, backward, and the decision: our own weight gradient. Returns the chain decided."""
+    async def _through_chain(self, micro_batch: MicroBatch, tokens: torch.Tensor, begun: float) -> None:
+        """Forward, chain, backward; then the decision: the chain hears of it, and our own weight gradient."""
         own = Link(0, self.me, 0)
         passage = Passage(tokens)
 
@@ -226,15 +222,17 @@ class Driver:
             self._lane.post(self._compute.drop, passage)
             raise
         self._ledger.apply(micro_batch, chain, passage.token_count)
+        self._record(passage.token_count, loss, asyncio.get_running_loop().time() - begun)
+        await self.commits.deliver(CommitChain(micro_batch, chain))
         stepped = await self._lane.run(Work.WEIGHT, self._compute.add, passage)
         self._added(tokens, stepped)
         if stepped:
             self._stepped()
-        self._record(passage.token_count, loss)
-        return chain
 
-    def _record(self, tokens: int, loss: float) -> None:
+    def _record(self, tokens: int, loss: float, chain_s: float) -> None:
         figures = self.figures
+        known_s = figures.chain_s
+        figures.chain_s = chain_s if known_s == 0.0 else known_s + _SMOOTHING * (chain_s - known_s)
         figures.tokens += tokens
         figures.last_loss = loss / tokens
         if math.isnan(figures.loss):
