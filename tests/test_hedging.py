@@ -10,7 +10,6 @@ import torch
 from pipeline_world import Peer, World, batches, small_spec
 
 from shoal.protocol import virtual_time
-from shoal.training.pipeline.driver import Driver
 from shoal.training.pipeline.routing import LANE_STALL_S
 from shoal.training.pipeline.standing import STALE_S, STALE_SERVICES
 from shoal.training.spec import RunSpec
@@ -27,23 +26,18 @@ def spec_of(stages: int) -> RunSpec:
 
 async def trained(world: World, count: int) -> None:
     """Some micro-batches of all drivers, decided; commits to the stuck may be missing."""
-    for driver in world.drivers():
-        await fed(world, driver, count)
-
-
-async def fed(world: World, driver: Driver, count: int) -> None:
-    """`trained`, of one driver."""
     (tokens,) = batches(world.spec, 1)
-    before = len(driver._ledger)
-    feeding = asyncio.create_task(driver.run(lambda: _endless(tokens)))
-    while len(driver._ledger) < before + count:
-        await asyncio.sleep(0.05)
-    driver.pause()
-    while driver.in_flight:
-        await asyncio.sleep(0.05)
-    feeding.cancel()
-    await asyncio.gather(feeding, return_exceptions=True)
-    driver.resume()
+    for driver in world.drivers():
+        before = len(driver._ledger)
+        feeding = asyncio.create_task(driver.run(lambda: _endless(tokens)))
+        while len(driver._ledger) < before + count:
+            await asyncio.sleep(0.05)
+        driver.pause()
+        while driver.in_flight:
+            await asyncio.sleep(0.05)
+        feeding.cancel()
+        await asyncio.gather(feeding, return_exceptions=True)
+        driver.resume()
 
 
 async def _endless(tokens: torch.Tensor) -> torch.Tensor:
@@ -195,7 +189,7 @@ def test_a_replica_that_is_quick_again_gets_its_share_again() -> None:
             stale_s = max(STALE_S, STALE_SERVICES * SLOW * SERVICE_S)
             await trained(world, math.ceil(stale_s / SERVICE_S))
             before, decided = len(once_slow.ledger), sum(len(peer.ledger) for peer in world.stage(0))
-            await asyncio.gather(*(fed(world, driver, 100) for driver in world.drivers()))  # both are needed
+            await trained(world, 100)
             share = (len(once_slow.ledger) - before) / (sum(len(p.ledger) for p in world.stage(0)) - decided)
             print(f"share of the replica that was {SLOW:g} times slower: {share:.3f}")
             assert share > 0.3

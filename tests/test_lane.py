@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from shoal.protocol import virtual_time
-from shoal.training.lane import WEIGHTS_WAITING, InlineLane, Lane, ThreadLane, Work
+from shoal.training.lane import InlineLane, Lane, ThreadLane, Work, next_kind, weights_in_stock
 
 
 async def in_order(lane: Lane, kinds: list[Work], hold: threading.Event | None = None) -> list[Work]:
@@ -42,10 +42,17 @@ def test_backward_goes_before_forward_and_weights_fill_the_gaps() -> None:
 
 def test_weight_gradients_that_pile_up_go_before_forwards() -> None:
     async def twin() -> list[Work]:
-        kinds = [Work.FORWARD] * 3 + [Work.WEIGHT] * (WEIGHTS_WAITING + 1)
-        return await in_order(InlineLane(), kinds)
+        return await in_order(InlineLane(), [Work.FORWARD] * 3 + [Work.WEIGHT] * 3)
 
-    assert virtual_time.run(twin)[:3] == [Work.WEIGHT, Work.WEIGHT, Work.FORWARD]
+    assert virtual_time.run(twin)[:2] == [Work.WEIGHT, Work.WEIGHT]
+
+
+def test_a_driver_with_much_in_flight_has_a_stock_of_weight_gradients_for_gaps() -> None:
+    assert [weights_in_stock(in_flight) for in_flight in (1, 4, 8, 128)] == [2, 2, 4, 12]
+    waiting = [0, 0, 1, 11, 0]
+    assert next_kind(waiting, weights_waiting=12) is Work.FORWARD
+    assert next_kind([0, 0, 1, 12, 0], weights_waiting=12) is Work.WEIGHT
+    assert next_kind([0, 1, 1, 12, 0], weights_waiting=12) is Work.BACKWARD
 
 
 async def busy_with_both(share: float, seconds: float, training: bool = True) -> dict[Work, float]:

@@ -110,6 +110,7 @@ class Chain:
             last=len(groups) - 1,
             in_flight=1,
             held_most=64,
+            weights_waiting=2,
             forward_bytes=0.0,
             backward_bytes=0.0,
             hop_bytes=0.0,

@@ -3,7 +3,7 @@
 Whoever computes asks the lane. `ThreadLane` runs a worker thread; `InlineLane` is its twin for the simulator:
 work runs on the loop and then takes its declared duration of virtual time.
 
-Weight gradients yield to forwards, since nobody waits for them; once WEIGHTS_WAITING of them queue up they
+Weight gradients yield to forwards, since nobody waits for them; once `weights_waiting` of them queue up they
 go first, or a busy stage would never step and their activations would fill memory. Serving fills the gaps of
 training, and of a lane that trains without a pause it takes its share of the time (`--inference-share`).
 """
@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-WEIGHTS_WAITING = 12  # a stock for gaps. Simulation of 1,000 peers, mean of three seeds: 0.856 of the ideal
-# rate with 2 and 0.887 with 6 (busy at two micro-batches); 0.898 with 8, 0.906 with 12 (busy at four)
+# Weight gradients in stock. Simulation of 1,000 peers, mean of three seeds: 0.856 of the ideal rate with 2
+# and 0.887 with 6 (a replica full at two micro-batches); 0.898 with 8, 0.906 with 12 (full at four)
+_LEAST_WAITING, _MOST_WAITING = 2, 12
 SHARE = 0.125  # of a busy lane that inference and scoring may take, where nobody says another
 _CREDIT_S = 0.5  # of a share that was not used stays so much: a burst, after which training is left alone
 _RECENT = (
@@ -69,14 +70,24 @@ def paced(micro_batch_s: float, served_s: float = 0.0) -> Callable[[Work], float
     return {**least_s, Work.SERVE: served_s}.__getitem__
 
 
-def next_kind(waiting: Sequence[int], serving_is_due: bool = False) -> Work | None:
+def weights_in_stock(in_flight: int) -> int:
+    """How many weight gradients may wait for a gap; their activations are held meanwhile.
+
+    Half of what a driver has in flight, of which the plan counts the memory.
+    """
+    return max(_LEAST_WAITING, min(in_flight // 2, _MOST_WAITING))
+
+
+def next_kind(
+    waiting: Sequence[int], serving_is_due: bool = False, weights_waiting: int = _LEAST_WAITING
+) -> Work | None:
     """Which queue to serve, given how many wait in each (by Work's order). Pure.
 
     `serving_is_due`: one more piece of it stays within its share.
     """
     if waiting[Work.SERVE] and serving_is_due and not waiting[Work.UPDATE]:
         return Work.SERVE
-    if waiting[Work.WEIGHT] >= WEIGHTS_WAITING and not waiting[Work.UPDATE] and not waiting[Work.BACKWARD]:
+    if waiting[Work.WEIGHT] >= weights_waiting and not waiting[Work.UPDATE] and not waiting[Work.BACKWARD]:
         return Work.WEIGHT
     return next((kind for kind in Work if waiting[kind]), None)
 
@@ -138,7 +149,12 @@ class _Durations:
 
 
 class Lane(ABC):
-    """One device's worker. Queues are bounded by the callers' admission, not here."""
+    """One device's worker. Queues are bounded by the callers' admission, not here.
+
+    `weights_waiting`: weight gradients that stay behind forwards; `Station` sets it from the spec.
+    """
+
+    weights_waiting = _LEAST_WAITING
 
     @abstractmethod
     async def run(self, kind: Work, function: Callable[..., T], *arguments: Any) -> T:
@@ -219,7 +235,11 @@ class ThreadLane(Lane):
     def _next(self) -> tuple[Work, _Job] | None:
         with self._wake:
             while True:
-                kind = next_kind([len(queue) for queue in self._queues], self._durations.serving_is_due)
+                kind = next_kind(
+                    [len(queue) for queue in self._queues],
+                    self._durations.serving_is_due,
+                    self.weights_waiting,
+                )
                 if kind is not None:
                     return kind, self._queues[kind].popleft()
                 if self._closed:
@@ -310,7 +330,11 @@ class InlineLane(Lane):
 
     def _hand_over(self) -> None:
         while (
-            kind := next_kind([len(queue) for queue in self._waiting], self._durations.serving_is_due)
+            kind := next_kind(
+                [len(queue) for queue in self._waiting],
+                self._durations.serving_is_due,
+                self.weights_waiting,
+            )
         ) is not None:
             turn = self._waiting[kind].popleft()
             if not turn.done():

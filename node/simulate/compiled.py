@@ -43,7 +43,7 @@ def compiled() -> Entrances:
     for function in dict.fromkeys(_functions()):
         register_jitable(function)  # compiled code may call it; everybody else calls it as before
     typeof: Any = numba.typeof
-    rules = tables.Rules(1, 1, 1, 1.0, 1.0, 1.0, True, 0)
+    rules = tables.Rules(1, 1, 1, 1, 1.0, 1.0, 1.0, True, 0)
     small = tables.empty_tables(1, 1)
     kinds = [("rules", typeof(rules))]
     kinds += [(name, typeof(array)) for name, array in small._asdict().items()]

@@ -117,10 +117,11 @@ class Flow:
 
     def introduce(self, pairs: Sequence[tuple[Node, Node]]) -> None:
         """(caller, replica): each caller hears of a replica of its next stage."""
-        if pairs:
+        done = 0
+        while done < len(pairs):
             self._make_room()
             callers, replicas = (np.array([node.index for node in side]) for side in zip(*pairs, strict=True))
-            self._calls.introduce(self.world, self._rng, callers, replicas, self.now)
+            done = self._calls.introduce(self.world, self._rng, callers, replicas, done, self.now)
 
     def withdraw(self, node: Node, callers: Sequence[Node]) -> None:
         """These callers hear that it takes no more work."""

@@ -45,7 +45,6 @@ from shoal.node.simulate.tables import (
     push,
     take,
 )
-from shoal.training.lane import WEIGHTS_WAITING
 
 _NOTICE_S = 0.05  # until a broken stream is noticed
 PIECES = (
@@ -104,11 +103,17 @@ def drive(w: World, driver: int, now: float) -> None:
         _begin(w, driver, now)
 
 
-def introduce(w: World, rng: Any, callers: Any, replicas: Any, now: float) -> None:
-    """Each caller hears of a replica of its next stage."""
-    for index in range(len(callers)):
+def introduce(w: World, rng: Any, callers: Any, replicas: Any, begin: int, now: float) -> int:
+    """Each caller from `begin` on hears of a replica of its next stage, and sends what waited for one.
+
+    Returns where it ended: at the last, or where the arrays have to grow first.
+    """
+    for index in range(begin, len(callers)):
+        if not has_room(w):
+            return index
         if choice.meet(w, callers[index], replicas[index]):
             look_again(w, rng, callers[index], now)
+    return len(callers)
 
 
 def part(w: World, callers: Any, replica: int) -> None:
@@ -364,7 +369,7 @@ def _work(w: World, node: int, now: float) -> None:
     if w.queues[node, BACKWARD, 2] > 0:
         push(w, done_s, ANSWERED, take(w, node, BACKWARD))  # the queue's reference is the event's now
         one.busy = 2
-    elif w.queues[node, FORWARD, 2] > 0 and one.weights < WEIGHTS_WAITING:
+    elif w.queues[node, FORWARD, 2] > 0 and one.weights < w.rules.weights_waiting:
         push(w, done_s, FORWARDED, take(w, node, FORWARD))
         one.busy = PIECES
     elif one.weights > 0:

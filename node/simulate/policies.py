@@ -28,6 +28,7 @@ from shoal.node.simulate.placers import Placer, ShoalPlacer, SwarmPlacer
 from shoal.node.simulate.places import Places
 from shoal.node.simulate.tables import Rules
 from shoal.protocol.identity import PeerId
+from shoal.training.lane import weights_in_stock
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.spec import RunSpec
 
@@ -73,6 +74,7 @@ class Crowd:
             last=stages - 1,
             in_flight=spec.inner.in_flight,
             held_most=spec.limits.undecided_micro_batches,
+            weights_waiting=weights_in_stock(spec.inner.in_flight),
             forward_bytes=float(hidden + form.token_bytes(sequences)),
             backward_bytes=float(hidden),
             hop_bytes=float(hidden),

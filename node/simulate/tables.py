@@ -79,6 +79,7 @@ class Rules(NamedTuple):
     last: int  # stage
     in_flight: int
     held_most: int
+    weights_waiting: int
     forward_bytes: float
     backward_bytes: float
     hop_bytes: float  # hidden states of a micro-batch, one way

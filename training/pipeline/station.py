@@ -17,7 +17,7 @@ import torch
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
 from shoal.training.decisions import DecisionLog
-from shoal.training.lane import Lane
+from shoal.training.lane import Lane, weights_in_stock
 from shoal.training.pipeline.compute import StageCompute
 from shoal.training.pipeline.downstream import Downstream
 from shoal.training.pipeline.driver import Driver
@@ -53,6 +53,7 @@ class Station:
         decisions: DecisionLog | None,
     ) -> None:
         """`stepped` is called after an inner step, `added` as `Driver` says."""
+        lane.weights_waiting = weights_in_stock(spec.inner.in_flight)
         self.ledger = ledger
         self.driver: Driver | None = None
         self.hop: Hop | None = None
