@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import sys
@@ -22,7 +23,7 @@ from shoal.node.simulate.options import FULL_PROTOCOL_PEERS, Options, Recovery, 
 from shoal.node.simulate.outcome import Outcome
 from shoal.node.simulate.places import Places
 from shoal.node.simulate.run import simulate_run
-from shoal.node.simulate.tables import Rules
+from shoal.node.simulate.tables import BACKWARD, FORWARD, HELD, WAITING, Rules
 from shoal.protocol.identity import PeerId
 from shoal.training import spec_file
 from shoal.training.spec import RunSpec
@@ -163,6 +164,30 @@ def test_whenever_a_hop_dies_another_one_takes_its_micro_batch(recovery: Recover
         assert took_s > undisturbed_s
     chain.flow.run(took_s + 0.5)
     assert sum(chain.flow.holds(node) for group in chain.nodes[1:] for node in group) <= 1  # of the next one
+
+
+def test_queues_hold_together_where_many_are_turned_away_and_die() -> None:
+    """Seed 2: a hop was asked for twice while it waited for room, and stood in the queue twice."""
+    crowd = policies.Crowd(
+        long_pipeline(), options(peers=40, session_s=100.0, micro_batch_s=8.0, duration_s=60.0)
+    )
+    looks = []
+
+    def look() -> None:
+        arrays = crowd.flow._tables
+        looks.append(crowd.flow.now)
+        for node, queue in itertools.product(range(crowd.flow._nodes), (FORWARD, BACKWARD, WAITING, HELD)):
+            leg, last, length = arrays.queues[node, queue].tolist()
+            seen = []
+            while len(seen) < length:
+                seen.append(leg)
+                leg = int(arrays.links[leg, max(queue - 1, 0)])
+            assert len(set(seen)) == length and (not seen or seen[-1] == last), (node, queue, seen)
+
+    for second in range(90, 120):
+        crowd.flow.at(float(second), look)
+    crowd.run(lambda done, whole: None)
+    assert len(looks) == 30
 
 
 def test_a_stage_without_anybody_waits_for_a_joiner() -> None:

@@ -239,13 +239,14 @@ def _seek(w: World, rng: Any, trip: int, stage: int, now: float) -> None:
 
 
 def _ask(w: World, rng: Any, number: int, now: float) -> None:
-    """Send it to the next stage, or wait for room there."""
-    if not _wants(w, number):
+    """Send it to the next stage, or wait for room there, once: two events may ask for it."""
+    if not _wants(w, number) or w.legs[number].waits:
         return
     caller = w.legs[number].node
     place = -1 if w.queues[caller, WAITING, 2] > 0 else choice.pick(w, rng, caller, now)
     if place < 0:
         append(w, caller, WAITING, number)
+        w.legs[number].waits = 1
         _wake_later(w, caller, now)
     else:
         _send(w, number, place, now)
@@ -403,6 +404,7 @@ def look_again(w: World, rng: Any, caller: int, now: float) -> None:
                 _wake_later(w, caller, now)
                 return
             _send(w, number, place, now)
+        w.legs[number].waits = 0
         drop(w, take(w, caller, WAITING))
 
 

@@ -52,6 +52,7 @@ LEG = np.dtype(
         ("returned", "i1"),
         ("answered", "i1"),  # its own gradient reached the stage before
         ("held", "i1"),  # in its node's queue of those not answered
+        ("waits", "i1"),  # in its node's queue for room behind
     ]
 )
 PAIR = np.dtype(
@@ -229,7 +230,7 @@ def new_leg(w: World, trip: int, node: int, caller: int, now: float) -> int:
     number = w.free_legs[w.counts[FREE_LEGS]]
     leg = w.legs[number]
     leg.trip, leg.node, leg.caller, leg.uses, leg.pieces, leg.sent_s = trip, node, caller, 0, 0, now
-    leg.void = leg.forwarded = leg.returned = leg.answered = leg.held = 0
+    leg.void = leg.forwarded = leg.returned = leg.answered = leg.held = leg.waits = 0
     leg.forwarded_s = leg.returned_s = leg.retry_s = 0.0
     w.uses[trip] += 1
     return int(number)
