@@ -178,7 +178,7 @@ def test_queues_hold_together_where_many_are_turned_away_and_die() -> None:
         looks.append(crowd.flow.now)
         for node, queue in itertools.product(range(crowd.flow._nodes), (FORWARD, BACKWARD, WAITING, HELD)):
             leg, last, length = arrays.queues[node, queue].tolist()
-            seen = []
+            seen: list[int] = []
             while len(seen) < length:
                 seen.append(leg)
                 leg = int(arrays.links[leg, max(queue - 1, 0)])
