@@ -297,9 +297,11 @@ def test_it_looks_back_at_the_run_as_it_was(world: World) -> None:
             live = world.daemon.snapshot
             then = world.moments[10]
             await expect(slider).to_be_visible()  # once the page knows how far the history reaches
+            await slider.evaluate("one => window.held = one")
             for at in (world.moments[2].at, then.at + 5.0):  # the second before the first is answered
                 await slider.evaluate(MOVED, at)
             await expect(scrubber).to_contain_text(f"As of {words.clock(then.at)}, not live")
+            assert await slider.evaluate("one => window.held === one"), "a drag goes on under the banner"
             await expect(page.locator("h1")).to_have_text("Training. Every stage has two replicas.")
             await expect(page.locator("#pipeline .cell", has_text="lost-later")).to_be_visible()
             await expect(page.locator("#tiles")).to_contain_text(words.number(then.run.tokens))

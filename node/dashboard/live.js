@@ -109,7 +109,8 @@ export default {
     root.addEventListener("input", (event) => {
       const field = event.target;
       if (!field.dataset.do) return;
-      const tell = () => this.$emit("do", { ...field.dataset, value: field.value });
+      const word = { ...field.dataset, value: field.value }; // as it is now: a redraw may set it back before it is told
+      const tell = () => this.$emit("do", word);
       if (field.type === "range" && Date.now() - told > 150) return (told = Date.now()), tell(); // while it is dragged
       clearTimeout(typing);
       typing = setTimeout(tell, 150);

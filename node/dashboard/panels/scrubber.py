@@ -1,4 +1,7 @@
-"""The way back through the run: a slider over its history, and the banner that says what is not live."""
+"""The way back through the run: a slider over its history, and the banner that says what is not live.
+
+Its parts have keys: the slider stays the same element while it is dragged, whatever comes above it.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ def scrubber(snapshot: Snapshot, state: PageState) -> Markup:
     left, until, step = reach(state)
     at = past.snapshot.at if past is not None else until
     short = words.day if until - left > DAY_S else words.clock
+    title = tag("h2", "History")
     slider = tag(
         "input",
         type="range",
@@ -31,6 +35,7 @@ def scrubber(snapshot: Snapshot, state: PageState) -> Markup:
         max=f"{until:.0f}",
         step=step,
         value=f"{at:.0f}",
+        data_key="slider",
         data_do="moment",
         aria_label="Moment of the run",
         aria_valuetext="now" if past is None else words.day(at),
@@ -38,13 +43,14 @@ def scrubber(snapshot: Snapshot, state: PageState) -> Markup:
     return join(
         [
             None if past is None else _as_of(past, state.now),
-            tag("div", tag("h2", "History"), _windows(state, until - known[0]), class_="scrub-head"),
-            tag("div", _curve(snapshot, state, left, until), slider, class_="track"),
+            tag("div", title, _windows(state, until - known[0]), class_="scrub-head", data_key="head"),
+            tag("div", _curve(snapshot, state, left, until), slider, class_="track", data_key="track"),
             tag(
                 "div",
                 tag("span", short(left)),
                 tag("span", "now" if past is None else short(until)),
                 class_="ends",
+                data_key="ends",
             ),
         ]
     )
@@ -84,6 +90,7 @@ def _as_of(past: Past, now: float) -> Markup:
         ),
         tag("div", *steps, button("Back to live", "live", "go small"), class_="buttons"),
         class_="as-of",
+        data_key="as-of",
     )
 
 
