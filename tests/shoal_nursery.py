@@ -14,7 +14,6 @@ import select
 import signal
 import socket
 import sys
-import time
 from typing import Any
 
 ORDER_BYTES = 128 * 1024
@@ -43,7 +42,6 @@ def child(order: dict[str, Any], fds: list[int], kept: list[int]) -> None:
     os.environ.update(order["environment"], **{parent.ENVIRONMENT_KEY: str(os.getppid())})
     os.chdir(order["folder"])
     sys.argv = ["shoal", *order["arguments"]]
-    os.setsid()
     main()
 
 
@@ -65,12 +63,17 @@ def nursery(orders: socket.socket) -> None:
             message, fds, _, _ = socket.recv_fds(orders, ORDER_BYTES, FDS)
             if not message:
                 return
+            begun, beginning = os.pipe()
             if (pid := os.fork()) == 0:
+                os.setsid()  # so that a kill of its group finds it
+                os.close(begun)
+                os.close(beginning)
                 kept = [orders.detach(), *ended, *(told for _, told in ended.values())]
                 child(json.loads(message), fds, kept)
                 return
-            while os.getsid(pid) != pid:  # so that a kill of its group finds it
-                time.sleep(0.001)
+            os.close(beginning)
+            os.read(begun, 1)  # nothing comes; it ends when the child has closed its side, or is dead
+            os.close(begun)
             os.close(fds[0])
             os.close(fds[1])
             _tell(fds[2], pid)

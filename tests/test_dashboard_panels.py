@@ -236,7 +236,8 @@ def test_the_sliders_last_step_is_now_however_far_it_reaches(window_s: float) ->
     assert left >= NOW - 7 * 86400.0 and until == NOW
     last = left + (until - left) // step * step  # as far as a browser lets it go
     became: list[PageState] = []
-    looking = Looking(None, lambda: state, became.append)  # type: ignore[arg-type]  # nothing is asked
+    feed: Any = None  # nothing is asked
+    looking = Looking(feed, lambda: state, became.append)
     asyncio.run(looking.at({"value": str(last)}))
     assert [one.past for one in became] == [None]
 

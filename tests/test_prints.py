@@ -56,28 +56,30 @@ def test_honest_chains_agree(more: dict[str, Any], noise: float | None) -> None:
 
 def shakes(peer: Peer) -> None:
     """It computes a little wrongly, and says what it computed."""
-    compute = peer.server.engine._compute
+    engine: Any = peer.server.engine
+    compute = engine._compute
 
     def shaken(pieces: Any) -> Any:
         found: list[tuple[Any, list[int]]] = list(compute(pieces))
         return [(1.003 * hidden, drawn) for hidden, drawn in found]
 
-    peer.server.engine._compute = shaken  # type: ignore[method-assign]
+    engine._compute = shaken
 
 
 def sends_otherwise(peer: Peer) -> None:
     """It computes and says what is right, and sends on something else."""
-    pack = peer.server._rows.form.pack_hidden
+    rows: Any = peer.server._rows
+    form = rows.form
 
     class Form:
         def __getattr__(self, name: str) -> Any:
             return getattr(form, name)
 
         def pack_hidden(self, hidden: torch.Tensor, codec: str) -> memoryview:
-            return pack(hidden * 1.003, codec)
+            packed: memoryview = form.pack_hidden(hidden * 1.003, codec)
+            return packed
 
-    form = peer.server._rows.form
-    peer.server._rows.form = Form()  # type: ignore[assignment]
+    rows.form = Form()
 
 
 @pytest.mark.parametrize("lie", [shakes, sends_otherwise])
@@ -113,7 +115,8 @@ def test_servers_that_show_nothing_are_counted_and_cost_no_check() -> None:
         async with World(serving_spec(2), 2) as world:
             for peer in world.peers:
                 if peer.stage == 0:
-                    peer.server._tell = _silent(peer)  # type: ignore[method-assign]
+                    server: Any = peer.server
+                    server._tell = _silent(peer)
             auditor = await audited(world, texts=1)
             assert (auditor.figures.agreed, auditor.figures.unshown) == (1, 1)
 

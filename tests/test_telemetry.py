@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from view_peers import TRAINER, Listed, World, round_told, training
@@ -61,11 +62,11 @@ def test_what_a_program_found_out_about_answers_reaches_the_owner() -> None:
         transport = world.network.transport(PeerId("gateway"), TRAINER)
         await transport.start()
         world.members["gateway"] = dataclasses.replace(replica("gateway", 0), stages=(), state="observing")
-        presence = SimpleNamespace(
+        presence: Any = SimpleNamespace(
             transport=transport, members=Listed(transport.me, world), incarnation=9, rng=random.Random(1)
         )
         counts = {"agreed": 40, "disagreed": 0, "unchecked": 2}
-        async with telling_owners(presence, lambda: counts) as buffer:  # type: ignore[arg-type]
+        async with telling_owners(presence, lambda: counts) as buffer:
             await asyncio.sleep(6.0)
             assert owner.observer.snapshot().trust.audits == counts
             counts = {"agreed": 41, "disagreed": 1, "unchecked": 2}

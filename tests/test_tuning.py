@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -87,17 +87,22 @@ def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
 def test_gradients_are_those_of_one_process(stages: int, form: AdapterForm) -> None:
     async def main() -> None:
         async with World(serving_spec(stages), 2) as world:
-            tuner = tuner_of(world)
-            tensors, (tokens, labels) = tensors_of(tuner, form), batch()
-            loss, logits, gradients = locally(world, tokens, labels, form, tensors)
-            remote, found = await tuner.loss(tokens, labels, form, tensors, gradients=True)
-            assert abs(remote - loss) < 1e-5
-            assert_equal(found, gradients)
-            answer = await tuner.logits(tokens, form, tensors)
-            torch.testing.assert_close(answer.logits, logits, rtol=0.0, atol=1e-4)
-            assert len(answer.hidden) == stages - 1
+            assert len(await compared(world, form)) == stages - 1
 
     run(main)
+
+
+async def compared(world: World, form: AdapterForm) -> Sequence[torch.Tensor]:
+    """Loss, gradients and logits of the servers are those of one process; the hidden states between them."""
+    tuner = tuner_of(world)
+    tensors, (tokens, labels) = tensors_of(tuner, form), batch()
+    loss, logits, gradients = locally(world, tokens, labels, form, tensors)
+    remote, found = await tuner.loss(tokens, labels, form, tensors, gradients=True)
+    assert abs(remote - loss) < 1e-5
+    assert_equal(found, gradients)
+    answer = await tuner.logits(tokens, form, tensors)
+    torch.testing.assert_close(answer.logits, logits, rtol=0.0, atol=1e-4)
+    return answer.hidden
 
 
 @pytest.mark.parametrize("form", [FORMS["all"], FORMS["both"]], ids=["all", "both"])
@@ -109,14 +114,7 @@ def test_servers_of_int8_weights_give_gradients_without_a_copy_in_floats(form: A
                 held = peer.versions.get(b"").weights(torch.float32, "cpu")
                 assert isinstance(held, Int8Weights)
                 world.weights[peer.stage] = dense(held, layout)
-            tuner = tuner_of(world)
-            tensors, (tokens, labels) = tensors_of(tuner, form), batch()
-            loss, logits, gradients = locally(world, tokens, labels, form, tensors)
-            remote, found = await tuner.loss(tokens, labels, form, tensors, gradients=True)
-            assert abs(remote - loss) < 1e-5
-            assert_equal(found, gradients)
-            answer = await tuner.logits(tokens, form, tensors)
-            torch.testing.assert_close(answer.logits, logits, rtol=0.0, atol=1e-4)
+            await compared(world, form)
 
     run(main)
 
