@@ -12,6 +12,7 @@ from serving_world import PROMPT, Peer, World, draft_of, in_place, reference, se
 
 from shoal.node.inference.writing import Options, Text
 from shoal.protocol.errors import MessageInvalid
+from shoal.protocol.memory_transport import Link
 from shoal.protocol.virtual_time import run
 from shoal.training.data.tokenizer import ByteTokenizer
 from shoal.training.model.layout import stage_layout
@@ -176,3 +177,20 @@ def test_prints_cross_the_wire_and_rubbish_does_not() -> None:
     for wrong in (short, foreign, infinite, data + data):
         with pytest.raises(MessageInvalid):
             Shown.unpack((1, 5, 9), SEED, memoryview(wrong), sides=(True, True), width=64)
+
+
+def test_who_died_when_all_was_written_leaves_a_gap_that_nobody_is_blamed_for() -> None:
+    async def main() -> None:
+        async with World(serving_spec(3), 1) as world:
+            last = next(peer for peer in world.peers if peer.stage == 2)
+            world.network.set_link(last.name, world.client.me, Link(latency_s=1.0), one_way=True)
+            tokens: list[int] = []
+            async with world.generation(count=12, checked=True) as generation:
+                async for token in generation:
+                    tokens.append(token)
+                    if len(tokens) == 4:  # the others are on their way
+                        world.kill(next(peer for peer in world.peers if peer.stage == 1))
+            assert tokens == reference(world, PROMPT, 12)
+            assert generation.written().shown == ()
+
+    run(main, limit_s=60)

@@ -194,6 +194,8 @@ class Generation:
         positions = sorted(self._rng.sample(range(most), min(most, SHOWN)))
         asked = SessionShow(tuple(positions), self._rng.getrandbits(64))
         links = [link for link in self._links if link is not None]
+        if len(links) < self._stages:  # one died at the very end: what the others show has nobody between
+            return
         for link in links:
             link.ask(asked)
         with contextlib.suppress(TimeoutError):
