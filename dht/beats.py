@@ -8,14 +8,16 @@ all readers of a `SwarmView` read the beats.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from shoal.dht.directory import PeerIdText, SignedRecord, StageIndex
+from shoal.dht.directory import STAGES_HELD, PeerIdText, SignedRecord, StageIndex
 from shoal.protocol.wire import Bounds, Count, Digest, Identifier, Items, Seconds, Text, wire_message
 
 METHOD = "beat"
 NO_DIGEST = bytes(32)  # of a log or a state that does not exist yet
+STREAMS_CLAIMED = 8
 RECORDS_IN_MESSAGE = 8  # of up to 4 KiB: half a header
 NAMES_IN_MESSAGE = 64
 TokensPerS = Annotated[float, Bounds(0.0, 1e12)]
@@ -40,6 +42,7 @@ class StageBeat:
     service_s: Seconds = 0.0  # lane time of one micro-batch, forward to weight gradient; 0: unknown
     fixed: bool = False  # it stays at this stage, wherever it would help more
     step_s: Seconds = 0.0  # a step of a text takes of late, its wait included; 0: unknown
+    incarnation: Identifier = 0  # of the replica, where its peer began it later than itself; 0: the peer's
 
 
 @wire_message
@@ -57,16 +60,33 @@ class Beat:
     tokens_per_s: TokensPerS = 0.0  # committed of late; what it could do says `StageBeat.service_s`
     finished_work: Count = 0  # items its lane finished; stands still while the lane does
     draining: bool = False
-    stages: Annotated[tuple[StageBeat, ...], Items(8)] = ()
+    stages: Annotated[tuple[StageBeat, ...], Items(STAGES_HELD)] = ()
     guards: Annotated[tuple[StageBeat, ...], Items(8)] = ()  # copies of other stages that it keeps
     spare_bytes: Count = 0  # memory that it gives for such copies, those it has included
-    streams: Annotated[tuple[Identifier, ...], Items(8)] = ()  # of data, that this driver claims
+    streams: Annotated[tuple[Identifier, ...], Items(STREAMS_CLAIMED)] = ()  # of data, that it claims
     amendment_version: Count = 0  # of the owner's orders that the sender holds; filled in by `Members`
+    room: Count = 0  # for more stages beside those it holds, should nobody else have them
 
     @property
     def service_s(self) -> float:
         """At the stage it holds; 0: unknown."""
         return self.stages[0].service_s if self.stages else 0.0
+
+
+def together(beats: Sequence[Beat]) -> Beat:
+    """What a peer says that has several replicas on one lane. They tell the same work of each micro-batch."""
+    if len(beats) == 1:
+        return beats[0]
+    most = max(beats, key=lambda beat: beat.spare_bytes, default=Beat())
+    return Beat(
+        backlog_s=max((beat.backlog_s for beat in beats), default=0.0),
+        tokens_per_s=max((beat.tokens_per_s for beat in beats), default=0.0),
+        finished_work=max((beat.finished_work for beat in beats), default=0),
+        stages=tuple(stage for beat in beats for stage in beat.stages)[:STAGES_HELD],
+        guards=most.guards,
+        spare_bytes=most.spare_bytes,
+        streams=tuple(stream for beat in beats for stream in beat.streams)[:STREAMS_CLAIMED],
+    )
 
 
 @wire_message

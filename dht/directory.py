@@ -1,6 +1,7 @@
 """Directory: who is where. The interface, and the record every peer publishes about itself.
 
-Implementations: `hivemind_directory` (the DHT) and `memory_directory` (the simulator). Records are hints:
+Implementations: `hivemind_directory` (the DHT) and `memory_directory` (the simulator); both file and sample
+records as `buckets` says. Records are hints:
 signed by their peer, sequenced by (incarnation, sequence), short-lived. Direct streams are the truth.
 `records` signs, seals and verifies them; `members` merges them with what streams tell.
 """
@@ -8,6 +9,7 @@ signed by their peer, sequenced by (incarnation, sequence), short-lived. Direct 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -26,6 +28,8 @@ from shoal.protocol.wire import (
 )
 
 PEER_STATES = frozenset({"joining", "online", "draining", "observing"})
+STAGES_HELD = 8  # most of one peer
+PeerState = Annotated[str, OneOf(PEER_STATES)]
 StageIndex = Annotated[int, Bounds(0, limits.STAGES - 1)]
 Address = Annotated[str, Length(3, 128)]
 UnixSeconds = Annotated[float, Bounds(0.0, 1e11)]
@@ -42,8 +46,8 @@ class PeerRecord:
     sequence: Count  # within the incarnation
     issued_unix_s: UnixSeconds
     ttl_s: Annotated[float, Bounds(1.0, limits.RECORD_TTL_MAX_S)]
-    state: Annotated[str, OneOf(PEER_STATES)]
-    stages: Annotated[tuple[StageIndex, ...], Items(8)]  # held, or being joined; one today
+    state: PeerState
+    stages: Annotated[tuple[StageIndex, ...], Items(STAGES_HELD)]  # held, or being joined
     name: Annotated[str, Length(0, limits.NAME_CHARACTERS)]
     addresses: Annotated[tuple[Address, ...], Items(limits.ADDRESSES_PER_PEER)]  # "host:port"
     chain: Annotated[
@@ -54,6 +58,7 @@ class PeerRecord:
     tokens_per_s: Annotated[float, Bounds(0.0, 1e12)]
     version: Text
     service_s: Seconds = 0.0  # lane time of a micro-batch at its stage; 0: unknown. For placement
+    states: Annotated[tuple[PeerState, ...], Items(STAGES_HELD)] = ()  # at each stage, where they differ
 
     def contact(self) -> Contact:
         return Contact(self.peer, self.addresses, self.chain)
@@ -83,8 +88,16 @@ class Directory(ABC):
         """Spread this peer's own record. Failure is an error of the tree, never silence."""
 
     @abstractmethod
-    async def lookup(self) -> tuple[SignedRecord, ...]:
-        """The records found now, unverified, at most one a peer and RECORDS_HELD in all."""
+    async def lookup(self, stages: Collection[int] = (), *, widely: bool = False) -> tuple[SignedRecord, ...]:
+        """The records found now, unverified, one a peer: all of a small swarm, a sample of a large one.
+
+        `stages`: those that this peer holds; replicas of theirs and of their neighbours come first.
+        `widely`: some of every stage.
+        """
+
+    @abstractmethod
+    def sizes(self) -> dict[int, float]:
+        """About how many peers hold each stage, if lookups show samples; empty if they show everybody."""
 
     @abstractmethod
     def bootstrap_addresses(self) -> tuple[str, ...]:

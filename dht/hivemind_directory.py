@@ -1,30 +1,30 @@
 """The directory on hivemind's DHT: the implementation for real networks. The node makes one; tests too.
 
 hivemind's `DHTNode` runs in this process on our loop, over a supervised p2pd (`daemon`), with every call in
-an envelope (`guarded_p2p`). Records are filed per (run, bucket) under the id of their peer, sealed. Routing
-is Kademlia's; we store on all nearest nodes at once ourselves, so that a frozen one costs one timeout and not
+an envelope (`guarded_p2p`). Records are filed in `buckets` under the id of their peer, sealed. Routing is
+Kademlia's; we store on all nearest nodes at once ourselves, so that a frozen one costs one timeout and not
 one after another, and so that we know how many took it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.dht.addresses import AddressBook
 from shoal.dht.bootstrap import ADDRESS_DEADLINE_S
+from shoal.dht.buckets import Bucket, Spot, Survey
 from shoal.dht.daemon import Daemon, DaemonSettings, DaemonState
 from shoal.dht.directory import Directory, SignedRecord
 from shoal.dht.envelope import Envelope
-from shoal.dht.gate import RecordGate, RunSecret
+from shoal.dht.gate import Opened, RecordGate, RunSecret
 from shoal.dht.hivemind_loading import load_hivemind
 from shoal.dht.records import LOWEST_PORT, SEALED_BYTES, seal
 from shoal.protocol import limits
@@ -35,7 +35,7 @@ from shoal.protocol.errors import (
     RecordInvalid,
     TransportLost,
 )
-from shoal.protocol.identity import PeerId, PeerKey
+from shoal.protocol.identity import PeerKey
 
 if TYPE_CHECKING:
     from shoal.dht.kademlia.call_guard import CallGuard
@@ -60,7 +60,6 @@ class DirectorySettings:
     announce: tuple[str, ...] = ()  # multiaddrs to tell others instead of those listened on
     nat_port_map: bool = False
     bootstrap: tuple[str, ...] = ()  # multiaddrs with /p2p/ID
-    buckets: int = 1  # the keys that records spread over; the same for all peers of a run
     lowest_port: int = LOWEST_PORT  # of addresses in records
     call_deadline_s: float = 2.0  # of one DHT call; a peer that missed it is skipped for a while
     bootstrap_deadline_s: float = ADDRESS_DEADLINE_S  # of one address
@@ -95,10 +94,7 @@ class HivemindDirectory(Directory):
         self._membership = membership
         self._settings = settings
         self._rng = rng or random.Random(int.from_bytes(os.urandom(8), "big"))
-        self._keys = tuple(
-            hashlib.blake2b(b"shoal records %d" % bucket, key=membership.run_id, digest_size=32).digest()
-            for bucket in range(settings.buckets)
-        )
+        self._survey = Survey(Spot.of(key.peer, membership.run_id), self._rng)
         self._gate = RecordGate(membership, clock, settings.lowest_port)
         self._guard: CallGuard | None = None
         self._daemon: Daemon | None = None
@@ -122,7 +118,7 @@ class HivemindDirectory(Directory):
         settings, membership, me = self._settings, self._membership, self._key.peer
         envelope = Envelope(membership.run_id, membership.sealing_key)
         book = AddressBook()
-        self._guard = CallGuard(me, membership.run_id, envelope, book, self._gate, self._keys, self._rng)
+        self._guard = CallGuard(me, membership.run_id, envelope, book, self._gate, self._rng)
         daemon_settings = DaemonSettings(
             settings.state_dir,
             self._key.libp2p_identity(),
@@ -160,19 +156,20 @@ class HivemindDirectory(Directory):
             raise MessageTooLarge(f"a sealed record of {len(value)} bytes, {SEALED_BYTES} allowed")
         # Equal expiries lose against what is stored; the growth stays below the gate's slack.
         expires_unix_s = max(expires_unix_s, self._last_expiry_unix_s + 1e-3)
-        self._gate.open(self._key.peer, value, expires_unix_s)  # what others would refuse is our own error
-        await self._supervisor.call(lambda p2p: self._store(value, expires_unix_s), PUBLISH_S)
+        stages = self._gate.open(self._key.peer, value, expires_unix_s).stages  # or others would refuse it
+        await self._supervisor.call(lambda p2p: self._file(stages, value, expires_unix_s), PUBLISH_S)
         self._last_expiry_unix_s = expires_unix_s
 
-    async def lookup(self) -> tuple[SignedRecord, ...]:
-        """The records of all buckets, each signed by the peer it is filed under, its chain verified here.
+    async def lookup(self, stages: Collection[int] = (), *, widely: bool = False) -> tuple[SignedRecord, ...]:
+        """The records of a look, each signed by the peer it is filed under, its chain verified here.
 
         While a frozen peer delays a lookup by more than LOOKUP_PATIENCE_S, answers with what was found last.
         Raises TransportLost or PeerSilent.
         """
         self._supervisor.check()
         if self._lookup is None or self._lookup.done():
-            self._lookup = asyncio.create_task(self._find(), name="directory lookup")
+            buckets = self._survey.look(stages, widely=widely)
+            self._lookup = asyncio.create_task(self._find(buckets), name="directory lookup")
             self._lookup.add_done_callback(_look_at)
         current = self._lookup
         patience_s = None if self._found is None else LOOKUP_PATIENCE_S
@@ -180,6 +177,9 @@ class HivemindDirectory(Directory):
         if current.done():
             current.result()
         return self._found or ()
+
+    def sizes(self) -> dict[int, float]:
+        return self._survey.sizes()
 
     def bootstrap_addresses(self) -> tuple[str, ...]:
         """Multiaddrs of this peer, public ones first. Empty before `start`."""
@@ -241,52 +241,71 @@ class HivemindDirectory(Directory):
             cache_refresh_before_expiry=0,
             reuse_get_requests=False,
         )
-        if self._node is not None:
-            node.protocol.storage = self._node.protocol.storage
-        guard.storage = node.protocol.storage
+        node.protocol.storage = guard.storage
         self._node = node
         joiner.restarted.set()
 
-    async def _store(self, value: bytes, expires_unix_s: float) -> None:
-        """On this node and, at the same time, on the nearest others."""
+    async def _file(self, stages: tuple[int, ...], value: bytes, expires_unix_s: float) -> None:
+        """Into this peer's buckets, deeper where they turn out to be full."""
+        tried: dict[Bucket, list[bool | None]] = {}
+        while new := [bucket for bucket in self._survey.filed(stages) if bucket not in tried]:
+            answers = await asyncio.gather(*(self._store(bucket, value, expires_unix_s) for bucket in new))
+            tried.update(zip(new, answers, strict=True))
+            if any(answers[-1]) or False not in answers[-1]:
+                break
+            await self._read(new[-1:])
+        said = [one for answers in tried.values() for one in answers]
+        if said and not any(said):
+            silent = said.count(None)
+            raise PeerSilent(
+                f"no directory peer took our record: {silent} silent, {len(said) - silent} refused it; "
+                "if all refuse, compare this machine's clock"
+            )
+
+    async def _store(self, bucket: Bucket, value: bytes, expires_unix_s: float) -> list[bool | None]:
+        """On this node and, at the same time, on the nearest others; what they say, None for silence."""
         from hivemind.dht.node import DHTID
         from hivemind.utils import MSGPackSerializer
 
         node, me = self._node, self._key.peer
-        key = DHTID.generate(source=self._keys[self._bucket(me)])
+        key = DHTID.from_bytes(bucket.key(self._membership.run_id))
         packed = MSGPackSerializer.dumps(value)
         node.protocol.storage.store(key, packed, expires_unix_s, subkey=str(me))
         nearest = await node.find_nearest_nodes([key], k_nearest=REPLICAS, exclude_self=True)
-        others = list(nearest[key].values())
         answers = await asyncio.gather(
             *(
                 node.protocol.call_store(peer, [key], [packed], [expires_unix_s], subkeys=[str(me)])
-                for peer in others
+                for peer in nearest[key].values()
             )
         )
-        if others and not any(answer and answer[0] for answer in answers):
-            silent = sum(answer is None for answer in answers)
-            raise PeerSilent(
-                f"none of {len(others)} directory peers took our record: {silent} silent, "
-                f"{len(others) - silent} refused it; if all refuse, compare this machine's clock"
-            )
+        return [bool(answer[0]) if answer else None for answer in answers]
 
-    async def _find(self) -> None:
+    async def _find(self, buckets: list[Bucket]) -> None:
         """One pass over the DHT; its result is kept in `_found`."""
-        results = await self._supervisor.call(
-            lambda p2p: self._node.get_many(self._keys, sufficient_expiration_time=float("inf")), LOOKUP_S
-        )
-        found: dict[str, SignedRecord] = {}
-        for result in results.values():
+        self._found = await self._supervisor.call(lambda p2p: self._read(buckets), LOOKUP_S)
+
+    async def _read(self, buckets: list[Bucket]) -> tuple[SignedRecord, ...]:
+        """What they show."""
+        from hivemind.dht.node import DHTID
+
+        run_id = self._membership.run_id
+        keys = {DHTID.from_bytes(bucket.key(run_id)): bucket for bucket in buckets}
+        results = await self._node.get_many_by_id(list(keys), sufficient_expiration_time=float("inf"))
+        found: dict[str, Opened] = {}
+        for key, bucket in keys.items():
+            result, ranks, stages = results[key], [], set[int]()
             for peer, (value, expires_unix_s) in result.value.items() if result is not None else ():
                 try:
-                    found[peer] = self._gate.open(peer, value, expires_unix_s)
+                    opened = self._gate.open(peer, value, expires_unix_s, bucket.key(run_id))
                 except (RecordInvalid, AccessError) as error:
                     logger.debug("left out of the lookup: %s", error)
-        self._found = tuple(found.values())[: limits.RECORDS_HELD]
-
-    def _bucket(self, peer: PeerId) -> int:
-        return int.from_bytes(hashlib.blake2b(peer.encode(), digest_size=8).digest(), "big") % len(self._keys)
+                    continue
+                if peer not in found or opened.last_unix_s > found[peer].last_unix_s:
+                    found[peer] = opened  # of two records the newer one
+                ranks.append(Spot.of(peer, run_id).rank)
+                stages.update(opened.stages)
+            self._survey.saw(bucket, ranks, stages)
+        return tuple(opened.signed for opened in found.values())
 
 
 def _look_at(task: asyncio.Task[None]) -> None:

@@ -29,6 +29,7 @@ from shoal.protocol.errors import Busy, NetworkError
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Stream, Transport
 
+BEAT_KEPT_S = 0.05  # a beat that was put together serves all links for so long
 ANNOUNCE_S = 0.2  # at least, between two rounds of beats for `changed_now`
 OWN_PAUSE_S = 1.0  # when our own loop was late by more, others are not to blame for silence
 JUDGE_S = 0.25  # at most, between two looks at the table
@@ -80,6 +81,7 @@ class Members:
         self.amendments = membership.amendments
         self.table = MemberTable(self._tell, self._view_changed)
         self._transport = transport
+        self._directory = directory
         self._membership = membership
         self._make_beat = make_beat
         self._neighbour_limit = neighbour_limit
@@ -104,6 +106,8 @@ class Members:
         self._tasks: set[asyncio.Task[None]] = set()
         self._leaving = False
         self._view: SwarmView | None = None
+        self._beat: Beat | None = None
+        self._beaten_s = 0.0
         self._viewed_s = 0.0
         self._changed = asyncio.Event()
         self._announcement: asyncio.TimerHandle | None = None
@@ -116,6 +120,7 @@ class Members:
     async def start(self) -> None:
         """Begin to publish, look up, beat and judge."""
         self._roster = roster = self._make_roster()
+        self._beat = None
         self.revocations.changed.append(self._revocations_changed)
         self.amendments.changed.append(self.changed_now)
         self._membership.renewed.append(self.changed_now)
@@ -142,7 +147,7 @@ class Members:
 
     async def leave(self, reason: str = "left", within_s: float = 2.0) -> None:
         """Say goodbye to all neighbours, so that nobody waits for this peer; then `close`."""
-        self._leaving = True
+        self._leaving, self._beat = True, None
         await self._neighbourhood.say_goodbye(reason, within_s)
 
     async def __aenter__(self) -> Self:
@@ -165,7 +170,8 @@ class Members:
         if self._view is None or now - self._viewed_s > self.heartbeat_s:
             self._viewed_s = now
             members = [*self.table.members(), self._myself()]
-            self._view = SwarmView(self.me, now, tuple(sorted(members, key=lambda member: member.peer)))
+            known = tuple(sorted(members, key=lambda member: member.peer))
+            self._view = SwarmView(self.me, now, known, self._directory.sizes())
         elif self._view.now_s != now:
             self._view = replace(self._view, now_s=now)
         return self._view
@@ -202,6 +208,7 @@ class Members:
         """This peer's record or progress changed in a way that others should not learn a second later."""
         if self._roster is None:
             return
+        self._beat = None
         self._roster.renew(only_news=True)
         self._view_changed()
         self._choose.set()
@@ -225,6 +232,13 @@ class Members:
         return roster.signed, roster.record.incarnation, roster.record.sequence
 
     def own_beat(self) -> Beat:
+        """The same for all links that ask within a moment, unless something changed."""
+        now = self._now()
+        if self._beat is None or now - self._beaten_s > BEAT_KEPT_S:
+            self._beat, self._beaten_s = self._fresh_beat(), now
+        return self._beat
+
+    def _fresh_beat(self) -> Beat:
         record, beat = self._running().record, self._make_beat()
         return replace(
             beat,
@@ -244,6 +258,7 @@ class Members:
     # --- what the parts report
 
     def _own_renewed(self) -> None:
+        self._beat = None
         self._view_changed()
         for link in self._neighbourhood.links():
             link.nudge()
@@ -271,6 +286,7 @@ class Members:
         await self._neighbourhood.answer(stream)
 
     def _announce(self) -> None:
+        self._beat = None
         self._announcement = None
         self._announced_s = self._now()
         for link in self._neighbourhood.links():
@@ -315,13 +331,14 @@ class Members:
             self._spawn(self._transport.disconnect(peer), f"members: disconnect {peer}")
 
     def _myself(self) -> Member:
-        record, beat = self._running().record, self.own_beat()
+        record, beat = self._running().record, self._fresh_beat()
         return Member(
             peer=self.me,
             roles=self._membership.me.roles,
             token_id=self._membership.me.token_id,
             state="draining" if beat.draining else record.state,
             stages=record.stages,
+            states=() if beat.draining else record.states,
             name=record.name,
             device=record.device,
             incarnation=record.incarnation,

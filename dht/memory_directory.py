@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+from shoal.dht.buckets import FULL, Bucket, Spot, Survey
 from shoal.dht.directory import Directory, SignedRecord
-from shoal.dht.gate import RecordGate, RunSecret
+from shoal.dht.gate import Opened, RecordGate, RunSecret
 from shoal.dht.records import LOWEST_PORT, SEALED_BYTES, seal
-from shoal.protocol import limits
 from shoal.protocol.errors import (
     AccessError,
     BootstrapFailed,
@@ -48,7 +47,7 @@ class MemoryDirectoryHub:
         self.bytes = 0  # of values, published and found
         self.gate = RecordGate(membership, clock, lowest_port)
         self._membership = membership
-        self._values: OrderedDict[PeerId, tuple[bytes, float]] = OrderedDict()
+        self._buckets: dict[Bucket, dict[PeerId, tuple[bytes, float]]] = {}
         self._cut: set[PeerId] = set()
         self._all_cut = False
 
@@ -82,21 +81,39 @@ class MemoryDirectoryHub:
         ):
             raise AccessError("refused: DHT calls need a token of this run")
 
-    def store(self, peer: PeerId, value: bytes, expires_unix_s: float) -> None:
-        """As a replica would: only what passes the gate, and only what expires later than what is there."""
-        self.gate.open(peer, value, expires_unix_s)
-        _, held_until = self._values.get(peer, (b"", 0.0))
-        if expires_unix_s <= held_until:
+    def store(self, bucket: Bucket, peer: PeerId, value: bytes, expires_unix_s: float) -> bool:
+        """As a replica would: only what passes the gate and expires later than what is there; False: full."""
+        self.gate.open(peer, value, expires_unix_s, self._key(bucket))
+        held = self._buckets.setdefault(bucket, {})
+        if expires_unix_s <= held.get(peer, (b"", 0.0))[1]:
             raise RecordInvalid(f"a record of {peer} that expires later is stored already")
-        self._values[peer] = value, expires_unix_s
-        self._values.move_to_end(peer)
-        if len(self._values) > limits.RECORDS_HELD:
-            self._values.popitem(last=False)
+        if peer not in held and len(self.values(bucket)) >= FULL:
+            highest = max(held, key=self.rank)
+            if self.rank(peer) > self.rank(highest):
+                return False
+            del held[highest]
+        held[peer] = value, expires_unix_s
+        self.bytes += len(value)
+        return True
 
-    def values(self) -> dict[PeerId, tuple[bytes, float]]:
+    def values(self, bucket: Bucket) -> dict[PeerId, tuple[bytes, float]]:
         """The values that have not expired, with their expiry."""
-        now = self.clock()
-        return {peer: held for peer, held in self._values.items() if held[1] > now}
+        now, held = self.clock(), self._buckets.get(bucket, {})
+        for peer in [peer for peer, (_, until_s) in held.items() if until_s <= now]:
+            del held[peer]
+        return dict(held)
+
+    def show(self, bucket: Bucket) -> dict[PeerId, Opened]:
+        """As replicas answer."""
+        found = sorted(self.values(bucket).items())
+        self.bytes += sum(len(value) for _, (value, _) in found)
+        return {peer: self.gate.open(peer, *held, self._key(bucket)) for peer, held in found}
+
+    def rank(self, peer: PeerId) -> int:
+        return Spot.of(peer, self._membership.run_id).rank
+
+    def _key(self, bucket: Bucket) -> bytes:
+        return bucket.key(self._membership.run_id)
 
 
 class MemoryDirectory(Directory):
@@ -106,6 +123,7 @@ class MemoryDirectory(Directory):
         self._hub = hub
         self._peer = peer
         self._membership = membership
+        self._survey = Survey(Spot.of(peer, membership.run_id), hub.rng)
         self._last_expiry_unix_s = 0.0
         self._closed = False
 
@@ -124,17 +142,35 @@ class MemoryDirectory(Directory):
             raise MessageTooLarge(f"a sealed record of {len(value)} bytes, {SEALED_BYTES} allowed")
         await hub.call(self._peer, membership)
         expires_unix_s = max(expires_unix_s, self._last_expiry_unix_s + 1e-3)
-        hub.store(self._peer, value, expires_unix_s)
-        hub.bytes += len(value)
+        opened = hub.gate.open(self._peer, value, expires_unix_s)
+        tried: dict[Bucket, bool] = {}
+        while new := [bucket for bucket in self._survey.filed(opened.stages) if bucket not in tried]:
+            tried.update((bucket, hub.store(bucket, self._peer, value, expires_unix_s)) for bucket in new)
+            if tried[new[-1]]:
+                break
+            self._read(new[-1:])
         self._last_expiry_unix_s = expires_unix_s
 
-    async def lookup(self) -> tuple[SignedRecord, ...]:
+    async def lookup(self, stages: Collection[int] = (), *, widely: bool = False) -> tuple[SignedRecord, ...]:
         if self._closed:
             raise TransportLost("the directory is closed")
         await self._hub.call(self._peer, self._membership)
-        gate, found = self._hub.gate, sorted(self._hub.values().items())
-        self._hub.bytes += sum(len(value) for _, (value, _) in found)
-        return tuple(gate.open(peer, *held) for peer, held in found)
+        return self._read(self._survey.look(stages, widely=widely))
+
+    def _read(self, buckets: list[Bucket]) -> tuple[SignedRecord, ...]:
+        """What they show."""
+        found: dict[PeerId, Opened] = {}
+        for bucket in buckets:
+            shown = self._hub.show(bucket)
+            stages = {stage for opened in shown.values() for stage in opened.stages}
+            self._survey.saw(bucket, [self._hub.rank(peer) for peer in shown], stages)
+            for peer, opened in shown.items():  # of two records the newer one
+                if peer not in found or opened.last_unix_s > found[peer].last_unix_s:
+                    found[peer] = opened
+        return tuple(opened.signed for opened in found.values())
+
+    def sizes(self) -> dict[int, float]:
+        return self._survey.sizes()
 
     def bootstrap_addresses(self) -> tuple[str, ...]:
         return (f"/memory/{self._peer}",)

@@ -18,6 +18,7 @@ from typing import Any
 from blake3 import blake3
 
 from shoal.dht.beats import RosterEntry
+from shoal.dht.buckets import LOOK_RECORDS
 from shoal.dht.directory import Directory, PeerRecord, SignedRecord
 from shoal.dht.records import RecordBook, sign_record
 from shoal.dht.table import MemberTable, says_something_new
@@ -30,6 +31,7 @@ from shoal.protocol.wire import decode
 
 REFRESH_S = 5.0  # between two lookups; the first ones come quicker
 FIRST_REFRESH_S = 0.2
+NEWCOMERS_LOOKS = 4  # in the first second of a process they show all stages: it may have to choose one
 DIRECTORY_CALL_S = 15.0
 LARGE_SWARM_TTL_S = 60.0  # in a large swarm records live longer: gossip of renewals grows with its square
 ASK_AGAIN_S = 2.0  # a record asked of one neighbour is asked of another after this long
@@ -85,6 +87,7 @@ class Roster:
         self._renewed = renewed
         self._admitted = admitted
         self._sequence = 0
+        self._looked_up = 0
         self._publish = asyncio.Event()
         self._seen: OrderedDict[bytes, None] = OrderedDict()  # digests of records already looked at
         self._asked: OrderedDict[PeerId, float] = OrderedDict()
@@ -150,7 +153,7 @@ class Roster:
             )
             self._record_book.live(self._clock())  # lets it forget the old
             await asyncio.sleep(wait_s * self._rng.uniform(0.8, 1.0))
-            wait_s = min(wait_s * 1.5, REFRESH_S)
+            wait_s = min(wait_s * 1.5, REFRESH_S * max(1.0, self._looked_up / LOOK_RECORDS))
 
     async def learn(self, records: tuple[SignedRecord, ...], source: str) -> None:
         """Verify records and take in the good ones; a new one takes up to a millisecond."""
@@ -192,7 +195,10 @@ class Roster:
         return found
 
     async def _look(self) -> None:
-        await self.learn(await self._directory.lookup(), "the directory")
+        newcomer = self.health.lookups < NEWCOMERS_LOOKS
+        found = await self._directory.lookup(self.record.stages, widely=newcomer)
+        self._looked_up = len(found)
+        await self.learn(found, "the directory")
 
     def _admit(self, signed: SignedRecord, source: str) -> None:
         """One record into book, table and contacts, if it is newer and verifies."""

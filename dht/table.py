@@ -29,6 +29,8 @@ LIVED_DOWN_S = 30.0  # without a failed call, after which the earlier ones are f
 _GAP_SHARE = 0.2  # of a new measurement in the usual gap between finished work
 _RTT_SHARE = 0.125  # of a new measurement in the smoothed round trip, as TCP does (RFC 6298)
 
+_NEWS = ("incarnation", "state", "stages", "states", "name", "addresses", "chain", "device", "version")
+
 log = logging.getLogger(__name__)
 
 
@@ -337,6 +339,7 @@ def _picture(entry: Entry) -> Member:
         token_id=entry.owner.token_id,
         state="draining" if beat and beat.draining else record.state,
         stages=record.stages,
+        states=() if beat and beat.draining else record.states,
         name=record.name,
         device=record.device,
         incarnation=record.incarnation,
@@ -355,7 +358,4 @@ def _picture(entry: Entry) -> Member:
 
 def says_something_new(old: PeerRecord, new: PeerRecord) -> bool:
     """Did anything change but the sequence, the times and a measured rate?"""
-    return any(
-        getattr(old, name) != getattr(new, name)
-        for name in ("incarnation", "state", "stages", "name", "addresses", "chain", "device", "version")
-    )
+    return any(getattr(old, name) != getattr(new, name) for name in _NEWS)

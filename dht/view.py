@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.liveness import Liveness
@@ -29,6 +30,7 @@ class Member:
     token_id: str = ""
     state: str = "online"  # one of directory.PEER_STATES
     stages: tuple[int, ...] = ()  # held, or being joined
+    states: tuple[str, ...] = ()  # at each of them, where they differ
     name: str = ""
     device: str = ""
     incarnation: int = 0
@@ -46,6 +48,17 @@ class Member:
     def backlog_s(self) -> float:
         return self.beat.backlog_s if self.beat else 0.0
 
+    def state_at(self, stage: int) -> str:
+        """One of directory.PEER_STATES."""
+        if len(self.states) != len(self.stages) or stage not in self.stages:
+            return self.state
+        return self.states[self.stages.index(stage)]
+
+    def incarnation_at(self, stage: int) -> int:
+        """Of its replica of a stage, which may be younger than the peer."""
+        progress = self.progress(stage)
+        return (progress.incarnation if progress is not None else 0) or self.incarnation
+
     def progress(self, stage: int) -> StageBeat | None:
         """What its last beat said of a stage."""
         stages = self.beat.stages if self.beat else ()
@@ -59,18 +72,22 @@ class SwarmView:
     me: PeerId
     now_s: float
     members: tuple[Member, ...]
+    sizes: Mapping[int, float] = field(default_factory=dict)  # about, of stages; empty: everybody is known
 
     def get(self, peer: PeerId) -> Member | None:
         index = bisect_left(self.members, peer, key=lambda member: member.peer)
         found = self.members[index] if index < len(self.members) else None
         return found if found is not None and found.peer == peer else None
 
-    def is_gone(self, peer: PeerId, incarnation: int | None = None) -> bool:
-        """Whether this peer, or that process of it, is gone. Who is unknown counts as gone."""
+    def is_gone(self, peer: PeerId) -> bool:
+        """Whether this peer is gone: who is unknown, too, if everybody is known."""
         member = self.get(peer)
-        if member is None or member.liveness is Liveness.GONE:
-            return True
-        return incarnation is not None and member.incarnation != incarnation
+        return not self.sizes if member is None else member.liveness is Liveness.GONE
+
+    def share(self, stage: int) -> float:
+        """How many replicas of a stage each known one stands for."""
+        known = sum(stage in member.stages for member in self.here()) if self.sizes else 0
+        return max(1.0, self.sizes.get(stage, 0.0) / known) if known else 1.0
 
     def here(self) -> tuple[Member, ...]:
         """Everybody who is not gone."""
@@ -78,7 +95,9 @@ class SwarmView:
 
     def group(self, stage: int, *states: str) -> tuple[Member, ...]:
         """Who is not gone and holds (or joins) a stage in one of `states`; by default all states."""
-        return tuple(m for m in self.here() if stage in m.stages and (not states or m.state in states))
+        return tuple(
+            m for m in self.here() if stage in m.stages and (not states or m.state_at(stage) in states)
+        )
 
     def online(self, stage: int) -> tuple[Member, ...]:
         """Replicas of a stage that take work now: online and alive."""

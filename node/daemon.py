@@ -50,6 +50,7 @@ from shoal.protocol.admission import JoinToken
 from shoal.protocol.allocator import keep_freed_memory
 from shoal.protocol.errors import NetworkError, ShoalError
 from shoal.protocol.identity import PeerKey, Role
+from shoal.protocol.limits import RECORDS_HELD
 
 _INTERRUPTED = 130
 log = logging.getLogger(__name__)
@@ -265,6 +266,8 @@ class Daemon:
         fields["name"] = self._names.get(event.peer, "")
         if event.kind == "left":
             self._names.pop(event.peer, None)
+        elif len(self._names) > RECORDS_HELD:  # those who fell silent say no farewell
+            del self._names[next(iter(self._names))]
         self._events(f"peer_{event.kind}", fields)
 
     def _farewell(self) -> dict[str, object]:
@@ -317,12 +320,13 @@ class Daemon:
             leaf_until=membership.me.not_after,
             revocation_version=membership.revocations.version,
             data_dir=str(self._folder),
-            trouble=trainee.trouble if trainee else "",
+            trouble=next((one.trouble for one in worker.trainees.values() if one.trouble), ""),
             loop=self._meter.health(),
             bytes_out=counters.bytes_out,
             bytes_in=counters.bytes_in,
             refusals=counters.refusals,
             training=trainee.status() if trainee else {},
+            others=tuple(one.status() for one in worker.trainees.values() if one is not trainee),
             audits=self._tryouts.checks if self._tryouts else {},
         )
 
@@ -342,7 +346,10 @@ class Daemon:
         return {"leaving": True}
 
     async def _answer_ledger(self, request: Mapping[str, Any]) -> object:
-        trainee = self._worker.trainee if self._worker is not None else None
+        """Of the first of its stages, or of the one that is asked for."""
+        if self._worker is None:
+            return {}
+        trainee = self._worker.trainees.get(int(request.get("stage", -1)), self._worker.trainee)
         return trainee.ledger() if trainee is not None else {}
 
     async def _answer_reload(self, request: Mapping[str, Any]) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -27,11 +28,25 @@ class Device:
     title: str
     memory_bytes: int
     host_optimizer: bool = False  # optimizer and float32 weights are not in this memory
+    others: tuple[str, ...] = ()  # further devices, over which stages are sharded; memory is that of all
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.torch_name, *self.others)
 
     def needed_bytes(self, stage: StagePlan) -> int:
-        """Memory of this device that training a stage takes."""
+        """Memory of this device that training a stage takes; of several the sum, each like the fullest.
+
+        Several have beside their shards two layers gathered, and one's gradient, in float32 at most; the
+        first one serves inference alone.
+        """
         memory = stage.memory
-        return memory.total if self.torch_name == "cpu" else memory.on_device(self.host_optimizer)
+        needed = memory.total if self.torch_name == "cpu" else memory.on_device(self.host_optimizer)
+        if self.others:
+            layer = -(-stage.parameters // len(stage.layers))
+            needed += len(self.names) * 3 * 4 * layer
+            needed += len(self.others) * memory.serving if self.torch_name != "cpu" else 0
+        return needed
 
 
 def choose_device(
@@ -59,6 +74,29 @@ def choose_device(
     return Device(found.torch_name, found.title, usable, host_optimizer and device.type != "cpu")
 
 
+def choose_devices(
+    wanted: Sequence[str], memory_bytes: int | None, threads: int | None, host_optimizer: bool = False
+) -> Device:
+    """`choose_device`, or several that a peer's stage is sharded over: GPUs, or `cpu` for each process.
+
+    `memory_bytes`, and the CPU's threads, are what all may use together.
+    """
+    if len(wanted) == 1:
+        return choose_device(wanted[0], memory_bytes, threads, host_optimizer)
+    found = [choose_device(name, None, threads, host_optimizer) for name in wanted]
+    first, names = found[0], [device.torch_name for device in found]
+    if len({name.partition(":")[0] for name in names}) > 1:
+        raise UsageError(f"--devices {','.join(wanted)}: GPUs or cpu, not both")
+    total = first.memory_bytes
+    if first.torch_name != "cpu":
+        if len(set(names)) < len(names):
+            raise UsageError(f"--devices {','.join(wanted)}: each GPU once")
+        total = len(found) * min(device.memory_bytes for device in found)
+    torch.set_num_threads(max(1, torch.get_num_threads() // len(found)))
+    title, usable = f"{len(found)} × {first.title}", min(total, memory_bytes or total)
+    return Device(first.torch_name, title, usable, first.host_optimizer, tuple(names[1:]))
+
+
 def warm_up() -> None:
     """Do now, off the loop, what would else stall it later.
 
@@ -70,12 +108,13 @@ def warm_up() -> None:
     _freeze()
 
 
-def warm_up_codecs(stage: StagePlan) -> None:
-    """Compile the codecs where a stage is large enough: seconds the first time on a machine, off the loop.
+def warm_up_codecs(stages: Sequence[StagePlan]) -> None:
+    """Compile the codecs where a run's stages are large: seconds the first time on a machine, off the loop.
 
-    Below _COMPILED_FROM weights rounds are short, and numba's 120 MB are not worth it.
+    Below _COMPILED_FROM weights rounds are short, and numba's 120 MB are not worth it. Before the first
+    replica is made: what is frozen is not freed when a peer leaves a stage.
     """
-    if stage.parameters >= _COMPILED_FROM:
+    if max(stage.parameters for stage in stages) >= _COMPILED_FROM:
         gc.disable()
         kernels.warm()
         _freeze()
@@ -100,8 +139,8 @@ def check_memory(device: Device, stage: StagePlan) -> None:
 
 
 def session_bytes(device: Device, stage: StagePlan, *, trains: bool) -> int:
-    """Memory of the device for sessions: half of what the stage leaves, or most where it only serves."""
-    left_bytes = max(0, device.memory_bytes - device.needed_bytes(stage))
+    """Memory of the first device for sessions: half of what is left, or most if it only serves."""
+    left_bytes = max(0, device.memory_bytes - device.needed_bytes(stage)) // len(device.names)
     return min(left_bytes // 2, _SESSIONS_BESIDE_TRAINING) if trains else left_bytes * 3 // 4
 
 

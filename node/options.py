@@ -17,13 +17,14 @@ ALL_THREADS: int | None = None
 class PeerOptions:
     """All of `shoal up` and `shoal join` that is not about the run."""
 
-    device: str = "auto"
+    devices: tuple[str, ...] = ("auto",)  # several: the stage is sharded over them
     host_optimizer: bool = False  # optimizer and float32 weights in the machine's memory, not a GPU's
     memory_bytes: int | None = None
     threads: int | None = ALL_THREADS
     upload_bytes_per_s: float | None = None  # most to send; None: no limit
     name: str = ""
     stage: int | None = None  # None: where the swarm needs it most
+    stages_most: int = 1  # that it holds at once
     train: bool = True
     inference_share: float = SHARE  # of the lane's time while training would use all of it
     pace_s: float = 0.0  # a micro-batch takes at least so long, for speed tests: `training.lane.paced`

@@ -64,6 +64,7 @@ class Presence:
     make_beat: Callable[[], Beat] = Beat
     state: str = "joining"
     stages: tuple[int, ...] = ()
+    states: tuple[str, ...] = ()  # at each of them, where they differ
     device: str = ""
     spec: SignedSpec | None = None
     incarnation: int = field(default_factory=time.time_ns)
@@ -93,9 +94,9 @@ class Presence:
         self.rng.shuffle(here)
         return here
 
-    def announce(self, state: str, stages: tuple[int, ...]) -> None:
-        """Tell everybody what this peer does from now on."""
-        self.state, self.stages = state, stages
+    def announce(self, state: str, stages: tuple[int, ...], states: tuple[str, ...] = ()) -> None:
+        """Tell everybody what this peer does from now on, and at each of its stages if that differs."""
+        self.state, self.stages, self.states = state, stages, states
         self.members.changed_now()
 
     async def learn_spec(self, folder: Path) -> SignedSpec:
@@ -151,6 +152,7 @@ class Presence:
             ttl_s=limits.RECORD_TTL_S,
             state=self.state,
             stages=self.stages,
+            states=self.states,
             name=self.name,
             addresses=self.addresses,
             chain=self.membership.chain,

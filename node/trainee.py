@@ -1,19 +1,17 @@
 """The daemon's hold on its Trainer: makes what a trainer needs on a real machine, and closes it again.
 
-A compute lane for the device, a small pool for work that must not run on the loop, and the data
-stream where this peer is a driver.
+A place on the peer's bench, and the data stream where this peer is a driver.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
 from shoal.dht.beats import Beat
+from shoal.node.bench import Bench
 from shoal.node.events import Events
 from shoal.node.hardware import Device
 from shoal.node.paths import cache_root
@@ -22,15 +20,14 @@ from shoal.node.tokenizers import with_tokenizer
 from shoal.protocol.identity import PeerId
 from shoal.training.decisions import DecisionLog
 from shoal.training.feed import CorpusFeed, Feed
-from shoal.training.lane import ThreadLane, paced
+from shoal.training.methods import of_stage
 from shoal.training.serving.host import Host
 from shoal.training.spec import RunSpec
 from shoal.training.streams import own_stream
 from shoal.training.trainer import Trainer
 
-_OFFLOAD_THREADS = 2  # codecs and hashing beside the lane; more would only contend with it
-_SERVED = 16  # of a paced micro-batch: a batch of inference takes a sixteenth of it
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from shoal.training.devices.gang import Gang
 
 
 class Trainee:
@@ -42,21 +39,24 @@ class Trainee:
         spec: RunSpec,
         stage: int,
         device: Device,
+        bench: Bench,
+        incarnation: int,
         folder: Path,
         store: Path,
         events: Events,
         *,
         fixed: bool,
-        pace_s: float = 0.0,
-        inference_share: float,
         spare_bytes: int = 0,
         session_bytes: int,
+        stages_most: int,
+        guards: Callable[[], bool],
         decisions: DecisionLog | None = None,
+        gang: Gang | None = None,
     ) -> None:
         """`folder` takes what is written of the run, `store` has the imported checkpoints.
 
-        A micro-batch takes at least `pace_s` of the lane, inference its share. `spare_bytes`: for copies of
-        other stages; `session_bytes`: for inference.
+        `spare_bytes`: for copies of other stages; `session_bytes`: for inference; `guards`: whether this is
+        the one of the peer's replicas that keeps the copies.
         """
         self.stage = stage
         self.trouble = ""  # why this peer does not get to work, and what to do
@@ -66,27 +66,27 @@ class Trainee:
         self._folder = folder
         self._store = store
         self._events = events
+        self._bench = bench
+        self._incarnation = incarnation
         self._fixed = fixed
-        self._pace_s = pace_s
-        self._inference_share = inference_share
+        self._guards = guards
+        self._stages_most = stages_most
         self._spare_bytes = spare_bytes
         self._session_bytes = session_bytes
         self._decisions = decisions
-        self._pool = ThreadPoolExecutor(_OFFLOAD_THREADS, thread_name_prefix="offload")
+        self._gang = gang
         self._trainer: Trainer | Host | None = None
+        self._done: dict[str, object] = {}  # of one that has ended
 
     async def __aenter__(self) -> Self:
-        self._lane = ThreadLane(
-            least_s=paced(self._pace_s, self._pace_s / _SERVED), share=self._inference_share
-        )
-        self._served_before = self._presence.transport.methods
+        self._lane = self._bench.take()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         transport = self._presence.transport
-        transport.withdraw(transport.methods - self._served_before)
-        await self._lane.close()
-        await asyncio.to_thread(self._pool.shutdown, True, cancel_futures=True)
+        transport.withdraw(of_stage(transport.methods, self.stage))
+        self._done, self._trainer = self.status(), None  # with its weights
+        await self._bench.release()
 
     async def recover(self) -> None:
         """Bring the stage to its group's state; afterwards it serves."""
@@ -102,18 +102,21 @@ class Trainee:
             transport=presence.transport,
             members=presence.members,
             lane=self._lane,
-            offload=self._offload,
+            offload=self._bench.offload,
             feed=await self._feed() if self.stage == 0 else None,
             me=presence.transport.me,
-            incarnation=presence.incarnation,
+            incarnation=self._incarnation,
             event=self._tell,
             rng=random.Random(presence.rng.getrandbits(64)),
             device=self._device.torch_name,
             host_optimizer=self._device.host_optimizer,
+            gang=self._gang,
             data_dir=self._folder,
             fixed=self._fixed,
             imported=(self._store,),
             spare_bytes=self._spare_bytes,
+            stages_most=self._stages_most,
+            guards=self._guards,
             session_bytes=self._session_bytes,
             decisions=self._decisions,
         )
@@ -126,7 +129,7 @@ class Trainee:
             transport=presence.transport,
             members=presence.members,
             lane=self._lane,
-            offload=self._offload,
+            offload=self._bench.offload,
             event=self._tell,
             rng=random.Random(presence.rng.getrandbits(64)),
             folder=self._folder,
@@ -152,6 +155,16 @@ class Trainee:
         if self._trainer is not None:
             await self._trainer.drain(deadline_s)
 
+    async def stop_guarding(self, stage: int) -> None:
+        """This peer is about to hold that stage, too."""
+        if isinstance(self._trainer, Trainer):
+            await self._trainer.stop_guarding(stage)
+
+    @property
+    def recovered(self) -> bool:
+        """Whether it has something to tell."""
+        return self._trainer is not None
+
     @property
     def layers(self) -> tuple[int, int] | None:
         if self._trainer is None:
@@ -163,7 +176,7 @@ class Trainee:
         return self._trainer.heartbeat() if self._trainer is not None else Beat()
 
     def status(self) -> dict[str, object]:
-        return self._trainer.status() if self._trainer is not None else {}
+        return self._trainer.status() if self._trainer is not None else self._done
 
     def ledger(self) -> dict[str, list[tuple[int, int]]]:
         return self._trainer.ledger() if self._trainer is not None else {}
@@ -199,12 +212,11 @@ class Trainee:
         if self._trainer is not None:
             await self._trainer.prefetch(stage, donors)
 
-    async def _offload(self, function: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-
     async def _feed(self) -> Feed:
         """The corpus; the streams to read come from the log, or this driver begins its own."""
         folder = cache_root() / "corpora"
         self._events("corpus", {"text": "opening the corpus (built on the first use)"})
         spec = await with_tokenizer(self._spec, self._presence.transport, self._presence.others())
-        return await CorpusFeed.open(spec, folder, own_stream(self._presence.transport.me, {}), self._offload)
+        return await CorpusFeed.open(
+            spec, folder, own_stream(self._presence.transport.me, {}), self._bench.offload
+        )

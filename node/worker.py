@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import importlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shoal.dht.beats import Beat
+from shoal.dht.beats import Beat, together
+from shoal.node.bench import Bench
 from shoal.node.events import Events
 from shoal.node.hardware import (
     Device,
     check_memory,
-    choose_device,
+    choose_devices,
     session_bytes,
     spare_bytes,
     warm_up,
@@ -36,7 +41,10 @@ from shoal.training.decisions import DecisionLog
 from shoal.training.partition import spec_costs
 from shoal.training.plan import make_plan
 from shoal.training.spec import RunSpec
-from shoal.training.tenure import DRAIN_S, Tenure
+from shoal.training.tenure import DRAIN_S, Tenure, announced
+
+if TYPE_CHECKING:
+    from shoal.training.devices.gang import Gang
 
 
 class Worker:
@@ -47,7 +55,8 @@ class Worker:
     ) -> None:
         """`folder` takes what is written of the run, `store` has the imported checkpoints."""
         self.device: Device | None = None
-        self.trainee: Trainee | None = None
+        self.trainees: dict[int, Trainee] = {}  # by stage, in the order in which it came to them
+        self._last: Trainee | None = None
         self.reach = Reach("nobody else is here yet to try it", None)
         self._presence = presence
         self._options = options
@@ -67,48 +76,93 @@ class Worker:
         device, (spec, stage) = preparing.result(), choosing.result()
         if others := self._others():
             self.reach = await find_reach(self._presence.transport, others, self._presence.rng)
+        if not device.others:
+            await self._serve(spec, stage, device, None)
+            return
+        await asyncio.to_thread(importlib.import_module, "shoal.node.devices")  # brings FSDP: two seconds
+        from shoal.node.devices import several
+
+        async with several(spec, device.names) as gang:
+            await self._serve(spec, stage, device, gang)
+
+    async def _serve(self, spec: RunSpec, stage: int, device: Device, gang: Gang | None) -> None:
         self._tenure = Tenure(
             spec,
             view=self._presence.members.view,
-            begin=lambda at: self._begin(spec, at, device),
-            announce=self._presence.announce,
+            begin=lambda at: self._begin(spec, at, device, gang),
+            announce=lambda held: self._presence.announce(*announced(held)),
             prefetch=self._prefetch,
-            fits=lambda at: device.needed_bytes(make_plan(spec).stages[at]) <= device.memory_bytes,
+            fits=lambda stages: self._fits(spec, stages, device),
             event=self._tell_tenure,
             rng=self._presence.rng,
             moves=self._options.stage is None,
+            most=self._options.stages_most,
             decisions=self._decisions,
         )
         with self._decisions or contextlib.nullcontext():
-            await self._tenure.run(stage)
+            async with Bench(self._options.pace_s, self._options.inference_share) as self._bench:
+                await self._tenure.run(stage)
+
+    @property
+    def trainee(self) -> Trainee | None:
+        """Of the first of its stages, or the last that it had."""
+        return next(iter(self.trainees.values()), self._last)
+
+    @staticmethod
+    def _fits(spec: RunSpec, stages: Sequence[int], device: Device) -> bool:
+        planned = make_plan(spec).stages
+        return sum(device.needed_bytes(planned[stage]) for stage in stages) <= device.memory_bytes
 
     @contextlib.asynccontextmanager
-    async def _begin(self, spec: RunSpec, stage: int, device: Device) -> AsyncIterator[Trainee]:
+    async def _begin(
+        self, spec: RunSpec, stage: int, device: Device, gang: Gang | None
+    ) -> AsyncIterator[Trainee]:
         """A replica of a stage; a later one is another incarnation, with its own steps and micro-batches."""
-        if self.trainee is not None:
-            self._presence.incarnation = time.time_ns()
-        planned = make_plan(spec).stages[stage]
+        incarnation = self._presence.incarnation
+        if self._last is not None:
+            incarnation = time.time_ns()
+            if not self.trainees:
+                self._presence.incarnation = incarnation
+        stages = make_plan(spec).stages
+        planned = stages[stage]
         check_memory(device, planned)
         self._tell_plan(spec, stage, device)
-        await asyncio.to_thread(warm_up_codecs, planned)
-        options = self._options
+        if self._last is None:
+            await asyncio.to_thread(warm_up_codecs, stages)
+        else:
+            await asyncio.to_thread(gc.collect)  # a replica that was left is a ring of gigabytes
+        options, left = self._options, self._without_room(spec, stage, device)
         async with Trainee(
             self._presence,
             spec,
             stage,
             device,
+            self._bench,
+            incarnation,
             self._folder,
             self._store,
             self._events,
             fixed=options.stage is not None,
-            pace_s=options.pace_s,
-            inference_share=options.inference_share,
-            spare_bytes=spare_bytes(device, planned),
-            session_bytes=session_bytes(device, planned, trains=spec.trains),
+            spare_bytes=spare_bytes(left, planned),
+            session_bytes=session_bytes(left, planned, trains=spec.trains) // options.stages_most,
+            stages_most=options.stages_most,
+            guards=lambda: next(iter(self.trainees), stage) == stage,
             decisions=self._decisions,
+            gang=gang,
         ) as trainee:
-            self.trainee = trainee
-            yield trainee
+            self._last = self.trainees[stage] = trainee
+            try:
+                yield trainee
+            finally:
+                del self.trainees[stage]
+
+    def _without_room(self, spec: RunSpec, stage: int, device: Device) -> Device:
+        """What is left of the device beside the other stages that this peer may come to hold."""
+        stages = make_plan(spec).stages
+        others = sorted(device.needed_bytes(other) for other in stages if other.stage != stage)
+        room = sum(others[::-1][: self._options.stages_most - 1])
+        least = device.needed_bytes(stages[stage])
+        return replace(device, memory_bytes=max(least, device.memory_bytes - room))
 
     async def _prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
         if self.trainee is not None:
@@ -125,7 +179,7 @@ class Worker:
     async def _prepare_device(self) -> Device:
         options = self._options
         device = await asyncio.to_thread(
-            choose_device, options.device, options.memory_bytes, options.threads, options.host_optimizer
+            choose_devices, options.devices, options.memory_bytes, options.threads, options.host_optimizer
         )
         self.device, self._presence.device = device, device.title
         await asyncio.to_thread(warm_up)
@@ -147,8 +201,8 @@ class Worker:
 
     async def drain(self) -> None:
         """Finish what is held and contribute it."""
-        if self._tenure is not None and self._tenure.term is not None:
-            await self._tenure.term.drain(DRAIN_S)
+        if self._tenure is not None:
+            await asyncio.gather(*(term.drain(DRAIN_S) for term in self._tenure.terms))
 
     async def test_reach(self) -> None:
         """The first peer of a swarm has nobody to ask at its start; ask when somebody is here."""
@@ -159,7 +213,8 @@ class Worker:
 
     def beat(self) -> Beat:
         """What heartbeats say."""
-        return self.trainee.beat() if self.trainee is not None else Beat()
+        beats = [trainee.beat() for trainee in self.trainees.values() if trainee.recovered]
+        return replace(together(beats), room=self._tenure.room if self._tenure is not None else 0)
 
     def _others(self) -> list[PeerId]:
         view = self._presence.members.view()
@@ -195,5 +250,5 @@ class Worker:
         self._events("plan", {**fields, "text": text})
 
     def _tell_tenure(self, kind: str, fields: dict[str, object]) -> None:
-        heads = self.trainee.heads() if kind == "online" and self.trainee is not None else {}
-        self._events(kind, {**fields, **heads})
+        trainee = self.trainees.get(int(str(fields["stage"]))) if kind == "online" else None
+        self._events(kind, {**fields, **(trainee.heads() if trainee is not None else {})})

@@ -16,9 +16,11 @@
     │   ├── Superseded          another replica has taken the asking one's place
     │   └── VersionRetired      the weights that a session is pinned to are not kept here (any more)
     ├── NotHere                 the asked peer does not hold the thing asked for
+    ├── NotServed               the asked peer does not answer such calls (any more)
     ├── StageEmpty              a stage has no live replica
     ├── StorageError            the disk refused
-    └── HardwareTooSmall        this machine cannot hold a stage
+    ├── HardwareTooSmall        this machine cannot hold a stage
+    └── DeviceLost              one of several devices of this peer failed, and the peer with it
 
 Every class has a `wire_code` (sent in ABORT frames; the receiver raises the same class) and an
 `exit_code` for the command line. Texts say what happened, the evidence, and what to do.
@@ -152,12 +154,20 @@ class StageEmpty(ShoalError):
     wire_code = 73
 
 
+class NotServed(ShoalError):
+    wire_code = 76
+
+
 class StorageError(ShoalError):
     wire_code, exit_code = 80, 20
 
 
 class HardwareTooSmall(ShoalError):
     wire_code, exit_code = 81, 14
+
+
+class DeviceLost(ShoalError):
+    wire_code, exit_code = 82, 21
 
 
 def _tree(root: type[ShoalError]) -> dict[int, type[ShoalError]]:

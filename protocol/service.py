@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-from shoal.protocol.errors import Busy, MessageInvalid, ShoalError, StreamBroken, UsageError, WrongRole
+from shoal.protocol.errors import Busy, NotServed, ShoalError, StreamBroken, UsageError, WrongRole
 from shoal.protocol.framed_stream import FramedStream, Traffic
 from shoal.protocol.identity import PeerId, Role, VerifiedPeer
 from shoal.protocol.limits import STREAMS_IN_ALL, STREAMS_PER_PEER, STREAMS_PER_TOKEN
@@ -111,7 +111,9 @@ class Service:
 
     def _admit(self, method: str, caller: VerifiedPeer) -> Handler:
         if method not in self._methods:
-            raise MessageInvalid(f"this peer does not serve {method[:64]!r}; it may run another version")
+            raise NotServed(
+                f"this peer does not serve {method[:64]!r}; it may have left a stage, or run another version"
+            )
         handler, roles, _ = self._methods[method]
         if not roles & caller.roles:
             raise WrongRole(

@@ -1,8 +1,8 @@
 """An asyncio event loop with a virtual clock, for simulations and tests: hours pass in milliseconds.
 
 When nothing is ready the clock jumps to the next timer. Nothing outside takes part (no sockets, threads or
-subprocesses), and tasks and futures hash by their order of creation, so that sets of them iterate alike:
-the same program gives the same trace, unless it iterates over sets of strings itself.
+subprocesses), and tasks and futures hash in the order in which they were first hashed, so that sets of them
+iterate alike: the same program gives the same trace, unless it iterates over sets of strings itself.
 When nothing is ready and no timer is set, a real loop would wait for ever; this one raises Deadlock.
 """
 
@@ -54,7 +54,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def __init__(self, start_s: float = 0.0, end_s: float = float("inf")) -> None:
         self._now_s = start_s
         self._end_s = end_s
-        self._orders = itertools.count()
+        self.orders = itertools.count()  # of timers, and of what is hashed
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []  # ties: first set, first due
         self._cancelled = 0  # of them, since they were last swept out
         super().__init__(_NothingFromOutside())
@@ -68,7 +68,14 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._now_s += seconds
 
     def create_future(self) -> asyncio.Future[Any]:
-        return _OrderedFuture(next(self._orders), self)
+        return _OrderedFuture(loop=self)
+
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]
+        return handle
 
     def call_soon_threadsafe(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
@@ -86,7 +93,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         timer = asyncio.TimerHandle(when, callback, args, self, context)
-        heapq.heappush(self._timers, (when, next(self._orders), timer))
+        heapq.heappush(self._timers, (when, next(self.orders), timer))
         return timer
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
@@ -123,28 +130,32 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 class _OrderedFuture(asyncio.Future[Any]):
-    def __init__(self, order: int, loop: asyncio.AbstractEventLoop) -> None:
-        self._order = order
-        super().__init__(loop=loop)
+    order = -1  # among those that were hashed
 
     def __hash__(self) -> int:
-        return self._order
+        if self.order < 0:
+            self.order = _next_order(self)
+        return self.order
 
 
 class _OrderedTask(asyncio.Task[Any]):
-    def __init__(self, order: int, coroutine: Coroutine[Any, Any, Any], **options: Any) -> None:
-        self._order = order  # first: registering the task hashes it
-        super().__init__(coroutine, **options)
+    order = -1
 
-    def __hash__(self) -> int:
-        return self._order
+    def __hash__(self) -> int:  # first called when the new task is registered
+        if self.order < 0:
+            self.order = _next_order(self)
+        return self.order
+
+
+def _next_order(future: asyncio.Future[Any]) -> int:
+    order: int = next(future.get_loop().orders)  # type: ignore[attr-defined]
+    return order
 
 
 def _make_task(
     loop: asyncio.AbstractEventLoop, coroutine: Any, context: Context | None = None, **options: Any
 ) -> asyncio.Task[Any]:
-    order = next(loop._orders)  # type: ignore[attr-defined]
-    return _OrderedTask(order, coroutine, loop=loop, context=context, **options)
+    return _OrderedTask(coroutine, loop=loop, context=context, **options)
 
 
 class _NothingFromOutside(selectors.SelectSelector):

@@ -16,7 +16,7 @@ from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.protocol.transport import Transport
 from shoal.training.amended import Amended
-from shoal.training.outer.context import Context
+from shoal.training.outer.context import Context, Offload
 from shoal.training.outer.entry import Entry, seats_in
 from shoal.training.outer.local import MemoryWeights
 from shoal.training.outer.parts import cut
@@ -43,9 +43,14 @@ def round_spec(**sections: Mapping[str, object]) -> RunSpec:
     return RunSpec.model_validate({"outer": outer, "compression": codecs, **sections})
 
 
-async def inline(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Work on the loop, as the simulator does it."""
-    return function(*arguments)
+def inline(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """Work on the loop, as the simulator does it; at once, so that it takes no task."""
+    done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    try:
+        done.set_result(function(*arguments))
+    except Exception as error:
+        done.set_exception(error)
+    return done
 
 
 class Node:
@@ -123,7 +128,7 @@ class Node:
 class Keeper:
     """A peer elsewhere that guards the stage."""
 
-    def __init__(self, world: World, number: int) -> None:
+    def __init__(self, world: World, number: int, offload: Offload = inline) -> None:
         self.world = world
         self.name = PeerId(f"12D3KooWg{number:02d}".ljust(52, "z"))
         self.transport = world.wrap(world.network.transport(self.name, frozenset({Role.TRAINER})))
@@ -135,7 +140,7 @@ class Keeper:
             me=self.name,
             incarnation=1,
             transport=self.transport,
-            offload=inline,
+            offload=offload,
             suspect=lambda peer, reason: None,
             event=lambda kind, data: None,
             rng=random.Random(number),

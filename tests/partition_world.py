@@ -36,9 +36,9 @@ class _Events(list[tuple[str, dict[str, object]]]):
     def append(self, event: tuple[str, dict[str, object]]) -> None:
         super().append(event)
         if event[0] == "round":
-            entry = self._node.outer.entry(int(str(event[1]["height"])))
-            assert entry is not None
-            self._ledger.note(self._node, entry.encode())
+            data = self._node.outer._replica.log.entry(int(str(event[1]["height"])))
+            assert data is not None
+            self._ledger.note(self._node, data)
 
 
 class PartitionWorld(World):
@@ -102,10 +102,9 @@ class PartitionWorld(World):
                         self.network.cut(a.name, b.name)
 
     def heal(self) -> None:
-        """Everything passes again."""
+        """Everything passes again; what is frozen, once it is thawed."""
         for one, other in self._last_heard:
-            if one not in self.frozen and other not in self.frozen:
-                self.network.heal(one, other)
+            self.network.heal(one, other)
         self._last_heard = {
             pair: heard for pair, heard in self._last_heard.items() if not self.frozen.keys().isdisjoint(pair)
         }

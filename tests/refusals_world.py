@@ -133,6 +133,10 @@ class Peer:
                 event=event,
             )
             self.hop.serve()
+
+        async def anchor() -> tuple[int, torch.Tensor]:
+            return 0, initial
+
         InferenceHop(
             spec,
             stage,
@@ -140,7 +144,7 @@ class Peer:
             replicas=known,
             model=model,
             lane=lane,
-            anchor=lambda: (initial, 0),
+            anchor=anchor,
             rng=rng,
         ).serve()
 

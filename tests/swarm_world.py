@@ -31,6 +31,7 @@ from shoal.protocol.errors import NetworkError, ShoalError
 from shoal.protocol.identity import PeerId, PeerKey, Role
 from shoal.protocol.transport import call
 from shoal.training import spec_text
+from shoal.training.methods import at_stage
 from shoal.training.pipeline.messages import APPLIED, Link, MicroBatch, QueryChain, Verdict
 from shoal.training.spec import RunSpec
 from shoal.training.templates import TEMPLATES
@@ -176,16 +177,21 @@ class Swarm:
 
     # --- making
 
+    async def found(self, *options: str) -> Peer:
+        """The owner alone, as soon as others can join. `options`: more of its `shoal up`."""
+        owner = self._new_peer("owner")
+        path = self.folder / "run.toml"
+        path.write_text(spec_text.render(self.spec))
+        await owner.start("up", str(path), "--listen", HOST, "--stage", "0", *options, *self._options(owner))
+        await owner.event("invitation", START_S)
+        return owner
+
     async def start(self, replicas: int, *owners: str) -> None:
         """The owner and as many volunteers as fill every stage; returns when all are online and train.
 
         `owners`: more options of its `shoal up`.
         """
-        owner = self._new_peer("owner")
-        path = self.folder / "run.toml"
-        path.write_text(spec_text.render(self.spec))
-        await owner.start("up", str(path), "--listen", HOST, "--stage", "0", *owners, *self._options(owner))
-        await owner.event("invitation", START_S)
+        owner = await self.found(*owners)
         wanted = [stage for stage in range(self.spec.stages.count) for _ in range(replicas)][1:]
         await asyncio.gather(*(self.join(stage=stage) for stage in wanted))
         await owner.event("online", START_S)
@@ -383,7 +389,12 @@ class Auditor:
             async with slots:
                 try:
                     answer = await call(
-                        self._presence.transport, PeerId(driver), "commit", query, Verdict, timeout_s=5.0
+                        self._presence.transport,
+                        PeerId(driver),
+                        at_stage(0, "commit"),
+                        query,
+                        Verdict,
+                        timeout_s=5.0,
                     )
                 except ShoalError:
                     return id_, ()

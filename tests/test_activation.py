@@ -54,6 +54,7 @@ def test_no_peer_ever_holds_more_than_the_cap() -> None:
             assert len(world.stage(1)[1].ledger) == len(everything)
             assert most == {"hop": held_most(spec, 1), "driver": held_most(spec, 0)}
             assert held_most(spec, 0) == 3
+            assert held_most(spec, 0, stages=2) == 1, "a peer of two stages has half for each"
             for stage, held in enumerate((most["driver"], most["hop"])):
                 one = Stage(spec, stage)
                 one.forward(everything[0] if stage == 0 else None)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 import torch
 from serving_world import PROMPT, World, in_place, serving_spec
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from shoal.node.inference.writing import Options, Text
 from shoal.protocol.virtual_time import run
 from shoal.training.data.tokenizer import ByteTokenizer
+from shoal.training.lane import ThreadLane
 from shoal.training.serving.audit import NEAR_SCORE, Auditor, Disagreement, first_wrong
 from shoal.training.serving.messages import SamplingOptions
 from shoal.training.serving.tuner import Tuner
@@ -105,6 +109,45 @@ def test_without_a_second_chain_nothing_is_claimed() -> None:
             assert "no other peer" in auditor.figures.why_unchecked
 
     run(main)
+
+
+class OnTheLoop(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Values in the largest tensor that torch computes with or copies in this thread."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        returned = [one.alias_info for one in func._schema.returns]
+        if not all(alias is not None and not alias.is_write for alias in returned):  # more than a view
+            tensors = [one for one in tree_flatten((args, out))[0] if isinstance(one, torch.Tensor)]
+            self.largest = max([self.largest, *(one.numel() for one in tensors)])
+        return out
+
+
+def test_a_check_does_not_hold_up_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In real time, with threads: the loop's own handles tokens and prints, no rows and no logits."""
+    monkeypatch.setattr("serving_world.InlineLane", lambda duration_s: ThreadLane())
+
+    async def main() -> None:
+        async with World(serving_spec(2, width=64), 2) as world:
+            tuner = Tuner(world.spec, world.client, world, random.Random(2), offload=asyncio.to_thread)
+            async with Auditor(tuner, 1.0, random.Random(3)) as auditor:
+                async with world.generation(count=12, checked=True) as generation:
+                    assert len([token async for token in generation]) == 12
+                largest = []
+                for offload in (asyncio.to_thread, in_place):
+                    tuner.offload = offload
+                    with OnTheLoop() as watch:  # type: ignore[no-untyped-call]
+                        await auditor.check(generation.written())
+                    largest.append(watch.largest)
+                assert (auditor.figures.agreed, auditor.figures.unshown) == (2, 0)
+                assert largest[0] <= len(generation.tokens)
+                assert largest[1] >= len(generation.tokens) * world.spec.data.vocabulary  # the watch sees it
+            for peer in world.peers:
+                await peer.server.engine._lane.close()
+
+    asyncio.run(main())
 
 
 def test_only_the_share_is_checked_and_what_is_under_way_ends_with_the_auditor() -> None:

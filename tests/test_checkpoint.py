@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
+import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from checkpoint_world import KINDS, POSITIONS, STEPS, TOKENS, known, layouts, spec_of, write_stages
+from checkpoint_world import KINDS, POSITIONS, STEPS, TOKENS, known, layouts, spec_of, state_of, write_stages
+from slow_disk import SlowDisk
 
+from shoal.protocol import virtual_time
 from shoal.protocol.errors import SpecError, StorageError
+from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.memory_transport import MemoryNetwork
+from shoal.training.checkpoint.keeper import Keeper
 from shoal.training.checkpoint.manifest import DIGEST, MANIFEST, SPEC, digest_of, numbered
 from shoal.training.checkpoint.read import Checkpoint, open_checkpoint, verify
 from shoal.training.checkpoint.reshape import load_stage
+from shoal.training.checkpoint.share import Shelf
 from shoal.training.checkpoint.write import prune
+from shoal.training.inner import Moments
+from shoal.training.outer.snapshot import Snapshot
 
 torch.set_num_threads(1)
 
@@ -246,3 +260,68 @@ def test_a_copy_on_another_disk_is_as_good(tmp_path: Path) -> None:
     copied = open_checkpoint(tmp_path / "there")
     verify(copied)
     assert copied.digest == checkpoint.digest
+
+
+@pytest.mark.parametrize("at_s", [0.5, 1.5, 2.5, 3.5])
+def test_a_checkpoint_that_is_cancelled_leaves_nothing_on_the_disk(tmp_path: Path, at_s: float) -> None:
+    async def main() -> None:
+        disk, spec = SlowDisk(itertools.repeat(1.0)), spec_of(1)
+        (layout,) = layouts(spec)
+        snapshot, moments = state_of(spec, 0, layout, height=8)
+
+        async def of_snapshot() -> Snapshot:
+            return snapshot
+
+        async def of_moments() -> Moments:
+            return moments
+
+        keeper = Keeper(
+            spec,
+            0,
+            layout,
+            transport=MemoryNetwork(random.Random(1)).transport(PeerId("a"), frozenset({Role.TRAINER})),
+            folder=tmp_path,
+            snapshot=of_snapshot,
+            moments=of_moments,
+            offload=disk.offload,
+            event=lambda kind, data: None,
+        )
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(at_s):
+                await keeper.take()
+        await disk.still()
+        assert os.listdir(tmp_path) == []
+        assert len((await keeper.take()).manifest.files) > len(layout.slots)
+
+    virtual_time.run(main)
+
+
+def test_a_download_that_is_broken_off_does_not_make_the_loop_wait_for_the_disk(tmp_path: Path) -> None:
+    begun, goes_on, closed_by = threading.Event(), threading.Event(), list[int]()
+
+    class Stalled:
+        def read(self, most: int) -> bytes:
+            begun.set()
+            goes_on.wait(10.0)
+            return b""
+
+        def close(self) -> None:
+            closed_by.append(threading.get_ident())
+
+    class Asked:
+        async def receive(self, kind: object) -> Any:
+            return SimpleNamespace(header=SimpleNamespace(digest=b"", name="a file"))
+
+    async def main() -> None:
+        shelf: Any = Shelf([tmp_path], asyncio.to_thread)
+        shelf._open = lambda digest, name: Stalled()
+        sending = asyncio.create_task(shelf._file(Asked()))
+        await asyncio.to_thread(begun.wait, 10.0)
+        sending.cancel()
+        await asyncio.sleep(0)
+        goes_on.set()
+        await asyncio.gather(sending, return_exceptions=True)
+        assert closed_by
+        assert closed_by != [threading.get_ident()]
+
+    asyncio.run(main())

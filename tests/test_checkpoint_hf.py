@@ -99,6 +99,16 @@ def test_what_was_exported_imports_bit_equal(tmp_path: Path) -> None:
         assert (state.moments, state.log_tokens, state.positions) == (None, 0, ())
 
 
+def test_an_import_that_is_interrupted_leaves_nothing_behind(tmp_path: Path) -> None:
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    export(write_stages(tmp_path / "store", spec_of(2)), tmp_path / "hf", shard_bytes=30_000)
+    with pytest.raises(KeyboardInterrupt):
+        import_hf(tmp_path / "hf", tmp_path / "other", stages=4, progress=interrupted)
+    assert not list((tmp_path / "other").iterdir())
+
+
 def test_sharded_exports_load_too(tmp_path: Path) -> None:
     spec = spec_of(2)
     checkpoint = write_stages(tmp_path / "store", spec)

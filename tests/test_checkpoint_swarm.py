@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
 import random
 import resource
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from outer_faults import Faults
+from slow_disk import SlowDisk
 from trainer_world import RandomFeed, Replica, TrainerWorld, round_spec
 
 from shoal.protocol import virtual_time
@@ -26,6 +29,7 @@ from shoal.training.checkpoint.messages import FileChunk
 from shoal.training.checkpoint.read import Checkpoint, open_checkpoint, verify
 from shoal.training.checkpoint.reshape import load_stage
 from shoal.training.model.layout import stage_layout
+from shoal.training.outer.context import Offload
 from shoal.training.spec import RunSpec
 
 
@@ -39,13 +43,13 @@ async def _inline(function: object, *arguments: object) -> object:
     return function(*arguments)
 
 
-def gatherer(world: TrainerWorld, by: Replica, folder: Path) -> Gatherer:
+def gatherer(world: TrainerWorld, by: Replica, folder: Path, offload: Offload = _inline) -> Gatherer:
     return Gatherer(
         world.spec,
         transport=by.trainer._transport,
         replicas=lambda stage: [member.peer for member in by.members.view().online(stage)],
         folder=folder,
-        offload=_inline,
+        offload=offload,
         event=lambda kind, data: by.events.append((0.0, kind, data)),
         rng=random.Random(1),
     )
@@ -301,6 +305,21 @@ def test_gathering_goes_to_the_next_replica_when_one_dies(tmp_path: Path) -> Non
             verify(checkpoint)
             assert checkpoint.whole
             assert str(faults.hit) not in {part.peer for part in checkpoint.manifest.parts}
+
+    virtual_time.run(main)
+
+
+def test_gathering_that_is_cancelled_leaves_nothing_on_the_disk(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with TrainerWorld(adam_spec(1), disk=tmp_path) as world:
+            await trained(world, 1, 2)
+            for at_s in (0.05, 0.15, 0.45, 0.75):
+                disk, folder = SlowDisk(itertools.repeat(0.1)), tmp_path / f"all {at_s}"
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(at_s):
+                        await gatherer(world, world.replicas[0], folder, disk.offload).gather()
+                await disk.still()
+                assert os.listdir(folder) == []
 
     virtual_time.run(main)
 

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import random
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 from directory_world import HivemindWorld, MemoryWorld, Person, Run, hivemind_directory
 
+from shoal.dht import buckets, memory_directory
+from shoal.dht.addresses import AddressBook
 from shoal.dht.bootstrap import Bootstrap
+from shoal.dht.buckets import ROOT, Bucket, Spot, path
 from shoal.dht.daemon import DaemonState
 from shoal.dht.directory import Directory, SignedRecord
 from shoal.dht.envelope import BODY_BYTES
 from shoal.dht.hivemind_directory import HivemindDirectory
 from shoal.dht.hivemind_loading import load_hivemind
-from shoal.dht.memory_directory import MemoryDirectoryHub
+from shoal.dht.kademlia import record_storage
+from shoal.dht.kademlia.joining import Joiner
+from shoal.dht.memory_directory import MemoryDirectory, MemoryDirectoryHub
 from shoal.dht.records import seal
 from shoal.protocol import limits
 from shoal.protocol.errors import (
@@ -277,18 +285,141 @@ def test_of_a_whole_dictionary_only_the_good_entries_are_taken(run: Run) -> None
     asyncio.run(scenario())
 
 
-def test_a_full_bucket_takes_no_further_peer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token is a signing key: its holder can make any number of peers."""
-    monkeypatch.setattr(limits, "RECORDS_HELD", 2)
+def test_a_record_in_somebody_elses_bucket_is_refused(run: Run) -> None:
+    """It is well signed, but of another stage, or of peers with other places."""
 
     async def scenario() -> None:
-        people = [run.person() for _ in range(3)]
-        async with HivemindWorld(run).directories(*people) as directories:
-            first, second, third = directories
-            said = {await published(first, people[0]), await published(second, people[1])}
-            with pytest.raises(PeerSilent, match="2 refused"):
-                await published(third, people[2])
-            assert set(await first.lookup()) == said
+        ann, bob = run.person(), run.person()
+        async with HivemindWorld(run).directories(ann, bob) as (_, second):
+            assert isinstance(second, HivemindDirectory)
+            sealed = seal(bob.signed(), run.owner.run_id, run.owner.sealing_key, os.urandom)
+            place = Spot.of(bob.key.peer, run.owner.run_id).place
+            half = place >> 63
+            told = {
+                bucket: await store_at(
+                    second, ann.key.peer, bob.key.peer, sealed, time.time() + 20.0, bucket=bucket
+                )
+                for bucket in (Bucket(0), Bucket(0, 1, half), Bucket(1), Bucket(0, 1, 1 - half), Bucket(-1))
+            }
+            assert list(told.values()) == [[True], [True], [False], [False], [False]]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", [MemoryWorld, HivemindWorld])
+def test_whoever_finds_a_bucket_full_is_filed_deeper_and_found_there(
+    run: Run, monkeypatch: pytest.MonkeyPatch, kind: type[World]
+) -> None:
+    """A token is a signing key: its holder can make any number of peers, and a bucketful hides nobody."""
+    for module in (buckets, memory_directory, record_storage):
+        monkeypatch.setattr(module, "FULL", 2)
+    monkeypatch.setattr(buckets, "_LEAF", 1.0)
+    monkeypatch.setattr(buckets, "_AHEAD", 1.0)
+
+    async def scenario() -> None:
+        people = [run.person() for _ in range(5)]
+        async with kind(run).directories(*people) as directories:
+            spots = [Spot.of(person.key.peer, run.owner.run_id) for person in people]
+            paths = {bucket for spot in spots for bucket in path((0,), spot) if bucket.bits <= 8}
+            for sequence in range(1, 6):  # whoever is pushed out of a bucket finds out the next time
+                said = {await published(d, p, sequence) for d, p in zip(directories, people, strict=True)}
+            first = directories[0]
+            assert isinstance(first, MemoryDirectory | HivemindDirectory)
+            shown = first._read(sorted(paths))
+            found = set(shown if isinstance(shown, tuple) else await shown)
+            assert said == found
+
+    asyncio.run(scenario())
+
+
+async def stored(directory: HivemindDirectory, filed: list[tuple[Bucket, bytes, bytes]]) -> None:
+    """What comes of one call with these (bucket, subkey, value)."""
+    from hivemind.proto import dht_pb2
+
+    assert directory._guard is not None
+    run_id = directory._membership.run_id
+    count = len(filed)
+    request = dht_pb2.StoreRequest(
+        keys=[bucket.key(run_id) for bucket, _, _ in filed],
+        subkeys=[subkey for _, subkey, _ in filed],
+        values=[value for _, _, value in filed],
+        expiration_time=[time.time() + 25.0] * count,
+        in_cache=[False] * count,
+    )
+    if await directory._guard.allows(request):
+        await directory._node.protocol.rpc_store(request, SimpleNamespace(remote_id=None))
+
+
+def held(directory: HivemindDirectory) -> dict[bytes, set[str]]:
+    """Whose records lie at this node, by the keys of their buckets."""
+    storage = directory._node.protocol.storage
+    return {key.to_bytes(): {peer for peer, _ in found.value.items()} for key, found in storage.items()}
+
+
+def test_a_token_of_many_peers_fills_no_memory_and_locks_nobody_out(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "RECORDS_HELD", 60)
+
+    async def scenario() -> None:
+        ann, bob = run.person(), run.person()
+        async with HivemindWorld(run).directories(ann) as (directory,):
+            assert isinstance(directory, HivemindDirectory)
+            from hivemind.utils import MSGPackSerializer
+
+            def everywhere(person: Person, stages: tuple[int, ...]) -> list[tuple[Bucket, bytes, bytes]]:
+                said = person.signed(stages=stages)
+                value = seal(said, run.owner.run_id, run.owner.sealing_key, os.urandom)
+                subkey = MSGPackSerializer.dumps(str(person.key.peer))
+                spot = Spot.of(person.key.peer, run.owner.run_id)
+                packed = MSGPackSerializer.dumps(value)
+                return [(bucket, subkey, packed) for bucket in path(stages, spot)]
+
+            def of(person: Person) -> int:
+                return sum(person.key.peer in peers for peers in held(directory).values())
+
+            await stored(directory, everywhere(ann, (0,))[:2])
+            for _ in range(4):
+                filed = everywhere(run.person(), tuple(range(8)))
+                for first in range(0, len(filed), 64):
+                    await stored(directory, filed[first : first + 64])
+                assert sum(map(len, held(directory).values())) <= 60
+            assert of(ann) == 2
+            await stored(directory, [one for one in everywhere(bob, (0,)) if one[0].bits <= 1])
+            assert of(bob) == 3
+            assert sum(map(len, held(directory).values())) == 60
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_one_call_with_many_records_of_a_bucket_leaves_the_lowest_ranks(run: Run, whole: bool) -> None:
+    async def scenario() -> None:
+        ann = run.person()
+        async with HivemindWorld(run).directories(ann) as (directory,):
+            assert isinstance(directory, HivemindDirectory)
+            from hivemind.utils import MSGPackSerializer
+
+            from shoal.dht.kademlia.values import WHOLE_DICTIONARY, pack
+
+            people = [run.person() for _ in range(buckets.FULL + 8)]
+            sealed = {
+                person.key.peer: seal(person.signed(), run.owner.run_id, run.owner.sealing_key, os.urandom)
+                for person in people
+            }
+            if whole:
+                entries = [(str(peer), value, time.time() + 25.0) for peer, value in sealed.items()]
+                await stored(directory, [(ROOT, WHOLE_DICTIONARY, pack(entries))])
+            else:
+                await stored(
+                    directory,
+                    [
+                        (ROOT, MSGPackSerializer.dumps(str(peer)), MSGPackSerializer.dumps(value))
+                        for peer, value in sealed.items()
+                    ],
+                )
+            lowest = sorted(sealed, key=lambda peer: Spot.of(peer, run.owner.run_id).rank)[: buckets.FULL]
+            assert held(directory)[ROOT.key(run.owner.run_id)] == set(lowest)
 
     asyncio.run(scenario())
 
@@ -317,14 +448,19 @@ def test_more_records_than_a_call_takes_are_shown_in_random_parts(run: Run) -> N
 
 
 async def store_at(
-    directory: HivemindDirectory, at: PeerId, under: PeerId | None, value: Any, expires_unix_s: float
+    directory: HivemindDirectory,
+    at: PeerId,
+    under: PeerId | None,
+    value: Any,
+    expires_unix_s: float,
+    bucket: Bucket = ROOT,
 ) -> list[bool]:
     """What a member's modified program could send: one store to one peer, whatever it holds."""
     from hivemind.dht.node import DHTID
     from hivemind.p2p import PeerID
     from hivemind.utils import MSGPackSerializer
 
-    key = DHTID.generate(source=directory._keys[0])
+    key = DHTID.from_bytes(bucket.key(directory._membership.run_id))
     packed = MSGPackSerializer.dumps(value) if under is not None else value
     subkeys = None if under is None else [str(under)]
     answer = await directory._node.protocol.call_store(
@@ -414,6 +550,32 @@ def test_a_peer_joins_by_itself_once_its_bootstrap_peer_is_back(run: Run) -> Non
             await late.close()
 
     asyncio.run(scenario())
+
+
+def test_who_was_met_is_read_and_kept_without_a_thread_in_the_address_book(tmp_path: Path) -> None:
+    """The loop learns addresses all the time: a thread that goes through them would trip over that."""
+    here, peer = threading.get_ident(), PeerKey.generate().peer
+
+    class Book(AddressBook):
+        def __getattribute__(self, name: str) -> Any:
+            assert threading.get_ident() == here
+            return super().__getattribute__(name)
+
+    async def main() -> None:
+        book = Book()
+        book.learn(peer, ("/ip4/10.0.0.1/tcp/4000",), by_itself=True)
+        for known in (book, Book()):
+            nobody: Any = SimpleNamespace(routing_table=SimpleNamespace(peer_id_to_uid={}))
+            alone = SimpleNamespace(protocol=nobody, node_id=None)
+            node: Any = itertools.repeat(alone).__next__
+            daemon: Any = SimpleNamespace(call=lambda function, limit_s: asyncio.sleep(0))
+            joiner: Any = Joiner(peer, (), 1.0, daemon, node, known, tmp_path, random.Random(1))
+            joiner._greet_met = lambda peer: asyncio.sleep(0, True)
+            await joiner.join()
+            await joiner.close()
+            assert known.routes(peer) == ("/ip4/10.0.0.1/tcp/4000",)
+
+    asyncio.run(main())
 
 
 def test_the_own_address_is_no_bootstrap_address() -> None:

@@ -46,7 +46,7 @@ class Learner:
         self._gradient = torch.zeros(layout.size)
         self._spec = spec
         weights = node.weights.weights
-        self._optimizer = InnerOptimizer(spec.inner, 1, layout, weights, self._gradient)
+        self._optimizer = InnerOptimizer(spec.inner, 1, layout.decayed, weights, self._gradient)
         share = len(TEXT) * 9 // 10 // REPLICAS
         self._text = TEXT[number * share : (number + 1) * share]
         self._generator = torch.Generator().manual_seed(number)

@@ -6,6 +6,8 @@ Whoever is struck, nothing that was committed is lost, and the stage goes on: at
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from fault_table import Case, all_cases
@@ -101,5 +103,36 @@ def test_nothing_that_was_committed_is_lost_and_the_stage_goes_on(case: Case) ->
             for keeper in world.keepers:
                 if keeper.keeps and keeper.task is not None and not keeper.task.done():
                     await until_equal(node, keeper)
+
+    run(main)
+
+
+def test_a_committed_entry_outlives_a_replica_that_dies_while_its_guardian_takes_it_in() -> None:
+    async def main() -> None:
+        taking_in = asyncio.Event()
+
+        async def offload(function: Callable[..., Any], *arguments: Any) -> Any:
+            if node.name in world.frozen and function.__qualname__.startswith("OuterStep"):
+                taking_in.set()
+                await asyncio.sleep(0.5)
+            return function(*arguments)
+
+        async with World(1) as world:
+            (node,) = world.nodes
+            await world.rounds(1)
+            world.keepers = [keeper] = [Keeper(world, 0, offload)]
+            await keeper.start()
+            await world.rounds(2)
+            await until_equal(node, keeper)
+            world.frozen[node.name] = node.member()  # no beat between two rounds
+            await world.rounds(1)
+            committed = node.outer.height
+            assert keeper.guard.height < committed, "it has been handed the entry, no more"
+            node.step()
+            node.step()
+            await taking_in.wait()
+            world.kill(node)
+            await asyncio.sleep(10.0)
+            assert keeper.guard.height == committed
 
     run(main)

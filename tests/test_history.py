@@ -7,6 +7,7 @@ import dataclasses
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from view_peers import World, clock, inline, round_told, training
@@ -185,6 +186,27 @@ def test_while_the_disk_is_full_the_oldest_waiting_events_are_dropped_and_counte
         assert await history.flush(), "a new connection has no limit: there is room again"
         assert history.trouble == ""
         assert archive.events(0, None, None, 1, newest=False)[0].number == 1001
+
+    virtual_time.run(scene)
+
+
+def test_whoever_asks_and_is_cut_off_takes_no_events_along(tmp_path: Path) -> None:
+    async def busy(function: Callable[..., Any], *arguments: Any) -> Any:
+        await asyncio.sleep(1.0)  # a job that is cancelled meanwhile never begins
+        return function(*arguments)
+
+    async def scene() -> None:
+        history = History(Archive(tmp_path / "history.sqlite"), busy, clock)
+        await history.start()
+        for number in range(1, 6):
+            history.add(entry(number))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await history.ask({"what": "span"})
+        assert await history.flush()
+        found = await history.ask({"what": "events"})
+        assert isinstance(found["events"], list)
+        assert [row["number"] for row in found["events"]] == [1, 2, 3, 4, 5]
 
     virtual_time.run(scene)
 

@@ -135,3 +135,17 @@ def test_a_lane_that_is_faster_now_says_so_before_its_weight_gradients_are_due()
         assert lane.load().service_s == pytest.approx(0.03)
 
     virtual_time.run(main)
+
+
+def test_whatever_a_job_raises_the_lane_goes_on() -> None:
+    def ends() -> None:
+        raise asyncio.CancelledError
+
+    async def main() -> None:
+        lane = ThreadLane()
+        with pytest.raises(RuntimeError, match="CancelledError"):
+            await asyncio.wait_for(lane.run(Work.FORWARD, ends), 10.0)
+        assert await asyncio.wait_for(lane.run(Work.FORWARD, lambda: 1), 10.0) == 1
+        await lane.close()
+
+    asyncio.run(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from trainer_world import Replica, TrainerWorld, round_spec
 from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.liveness import Liveness
 from shoal.dht.view import Member, SwarmView
-from shoal.protocol import virtual_time
+from shoal.protocol import virtual_time, wire
+from shoal.protocol.errors import MessageInvalid
 from shoal.protocol.identity import PeerId
 from shoal.training.model.layout import genesis, stage_layout
+from shoal.training.outer.log import LogState, Rebuilt, check_beginning
 from shoal.training.partition import stage_ranges
 from shoal.training.recovery.lost_stage import loss_of, rebuilt
 from shoal.training.spec import RunSpec
@@ -74,10 +77,40 @@ def test_a_lost_stage_is_rebuilt_as_the_spec_says_once_for_all_who_come(policy: 
             assert height % world.spec.outer.snapshot_every == 0
             assert one.trainer.outer.tokens >= tokens, "the learning rate goes on where it was"
             await world.heights(height + 3)
-            states = {r.trainer.outer.head: r.trainer.outer.state_root for r in (one, other)}
-            assert all(states[r.trainer.outer.head] == r.trainer.outer.state_root for r in (one, other))
+            late = await world.add(8, 2)  # who joins long after reads in the log what happened
+            await world.heights(late.trainer.outer.height + 2)
+            group = (one, other, late)
+            states = {r.trainer.outer.head: r.trainer.outer.state_root for r in group}
+            assert all(states[r.trainer.outer.head] == r.trainer.outer.state_root for r in group)
+            first = {r.trainer.outer.rebuilt for r in group}
+            assert len(first) == 1
+            (entry,) = first
+            assert entry is not None
+            assert (entry.stage, entry.policy, entry.height) == (2, policy, height)
+            assert entry.peer in (one.peer, other.peer)
+            assert len(entry.sources) == (2 if policy == "mean" else 0)
+            assert policy in str(late.trainer.status()["outer"])
+            assert world.replicas[0].trainer.outer.rebuilt is None, "of this stage alone"
 
     virtual_time.run(main)
+
+
+def test_a_log_that_says_it_was_rebuilt_is_believed_only_under_its_own_head() -> None:
+    run, digest = bytes(32), bytes(range(32))
+    entry = Rebuilt(2, 8, "mean", 5, PeerId("p" * 46), (digest, digest), digest)
+    state = LogState(2, 8, entry.head(run), 0, (), (), (), rebuilt=entry)
+    check_beginning(run, state)
+    check_beginning(run, dataclasses.replace(state, height=9, head=digest))  # entries came after it
+    for lie in (
+        dataclasses.replace(state, rebuilt=dataclasses.replace(entry, policy="identity")),
+        dataclasses.replace(state, rebuilt=dataclasses.replace(entry, height=9)),
+        dataclasses.replace(state, stage=1),
+        dataclasses.replace(state, head=digest),
+    ):
+        with pytest.raises(MessageInvalid):
+            check_beginning(run, lie)
+    with pytest.raises(MessageInvalid):
+        wire.encode(dataclasses.replace(entry, policy="halt"), 4096)
 
 
 def test_rebuilt_layers_are_the_neighbours_mean_or_pass_on_what_they_get() -> None:

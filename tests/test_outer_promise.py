@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
-from outer_world import Node, World
+from outer_world import Keeper, Node, World
+from slow_disk import SlowDisk
 
 from shoal.protocol import wire
 from shoal.protocol.identity import PeerId, Role
@@ -13,7 +15,7 @@ from shoal.protocol.transport import Transport
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.entry import ENTRY_BYTES, Entry, Seat
 from shoal.training.outer.messages import Answer, Prepare, Tick
-from shoal.training.outer.promise import Promise
+from shoal.training.outer.promise import Promise, Promises
 
 FIRST, SECOND = (PeerId(name.ljust(52, "z")) for name in ("12D3KooWleaderA", "12D3KooWleaderB"))
 
@@ -126,5 +128,28 @@ def test_a_disk_that_refuses_is_reported_and_rounds_go_on(tmp_path: Path, damage
             assert node.outer.height == 4
             refused = [str(event["why"]) for kind, event in node.events if kind == "disk-refused"]
             assert any(str(path) in why for why in refused)
+
+    run(main)
+
+
+def test_a_promise_whose_leader_went_away_never_comes_after_a_later_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        disk = SlowDisk([1.0, 0.1])
+        async with World(0) as world:
+            context = Keeper(world, 0, disk.offload).guard._context
+            promises, deciding = Promises(context, tmp_path), asyncio.Lock()
+
+            async def prepare(promise: Promise) -> None:
+                async with deciding:
+                    await promises.give(promise)
+
+            stalled = asyncio.create_task(prepare(Promise(b"h" * 32, 3, FIRST)))
+            await asyncio.sleep(0.1)
+            stalled.cancel()
+            await prepare(Promise(b"h" * 32, 5, SECOND))
+            assert stalled.cancelled()
+            await disk.still()
+            assert wire.decode(Promise, promise_file(tmp_path).read_bytes()) == promises.current
+            assert promises.current.ballot == 5
 
     run(main)

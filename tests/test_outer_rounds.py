@@ -12,6 +12,7 @@ from outer_world import Node, World, round_spec
 
 from shoal.protocol.memory_transport import Link
 from shoal.protocol.virtual_time import run
+from shoal.training.outer.change import Change
 from shoal.training.outer.messages import PublishedPart
 
 LATENCY_S = 0.1
@@ -212,3 +213,15 @@ def test_equal_seeds_give_equal_traces() -> None:
     first, again, other = run(trace(7)), run(trace(7)), run(trace(8))
     assert first == again
     assert first != other
+
+
+def test_what_changes_in_the_turn_in_which_a_poll_times_out_is_heard() -> None:
+    async def main() -> None:
+        change = Change()
+        waiting = asyncio.create_task(change.wait(1.0))
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_at(1.0, change.notify)
+        assert await waiting
+        assert not await change.wait(2.0)
+
+    run(main)

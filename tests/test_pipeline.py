@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 import torch
@@ -205,5 +206,29 @@ def test_a_full_hop_says_busy_and_the_work_still_gets_done() -> None:
             await world.train(everything)
             assert len(world.stage(1)[0].ledger) == len(everything)
             assert not world.suspected
+
+    virtual_time.run(main)
+
+
+@pytest.mark.parametrize("mode", ["stream", "flush"])
+def test_a_driver_that_leaves_in_the_turn_in_which_the_run_goes_on_begins_nothing(mode: str) -> None:
+    async def main() -> None:
+        spec = small_spec(1, mode=mode, inner_tokens=64)
+        async with World(spec, 1) as world:
+            (driver,) = world.drivers()
+            drawn = itertools.repeat(batches(spec, 1)[0])
+
+            async def next_batch() -> torch.Tensor:
+                return next(drawn)
+
+            driver.pause()
+            running = asyncio.create_task(driver.run(next_batch))
+            await asyncio.sleep(1.0)
+            driver.resume()
+            await driver.drained()
+            await asyncio.sleep(1.0)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            assert driver.figures.tokens == driver.in_flight == 0
 
     virtual_time.run(main)

@@ -111,6 +111,29 @@ def test_a_stage_that_shakes_its_hidden_states_is_named_though_its_tokens_are_ri
     run(main, limit_s=60)
 
 
+def test_a_text_that_its_reader_ends_at_a_string_is_compared_as_others_are() -> None:
+    async def main() -> None:
+        async with World(serving_spec(3), 2) as world:
+            liar = next(peer for peer in world.peers if peer.stage == 1)
+            world.hidden = {peer.name for peer in world.peers if peer.stage == 1 and peer is not liar}
+            shakes(liar)
+            true = reference(world, PROMPT, 40)
+            stop = chr(next(token for at, token in enumerate(true) if token < 128 and token not in true[:at]))
+            tuner = Tuner(world.spec, world.client, world, random.Random(2), offload=in_place)
+            async with Auditor(tuner, 1.0, random.Random(3)) as auditor:
+                text = Text(world.spec, ByteTokenizer(), world.client, world, random.Random(4))
+                text.auditor = auditor
+                async with text.writing(PROMPT, Options(max_new_tokens=60, stop=(stop,))) as writing:
+                    assert [piece.token async for piece in writing] == true[: true.index(ord(stop)) + 1]
+                world.hidden = set()
+                await auditor.idle()
+            (found,) = auditor.figures.evidence
+            assert (found.stage, found.said) == (1, found.recomputed)
+            assert liar.name in found.suspects
+
+    run(main, limit_s=60)
+
+
 def test_servers_that_show_nothing_are_counted_and_cost_no_check() -> None:
     async def main() -> None:
         async with World(serving_spec(2), 2) as world:

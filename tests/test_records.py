@@ -223,7 +223,7 @@ def test_the_gate_lets_nobody_file_a_record_under_another_name_or_for_longer(
     signed = sign_record(record, ann.key, membership.run_id)
     value = seal(signed, membership.run_id, membership.sealing_key, os.urandom)
     last = record.issued_unix_s + record.ttl_s
-    assert gate.open(ann.key.peer, value, last) == signed
+    assert gate.open(ann.key.peer, value, last).signed == signed
     for peer, expires_unix_s in (
         (bob.key.peer, last),
         (ann.key.peer, last + EXPIRY_SLACK_S + 0.1),

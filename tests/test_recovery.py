@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,14 @@ from shoal.protocol.errors import StageEmpty, StorageError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Buffer
 from shoal.protocol.virtual_time import run
+from shoal.training.outer.log import genesis_state
 from shoal.training.outer.messages import Chunk, Commit, EntryItem, Manifest, PublishedPart
 from shoal.training.outer.parts import cut
+from shoal.training.outer.snapshot import snapshot_of
 from shoal.training.recovery.download import ask_manifest, download
+from shoal.training.recovery.prefetch import prefetch
 from shoal.training.recovery.snapshot import load
+from shoal.training.recovery.snapshots import store
 
 BIG = 300_000  # values: two chunks a tensor
 
@@ -284,3 +289,26 @@ def test_damaged_files_are_refused_by_name_and_what_is_whole_is_used(tmp_path: P
             assert again.outer.height == 9, "the snapshot before it, and the journal"
 
     run(main)
+
+
+def test_of_a_stage_fetched_ahead_again_and_again_the_disk_has_one_snapshot(tmp_path: Path) -> None:
+    """A move may be cut short as often as there are rounds."""
+
+    async def main() -> None:
+        async with World(2, round_spec(outer={"snapshot_every": 2})) as world:
+            donor, mover = world.nodes
+            for height in (2, 4, 6):
+                await world.rounds(2)
+                assert await prefetch(mover.outer.context, [donor.name], tmp_path) == height
+
+    run(main)
+    (kept,) = tmp_path.rglob("snapshot-*")
+    assert kept.name == "snapshot-000000000006.safetensors"
+
+
+def test_what_processes_that_were_killed_had_half_written_goes_with_the_next_snapshot(tmp_path: Path) -> None:
+    state = snapshot_of(genesis_state(bytes(16), 0), torch.zeros(8), torch.zeros(8), cut(8, 64, 8))
+    for name in ("snapshot-000000000004.partial", "entry-000000000005.partial"):
+        (tmp_path / name).write_bytes(bytes(1000))
+    store(tmp_path, replace(state, state=replace(state.state, height=8)), 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshot-000000000008.safetensors"]

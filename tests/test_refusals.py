@@ -115,6 +115,7 @@ from shoal.protocol.identity import PeerId, PeerKey, Role
 from shoal.protocol.revocation import RevocationBook, RevocationList, file_bytes, sign_revocations
 from shoal.protocol.transport import Channel, Stream, Transport, call
 from shoal.protocol.wire import decode, encode
+from shoal.training.methods import at_stage
 from shoal.training.outer import follow
 from shoal.training.outer.entry import SKIP, Contributor, Entry, Seat, bitmap, draft_id
 from shoal.training.outer.line import Line, lifeline
@@ -227,8 +228,8 @@ def test_roles_are_checked_before_any_handler_of_a_replica_runs(tmp_path: Path) 
         before = hop.state(), group.state()
         names = ("round", "contribute", "publish", "part", "entries", "orders", "manifest", "chunks", "state")
         doors = [
-            (hop.me, "propagate"),
-            (hop.me, "commit"),
+            (hop.me, at_stage(1, "propagate")),
+            (hop.me, at_stage(1, "commit")),
             *((group.me, f"outer.0.{name}") for name in names),
         ]
         observer, client = run.transport(Role.OBSERVER), run.transport(Role.INFERENCE)
@@ -236,8 +237,8 @@ def test_roles_are_checked_before_any_handler_of_a_replica_runs(tmp_path: Path) 
             for target, method in doors:
                 with pytest.raises(WrongRole, match=r"is for owner, trainer; the token of .* grants"):
                     await call(caller, target, method, Note(1), Note, timeout_s=10)
-        with pytest.raises(WrongRole, match="infer is for owner, trainer"):
-            await call(observer, hop.me, "infer", Note(1), Note, timeout_s=10)
+        with pytest.raises(WrongRole, match=r"stage\.1\.infer is for owner, trainer"):
+            await call(observer, hop.me, at_stage(1, "infer"), Note(1), Note, timeout_s=10)
         assert (hop.state(), group.state()) == before
         assert hop.transport.counters().refusals == {"WrongRole": 5}
         assert group.transport.counters().refusals == {"WrongRole": 2 * len(names)}
@@ -442,7 +443,7 @@ async def hop_and_caller(run: Run) -> AsyncIterator[tuple[Peer, Transport]]:
 
 async def ask_hop(caller: Transport, hop: Peer, request: Propagate, payload: bytes) -> object:
     """A request and its activations; no END, which would say that nobody wants the answer."""
-    async with asyncio.timeout(20), caller.open(hop.me, "propagate", Channel.BULK) as stream:
+    async with asyncio.timeout(20), caller.open(hop.me, at_stage(1, "propagate"), Channel.BULK) as stream:
         await stream.send(request)
         await stream.send(Activations(), payload)
         return (await stream.receive(Working, Gradient)).header
@@ -482,7 +483,7 @@ def test_malformed_micro_batches_leave_no_trace_at_a_hop(tmp_path: Path) -> None
                     await ask_hop(caller, hop, request, payload)
                 assert hop.state() == before
             with pytest.raises(MessageInvalid, match="Note"):
-                await say(caller, hop.me, "propagate", (Note(1), b""), reply=(Gradient,))
+                await say(caller, hop.me, at_stage(1, "propagate"), (Note(1), b""), reply=(Gradient,))
             assert hop.state() == before
 
     play_run(scene, tmp_path)
@@ -500,7 +501,7 @@ def test_a_micro_batch_counts_once_and_a_hop_keeps_no_more_than_admission_grants
             async def commit(number: int, attempt: int) -> object:
                 chain = (Link(0, me, 0), Link(1, hop.me, attempt))
                 request = CommitChain(MicroBatch(me, 1, number), chain)
-                return await say(caller, hop.me, "commit", (request, b""), reply=(Verdict,))
+                return await say(caller, hop.me, at_stage(1, "commit"), (request, b""), reply=(Verdict,))
 
             await propagate(0)
             await propagate(0)  # the same attempt twice is one
@@ -529,7 +530,7 @@ def test_a_micro_batch_counts_once_and_a_hop_keeps_no_more_than_admission_grants
             request = hop.request(other.me)
             await ask_hop(other, hop, request, hop.payload())  # there is room for whoever comes next
             decision = CommitChain(request.micro_batch, (Link(0, other.me, 0),))
-            await call(other, hop.me, "commit", decision, Verdict, timeout_s=10)
+            await call(other, hop.me, at_stage(1, "commit"), decision, Verdict, timeout_s=10)
 
             abandoned = hop.ledger.abandoned
             for number in range(1, most + 1):  # a chain that does not name this attempt
@@ -551,7 +552,7 @@ def test_commits_and_queries_of_unknown_micro_batches_take_no_memory(tmp_path: P
                 chain = (Link(0, caller.me, 0), Link(1, hop.me, 1))
                 requests = (CommitChain(micro_batch, chain), QueryChain(micro_batch))
                 verdicts = [
-                    (await call(caller, hop.me, "commit", request, Verdict, timeout_s=10)).header
+                    (await call(caller, hop.me, at_stage(1, "commit"), request, Verdict, timeout_s=10)).header
                     for request in requests
                 ]
                 assert verdicts == [Verdict(UNKNOWN, ())] * 2
@@ -574,9 +575,12 @@ def test_nobody_but_its_driver_decides_a_micro_batch(tmp_path: Path) -> None:
                 chain = (Link(0, driver.me, 0), Link(1, hop.me, attempt))
                 with pytest.raises(MessageInvalid, match="only its driver decides"):
                     await call(
-                        *(meddler, hop.me, "commit", CommitChain(micro_batch, chain), Verdict), timeout_s=10
+                        *(meddler, hop.me, at_stage(1, "commit"), CommitChain(micro_batch, chain), Verdict),
+                        timeout_s=10,
                     )
-            asked = await call(meddler, hop.me, "commit", QueryChain(micro_batch), Verdict, timeout_s=10)
+            asked = await call(
+                meddler, hop.me, at_stage(1, "commit"), QueryChain(micro_batch), Verdict, timeout_s=10
+            )
             assert asked.header.decision == TENTATIVE
             assert hop.state() == before
 
@@ -606,10 +610,10 @@ def test_a_stranger_takes_over_nobodys_micro_batch(tmp_path: Path) -> None:
             )
             for request, kind, words in cases:
                 with pytest.raises(kind, match=words):
-                    await say(stranger, hop.me, "propagate", (request, b""), reply=(Adopted,))
+                    await say(stranger, hop.me, at_stage(1, "propagate"), (request, b""), reply=(Adopted,))
             hop.known.peers.append(stranger.me)  # a replica of that stage, but not of this chain
             with pytest.raises(NotHere, match="not under way here in that attempt"):
-                await say(stranger, hop.me, "propagate", (cases[-1][0], b""), reply=(Adopted,))
+                await say(stranger, hop.me, at_stage(1, "propagate"), (cases[-1][0], b""), reply=(Adopted,))
             assert hop.state() == before
 
     play_run(scene, tmp_path)
@@ -655,8 +659,8 @@ def test_a_replica_that_answers_garbage_is_counted_and_another_one_asked(
             for header, payload in wrong(Link(1, liar.me, asked.attempt), size):
                 await stream.send(header, payload)
 
-        liar.serve("propagate", answer, ANYBODY)
-        liar.serve("commit", never, ANYBODY)
+        liar.serve(at_stage(1, "propagate"), answer, ANYBODY)
+        liar.serve(at_stage(1, "commit"), never, ANYBODY)
         await liar.start()
         run.learn(liar)
         honest = await Peer(run, spec, 1, Known()).start(run)
@@ -689,7 +693,7 @@ def test_a_replica_that_works_for_ever_does_not_hold_a_micro_batch_for_ever(tmp_
                 await stream.send(Working(1))
                 await asyncio.sleep(0.1)
 
-        busybody.serve("propagate", work, ANYBODY)
+        busybody.serve(at_stage(1, "propagate"), work, ANYBODY)
         await busybody.start()
         run.learn(busybody)
         honest = await Peer(run, spec, 1, Known()).start(run)
@@ -724,7 +728,7 @@ def test_what_cannot_be_scored_and_answers_that_are_too_long_are_refused(tmp_pat
             before = hop.state()
             for request, payload, kind, words in cases:
                 with pytest.raises(kind, match=words):
-                    await say(client, hop.me, "infer", (request, payload), reply=(Inferred,))
+                    await say(client, hop.me, at_stage(1, "infer"), (request, payload), reply=(Inferred,))
             assert hop.state() == before
 
             async def lie(stream: Stream) -> None:
@@ -732,7 +736,7 @@ def test_what_cannot_be_scored_and_answers_that_are_too_long_are_refused(tmp_pat
                 await stream.send(Inferred(0.0, 0), bytes(12))
 
             liar = run.transport()
-            liar.serve("infer", lie, ANYBODY)
+            liar.serve(at_stage(1, "infer"), lie, ANYBODY)
             await liar.start()
             run.learn(liar)
             known = Known(liar.me)

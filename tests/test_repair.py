@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import outer_world
 import pytest
 import torch
 from outer_faults import Faults
-from outer_world import Node, World, round_spec
+from outer_world import Node, World, inline, round_spec
 
 from shoal.protocol.errors import MessageInvalid, ShoalError, Stale
 from shoal.protocol.identity import PeerId
@@ -107,6 +108,39 @@ def test_a_wrong_value_heals_when_its_fragment_has_its_turn() -> None:
             await heal(world)
             assert repaired_parts(broken) == 2, "it looks at all of its memory"
             await world.rounds(3)
+            assert world.equal()
+
+    run(main)
+
+
+def test_digests_that_are_hashed_while_an_entry_comes_in_are_not_taken_for_those_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after a restart: the state is there, its digests are not known, and a neighbour asks for them."""
+    slow = asyncio.Event()
+
+    async def offloaded(function: Callable[..., object], *arguments: object) -> object:
+        found = await inline(function, *arguments)
+        if slow.is_set() and function.__name__ == "_hash":
+            slow.clear()
+            await asyncio.sleep(3.0)
+        return found
+
+    async def main() -> None:
+        monkeypatch.setattr(outer_world, "inline", offloaded)
+        async with World(2, round_spec(outer={"fragments": 2, "snapshot_every": 100})) as world:
+            await world.rounds(2)
+            replica = world.nodes[1].outer._replica
+            replica._digests = [[] for _ in replica._digests]
+            slow.set()
+            asked = asyncio.create_task(replica.digests())
+            await asyncio.sleep(0.1)
+            await world.rounds(1)
+            assert not asked.done()
+            await asked
+            assert await replica.digests() == await replica.hash_anew()
+            await world.rounds(1)
+            assert len(roots(world)) == 1
             assert world.equal()
 
     run(main)

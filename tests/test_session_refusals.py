@@ -25,6 +25,7 @@ from shoal.protocol.errors import (
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Stream, Transport
 from shoal.protocol.virtual_time import run
+from shoal.training.methods import at_stage
 from shoal.training.serving.admission import SESSIONS
 from shoal.training.serving.messages import (
     ROWS,
@@ -119,16 +120,16 @@ def test_sessions_that_do_not_fit_are_refused_and_leave_nothing() -> None:
         async with World(serving_spec(2), 1) as world:
             first = world.peers[0]
             for request, payload, kind, words in OPENINGS:
-                error = await told(world.client, first.name, SESSION, [(request, payload)])
+                error = await told(world.client, first.name, at_stage(0, SESSION), [(request, payload)])
                 assert type(error) is kind, error
                 assert words in str(error)
             for said, words in SAID_LATER:
                 begun = (opening(), ids(*PROMPT))
-                error = await told(world.client, first.name, SESSION, [begun, (said, b"")])
+                error = await told(world.client, first.name, at_stage(0, SESSION), [begun, (said, b"")])
                 assert type(error) is MessageInvalid
                 assert words in str(error)
             begun, draft = (opening(stage=1), ids(*PROMPT)), (SessionDraft(4, (50, 1)), b"")
-            error = await told(world.client, world.peers[1].name, SESSION, [begun, draft])
+            error = await told(world.client, world.peers[1].name, at_stage(1, SESSION), [begun, draft])
             assert type(error) is MessageInvalid
             assert "drafts are for the first stage" in str(error)
             assert not first.server.sessions
@@ -144,7 +145,11 @@ def test_sessions_are_for_those_who_may_infer_and_rows_for_those_who_serve() -> 
             observer = world.network.transport(PeerId("observer"), frozenset({Role.OBSERVER}))
             await observer.start()
             server = world.peers[0].name
-            for caller, method in ((observer, SESSION), (observer, ROWS), (world.client, ROWS)):
+            for caller, method in (
+                (observer, at_stage(0, SESSION)),
+                (observer, at_stage(0, ROWS)),
+                (world.client, at_stage(0, ROWS)),
+            ):
                 error = await told(caller, server, method, [])
                 assert type(error) is WrongRole, error
 
@@ -155,11 +160,13 @@ def test_a_name_that_is_taken_is_refused() -> None:
     async def main() -> None:
         async with (
             World(serving_spec(2), 1) as world,
-            world.client.open(world.peers[0].name, SESSION) as stream,
+            world.client.open(world.peers[0].name, at_stage(0, SESSION)) as stream,
         ):
             await stream.send(opening(), ids(*PROMPT))
             await stream.receive(SessionOpened)
-            error = await told(world.client, world.peers[0].name, SESSION, [(opening(), ids(*PROMPT))])
+            error = await told(
+                world.client, world.peers[0].name, at_stage(0, SESSION), [(opening(), ids(*PROMPT))]
+            )
             assert type(error) is Busy
             assert len(world.peers[0].server.sessions) == 1
 
@@ -183,14 +190,14 @@ def test_rows_that_do_not_fit_are_refused_and_change_nothing() -> None:
     async def main() -> None:
         async with World(serving_spec(2), 1) as world:
             feeder, fed = world.peers[0].transport, world.peers[1]
-            async with world.client.open(fed.name, SESSION) as stream:
+            async with world.client.open(fed.name, at_stage(1, SESSION)) as stream:
                 await stream.send(opening(stage=1, sampling=GREEDY), ids(*PROMPT))
                 await stream.receive(SessionOpened)
-                async with feeder.open(fed.name, ROWS) as good:
+                async with feeder.open(fed.name, at_stage(1, ROWS)) as good:
                     await good.send(ATTACH)
                     assert (await good.receive(RowsHave)).header == RowsHave(0)
                     for said, kind, words in FEEDINGS:
-                        error = await told(feeder, fed.name, ROWS, said)
+                        error = await told(feeder, fed.name, at_stage(1, ROWS), said)
                         assert type(error) is kind, error
                         assert words in str(error)
                     (session,) = fed.server.sessions.values()
@@ -238,7 +245,7 @@ def test_a_server_that_breaks_the_protocol_is_replaced_and_suspected(lie: Lie) -
                 await lie(stream)
                 await asyncio.sleep(60)
 
-            liar.serve(SESSION, handler, frozenset(Role))
+            liar.serve(at_stage(1, SESSION), handler, frozenset(Role))
             await liar.start()
             honest = world.peers[1].name
             world.strangers = {1: [liar.me]}
@@ -264,7 +271,7 @@ def test_a_server_without_access_costs_no_text_while_another_serves() -> None:
                 asked += 1
                 raise TokenRevoked("the token of this peer is revoked")
 
-            revoked.serve(SESSION, handler, frozenset(Role))
+            revoked.serve(at_stage(1, SESSION), handler, frozenset(Role))
             await revoked.start()
             world.strangers = {1: [revoked.me]}
             for seed in range(6):
@@ -291,7 +298,7 @@ def test_a_thousand_streams_that_only_open_are_bounded_and_hurt_nobody() -> None
 
             async def open_one(transport: Transport) -> ShoalError | None:
                 request = opening(session=rng.randbytes(16))
-                return await told(transport, server.name, SESSION, [(request, ids(*PROMPT))])
+                return await told(transport, server.name, at_stage(0, SESSION), [(request, ids(*PROMPT))])
 
             errors = await asyncio.gather(*(open_one(crowd[n % 20]) for n in range(1000)))
             refused = [error for error in errors if isinstance(error, Busy)]

@@ -17,6 +17,7 @@ from shoal.protocol.errors import Busy, MessageInvalid, NotHere, StageEmpty, Str
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.limits import STREAMS_PER_PEER
 from shoal.protocol.virtual_time import run
+from shoal.training.methods import at_stage
 from shoal.training.model.layout import stage_layout
 from shoal.training.partition import stage_ranges
 from shoal.training.pipeline.replicas import Replica
@@ -194,7 +195,7 @@ def test_a_client_that_never_reads_costs_what_it_was_charged_and_is_evicted() ->
             server = world.peers[0].server
             opening = OpenSession(b"s" * 16, 0, len(PROMPT) + 64, b"", GREEDY)
             with contextlib.suppress(StreamBroken):
-                async with world.client.open(world.peers[0].name, SESSION) as stream:
+                async with world.client.open(world.peers[0].name, at_stage(0, SESSION)) as stream:
                     await stream.send(opening, torch.tensor(PROMPT, dtype=torch.int32).numpy().tobytes())
                     await asyncio.sleep(EVICT_IDLE_S / 2)
                     (session,) = server.sessions.values()
@@ -226,7 +227,7 @@ def test_a_route_of_a_lower_epoch_is_passed_over() -> None:
     async def main() -> None:
         async with World(serving_spec(2), 2) as world:
             server = world.peers[0].server
-            async with world.client.open(world.peers[0].name, SESSION) as stream:
+            async with world.client.open(world.peers[0].name, at_stage(0, SESSION)) as stream:
                 opening = OpenSession(b"s" * 16, 0, 64, b"")
                 await stream.send(opening, torch.tensor(PROMPT, dtype=torch.int32).numpy().tobytes())
                 await stream.receive(SessionOpened)
@@ -244,7 +245,9 @@ async def seconds_of_a_text(stage: int, idle: int) -> float:
     """While as many sessions are open at a stage and get no rows but those they began with, if any."""
     async with World(serving_spec(2), 1, duration_s=0.05) as world, contextlib.AsyncExitStack() as streams:
         for number in range(idle):
-            stream = await streams.enter_async_context(world.client.open(world.peers[stage].name, SESSION))
+            stream = await streams.enter_async_context(
+                world.client.open(world.peers[stage].name, at_stage(stage, SESSION))
+            )
             opening = OpenSession(bytes([number]) * 16, stage, 64, b"", GREEDY)
             await stream.send(opening, torch.tensor(PROMPT, dtype=torch.int32).numpy().tobytes())
             await stream.receive(SessionOpened)
@@ -307,7 +310,7 @@ def test_a_server_that_leaves_sends_its_sessions_away_and_takes_no_more() -> Non
             assert text == reference(world)
             assert generation.figures.longest_gap_s < 1.0  # nobody waited for it in vain
             assert not left.server.sessions
-            async with world.client.open(left.name, SESSION) as stream:
+            async with world.client.open(left.name, at_stage(1, SESSION)) as stream:
                 opening = OpenSession(b"s" * 16, 1, 64, b"", GREEDY)
                 await stream.send(opening, torch.tensor(PROMPT, dtype=torch.int32).numpy().tobytes())
                 with pytest.raises(NotHere, match="this peer has left stage 1"):
@@ -418,7 +421,9 @@ def test_peers_of_one_token_share_what_a_token_may_have() -> None:
             for number, name in enumerate(names):
                 transport = world.network.transport(name, roles, token_id="shared")
                 await transport.start()
-                stream = await stack.enter_async_context(transport.open(world.peers[0].name, SESSION))
+                stream = await stack.enter_async_context(
+                    transport.open(world.peers[0].name, at_stage(0, SESSION))
+                )
                 opening = OpenSession(bytes([number]) * 16, 0, 64, b"", GREEDY)
                 await stream.send(opening, torch.tensor(PROMPT, dtype=torch.int32).numpy().tobytes())
                 try:

@@ -15,7 +15,6 @@ import pytest
 
 from shoal.node.cli.app import main
 from shoal.node.simulate.account import overlap
-from shoal.node.simulate.directory import directory_bytes_per_s
 from shoal.node.simulate.ideal import capacities, ideal_rate, ideal_work
 from shoal.node.simulate.machines import Draws
 from shoal.node.simulate.miniature import miniature
@@ -54,8 +53,13 @@ def test_under_churn_the_swarm_trains_and_its_books_balance(churned: Outcome) ->
 
 def test_the_policy_simulation_counts_the_directory_as_the_full_one_does() -> None:
     calm = dataclasses.replace(CHURN, session_s=1e9, duration_s=60.0, micro_batch_s=8.0)
-    found = simulate_run(pipeline_spec(), calm).to_json()["directory_bytes_per_peer_s"]
-    assert float(str(found)) == pytest.approx(directory_bytes_per_s(CHURN.peers), rel=0.5)
+    found = [
+        float(str(simulate_run(pipeline_spec(), options).to_json()["directory_bytes_per_peer_s"]))
+        for options in (calm, dataclasses.replace(calm, policies_only=True))
+    ]
+    assert found[0] == pytest.approx(
+        found[1], rel=0.6
+    )  # in so short a time the first, quick looks weigh much
 
 
 @pytest.mark.parametrize("seed", [11, 12])
@@ -164,7 +168,7 @@ def test_a_miniature_keeps_what_decides_a_swarm(template: str) -> None:
     steps = -(-spec.inner.inner_tokens // spec.micro_batch_tokens)
     assert small.spec.inner.inner_tokens == steps * small.spec.micro_batch_tokens
     assert statistics.fmean(small.costs) == pytest.approx(1.0)
-    assert small.factor("propagate") > 100
+    assert small.factor("stage.1.propagate") > 100
     assert small.factor("outer.0.contribute") > 1
     assert small.factor("beat") == small.factor("outer.0.round") == 1.0
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import random
+import statistics
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from shoal.node.cli.app import main
 from shoal.node.simulate import choice, policies
 from shoal.node.simulate.choice import RANDOM, ROUTERS, SHOAL, SWARM
 from shoal.node.simulate.compiled import PLAIN, Entrances
+from shoal.node.simulate.directory import Shelves
 from shoal.node.simulate.fleet import Node
 from shoal.node.simulate.flow import Flow
 from shoal.node.simulate.machines import Machine
@@ -281,3 +283,15 @@ def test_baselines_have_no_full_protocol(
         main()
     assert ended.value.code == 2
     assert "--policies-only" in capsys.readouterr().err
+
+
+def test_what_the_directory_costs_a_peer_is_the_same_in_any_crowd() -> None:
+    costs = []
+    for peers in (100, 1000, 10_000):
+        shelves = Shelves(24)
+        for number in range(peers):
+            node = Node(number, PeerId(f"peer {number}"), machine(number, 1.0), stage=number % 24)
+            shelves.file(node, 1.0)
+        rng = random.Random(peers)
+        costs.append(statistics.fmean(shelves.bytes_per_s(rng) for _ in range(30)))
+    assert max(costs) < 1.15 * min(costs), costs

@@ -100,3 +100,22 @@ def test_what_if_this_peer_leaves() -> None:
     assert "stage 1 stops until another peer takes it; 1 peer keeps a copy" in said["p2"]
     bare = swarm(replica("p0", 0), replica("p2", 1), me="p0")
     assert "is lost" in assemble(NOW, own("p0"), bare, a_spec()).peers[1].if_leaves
+
+
+def test_a_peer_that_holds_two_stages_is_one_row_in_two_columns() -> None:
+    both = replica("me", 0)
+    beat = both.beat
+    assert beat is not None
+    beat = replace(beat, stages=(*beat.stages, replace(beat.stages[0], stage=1)))
+    both = replace(both, stages=(0, 1), beat=beat)
+    found = assemble(NOW, own(), swarm(both, replica("other", 0)), a_spec())
+    assert found.replicas == (2, 1)
+    assert [peer.stages for peer in found.peers] == [(0, 1), (0,)]
+    assert found.online == 2
+    alone, shared = found.stages[1].could_tokens_per_s, found.stages[0].could_tokens_per_s
+    assert alone is not None
+    assert shared == pytest.approx(3 * alone), "its lane is shared out over both"
+    assert "stage 0 goes on with 1 other" in found.peers[0].if_leaves
+    assert "stage 1 stops" in found.peers[0].if_leaves
+    joining = assemble(NOW, own(), swarm(replace(both, states=("online", "joining"))), a_spec())
+    assert (joining.replicas, joining.stages[1].joining) == ((1, 0), 1)

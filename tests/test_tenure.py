@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 
 from trainer_world import TrainerWorld, round_spec
@@ -32,10 +34,14 @@ def test_one_of_four_moves_to_the_stage_with_one_replica_and_trains_there(tmp_pa
             for number in range(4):
                 await world.add(number, 0, moves=True)
             await world.add(4, 1, moves=True)
+            before = {number: weakref.ref(one.trainer.weights) for number, one in world.replicas.items()}
             await at_stages(world, [3, 2])
             (mover,) = (
                 replica for replica in world.replicas.values() if replica.stage and replica.number < 4
             )
+            gc.collect()
+            left = [number for number, weights in before.items() if weights() is None]
+            assert left == [mover.number], "a stage that was left takes no memory"
             other = world.replicas[4]
             assert mover.heard("prefetched")[0]["height"]  # a snapshot was there to be copied
             height = other.trainer.outer.height

@@ -17,6 +17,7 @@ from shoal.protocol.errors import (
     MessageInvalid,
     MessageTooLarge,
     NotHere,
+    NotServed,
     PeerSilent,
     PeerUnreachable,
     ShoalError,
@@ -251,7 +252,7 @@ def test_unknown_methods_and_messages_are_refused(twin: str, tmp_path: Path) -> 
     async def scene(peers: Peers) -> None:
         peers.serve("echo", echo)
         await peers.start()
-        with pytest.raises(MessageInvalid, match="does not serve"):
+        with pytest.raises(NotServed, match="does not serve"):
             await call(peers.alice, peers.bob.me, "nothing", Note(1), Note, timeout_s=30)
         with pytest.raises(MessageInvalid, match="OtherNote"):
             await call(peers.alice, peers.bob.me, "echo", OtherNote(1), Note, timeout_s=30)

@@ -17,6 +17,7 @@ from shoal.protocol.errors import Busy, MessageInvalid, ShoalError, StageEmpty, 
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Channel, Message, Stream, call
 from shoal.protocol.virtual_time import run
+from shoal.training.methods import at_stage
 from shoal.training.model.int8 import Int8Weights
 from shoal.training.model.layout import stage_layout
 from shoal.training.model.lowrank import PROMPT, TARGETS, AdapterForm, LowRank
@@ -228,14 +229,16 @@ def test_requests_that_do_not_fit_are_refused_in_words(
         async with World(serving_spec(2), 1) as world:
             peer, request = world.peers[stage].name, request_of(stage, **changes)
             with pytest.raises(error, match=words):
-                await ask(world, peer, request, payload)
+                await ask(world, peer, request, payload, stage)
 
     run(main)
 
 
-async def ask(world: World, peer: PeerId, request: TuneSpan, payload: bytes) -> Message[TunedSpan]:
+async def ask(
+    world: World, peer: PeerId, request: TuneSpan, payload: bytes, stage: int = 0
+) -> Message[TunedSpan]:
     return await call(
-        world.client, peer, TUNE, request, TunedSpan,
+        world.client, peer, at_stage(stage, TUNE), request, TunedSpan,
         timeout_s=10.0, payload=payload, max_payload_bytes=1 << 20, channel=Channel.BULK,
     )  # fmt: skip
 
@@ -265,7 +268,8 @@ def test_a_server_that_lies_in_form_is_passed_over(lie: str) -> None:
                 data = torch.full((values,), float("nan") if lie == "nan" else 0.0).numpy().tobytes()
                 await stream.send(TunedSpan(b"x" * 32), data[:-4] if lie == "short" else data)
 
-            liar.serve(TUNE, answer, frozenset(Role))
+            for stage in range(2):
+                liar.serve(at_stage(stage, TUNE), answer, frozenset(Role))
             await liar.start()
             form, tuner = FORMS["usual"], tuner_of(world)
             tensors, (tokens, labels) = tensors_of(tuner, form), batch()

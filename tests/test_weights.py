@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +13,7 @@ from pipeline_world import small_spec
 
 from shoal.protocol import virtual_time
 from shoal.training.inner import Moments
-from shoal.training.lane import InlineLane
+from shoal.training.lane import InlineLane, ThreadLane, Work
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.outer.local import Rebase
 from shoal.training.spec import RunSpec
@@ -185,3 +187,25 @@ def test_an_optimizer_on_the_host_makes_the_same_steps() -> None:
             assert torch.equal(on_host, on_device)
 
     virtual_time.run(main)
+
+
+def test_a_checkpoint_cancelled_before_it_hears_that_it_has_begun_stops_no_step() -> None:
+    async def main() -> None:
+        spec = small_spec(1, inner_tokens=1)
+        layout, lane = stage_layout(spec, range(spec.model.layers)), ThreadLane()
+        local = Weights(spec, layout, genesis(spec, layout), lane, "cpu")
+        local.pending_tokens = 1
+        hold, done = threading.Event(), threading.Event()
+        lane.post(hold.wait)
+        reading = asyncio.create_task(local.moments(asyncio.to_thread))
+        await asyncio.sleep(0)
+        lane.post(done.set)
+        hold.set()
+        assert done.wait(10.0), "the loop stands still meanwhile, so the reader has not heard of its turn"
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await lane.run(Work.UPDATE, lambda: None)
+        assert local.due()
+        await lane.close()
+
+    asyncio.run(main())

@@ -72,9 +72,10 @@ class TrainerWorld:
         run: bool = True,
         imported: Path | None = None,
         moves: bool = False,
+        most: int = 1,
     ) -> Replica:
         """Start a peer: join, recover, train. `imported`: a folder of checkpoints that only it has; `moves`:
-        it goes to another stage when the plan says so."""
+        it goes to another stage when the plan says so, and holds up to `most` at once."""
         self._starts += 1
         member = membership(number)
         member.revocations = RevocationBook(RUN, member.token.root_der)
@@ -100,7 +101,7 @@ class TrainerWorld:
         self.replicas[number] = replica
         if moves:
             replica.task = asyncio.create_task(
-                replica.live_at(stage, lambda at: self._duration_s, data, data_dir)
+                replica.live_at(stage, lambda at: self._duration_s, data, data_dir, most)
             )
             await replica.members.wait_for(lambda view: replica.online, 15.0)
             return replica

@@ -15,21 +15,22 @@ VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 MARGIN = 1.1  # on the estimate: a test holds it within a tenth of what autograd keeps
 
 
-def held_most(spec: RunSpec, stage: int) -> int:
+def held_most(spec: RunSpec, stage: int, stages: int = 1) -> int:
     """How many micro-batches a replica of a stage may hold from their forwards to their commits.
 
-    One less than fit: what is on the lane has its graph and its tape at once for a moment. Raises SpecError
-    if not even one and that fit.
+    `stages`: that its peer may hold at once; each has an equal part of the memory. One less than fit: what is
+    on the lane has its graph and its tape at once for a moment. Raises SpecError if not even one and it fit.
     """
     most, cap = spec.limits.undecided_micro_batches, spec.limits.activation_bytes
     if cap == 0:
         return most
     each = math.ceil(MARGIN * activation_bytes(spec, stage_ranges(spec)[stage]))
-    fit = cap // each - 1
+    fit = cap // stages // each - 1
     if fit < 1:
         raise SpecError(
             f"limits.activation_bytes = {cap} has no room for two micro-batches at stage {stage}, of {each} "
-            "bytes; raise it, or lower inner.micro_batch_sequences"
+            f"bytes{f', beside {stages - 1} more stages' if stages > 1 else ''}; raise it, or lower "
+            "inner.micro_batch_sequences"
         )
     return min(most, fit)
 

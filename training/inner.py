@@ -7,13 +7,18 @@ cut in two parameters, matrices (decayed) and norm scales (not).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from shoal.training.model.layout import StageLayout
 from shoal.training.spec import InnerSection
+
+
+def norm_of(gradient: torch.Tensor) -> float:
+    """Of a whole stage's gradient."""
+    return float(torch.linalg.vector_norm(gradient))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,17 +37,21 @@ class InnerOptimizer:
         self,
         inner: InnerSection,
         stages: int,
-        layout: StageLayout,
+        decayed: int,
         master: torch.Tensor,
         gradient: torch.Tensor,
+        norm: Callable[[torch.Tensor], float] = norm_of,
     ) -> None:
+        """`decayed`: values before the norm scales and biases. `norm`: of the stage's whole gradient, where
+        this is but a shard of it."""
         self._gradient = gradient
+        self._norm = norm
         # No global norm exists across stages; independent norms of S stages add up to c when each is c/√S.
         self._clip_norm = inner.clip_norm / math.sqrt(stages)
         groups: list[dict[str, Any]] = []
         for span, decay in (
-            (slice(0, layout.decayed), inner.weight_decay),
-            (slice(layout.decayed, None), 0.0),
+            (slice(0, decayed), inner.weight_decay),
+            (slice(decayed, None), 0.0),
         ):
             parameter = torch.nn.Parameter(master[span])
             parameter.grad = gradient[span]
@@ -64,7 +73,7 @@ class InnerOptimizer:
         reach the weights, and from them the other replicas.
         """
         self._gradient.div_(tokens)
-        norm = float(torch.linalg.vector_norm(self._gradient))
+        norm = self._norm(self._gradient)
         if not math.isfinite(norm):
             self._gradient.zero_()
             return norm

@@ -257,6 +257,8 @@ class ThreadLane(Lane):
                 outcome, failure = job.function(*job.arguments), None
             except Exception as error:  # the edge of the worker: the caller gets it, and decides
                 outcome, failure = None, error
+            except BaseException as error:  # without the worker every later job would wait for ever
+                outcome, failure = None, RuntimeError(f"a job of the lane ended with {error!r}")
             if (rest_s := self._least_s(kind) - (time.perf_counter() - begin)) > 0:
                 time.sleep(rest_s)
             self._running = None

@@ -21,9 +21,8 @@ SILENT_S = 120.0  # until a peer that stopped talking counts as departed (design
 class MemberReplicas:
     """Implements `pipeline.replicas.Replicas` on `dht.members`."""
 
-    def __init__(self, members: Members, itself: bool = False) -> None:
-        """`itself`: this peer counts among them, for who asks as any client would."""
-        self._members, self._itself = members, itself
+    def __init__(self, members: Members) -> None:
+        self._members = members
 
     def of_stage(self, stage: int) -> Sequence[Replica]:
         view = self._members.view()
@@ -37,7 +36,6 @@ class MemberReplicas:
                 step_s=progress.step_s if progress else 0.0,
             )
             for m in view.online(stage)
-            if self._itself or m.peer != view.me
         ]
 
     def suspect(self, peer: PeerId, reason: str) -> None:
@@ -47,8 +45,12 @@ class MemberReplicas:
         return self._members.view().is_gone(peer)
 
     def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
-        member = self._members.view().get(peer)
-        return member is None or member.departed or incarnation not in (None, member.incarnation)
+        view = self._members.view()
+        if (member := view.get(peer)) is None:
+            return not view.sizes  # of a swarm known in part, others may know it
+        if member.departed:
+            return True
+        return incarnation is not None and incarnation < member.incarnation_at(0)
 
     async def changed(self) -> None:
         await self._members.changed()
@@ -66,13 +68,13 @@ def group_members(members: Members, incarnation: int, own: StageBeat) -> list[Gr
     for member in view.online(own.stage):
         progress = member.progress(own.stage)
         if member.peer != view.me and progress is not None:
-            found[member.peer] = _group_member(member.peer, member.incarnation, progress)
+            found[member.peer] = _group_member(member.peer, member.incarnation_at(own.stage), progress)
     for member in view.members:
         progress = member.progress(own.stage)
         if member.peer in found or progress is None or own.stage not in member.stages or member.departed:
             continue
-        if member.state == "online" and view.now_s - (member.heard_s or 0.0) < SILENT_S:
-            silent = _group_member(member.peer, member.incarnation, progress)
+        if member.state_at(own.stage) == "online" and view.now_s - (member.heard_s or 0.0) < SILENT_S:
+            silent = _group_member(member.peer, member.incarnation_at(own.stage), progress)
             found[member.peer] = dataclasses.replace(silent, silent=True)
     group = sorted(found.values(), key=lambda member: member.peer)
     uplinks = group_uplinks([member.uplink for member in group])
@@ -86,7 +88,7 @@ def stage_members(members: Members, stage: int) -> list[GroupMember]:
     view = members.view()
     found = [(m, m.progress(stage)) for m in view.group(stage, "online", "draining") if m.peer != view.me]
     return [
-        _group_member(member.peer, member.incarnation, progress)
+        _group_member(member.peer, member.incarnation_at(stage), progress)
         for member, progress in found
         if progress is not None and member.liveness is Liveness.ALIVE
     ]

@@ -8,11 +8,12 @@ away from empty); from two on, the one with the least capacity comes first. The 
 its replicas' lanes can do, in micro-batches: a peer's speed, its stage's cost over its time for a
 micro-batch, divided by that cost. What replicas commit says nothing here, since all stages commit the same.
 It is counted in usual replicas, in whole ones, so that views which differ by noise still agree; a peer whose
-speed nobody knows counts as the median of those known.
+speed nobody knows counts as the median of those known, one that holds several stages shares its speed out. Of
+a swarm known in part, each known replica stands for as many as its stage has for each one known.
 
-Hysteresis: a joiner keeps the stage it announced, unless some stage has at least two fewer replicas and
-the joiner is the last by id of those joining its stage. A gap of one is not worth a second download,
-and of several joiners that collided only one moves at a time.
+Hysteresis: a joiner keeps the stage it announced, unless everybody is known, some stage has at least two
+fewer replicas and the joiner is the last by id of those joining its stage. A gap of one is not worth a
+second download, and of several joiners that collided only one moves at a time.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ class Loads:
     def __init__(self, costs: Sequence[float]) -> None:
         mean = statistics.fmean(costs)
         self.costs = [cost / mean for cost in costs]
-        self.replicas = [0] * len(costs)
+        self.replicas = [0.0] * len(costs)
         self.speeds = [0.0] * len(costs)  # of all replicas together
 
-    def add(self, stage: int, speed: float, replicas: int = 1) -> None:
+    def add(self, stage: int, speed: float, replicas: float = 1.0) -> None:
+        """So many replicas, each of this speed."""
         self.replicas[stage] += replicas
-        self.speeds[stage] += speed
+        self.speeds[stage] += replicas * speed
 
     def neediest(self, usual: float = 1.0) -> int:
         """Where another replica is needed most. `usual`: a replica's speed, in the unit of those added."""
         return min(range(len(self.costs)), key=lambda stage: self._need(stage, usual))
 
-    def _need(self, stage: int, usual: float) -> tuple[int, int, int]:
+    def _need(self, stage: int, usual: float) -> tuple[float, int, float]:
         replicas, speed = self.replicas[stage], self.speeds[stage] / usual
         return (min(replicas, ENOUGH_REPLICAS), round(speed / self.costs[stage]), replicas)
 
@@ -53,15 +55,15 @@ def place(view: SwarmView, me: PeerId, costs: Sequence[float]) -> int:
     loads = Loads(costs)
     candidates = [member for member in view.here() if Role.TRAINER in member.roles]
     speeds = _speeds(candidates, costs)
+    stands_for = [view.share(stage) for stage in range(len(costs))]
     for member in candidates:
-        if member.state in ("online", "joining"):
-            for stage in member.stages:
-                if stage < len(costs):
-                    loads.add(stage, speeds.get(member.peer, 1.0))
+        for stage in member.stages:
+            if stage < len(costs) and member.state_at(stage) in ("online", "joining"):
+                loads.add(stage, speeds.get(member.peer, 1.0) / len(member.stages), stands_for[stage])
     mine = view.get(me)
     announced = mine.stages[0] if mine and mine.state == "joining" and mine.stages else None
     if announced is not None and announced < len(costs):
-        return _keep_or_move(candidates, me, announced, loads)
+        return announced if view.sizes else _keep_or_move(candidates, me, announced, loads)
     waiting = [m for m in candidates if m.state == "joining" and not m.stages and m.peer < me]
     for _ in waiting:
         loads.add(loads.neediest(), 1.0)

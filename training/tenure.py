@@ -1,18 +1,21 @@
-"""Tenure: a peer's time at its stages, one after another. The daemon runs one; so does the simulator.
+"""Tenure: a peer's time at its stages, one after another or several at once. The daemon runs one.
 
 At each stage it recovers, serves and trains. Every window it looks whether the plan (`rebalance`) names this
 peer. Then it fetches the new stage's state while it goes on with the old one (pre-copy), asks its group to be
-let go (LEAVE), drains, and begins anew at the other stage. Whatever fails on the way, it stays.
+let go (LEAVE), drains, and begins anew at the other stage. Whatever fails on the way, it stays. A peer with
+room for more holds empty stages besides, and leaves them to others that come (`spread`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from shoal.dht.directory import STAGES_HELD
 from shoal.dht.view import SwarmView
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId, Role
@@ -20,9 +23,12 @@ from shoal.training.decisions import DecisionLog
 from shoal.training.partition import spec_costs
 from shoal.training.rebalance import Move, Placed, plan, settled
 from shoal.training.spec import RunSpec
+from shoal.training.spread import give_back, take
 
 DRAIN_S = 20.0
 MOVE_S = 30.0  # that a mover loses: its drain at worst, and the replay of the tail
+_TURN_WINDOWS = 2  # that a peer has to take an empty stage, before it is another one's turn
+_MOVE_WINDOWS = 4  # that a move has to begin: a mover may have no memory for where the plan sends it
 _PERMISSION_S = 120.0  # several rounds; then the plan has to win anew
 
 
@@ -41,9 +47,25 @@ class Term(Protocol):
     async def drain(self, deadline_s: float) -> None:
         """Finish what is held and contribute it, while `run` goes on."""
 
+    async def stop_guarding(self, stage: int) -> None:
+        """This peer is about to hold that stage, too."""
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """One stage of this peer's."""
+
+    stage: int
+    besides: bool  # another one
+    state: str = "joining"
+    term: Term | None = None  # once online
+    online: asyncio.Event = field(default_factory=asyncio.Event)
+    left: asyncio.Event = field(default_factory=asyncio.Event)  # set to leave in order
+    task: asyncio.Task[None] | None = None
+
 
 class Tenure:
-    """See the module. `run` until cancelled; `term` is the replica that serves now."""
+    """See the module. `run` until cancelled; `terms` are the replicas that serve now."""
 
     def __init__(
         self,
@@ -51,18 +73,20 @@ class Tenure:
         *,
         view: Callable[[], SwarmView],
         begin: Callable[[int], AbstractAsyncContextManager[Term]],
-        announce: Callable[[str, tuple[int, ...]], None],
+        announce: Callable[[Mapping[int, str]], None],
         prefetch: Callable[[int, Sequence[PeerId]], Awaitable[None]],
-        fits: Callable[[int], bool],
+        fits: Callable[[Sequence[int]], bool],
         event: Callable[[str, dict[str, object]], None],
         rng: random.Random,
         moves: bool = True,
+        most: int = 1,
         decisions: DecisionLog | None = None,
     ) -> None:
-        """`begin`: a replica of a stage; `prefetch`: its state from these donors to the own disk; `fits`: in
-        this machine's memory. Without `moves` the peer stays at its stage whatever the plan says."""
-        self.term: Term | None = None
+        """`begin`: a replica of a stage; `announce`: what this peer is at each of its stages; `prefetch`: a
+        stage's state from these donors to the own disk; `fits`: in this machine's memory, together. Without
+        `moves` the peer stays at its stage whatever the plan says. `most`: stages that it holds at once."""
         self.moves = 0  # made
+        self.room = 0  # for more stages beside those that it holds
         self._spec = spec
         self._view = view
         self._begin = begin
@@ -72,69 +96,178 @@ class Tenure:
         self._event = event
         self._rng = rng
         self._decisions = decisions
-        self._moves = moves and spec.stages.count > 1 and spec.stages.rebalance_window_s > 0.0
+        looks = spec.stages.count > 1 and spec.stages.rebalance_window_s > 0.0
+        self._moves = moves and looks
+        self._most = min(most, STAGES_HELD) if looks else 1
         self._costs = spec_costs(spec)
+        self._held: dict[int, _Held] = {}  # in the order in which it came to them
+        self._bound: int | None = None  # for this stage, while it still leaves another one
+        self._empty_windows = 0  # in which a stage has been empty
+        self._returning: int | None = None  # what it would have given back a window ago
+
+    @property
+    def terms(self) -> list[Term]:
+        """Of the stages that it serves."""
+        return [held.term for held in self._held.values() if held.term is not None]
 
     async def run(self, stage: int) -> None:
         """Serve, beginning with this stage."""
-        while True:
+        async with asyncio.TaskGroup() as tasks:
+            await self._open(stage, tasks)
+            await self._keep(tasks)
+
+    async def _open(self, stage: int, tasks: asyncio.TaskGroup) -> _Held:
+        """Begin at a stage; returns once online there, or at once if it holds another one."""
+        held = self._held[stage] = _Held(stage, besides=bool(self._held))
+        self._bound = None
+        self._say()
+        held.task = tasks.create_task(self._hold(held), name=f"stage {stage}")
+        if not held.besides:
+            await held.online.wait()
+        return held
+
+    async def _close(self, held: _Held) -> None:
+        """Leave a stage in order."""
+        held.left.set()
+        if held.task is not None:
+            await held.task
+
+    async def _hold(self, held: _Held) -> None:
+        """From the beginning at a stage until `left`."""
+        stage = held.stage
+        try:
             async with self._begin(stage) as term:
                 await term.recover()
-                self.term = term
-                self._announce("online", (stage,))
+                held.term, held.state = term, "online"
+                self._say()
                 self._event("online", {"stage": stage, "text": f"online at stage {stage}"})
-                move = await self._serve(term, stage)
-                self.term = None
-            self.moves += 1
-            stage = move.target
-            self._announce("joining", (stage,))
+                held.online.set()
+                async with asyncio.TaskGroup() as tasks:
+                    training = tasks.create_task(term.run())
+                    await held.left.wait()
+                    held.state = "draining"
+                    self._say()
+                    await term.drain(DRAIN_S)
+                    training.cancel()
+        except ShoalError as error:  # of its beginning; the stages that it has are no worse for it
+            if not held.besides or held.term is not None:
+                raise
+            text = f"not at stage {stage} besides: {error}"
+            self._event("take-cut", {"stage": stage, "why": str(error), "text": text})
+        finally:
+            held.term = None  # whoever waits for the end of `held` shall not hold its weights
+            del self._held[stage]
+            self._say()
 
-    async def _serve(self, term: Term, stage: int) -> Move:
-        """Train at one stage, until the swarm needs this peer elsewhere and its group has let it go."""
-        async with asyncio.TaskGroup() as tasks:
-            training = tasks.create_task(term.run())
-            leaving = tasks.create_task(self._leave(term, stage))
-            await asyncio.wait((training, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if leaving.done() and not leaving.cancelled() and leaving.exception() is None:
-                self._announce("draining", (stage,))
-                await term.drain(DRAIN_S)
-                training.cancel()
-        return leaving.result()
+    def _say(self) -> None:
+        """Who is on the way to a stage counts there already: nobody else need go."""
+        stages = {stage: held.state for stage, held in self._held.items()}
+        if self._bound is not None:
+            stages[self._bound] = "joining"
+        more = self._most - len(stages) if self.terms else 0
+        others = set(range(self._spec.stages.count)) - stages.keys()
+        self.room = more if more and any(self._fits([*stages, other]) for other in others) else 0
+        if stages:
+            self._announce(stages)
 
-    async def _leave(self, term: Term, stage: int) -> Move:
-        """Returns the move to make, once nothing stands in its way."""
-        if not self._moves:
+    async def _keep(self, tasks: asyncio.TaskGroup) -> None:
+        """Look every window what the swarm needs of this peer, and do it."""
+        if not self._moves and self._most == 1:
             await asyncio.Event().wait()
         previous: Move | None = None
         while True:
             await asyncio.sleep(self._spec.stages.rebalance_window_s * self._rng.uniform(0.9, 1.1))
-            view, current = self._view(), self._plan()
+            if len(self.terms) < len(self._held):
+                continue  # one thing after another
+            current = self._plan()
             move, previous = settled(previous, current), current
-            if move is None or move.peer != view.me or move.source != stage or not self._fits(move.target):
-                continue
-            text = f"stage {move.target} needs this peer more than stage {stage}"
-            self._event("moving", {"source": stage, "target": move.target, "gain": move.gain, "text": text})
-            why = await self._try(term, move)
-            if not why:
-                return move
-            text = f"staying at stage {stage}: {why}"
-            self._event("move-cut", {"target": move.target, "why": why, "text": text})
-            previous = None
+            if move is not None and self._is_for_me(move):
+                await self._move(move, tasks)
+                previous = None
+            elif self._most > 1:
+                await self._spread(current, tasks)
 
-    async def _try(self, term: Term, move: Move) -> str:
+    def _is_for_me(self, move: Move) -> bool:
+        """Whether the plan names this peer, and it holds nothing else."""
+        mine = self._moves and move.peer == self._view().me and [*self._held] == [move.source]
+        return mine and self._fits([move.target])
+
+    async def _move(self, move: Move, tasks: asyncio.TaskGroup) -> None:
+        """Go where the plan says, unless something stands in the way."""
+        held = self._held[move.source]
+        text = f"stage {move.target} needs this peer more than stage {move.source}"
+        told = {"source": move.source, "target": move.target, "gain": move.gain, "text": text}
+        self._event("moving", told)
+        why = await self._try(held, move)
+        if why:
+            text = f"staying at stage {move.source}: {why}"
+            self._event("move-cut", {"target": move.target, "why": why, "text": text})
+            return
+        self._bound = move.target
+        await self._close(held)
+        self.moves += 1
+        await self._open(move.target, tasks)
+
+    async def _try(self, held: _Held, move: Move) -> str:
         """Prepare a move; why it cannot be made, empty when it can."""
         donors = [member.peer for member in self._view().online(move.target)]
         try:
             await self._prefetch(move.target, donors)
+        except ShoalError as error:
+            return str(error)
+        if why := await self._permission(held):
+            return why
+        again = self._plan()
+        served = again is None or again.target != move.target
+        return f"stage {move.target} has been served meanwhile" if served else ""
+
+    @staticmethod
+    async def _permission(held: _Held) -> str:
+        """Ask the group to be let go; why not, empty when it may."""
+        if held.term is None:
+            return "it is not online"
+        try:
             async with asyncio.timeout(_PERMISSION_S):
-                await term.permission()
+                await held.term.permission()
         except TimeoutError:
             return f"the group did not let it go within {_PERMISSION_S:g} s"
         except ShoalError as error:
             return str(error)
-        again = self._plan()
-        served = again is None or again.target != move.target
-        return f"stage {move.target} has been served meanwhile" if served else ""
+        return ""
+
+    async def _spread(self, move: Move | None, tasks: asyncio.TaskGroup) -> None:
+        """Hold an empty stage besides, where nobody moves to it, or give back one that others hold."""
+        view, stages = self._view(), self._spec.stages
+        room = {m.peer: m.beat.room for m in view.here() if m.beat is not None} | {view.me: self.room}
+        wanted = take(placed(view), stages.count, room, self._empty_windows // _TURN_WINDOWS)
+        self._empty_windows = self._empty_windows + 1 if wanted is not None else 0
+        if wanted is not None and move is not None and self._empty_windows <= _MOVE_WINDOWS:
+            return  # somebody may be about to go there
+        if wanted is not None:
+            if wanted.peer == view.me and self._fits([*self._held, wanted.stage]):
+                text = f"nobody else can hold stage {wanted.stage}: holding it besides {sorted(self._held)}"
+                self._event("taking", {"stage": wanted.stage, "text": text})
+                for term in self.terms:
+                    await term.stop_guarding(wanted.stage)
+                await self._open(wanted.stage, tasks)
+            return
+        spare = give_back(placed(view, "online"), view.me, [*self._held], stages.minimum_replicas)
+        again, self._returning = spare is not None and spare == self._returning, spare
+        if spare is not None and again:
+            self._returning = None
+            await self._give_back(self._held[spare])
+
+    async def _give_back(self, held: _Held) -> None:
+        why = await self._permission(held)
+        others = [member for member in self._view().online(held.stage) if member.peer != self._view().me]
+        if not why and not others:
+            why = "nobody else holds it any more"
+        if why:
+            self._event("return-cut", {"stage": held.stage, "why": why})
+            return
+        text = f"stage {held.stage} is left to the {len(others)} others that hold it"
+        self._event("returning", {"stage": held.stage, "text": text})
+        await self._close(held)
 
     def _plan(self) -> Move | None:
         replicas = placed(self._view())
@@ -144,13 +277,23 @@ class Tenure:
         return answer
 
 
-def placed(view: SwarmView) -> list[Placed]:
-    """The replicas that train, or will soon, as their beats tell."""
+def announced(held: Mapping[int, str]) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
+    """What a record says of a peer at these stages: its state, the stages, and theirs where they differ."""
+    state = next((state for state in ("online", "draining") if state in held.values()), "joining")
+    states = tuple(held.values())
+    return state, tuple(held), states if len(set(states)) > 1 else ()
+
+
+def placed(view: SwarmView, *states: str) -> list[Placed]:
+    """The replicas that train, or will soon (by default), as their beats tell."""
+    states = states or ("online", "joining")
     found = []
     for member in view.here():
-        trains = member.state in ("online", "joining") and Role.TRAINER in member.roles
-        if trains and member.stages:
-            stage = member.stages[0]
+        if Role.TRAINER not in member.roles:
+            continue
+        held = [stage for stage in member.stages if member.state_at(stage) in states]
+        for stage in held:
             beat = member.progress(stage)
-            found.append(Placed(member.peer, stage, member.service_s, beat is not None and beat.fixed))
+            fixed = len(held) > 1 or (beat is not None and beat.fixed)
+            found.append(Placed(member.peer, stage, len(held) * member.service_s, fixed))
     return found

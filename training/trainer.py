@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,6 +49,9 @@ from shoal.training.streams import Streams
 from shoal.training.uplinks import UNKNOWN, claimed_uplink
 from shoal.training.weights import Weights, learning_rate
 
+if TYPE_CHECKING:
+    from shoal.training.devices.gang import Gang
+
 _EVALUATE_EVERY_S = 5.0  # at most so often, and for at most so much of the time
 _EVALUATE_SHARE = 0.04
 _EVALUATE_AGAIN_S = 1.0  # until the first has been possible
@@ -74,10 +77,13 @@ class Trainer:
         rng: random.Random,
         device: str = "cpu",
         host_optimizer: bool = False,  # optimizer and float32 weights in the machine's memory
+        gang: Gang | None = None,  # of several devices, `device` being the first; it serves by itself
         data_dir: Path | None = None,
         fixed: bool = False,  # it stays at this stage
         imported: Sequence[Path] = (),  # folders of checkpoints, one of which the run may start from
         spare_bytes: int = 0,  # memory for copies of other stages
+        stages_most: int = 1,  # that this peer may hold
+        guards: Callable[[], bool] = lambda: True,  # of this peer's replicas it is the one that keeps them
         session_bytes: int = 512 << 20,  # and for inference sessions
         decisions: DecisionLog | None = None,
     ) -> None:
@@ -95,9 +101,12 @@ class Trainer:
         self._rng = rng
         self._device = device
         self._host_optimizer = host_optimizer
+        self._gang = gang
         self._data_dir = data_dir
         self._fixed = fixed
         self._spare_bytes = spare_bytes
+        self._guards = guards
+        self._stages_most = stages_most
         self._session_bytes = session_bytes
         self._replicas = MemberReplicas(members)
         self._amended = Amended(spec, members.amendments)
@@ -129,10 +138,14 @@ class Trainer:
         """The layers this stage holds."""
         return self.layout.layers
 
-    def _weights(self, initial: torch.Tensor) -> Weights:
-        return Weights(
-            self.spec, self.layout, initial, self._lane, self._device, host_optimizer=self._host_optimizer
-        )
+    def _compute(self, initial: torch.Tensor) -> StageCompute:
+        """What trains: on this device or on all of them."""
+        rate, on_host = self._learning_rate, self._host_optimizer
+        if self._gang is not None:
+            lane = self._lane
+            return self._gang.replica(self.spec, self.stage, initial, lane, rate, host_optimizer=on_host)
+        weights = Weights(self.spec, self.layout, initial, self._lane, self._device, host_optimizer=on_host)
+        return StageCompute(self.spec, StageModel(self.spec, self.layout), weights, self._device, rate)
 
     async def recover(self) -> None:
         """Build the stage, bring it to the group's log head, and register everything this replica serves.
@@ -145,8 +158,8 @@ class Trainer:
             inherited = Inherited(start.momentum, start.log_tokens, start.positions)
         else:
             initial, inherited = await self._offload(genesis, self.spec, self.layout), None
-        model = StageModel(self.spec, self.layout)
-        self.weights = await self._offload(self._weights, initial)
+        compute = await self._offload(self._compute, initial)
+        self.weights: Weights = compute.weights
         self.outer = Outer(
             self.spec,
             self.stage,
@@ -168,7 +181,9 @@ class Trainer:
             decisions=self._decisions,
             amended=self._amended,
         )
-        self._guarding = Guarding(self.outer.context, self._members, self._spare_bytes, self._data_dir)
+        self._guarding = Guarding(
+            self.outer.context, self._members, self._spare_bytes, self._data_dir, self._guards
+        )
         await self.outer.recover()
         await self._restore()
         await LostStage(
@@ -193,7 +208,7 @@ class Trainer:
             incarnation=self._incarnation,
             transport=self._transport,
             replicas=self._replicas,
-            compute=StageCompute(self.spec, model, self.weights, self._device, self._learning_rate),
+            compute=compute,
             lane=self._lane,
             ledger=self._ledger,
             stepped=self.outer.stepped,
@@ -201,6 +216,7 @@ class Trainer:
             event=self._event,
             rng=self._rng,
             decisions=self._decisions,
+            stages=self._stages_most,
         )
         self.station.serve()
         self._inference = InferenceHop(
@@ -208,9 +224,9 @@ class Trainer:
             self.stage,
             transport=self._transport,
             replicas=self._replicas,
-            model=model,
+            model=StageModel(self.spec, self.layout),
             lane=self._lane,
-            anchor=lambda: (self.outer.anchor, self.outer.height),
+            anchor=self.outer.whole_anchor,
             rng=self._rng,
         )
         self._inference.serve()
@@ -287,6 +303,10 @@ class Trainer:
         """Returns when the group lets this replica go to another stage."""
         await self.outer.permission()
 
+    async def stop_guarding(self, stage: int) -> None:
+        """This peer is about to hold that stage, too; what it has of it stays on its disk."""
+        await self._guarding.stop_at(stage)
+
     async def drain(self, deadline_s: float) -> None:
         """Leave in order: take nothing new, finish what is held, contribute the last delta."""
         self.station.leave()
@@ -317,6 +337,7 @@ class Trainer:
                 service_s=self._lane.load().service_s,
                 fixed=self._fixed,
                 step_s=self._step_s(),
+                incarnation=self._incarnation,
             ),
         )
 
@@ -418,7 +439,7 @@ class Trainer:
             return
         tokens = self._feed.held_out()
         loop = asyncio.get_running_loop()
-        pause_s = _EVALUATE_AGAIN_S  # the curve begins with the weights that the run begins with
+        pause_s, warm = _EVALUATE_AGAIN_S, False  # the curve begins with the weights that the run begins with
         while True:
             await asyncio.sleep(pause_s * self._rng.uniform(0.9, 1.1))
             view = self._members.view()
@@ -431,7 +452,8 @@ class Trainer:
             except ShoalError:  # a stage is empty for now
                 continue
             self._event("held-out", {"loss": self._held_out_loss, "log_tokens": self.outer.tokens})
-            pause_s = max(_EVALUATE_EVERY_S, (loop.time() - begun_s) / _EVALUATE_SHARE)
+            took_s = loop.time() - begun_s if warm else 0.0  # the first waits for a swarm that starts up
+            pause_s, warm = max(_EVALUATE_EVERY_S, took_s / _EVALUATE_SHARE), True
 
 
 def _number(value: float) -> float | None:

@@ -1,7 +1,8 @@
 """A replica's local weights: the fp32 master, at most two compute versions, gradient and inner optimizer.
 
 All on one device; or the master and the optimizer with it in the machine's memory, so that a device holds the
-versions and the gradient alone (ZeRO-Offload, arXiv 2101.06840): 12 bytes a weight less for AdamW.
+versions and the gradient alone (ZeRO-Offload, arXiv 2101.06840): 12 bytes a weight less for AdamW. On several
+devices each holds its shards of all that: `devices.weights`.
 
 Forward and backward of a micro-batch use one version from beginning to end; an inner step or a rebase
 changes the master and publishes a new version without waiting for micro-batches in flight, unless both
@@ -18,9 +19,10 @@ from typing import Any
 
 import torch
 
-from shoal.training.inner import InnerOptimizer, Moments
+from shoal.training.inner import InnerOptimizer, Moments, norm_of
 from shoal.training.lane import Lane, Work
 from shoal.training.model.layout import StageLayout
+from shoal.training.model.split import Tape
 from shoal.training.outer.local import Rebase, Sent
 from shoal.training.spec import RunSpec
 
@@ -29,7 +31,7 @@ from shoal.training.spec import RunSpec
 class Version:
     """One set of compute weights and how many micro-batches still need it."""
 
-    flat: torch.Tensor
+    flat: Any  # a vector in the compute type; on several devices `devices.stage.ShardedStage`
     users: int = 0
 
 
@@ -49,19 +51,21 @@ class Weights:
         self.size = layout.size
         self._lane = lane
         self._spec = spec
-        self._gradient = torch.zeros(layout.size, device=device)
+        self._gradient = torch.zeros(initial.numel(), device=device)
         self._stepped = (
             self._gradient
         )  # what the optimizer reads: the gradient itself, or its copy on the host
         if host_optimizer:
-            self._stepped = torch.empty(layout.size, pin_memory=self._gradient.is_cuda)
+            self._stepped = torch.empty(initial.numel(), pin_memory=self._gradient.is_cuda)
         self._master = torch.empty_like(self._stepped, pin_memory=self._stepped.is_pinned()).copy_(
             initial.detach()
         )
         self._dtype = getattr(torch, spec.model.dtype)
-        self._versions = [Version(self._master.to(device, self._dtype, copy=True))]
-        self._current = 0
-        self._optimizer = InnerOptimizer(spec.inner, spec.stages.count, layout, self._master, self._stepped)
+        self._versions, self._current = [self._version()], 0
+        self.current.flat.copy_(self._master)
+        self._optimizer = InnerOptimizer(
+            spec.inner, spec.stages.count, self._decayed(layout), self._master, self._stepped, self._norm
+        )
         self._readers = 0  # of the optimizer's moments: steps wait for them, micro-batches do not
         self._behind = False  # the master changed since the current version was published
         self.pending_tokens = 0  # committed since the last inner step
@@ -83,6 +87,10 @@ class Weights:
     def release(self, version: Version) -> None:
         """The micro-batch has its input gradient, or is dropped."""
         version.users -= 1
+
+    def add(self, tape: Tape) -> None:
+        """A committed micro-batch's weight gradient."""
+        tape.apply(self._gradient)
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -122,16 +130,32 @@ class Weights:
 
     async def moments(self, offload: Callable[..., Awaitable[Any]]) -> Moments | None:
         """The optimizer's moments as of one inner step, copied by `offload` while micro-batches go on."""
-        await self._lane.run(Work.UPDATE, self._read, 1)  # in its turn: no step is half made
+        begun: list[int] = []  # known to the lane alone: a cancelled caller may not hear that it has begun
+
+        def begin() -> None:
+            begun.append(1)
+            self._read(1)
+
         try:
+            await self._lane.run(Work.UPDATE, begin)  # in its turn: no step is half made
             found: Moments | None = await offload(self._optimizer.moments)
             return found
         finally:
-            self._lane.post(self._read, -1)
+            self._lane.post(lambda: self._read(-len(begun)))
 
     async def restore(self, moments: Moments) -> None:
         """Go on with these moments: a restart, or a run that starts from a checkpoint."""
         await self._lane.run(Work.UPDATE, self._optimizer.restore, moments)
+
+    def _version(self) -> Version:
+        """A new one, its values still undefined."""
+        return Version(torch.empty_like(self._gradient, dtype=self._dtype))
+
+    def _decayed(self, layout: StageLayout) -> int:
+        return layout.decayed
+
+    def _norm(self, gradient: torch.Tensor) -> float:
+        return norm_of(gradient)
 
     def _read(self, more: int) -> None:
         self._readers += more
@@ -158,7 +182,7 @@ class Weights:
         if self.current.users == 0:
             return self._current
         if len(self._versions) == 1:
-            self._versions.append(Version(torch.empty_like(self.current.flat)))
+            self._versions.append(self._version())
         other = 1 - self._current
         return other if self._versions[other].users == 0 else None
 

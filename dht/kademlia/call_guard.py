@@ -1,7 +1,8 @@
 """CallGuard: what a DHT call or answer may say, once its envelope is open. Used by `guarded_p2p`.
 
 Node ids derive from peer ids (hivemind takes any, so that eclipsing a key would be free), only records that
-pass the `RecordGate` are stored or found, and plain values cannot overwrite a bucket.
+pass the `RecordGate` are stored or found, each in its own buckets, as many as `RecordStorage` has room for,
+and plain values cannot overwrite one.
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ import logging
 import random
 from typing import Any
 
-from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 
 from shoal.dht.addresses import AddressBook
+from shoal.dht.buckets import Spot
 from shoal.dht.envelope import BODY_BYTES, NEIGHBOURS, CallHeader, Envelope, Neighbour
 from shoal.dht.gate import RecordGate
+from shoal.dht.kademlia.record_storage import RecordStorage
 from shoal.dht.kademlia.values import WHOLE_DICTIONARY, Entry, pack, peer_of_subkey, sealed_in, unpack
-from shoal.protocol import limits
 from shoal.protocol.errors import AccessError, FrameInvalid, RecordInvalid
 from shoal.protocol.identity import PeerId
 
@@ -43,7 +43,6 @@ class CallGuard:
         envelope: Envelope,
         book: AddressBook,
         gate: RecordGate,
-        keys: tuple[bytes, ...],
         rng: random.Random,
     ) -> None:
         self.me = me
@@ -51,11 +50,10 @@ class CallGuard:
         self.book = book
         self.my_routes: tuple[str, ...] = ()
         self.calls_refused = 0
-        self.storage: DHTLocalStorage | None = None  # of the DHT node of the moment
+        self.storage = RecordStorage(gate, run_id)
         self._run_id = run_id
         self._gate = gate
         self._rng = rng
-        self._bucket_keys = frozenset(hashlib.sha1(key).digest() for key in keys)  # as DHTID.generate does
 
     def node_id(self, peer: PeerId) -> bytes:
         """The only place in the DHT that a peer may take."""
@@ -76,17 +74,20 @@ class CallGuard:
         columns = (request.subkeys, request.values, request.expiration_time, request.in_cache)
         if any(len(column) != len(request.keys) for column in columns):
             raise FrameInvalid("a store request with columns of different lengths")
-        if any(request.in_cache) or any(key not in self._bucket_keys for key in request.keys):
+        if any(request.in_cache):
             return False
         for index, (key, subkey, value) in enumerate(
             zip(request.keys, request.subkeys, request.values, strict=True)
         ):
             if subkey == WHOLE_DICTIONARY:
-                good = [entry for entry in await self._believed(value) if self._has_room(key, entry[0])]
+                found = await self._believed(value, key)
+                good = sorted(found, key=self._rank)  # hivemind stores until one is refused
                 request.values[index] = pack(good)
+                if not good:
+                    return False
                 continue
             entry = peer_of_subkey(subkey), sealed_in(value), request.expiration_time[index]
-            if not self._believes(entry) or not self._has_room(key, entry[0]):
+            if not self._believes(entry, key):
                 return False
         return True
 
@@ -111,7 +112,7 @@ class CallGuard:
     def fit(self, response: Any) -> None:
         """Make a find response as small as a call may be, by a random choice of the records.
 
-        More than some 2500 peers in one bucket come here; each lookup then shows another part of them.
+        A request for many full buckets of long records comes here.
         """
         size = response.ByteSize()
         if size <= BODY_BYTES or not isinstance(response, dht_pb2.FindResponse):
@@ -138,32 +139,29 @@ class CallGuard:
             if neighbour.peer != self.me:
                 self.book.learn(neighbour.peer, neighbour.multiaddrs, by_itself=False)
 
-    async def _believed(self, packed: bytes) -> list[Entry]:
+    async def _believed(self, packed: bytes, key: bytes | None = None) -> list[Entry]:
         """The entries of a dictionary that pass the gate."""
         kept: list[Entry] = []
         unseen = 0
         for entry in unpack(packed):
             unseen += not self._gate.knows(entry[0], entry[1])
-            if self._believes(entry):
+            if self._believes(entry, key):
                 kept.append(entry)
             if unseen >= _VALUES_PER_SLICE:
                 unseen = 0
                 await asyncio.sleep(0)
         return kept
 
-    def _believes(self, entry: Entry) -> bool:
+    def _believes(self, entry: Entry, key: bytes | None) -> bool:
         try:
-            self._gate.open(*entry)
+            self._gate.open(*entry, key)
         except (RecordInvalid, AccessError) as error:
             logger.debug("left out of the directory: %s", error)
             return False
         return True
 
-    def _has_room(self, key: bytes, peer: str) -> bool:
-        """A token is a signing key: its holder can make more peers than there is memory."""
-        held = self.storage.get(DHTID.from_bytes(key)) if self.storage is not None else None
-        known = held.value if held is not None and isinstance(held.value, DictionaryDHTValue) else {}
-        return len(known) < limits.RECORDS_HELD or peer in known
+    def _rank(self, entry: Entry) -> int:
+        return Spot.of(entry[0], self._run_id).rank
 
 
 def peer_of(raw: bytes) -> PeerId:

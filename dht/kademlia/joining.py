@@ -68,7 +68,7 @@ class Joiner:
         joined = self._joined()
         met: set[asyncio.Task[bool]] = set()
         if not joined:
-            await asyncio.to_thread(self._load_met)
+            await self._load_met()
             met = {asyncio.create_task(self._greet_met(peer)) for peer in self._book.recent(_MET_DIALLED)}
         try:
             await self.bootstrap.once(joined)
@@ -98,12 +98,12 @@ class Joiner:
             except NetworkError as error:
                 logger.info("%s", error)
             wait_s = LAST_RETRY_S if self._joined() else min(wait_s * 2, LAST_RETRY_S)
-            await asyncio.to_thread(self._save_met)
+            await self._save_met()
 
     async def close(self) -> None:
         """Stop dialling, and keep on disk who was met."""
         await self.bootstrap.close()
-        await asyncio.to_thread(self._save_met)
+        await self._save_met()
 
     async def _wait(self, seconds: float) -> None:
         try:
@@ -151,26 +151,26 @@ class Joiner:
         node_id = DHTID.from_bytes(response.peer.node_id)
         await protocol.update_routing_table(node_id, peer_id, responded=True)
 
-    def _load_met(self) -> None:
+    async def _load_met(self) -> None:
         try:
-            text = (read_private(self._met_path, _MET_BYTES) or b"").decode(errors="replace")
+            data = await asyncio.to_thread(read_private, self._met_path, _MET_BYTES)
         except StorageError as error:
             logger.warning("%s", error)
             return
-        for line in text.splitlines()[:_MET_KEPT]:
+        for line in (data or b"").decode(errors="replace").splitlines()[:_MET_KEPT]:
             try:
                 met = Multiaddress.parse(line)
             except UsageError:
                 continue
             self._book.learn(met.peer, (met.route,), by_itself=False)
 
-    def _save_met(self) -> None:
+    async def _save_met(self) -> None:
         peers = self._book.recent(_MET_KEPT)
         met = tuple(f"{self._book.routes(peer)[0]}/p2p/{peer}" for peer in peers)
         if met == self._saved:
             return
         try:
-            write_private(self._met_path, "\n".join(met).encode())
+            await asyncio.to_thread(write_private, self._met_path, "\n".join(met).encode())
             self._saved = met
         except StorageError as error:
             logger.warning("peers met will not be remembered: %s", error)

@@ -36,6 +36,10 @@ DataDir = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Devices = Annotated[
+    str | None,
+    typer.Option(help="Several, over which the stage is sharded: cuda:0,cuda:1.", show_default=False),
+]
 HostOptimizer = Annotated[
     bool,
     typer.Option(
@@ -49,6 +53,9 @@ Upload = Annotated[
 ]
 Name = Annotated[str, typer.Option(help="What others call this peer.", show_default=False)]
 Stage = Annotated[int | None, typer.Option(min=0, help="Serve this stage.", show_default="where needed most")]
+Stages = Annotated[
+    int, typer.Option("--stages", min=1, max=8, help="Most stages to hold while others do not.")
+]
 ListenUp = Annotated[str, typer.Option(help="IP address to listen on; 0.0.0.0 for other machines to join.")]
 ListenJoin = Annotated[
     str | None, typer.Option(help="IP address to listen on.", show_default="loopback if the owner does")
@@ -84,12 +91,14 @@ def up(
     dht_port: DhtPort = 0,
     announce: Announce = None,
     device: Device = "auto",
+    devices: Devices = None,
     host_optimizer: HostOptimizer = False,
     memory: Memory = None,
     threads: Threads = None,
     upload: Upload = None,
     name: Name = "owner",
     stage: Stage = None,
+    stages: Stages = 1,
     no_train: NoTrain = False,
     inference_share: InferenceShare = 0.125,
     pace: Pace = 0.0,
@@ -125,7 +134,9 @@ def up(
         pace,
         decisions,
         metrics,
+        devices=devices,
         host_optimizer=host_optimizer,
+        stages_most=stages,
     )
     if dashboard is not None:
         from shoal.node.dashboard.address import dashboard_options
@@ -152,12 +163,14 @@ def join(
     dht_port: DhtPort = 0,
     announce: Announce = None,
     device: Device = "auto",
+    devices: Devices = None,
     host_optimizer: HostOptimizer = False,
     memory: Memory = None,
     threads: Threads = None,
     upload: Upload = None,
     name: Name = "",
     stage: Stage = None,
+    stages: Stages = 1,
     no_train: NoTrain = False,
     inference_share: InferenceShare = 0.125,
     pace: Pace = 0.0,
@@ -192,7 +205,9 @@ def join(
         pace,
         decisions,
         metrics,
+        devices=devices,
         host_optimizer=host_optimizer,
+        stages_most=stages,
     )
     with PeerFolder.claim(data_root(data_dir)) as folder:
         code = run_peer(parsed, folder, options, as_json)
@@ -312,8 +327,12 @@ def peer_options(
     decisions: Path | None,
     metrics: str | None,
     *,
+    devices: str | None = None,
     host_optimizer: bool = False,
+    stages_most: int = 1,
 ) -> PeerOptions:
+    if devices is not None and device != "auto":
+        raise UsageError("--device names one device, --devices several: give one of the two")
     memory_bytes = None if memory is None else size_bytes(memory)
     upload_bytes_per_s = None if upload is None else rate_bytes_per_s(upload)
     if len(name) > NAME_CHARACTERS or not name.isprintable():
@@ -325,13 +344,14 @@ def peer_options(
     require_upload(upload_bytes_per_s)
     listening = Listening(host=listen, port=port, dht_port=dht_port, announce=tuple(announce or ()))
     return PeerOptions(
-        device=device,
+        devices=tuple((devices or device).split(",")),
         host_optimizer=host_optimizer,
         memory_bytes=memory_bytes,
         threads=threads,
         upload_bytes_per_s=upload_bytes_per_s,
         name=name,
         stage=stage,
+        stages_most=stages_most,
         train=not no_train,
         inference_share=inference_share,
         pace_s=pace_s,

@@ -84,7 +84,7 @@ def serve_model(
     with progress_bar("importing") as progress:
         made = taken_in(source, checkpoint_store(root), None, True, progress)
     _keep_tokenizer(source, made)
-    found = choose_device(options.device, options.memory_bytes, options.threads)
+    found = choose_device(device, options.memory_bytes, options.threads)
     spec = _serving_only(made, _count(stages), dtype.value, found.memory_bytes, weights.value)
     home = OwnerHome.of_run(root, spec, time.time())
     pieces = "1 stage" if spec.stages.count == 1 else f"{spec.stages.count} stages"

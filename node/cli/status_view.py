@@ -20,7 +20,9 @@ def status_view(statuses: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 def _own(status: Mapping[str, Any]) -> RenderableType:
     training = status["training"]
-    stage = "no stage" if status["stage"] is None else f"stage {status['stage']} of {status['stage_count']}"
+    held = [status["stage"], *(other["stage"] for other in status.get("others", ()) if "stage" in other)]
+    stage = f"stage{'s' if len(held) > 1 else ''} {', '.join(map(str, held))} of {status['stage_count']}"
+    stage = "no stage" if status["stage"] is None else stage
     head = Text.assemble((status["name"], "bold"), f"  {status['state']}, {stage}, run {status['run_name']}")
     table = Table.grid(padding=(0, 2))
     if status["trouble"]:
@@ -30,17 +32,30 @@ def _own(status: Mapping[str, Any]) -> RenderableType:
     table.add_row("uplink", _uplink(status["uplink_bytes_per_s"], status["upload_limit_bytes_per_s"]))
     if "inner_steps" in training:
         loss = training.get("held_out_loss") or training.get("loss")
-        table.add_row("training", f"round {training['height']}, {training['inner_steps']} steps, "
-                      f"{training['tokens']:,} tokens, {training['tokens_per_s']:,.0f} tok/s"
-                      + (f", loss {loss:.3f}" if loss else ""))  # fmt: skip
+        table.add_row("training", training_text(training) + (f", loss {loss:.3f}" if loss else ""))
         table.add_row("micro-batches", micro_batches_text(training))
         table.add_row("copies", copies_text(training))
+    for report in (training, *status.get("others", ())):
+        if "inner_steps" in report and report is not training:
+            table.add_row(
+                f"stage {report['stage']}", f"{training_text(report)}; {micro_batches_text(report)}"
+            )
+        if rebuilt := report.get("outer", {}).get("rebuilt"):
+            table.add_row("log", rebuilt_text(rebuilt))
     if "sessions" in training:
         table.add_row("serving", sessions_text(training["sessions"]))
     loop = status["loop"]
     table.add_row("loop", f"lag p99 {loop['lag_p99_ms']:.1f} ms, longest callback "
                   f"{loop['callback_worst_ms']:.1f} ms CPU ({escape(loop['callback_worst'])})")  # fmt: skip
     return Group(head, table)
+
+
+def training_text(training: Mapping[str, Any]) -> str:
+    """How far a replica is."""
+    return (
+        f"round {training['height']}, {training['inner_steps']} steps, {training['tokens']:,} tokens, "
+        f"{training['tokens_per_s']:,.0f} tok/s"
+    )
 
 
 def micro_batches_text(training: Mapping[str, Any]) -> str:
@@ -71,6 +86,15 @@ def copies_text(training: Mapping[str, Any]) -> str:
     mine = [f"stage {copy['stage']} ({copy['behind']} behind)" for copy in training["guards"]]
     kept = f"{len(theirs)} elsewhere ({', '.join(theirs)} rounds behind)" if theirs else "none elsewhere"
     return f"{kept}; guarding {', '.join(mine) or 'nothing'}"
+
+
+def rebuilt_text(rebuilt: Mapping[str, Any]) -> str:
+    """What the first entry of the stage's log says, where the stage was lost."""
+    how = {"mean": "as the mean of its neighbours", "identity": "as layers that change nothing"}
+    return (
+        f"lost at round {rebuilt['lost_height']} with all its copies, rebuilt {how[rebuilt['policy']]}; "
+        f"counts from {rebuilt['height']}"
+    )
 
 
 def _uplink(measured_bytes_per_s: float | None, limit_bytes_per_s: float | None) -> str:

@@ -137,7 +137,7 @@ class Tryouts:
     async def _made(self, presence: Presence, spec: RunSpec) -> Text:
         local = await with_tokenizer(spec, presence.transport, presence.others())
         tokenizer = await asyncio.to_thread(load_tokenizer, local.data)
-        replicas = MemberReplicas(presence.members, itself=True)
+        replicas = MemberReplicas(presence.members)
         tuner = Tuner(spec, presence.transport, replicas, presence.rng, offload=asyncio.to_thread)
         auditor = Auditor(tuner, 1.0, presence.rng, self._disagree, coarsest(spec))
         self._auditor = await self._ending.enter_async_context(auditor)

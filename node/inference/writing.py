@@ -114,6 +114,8 @@ class Writing:
 
     async def __aexit__(self, *error: object) -> None:
         generation = self._entered
+        if self._filter.stopped and self._auditor is not None and error[0] is None:
+            await generation.end()
         await generation.__aexit__(*error)
         if self.finish and self._auditor is not None:
             self._auditor.ended(generation.written())

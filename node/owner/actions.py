@@ -8,7 +8,7 @@ the same actions say where to run them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from shoal.node.control import Action
@@ -28,6 +28,7 @@ from shoal.node.owner.orders import (
 )
 from shoal.node.presence import Presence
 from shoal.protocol.errors import NetworkError, UsageError
+from shoal.protocol.unbroken import unbroken
 
 _SHOWN, _SHOWN_MOST = 100, 1000
 _NUMBER_MOST = 2**53
@@ -64,10 +65,18 @@ class OwnerActions:
         order = parse_order(request)
         if order.what in DIRECTED and order.peer in (presence.transport.me, presence.name):
             raise UsageError("that is the owner's own peer\nstop it with: shoal leave")
+        return await self._alone(presence, lambda: self._performed(desk, presence, order))
+
+    async def _alone(self, presence: Presence, perform: Callable[[], Awaitable[AuditEntry]]) -> object:
+        """What was signed is spread, whether or not somebody still waits for it."""
+
+        async def performed() -> AuditEntry:
+            entry = await perform()
+            self._spread(presence, entry)
+            return entry
+
         async with self._one:
-            entry = await self._performed(desk, presence, order)
-        self._spread(presence, entry)
-        return entry.to_json()
+            return (await unbroken(performed())).to_json()
 
     async def _performed(self, desk: OrderDesk, presence: Presence, order: Order) -> AuditEntry:
         if order.what != "checkpoint":
@@ -99,9 +108,7 @@ class OwnerActions:
         desk, presence = self._here()
         token_id = text_of(request, "id", NAME_CHARACTERS)
         who = text_of(request, "who", NAME_CHARACTERS) or "local"
-        entry = await asyncio.to_thread(desk.revoke_token, token_id, who)
-        self._spread(presence, entry)
-        return entry.to_json()
+        return await self._alone(presence, lambda: asyncio.to_thread(desk.revoke_token, token_id, who))
 
     def _spread(self, presence: Presence, entry: AuditEntry) -> None:
         """Take over what was signed, and tell."""

@@ -36,7 +36,7 @@ class Miniature:
 
     def factor(self, method: str) -> float:
         """How many times more bytes the payload of this method has in the real run."""
-        if method in _OF_ACTIVATIONS:
+        if method.rpartition(".")[2] in _OF_ACTIVATIONS:
             return self.activation_factor
         prefix, _, rest = method.partition(".")
         stage, _, name = rest.partition(".")

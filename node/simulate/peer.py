@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.dht.beats import Beat
+from shoal.dht.beats import Beat, together
 from shoal.dht.directory import PeerRecord
 from shoal.dht.members import Members
 from shoal.dht.memory_directory import MemoryDirectoryHub
@@ -29,10 +30,11 @@ from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, START_FOLDER
 from shoal.training.checkpoint.share import Shelf
 from shoal.training.feed import Feed
 from shoal.training.lane import InlineLane, Work
+from shoal.training.methods import of_stage
 from shoal.training.partition import spec_costs
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.spec import RunSpec
-from shoal.training.tenure import Tenure
+from shoal.training.tenure import Tenure, announced
 from shoal.training.trainer import Trainer
 
 _TERMS = 1_000_000  # added to the incarnation at each move: more than a world starts processes
@@ -81,8 +83,11 @@ class SimulatedPeer:
         self.incarnation = incarnation
         self.state = "joining"
         self.stages: tuple[int, ...] = ()
+        self.states: tuple[str, ...] = ()
+        self.trainers: dict[int, Trainer] = {}  # by stage, in the order in which it came to them
         self.events: list[tuple[float, str, dict[str, object]]] = []
-        self.trainer: Trainer
+        self._over: set[int] = set()  # stages of which the replica has ended
+        self.tenure: Tenure | None = None
         self.past: list[tuple[int, Ledger]] = []  # stages held before, and what was decided there
         self.task: asyncio.Task[None] | None = None
         self._spec = spec
@@ -119,9 +124,9 @@ class SimulatedPeer:
         """Whether it ever came to hold its stage."""
         return self.state in ("online", "draining")
 
-    def announce(self, state: str, stages: tuple[int, ...]) -> None:
+    def announce(self, state: str, stages: tuple[int, ...], states: tuple[str, ...] = ()) -> None:
         """Tell everybody what this peer does from now on."""
-        self.state, self.stages = state, stages
+        self.state, self.stages, self.states = state, stages, states
         self.members.changed_now()
 
     async def start(self, stage: int | None = None) -> None:
@@ -149,7 +154,9 @@ class SimulatedPeer:
         if data_dir is not None:
             folders = [*imported, data_dir / CHECKPOINTS_FOLDER, data_dir / START_FOLDER]
             Shelf(folders, inline).serve(self.transport)
-        self._make_trainer(stage, InlineLane(duration_s), feed, data_dir, imported, fixed=True)
+        self._make_trainer(
+            stage, InlineLane(duration_s), self.incarnation, feed, data_dir, imported, fixed=True
+        )
         await self.trainer.recover()
         self.announce("online", (stage,))
 
@@ -163,32 +170,41 @@ class SimulatedPeer:
         durations_s: Callable[[int], Callable[[Work], float]],  # at each stage
         feed: Feed | None,
         data_dir: Path | None = None,
+        most: int = 1,
     ) -> None:
-        """`train_at` and `run` in one, beginning with this stage; it moves when the plan says so."""
+        """`train_at` and `run` in one, beginning with this stage; it moves when the plan says so.
 
-        first = True
+        `most`: stages that it holds at once, on one lane with the durations of the first."""
+        incarnation = self.incarnation - _TERMS
+        lane: InlineLane
 
         @contextlib.asynccontextmanager
         async def begin(at: int) -> AsyncIterator[Trainer]:
-            nonlocal first
-            if not first:
-                self.incarnation += _TERMS
-                self.past.append((self.trainer.stage, self.trainer.decisions))
-            first = False
-            served = self.transport.methods
-            self._make_trainer(at, InlineLane(durations_s(at)), feed, data_dir, (), fixed=False)
-            yield self.trainer
-            self.transport.withdraw(self.transport.methods - served)
+            nonlocal incarnation, lane
+            incarnation += _TERMS
+            self._close_past()
+            if not self.trainers:
+                self.incarnation, lane = incarnation, InlineLane(durations_s(at))
+            trainer = self._make_trainer(at, lane, incarnation, feed, data_dir, (), fixed=False)
+            try:
+                yield trainer
+            except asyncio.CancelledError:  # killed: it stays as it was
+                raise
+            except BaseException:
+                self._end(at)
+                raise
+            self._end(at)
 
-        tenure = Tenure(
+        tenure = self.tenure = Tenure(
             self._planned,
             view=self.members.view,
             begin=begin,
-            announce=self.announce,
+            announce=lambda held: self.announce(*announced(held)),
             prefetch=lambda at, donors: self.trainer.prefetch(at, donors),
-            fits=lambda at: True,
+            fits=lambda stages: True,
             event=self._note,
             rng=random.Random(self._rng.getrandbits(64)),
+            most=most,
         )
         await tenure.run(stage)
 
@@ -196,12 +212,13 @@ class SimulatedPeer:
         self,
         stage: int,
         lane: InlineLane,
+        incarnation: int,
         feed: Feed | None,
         data_dir: Path | None,
         imported: Sequence[Path],
         fixed: bool,
-    ) -> None:
-        self.trainer = Trainer(
+    ) -> Trainer:
+        trainer = Trainer(
             self._spec,
             stage,
             transport=self.transport,
@@ -210,20 +227,40 @@ class SimulatedPeer:
             offload=inline,
             feed=feed if stage == 0 else None,
             me=self.peer,
-            incarnation=self.incarnation,
+            incarnation=incarnation,
             event=self._note,
             rng=random.Random(self._rng.getrandbits(64)),
             data_dir=data_dir,
             fixed=fixed,
             imported=imported,
             spare_bytes=self._spare_bytes,
+            guards=lambda: next(iter(self.trainers), stage) == stage,
         )
+        self.trainers[stage] = trainer
+        return trainer
+
+    @property
+    def trainer(self) -> Trainer:
+        """Of the first of its stages."""
+        return next(iter(self.trainers.values()))
+
+    def _end(self, stage: int) -> None:
+        self.transport.withdraw(of_stage(self.transport.methods, stage))
+        self._over.add(stage)
+        if len(self.trainers) > 1:
+            self._close_past()
+
+    def _close_past(self) -> None:
+        """What was decided at stages that it has left is told once."""
+        for stage in self._over:
+            self.past.append((stage, self.trainers.pop(stage).decisions))
+        self._over.clear()
 
     async def leave(self, drain_s: float) -> None:
         """Finish what is held, say goodbye and go; `run` goes on meanwhile."""
         if self.online:
             self.announce("draining", self.stages)
-            await self.trainer.drain(drain_s)
+            await asyncio.gather(*(trainer.drain(drain_s) for trainer in self.trainers.values()))
         await self._stop()
         await self.members.leave()
         await self.members.close()
@@ -252,7 +289,13 @@ class SimulatedPeer:
         self.events.append((asyncio.get_running_loop().time(), kind, data))
 
     def _beat(self) -> Beat:
-        return self.trainer.heartbeat() if self.served else Beat()
+        if not self.served:
+            return Beat()
+        joining = {
+            stage for stage, state in zip(self.stages, self.states, strict=False) if state == "joining"
+        }
+        beats = [trainer.heartbeat() for stage, trainer in self.trainers.items() if stage not in joining]
+        return dataclasses.replace(together(beats), room=self.tenure.room if self.tenure is not None else 0)
 
     def _record(self) -> PeerRecord:
         return PeerRecord(
@@ -263,6 +306,7 @@ class SimulatedPeer:
             ttl_s=RECORD_TTL_S,
             state=self.state,
             stages=self.stages,
+            states=self.states,
             name=f"p{self.number}",
             addresses=("127.0.0.1:5000",),
             chain=self._membership.chain,

@@ -1,40 +1,34 @@
 """Whose rules say which stage a peer serves in the policy simulation: ours, or SWARM's.
 
-Ours: `training.placement` for joiners, who have read the directory, of a large one as much as an answer of it
-holds, and `training.rebalance` for everybody else, as every peer would plan.
+Ours: `training.placement` for joiners, who have looked into the directory, and `training.rebalance` for
+everybody else, as every peer would plan.
 SWARM's: joiners go to the stage with the longest queues; every five minutes the peer with the shortest queue
 at the stage with the shortest queues moves there, too.
 """
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from shoal.dht.buckets import Spot, Survey
+from shoal.dht.roster import NEWCOMERS_LOOKS
+from shoal.node.simulate.directory import Shelves
 from shoal.node.simulate.fleet import Node
 from shoal.node.simulate.flow import Flow
 from shoal.node.simulate.places import Places
 from shoal.training.placement import Loads
 from shoal.training.rebalance import Move, plan, settled
 
-_SEEN_BY_JOINER = 2500  # records: what a bucket's holder answers at most (`dht.kademlia.call_guard`)
-
 
 class Placer(ABC):
     """One set of rules. `window_s` is how often `move` is asked."""
 
     window_s: float
-
-    def came(self, node: Node) -> None:
-        """It has taken a stage, and announced that."""
-        return
-
-    def went(self, node: Node) -> None:
-        """It is leaving its stage, or gone."""
-        return
+    newcomers_records = 0  # that joiners read in the directory
 
     @abstractmethod
     def join(self, node: Node, now: float) -> int:
@@ -51,8 +45,9 @@ class ShoalPlacer(Placer):
     def __init__(
         self,
         places: Places,
+        shelves: Shelves,
         costs: Sequence[float],
-        rng: np.random.Generator,
+        rng: random.Random,
         *,
         window_s: float,
         minimum_replicas: int,
@@ -60,47 +55,28 @@ class ShoalPlacer(Placer):
     ) -> None:
         self.window_s = window_s
         self._places = places
+        self._shelves = shelves
         self._costs = costs
         self._rng = rng
-        self._announced: list[Node] = []  # their stages, in the order of the arrays
-        self._places_of: dict[Node, int] = {}
-        self._stages, self._speeds = np.zeros(1024, np.int64), np.zeros(1024)
         self._minimum_replicas = minimum_replicas
         self._move_s = move_s
         self._last: Move | None = None
 
     def join(self, node: Node, now: float) -> int:
-        count = len(self._announced)
-        seen: Any = slice(count)
-        if count > _SEEN_BY_JOINER:
-            seen = self._rng.choice(count, _SEEN_BY_JOINER, replace=False, shuffle=False)
-        stages, speeds = self._stages[seen], self._speeds[seen]
-        loads, size = Loads(self._costs), len(self._costs)
-        replicas, sums = np.bincount(stages, minlength=size), np.bincount(stages, speeds, minlength=size)
-        for stage in range(size):
-            loads.add(stage, float(sums[stage]), int(replicas[stage]))
-        return loads.neediest(float(np.median(speeds)) if count else 1.0)
-
-    def came(self, node: Node) -> None:
-        at = self._places_of[node] = len(self._announced)
-        self._announced.append(node)
-        if at == len(self._stages):
-            self._stages, self._speeds = np.resize(self._stages, 2 * at), np.resize(self._speeds, 2 * at)
-        self._stages[at], self._speeds[at] = node.stage, self._costs[node.stage] / node.service_s
-
-    def went(self, node: Node) -> None:
-        at = self._places_of.pop(node, None)
-        if at is None:
-            return
-        last = len(self._announced) - 1
-        self._announced[at], self._stages[at], self._speeds[at] = (
-            self._announced[last],
-            self._stages[last],
-            self._speeds[last],
-        )
-        if at != last:
-            self._places_of[self._announced[at]] = at
-        self._announced.pop()
+        survey = Survey(Spot.of(node.name, bytes(32)), self._rng)
+        looks = [self._shelves.look(survey, (), widely=True) for _ in range(NEWCOMERS_LOOKS)]
+        self.newcomers_records += sum(len(rows) for look in looks for rows in look)
+        sizes = survey.sizes()
+        of_use = looks if sizes else looks[:1]  # so few that each look shows everybody
+        rows = np.concatenate([rows for look in of_use for rows in look])
+        size = len(self._costs)
+        seen = np.bincount(rows["stage"], minlength=size)
+        speeds = np.bincount(rows["stage"], rows["speed"], minlength=size)
+        loads = Loads(self._costs)
+        for stage in np.flatnonzero(seen).tolist():
+            replicas = sizes.get(stage, 0.0) if sizes else float(seen[stage])
+            loads.add(stage, float(speeds[stage] / seen[stage]), replicas)
+        return loads.neediest(float(np.median(rows["speed"])) if len(rows) else 1.0)
 
     def move(self, now: float) -> tuple[Node, int] | None:
         nodes = [node for group in self._places.groups for node in group.nodes]

@@ -2,20 +2,21 @@
 
 Peers come and go like in the full one (`swarm`), micro-batches follow `flow`. Routing, admission, placement
 and rebalancing are the functions that real peers call, on what a real peer would see: a few replicas of the
-next stage, as many as `dht.neighbours` gives it, and, when it joins, records of the directory.
+next stage, as many as `dht.neighbours` gives it, and, when it joins, what its looks into the directory show.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
+import statistics
 
 import numpy as np
 from blake3 import blake3
 
 from shoal.node.simulate.choice import ROUTERS
 from shoal.node.simulate.compiled import PLAIN, compiled
-from shoal.node.simulate.directory import directory_bytes_per_s
+from shoal.node.simulate.directory import RECORD_BYTES, Shelves
 from shoal.node.simulate.fleet import Node
 from shoal.node.simulate.flow import Flow
 from shoal.node.simulate.ideal import capacities, ideal_rate
@@ -35,6 +36,7 @@ from shoal.training.spec import RunSpec
 _LOOK_S = 1.6  # a joiner looks around, and once more: `placing`
 COMPILED_FROM = 15_000.0  # peers times virtual seconds: below, it is sooner done as it stands
 _DRAIN_S = 20.0  # as the daemon's
+_ASKED = 4  # peers, at each sample, what the directory costs them
 
 
 def simulate_policies(
@@ -84,12 +86,15 @@ class Crowd:
         entrances = compiled() if options.peers * options.end_s >= COMPILED_FROM else PLAIN
         self.flow = Flow(rules, np.random.default_rng(rng.getrandbits(64)), entrances)
         self.places = Places(self.flow, stages, random.Random(rng.getrandbits(64)))
+        self.shelves = Shelves(stages)
+        self._asked = random.Random(rng.getrandbits(64))
         self.placer: Placer = SwarmPlacer(self.places, self.flow)
         if options.router != "swarm":
             self.placer = ShoalPlacer(
                 self.places,
+                self.shelves,
                 self.outcome.stage_s,
-                np.random.default_rng(rng.getrandbits(64)),
+                random.Random(rng.getrandbits(64)),
                 window_s=spec.stages.rebalance_window_s,
                 minimum_replicas=spec.stages.minimum_replicas,
                 move_s=_DRAIN_S,
@@ -114,12 +119,14 @@ class Crowd:
             if flow.now <= options.warmup_s:
                 begun, pieces = flow.decided, flow.pieces.copy()
             before = flow.decided
+            rates = [self.shelves.bytes_per_s(self._asked) for _ in range(_ASKED)]
+            outcome.directory_bytes += statistics.fmean(rates) * options.peers * every_s
             progress(flow.now, options.end_s)
         outcome.micro_batches = flow.decided - begun
         work = np.array(outcome.stage_s) @ (flow.pieces - pieces) / PIECES
         outcome.begun, outcome.drained, outcome.thrown = map(float, work)
         outcome.lost, outcome.retries, outcome.reroutes = flow.lost, flow.retries, flow.reroutes
-        outcome.directory_bytes = directory_bytes_per_s(options.peers) * outcome.peer_seconds
+        outcome.directory_bytes += RECORD_BYTES * self.placer.newcomers_records
         outcome.trace = self._trace.hexdigest(length=16)
 
     # --- coming and going
@@ -147,7 +154,7 @@ class Crowd:
     def _take(self, node: Node, stage: int) -> None:
         node.stage = stage
         node.service_s = node.machine.service_s(1.0, self.outcome.stage_s[stage])
-        self.placer.came(node)
+        self.shelves.file(node, self.outcome.stage_s[stage] / node.service_s)
 
     def _online(self, node: Node) -> None:
         if node.state == "joining":
@@ -175,14 +182,14 @@ class Crowd:
 
     def _drain(self, node: Node) -> None:
         node.state = "draining"
-        self.placer.went(node)
+        self.shelves.take_away(node)
         self.places.withdraw(node)
 
     def _go(self, node: Node) -> None:
         if node.state != "gone":
             self._note("gone", node)
             node.state = "gone"
-            self.placer.went(node)
+            self.shelves.take_away(node)
             self.places.leave(node)
 
     # --- rebalancing

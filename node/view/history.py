@@ -16,6 +16,7 @@ from shoal.node.view.archive import Archive, Contribution, Entry, Start, Write
 from shoal.node.view.plain import plain
 from shoal.node.view.snapshot import EVENTS, Snapshot
 from shoal.protocol.errors import ShoalError, StorageError, UsageError
+from shoal.protocol.unbroken import unbroken
 
 QUEUE = 8192  # events that wait for the disk
 SAMPLES = 4096
@@ -97,7 +98,10 @@ class History:
                     self._refused(error)
 
     async def flush(self) -> bool:
-        """Write what waits; whether the disk took it."""
+        """Write what waits; whether the disk took it. Cancelled or not: nothing may be lost on the way."""
+        return await unbroken(self._flush())
+
+    async def _flush(self) -> bool:
         if not (self._entries or self._samples or self._contributions or self._frame):
             return True
         write = Write(

@@ -56,7 +56,7 @@ def _stage(view: SwarmView, stage: int, layers: range, micro_batch_tokens: int, 
     there = {(beat.head, beat.state_root) for beat in beats if beat.height == height}
     count = sum(beat.height == height for beat in beats)
     made = [beat.steps_since_round for beat in beats if beat.height == height]
-    rates = [micro_batch_tokens / m.service_s for m in online if is_measured(m.service_s)]
+    rates = [micro_batch_tokens / (len(m.stages) * m.service_s) for m in online if is_measured(m.service_s)]
     return Stage(
         stage=stage,
         layers=(layers.start, layers.stop - 1),
@@ -133,8 +133,9 @@ def _peer(member: Member, view: SwarmView, replicas: Sequence[int], copies: Sequ
     progress = member.progress(member.stages[0]) if member.stages else None
     online = bool(member.stages) and member.state == "online" and member.liveness is Liveness.ALIVE
     leaves = ""
-    if online and member.stages[0] < len(replicas):
-        leaves = if_leaves(name, member.stages[0], replicas, copies)
+    if online:
+        held = [s for s in member.stages if s < len(replicas) and member.state_at(s) == "online"]
+        leaves = " ".join(if_leaves(name, stage, replicas, copies) for stage in held)
     return Peer(
         peer=member.peer,
         name=name,

@@ -72,6 +72,7 @@ class Own:
     bytes_in: Mapping[str, int] = field(default_factory=dict)
     refusals: Mapping[str, int] = field(default_factory=dict)  # inbound streams, by error
     training: Mapping[str, object] = field(default_factory=dict)
+    others: tuple[Mapping[str, object], ...] = ()  # reports of the other stages that it holds
     audits: Mapping[str, int] = field(
         default_factory=dict
     )  # of its own questions to the run's model, by result

@@ -5,9 +5,10 @@
 
 For each number of peers the systems take turns. All workers hold their input in memory when the parent
 releases them at one instant; a round ends when the last of them holds the decoded mean in fp32. Shoal's time
-is a whole round with mutual TLS, digests and commit (`allreduce_shoal.py`); the others' is the bare reduction
-(`allreduce_baselines.py`). bytes_per_peer is what the loopback device carried in a round, divided by
-peers: the least over the rounds, for other traffic can only add. Prints one line of JSON a row with --json.
+is a whole round with mutual TLS, digests and commit (`allreduce_shoal.py`), and root_seconds_median what its
+state root takes after that; the others' is the bare reduction (`allreduce_baselines.py`). bytes_per_peer is
+what the loopback device carried in a round, divided by peers: the least over the rounds, for other traffic
+can only add. Prints one line of JSON a row with --json.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def row(system: str, codec: str, peers: int, options: argparse.Namespace, found:
         "cpu_s_per_peer": round(statistics.median(parts["cpu_s"] for parts in found.parts), 3),
     }
     if system == "shoal":
+        fields["root_seconds_median"] = round(statistics.median(p["root_s"] for p in found.parts), 4)
         fields["go_to_applied_median"] = round(statistics.median(p["round_s"] for p in found.parts), 4)
         fields["frame_bytes_per_peer"] = found.frame_bytes_per_peer(options.warm_up + options.rounds)
         fields["contributions_lost"] = sum(parts["lost"] for parts in found.parts)

@@ -1,8 +1,9 @@
 """The Shoal worker of the all-reduce benchmark: the real Outer on the gRPC transport, mutual TLS and all.
 
 Run by `allreduce.py` and `slow_link.py`, one process a peer. A round is measured from the moment when a round
-is due at everybody until its entry is applied: PREPARE, GO, contributions, means, reports, COMMIT, outer
-step, state root and rebase. The outer step is plain (rate 1, no momentum), so the anchor moves by the mean.
+is due at everybody until local weights have moved: PREPARE, GO, contributions, means, reports, COMMIT, outer
+step and rebase. What the state root takes after that is told by itself: training does not wait for it. The
+outer step is plain (rate 1, no momentum), so the anchor moves by the mean.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from shoal.protocol.allocator import keep_freed_memory
 from shoal.protocol.contacts import ContactBook
 from shoal.protocol.grpc_transport import GrpcTransport
 from shoal.protocol.identity import Contact, PeerId, PeerKey
-from shoal.training.outer.local import MemoryWeights
+from shoal.training.outer.local import MemoryWeights, Rebase
 from shoal.training.outer.service import GroupMember, Outer
 from shoal.training.spec import RunSpec
 
@@ -76,6 +77,16 @@ class Board:
         return int(height), bytes(head), bytes(root)
 
 
+class Weights(MemoryWeights):
+    """Note when a round moved them."""
+
+    moved_s = 0.0
+
+    async def rebase(self, changes: Sequence[Rebase]) -> None:
+        await super().rebase(changes)
+        self.moved_s = time.monotonic()
+
+
 class Shoal(System):
     """One replica. Once the parent has released all, each knows that all have made their step."""
 
@@ -86,14 +97,14 @@ class Shoal(System):
         self._contacts = ContactBook()
         self._transport = GrpcTransport(membership, self._contacts, config["host"])
         self._genesis = torch.zeros(config["mib"] * (1 << 20) // 4)
-        self._weights = MemoryWeights(self._genesis)
+        self._weights = Weights(self._genesis)
         self._board = Board(Path(config["folder"]) / "beats", self.peers)
         self._change = torch.empty(0)
         self._names: list[PeerId] = []
         self._due = False
         self._before = self._genesis
         self._applied = asyncio.Event()
-        self._ended_s = self._round_s = 0.0
+        self._ended_s = self._round_s = self._root_s = 0.0
         self._contributors = 0
         self._pool = ThreadPoolExecutor(_OFFLOAD_THREADS, thread_name_prefix="offload")
         self._outer = Outer(
@@ -145,7 +156,8 @@ class Shoal(System):
         await asyncio.wait(waited, timeout=_ROUND_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
         if not applied.done():
             raise SystemExit(f"rank {self.rank}: no round in {_ROUND_LIMIT_S:.0f} s; {self._outer.status()}")
-        return self._ended_s, {"round_s": self._round_s, "lost": self.peers - self._contributors}
+        figures = {"round_s": self._round_s, "root_s": self._root_s}
+        return self._ended_s, {**figures, "lost": self.peers - self._contributors}
 
     def mean(self) -> torch.Tensor:
         return self._outer.anchor - self._before
@@ -184,7 +196,8 @@ class Shoal(System):
         if kind == "round":
             self._due = False
             self._board.write(self.rank, self._outer)
-            self._ended_s, self._round_s = time.monotonic(), float(str(data["seconds"]))
+            self._ended_s, self._round_s = self._weights.moved_s, float(str(data["seconds"]))
+            self._root_s = time.monotonic() - self._ended_s
             self._contributors = int(str(data["contributors"]))
             self._applied.set()
         elif kind != "round-open":

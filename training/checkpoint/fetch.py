@@ -17,6 +17,7 @@ from shoal.protocol import limits
 from shoal.protocol.errors import MessageInvalid, NotHere, ShoalError, StorageError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Message, Stream, Transport, call
+from shoal.protocol.unbroken import unbroken
 from shoal.training.checkpoint.manifest import (
     DIGEST,
     MANIFEST,
@@ -132,8 +133,10 @@ async def fetch_files(
 async def _fetch(
     transport: Transport, donor: PeerId, digest: bytes, entry: FileEntry, path: Path, offload: Offload
 ) -> None:
-    arriving: _Arriving = await offload(_Arriving, path)
+    opened: list[_Arriving] = []
     try:
+        await unbroken(offload(lambda: opened.append(_Arriving(path))))
+        (arriving,) = opened
         async with transport.open(donor, FILE_METHOD, Channel.BULK) as stream:
             await stream.send(FileOf(digest, entry.name))
             await stream.end()
@@ -147,7 +150,8 @@ async def _fetch(
             raise MessageInvalid(f"{entry.name} of {donor} does not fit its hash")
         await offload(arriving.keep)
     finally:
-        await offload(arriving.close)
+        for arriving in opened:
+            await unbroken(offload(arriving.close))
 
 
 async def _receive(stream: Stream, most: int) -> Message[FileChunk]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from shoal.protocol.errors import MessageInvalid, NotHere, PeerSilent, ShoalError, StageEmpty, StorageError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Message, Stream, Transport
+from shoal.protocol.unbroken import uncut
 from shoal.training.checkpoint.fetch import checked_manifest, fetch_files
 from shoal.training.checkpoint.keeper import Keeper
 from shoal.training.checkpoint.manifest import (
@@ -27,7 +28,8 @@ from shoal.training.checkpoint.manifest import (
 from shoal.training.checkpoint.messages import CheckpointManifest, StillWriting, TakeCheckpoint
 from shoal.training.checkpoint.read import Checkpoint, Progress, open_checkpoint, silent
 from shoal.training.checkpoint.reshape import load_stage
-from shoal.training.checkpoint.write import Writer, prune
+from shoal.training.checkpoint.write import Writer, prune, writing
+from shoal.training.methods import at_stage
 from shoal.training.model.layout import stage_layout
 from shoal.training.outer.context import GROUP_ROLES, Event, Offload
 from shoal.training.outer.parts import cut
@@ -43,7 +45,7 @@ _STAGES_AT_ONCE = 4  # fetched; all are taken at once
 
 def take_method(stage: int) -> str:
     """The transport method by which a replica is asked for its stage."""
-    return f"checkpoint.take.{stage}"
+    return at_stage(stage, "checkpoint")
 
 
 def serve_take(keeper: Keeper, stage: int, transport: Transport) -> None:
@@ -84,7 +86,7 @@ class Gatherer:
         self._transport = transport
         self._replicas = replicas
         self._folder = folder
-        self._offload = offload
+        self._offload = uncut(offload)
         self._event = event
         self._rng = rng
         self._one_at_a_time = asyncio.Lock()
@@ -92,11 +94,10 @@ class Gatherer:
     async def gather(self, progress: Progress = silent) -> Checkpoint:
         """Raises StageEmpty when a stage has no replica that hands its part over, StorageError."""
         async with self._one_at_a_time:
-            writer: Writer = await self._offload(Writer, self._folder, KIND)
             try:
-                found = await self._gather(writer, progress)
+                async with writing(self._offload, self._folder, KIND) as writer:
+                    found = await self._gather(writer, progress)
             except ShoalError as error:
-                await self._offload(writer.discard)
                 self._event("checkpoint-refused", {"why": str(error)})
                 raise
             await self._offload(prune, self._folder, KIND, self._spec.checkpoint.kept)

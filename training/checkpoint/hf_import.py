@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from shoal.protocol import limits
-from shoal.protocol.errors import ShoalError, StorageError, UsageError
+from shoal.protocol.errors import StorageError, UsageError
 from shoal.training.checkpoint.hf import (
     CONFIG,
     INDEX,
@@ -73,7 +73,7 @@ def import_hf(source: Path, store: Path, stages: int, progress: Progress = silen
                 done += slot.count
                 progress(done, total)
             writer.finish(spec, [part])
-        except ShoalError:
+        except BaseException:  # Ctrl-C, too
             writer.discard()
             raise
     return _only_once(writer.path)
@@ -101,7 +101,7 @@ def import_checkpoint(
             for entry in source.manifest.files:
                 writer.take_over(entry, source.path / entry.name)
             writer.seal(source.manifest_bytes())
-    except ShoalError:
+    except BaseException:  # Ctrl-C, too
         writer.discard()
         raise
     return _only_once(writer.path)

@@ -17,6 +17,7 @@ from shoal.protocol.errors import ShoalError, StorageError
 from shoal.protocol.faults import define
 from shoal.protocol.faulty_transport import point
 from shoal.protocol.transport import Transport
+from shoal.protocol.unbroken import uncut
 from shoal.training.checkpoint.manifest import (
     MEAN,
     MOMENTUM,
@@ -27,7 +28,7 @@ from shoal.training.checkpoint.manifest import (
 )
 from shoal.training.checkpoint.read import Checkpoint, open_checkpoint
 from shoal.training.checkpoint.reshape import load_stage
-from shoal.training.checkpoint.write import Writer, prune
+from shoal.training.checkpoint.write import Writer, prune, writing
 from shoal.training.inner import Moments
 from shoal.training.model.layout import Slot, StageLayout
 from shoal.training.outer.context import Event, Offload
@@ -62,7 +63,7 @@ class Keeper:
         self._transport = transport
         self._snapshot = snapshot
         self._moments = moments
-        self._offload = offload
+        self._offload = uncut(offload)
         self._event = event
         self._kind = f"stage-{stage}"
         self._writing = asyncio.Lock()
@@ -130,8 +131,7 @@ class Keeper:
 
     async def _write(self, snapshot: Snapshot) -> Checkpoint:
         moments = await self._moments()
-        writer: Writer = await self._offload(Writer, self.folder, self._kind)
-        try:
+        async with writing(self._offload, self.folder, self._kind) as writer:
             await self._offload(add_log, writer, snapshot)
             for slot in self._layout.slots:
                 await point(self._transport, _WRITING)
@@ -139,9 +139,6 @@ class Keeper:
             await point(self._transport, _SEALING)
             part = stage_part(self._spec, self._transport.me, self._layout, snapshot, moments)
             await self._offload(writer.finish, self._spec, [part])
-        except StorageError:
-            await self._offload(writer.discard)
-            raise
         written: Checkpoint = await self._offload(open_checkpoint, writer.path)
         await self._offload(prune, self.folder, self._kind, self._spec.checkpoint.kept)
         return written

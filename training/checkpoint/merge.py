@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from shoal.protocol.errors import ShoalError, UsageError
+from shoal.protocol.errors import UsageError
 from shoal.training.checkpoint.manifest import SPEC, StagePart, files_of
 from shoal.training.checkpoint.read import Checkpoint, Progress, open_checkpoint, silent, verify
 from shoal.training.checkpoint.write import Writer
@@ -33,7 +33,7 @@ def merge(paths: Sequence[Path], folder: Path, progress: Progress = silent) -> C
                 if entry is not None:
                     writer.take_over(entry, checkpoint.path / name)
         writer.finish(used[0].spec, [part for _, part in chosen], used[0].read(SPEC))
-    except ShoalError:
+    except BaseException:  # Ctrl-C, too
         writer.discard()
         raise
     return open_checkpoint(writer.path)

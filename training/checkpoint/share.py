@@ -11,6 +11,7 @@ from typing import IO
 
 from shoal.protocol.errors import NotHere, ShoalError
 from shoal.protocol.transport import Channel, Stream, Transport
+from shoal.protocol.unbroken import unbroken
 from shoal.training.checkpoint.manifest import DIGEST, MANIFEST, MANIFEST_BYTES, numbered, parse_manifest
 from shoal.training.checkpoint.messages import (
     CHUNK_BYTES,
@@ -63,7 +64,7 @@ class Shelf:
                 await stream.send(FileChunk(offset), data)
                 offset += len(data)
         finally:
-            file.close()
+            await unbroken(self._offload(file.close))  # a read that was given up may still hold the file
 
     def _read_manifest(self, digest: bytes) -> bytes:
         return _read(find(self._folders, digest.hex()) / MANIFEST)

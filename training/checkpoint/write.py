@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -19,6 +19,7 @@ import torch
 from blake3 import blake3
 
 from shoal.protocol.errors import StorageError
+from shoal.protocol.unbroken import Offload, unbroken
 from shoal.training.checkpoint.manifest import (
     DIGEST,
     MANIFEST,
@@ -120,6 +121,22 @@ class Writer:
     def discard(self) -> None:
         """After a failure: nothing of it stays."""
         shutil.rmtree(self._partial, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def writing(offload: Offload, folder: Path, kind: str) -> AsyncIterator[Writer]:
+    """A Writer for as long as the context lasts; ended by whatever error or cancelled, nothing of it stays.
+
+    Its caller offloads with `uncut` too, so that no thread writes into what is being removed.
+    """
+    made: list[Writer] = []
+    try:
+        await unbroken(offload(lambda: made.append(Writer(folder, kind))))
+        yield made[0]
+    except BaseException:
+        for writer in made:
+            await unbroken(offload(writer.discard))
+        raise
 
 
 def prune(folder: Path, kind: str, kept: int) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 
 from shoal.training.model.layout import Slot, StageLayout
+from shoal.training.model.product import product as matrix_product
 
 _MOST = 127  # symmetric: -128 is not used
 # Values of a slice, 512 KiB in float32: it stays in a core's second cache between its making and its use.
@@ -93,9 +93,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(codes, scales)
-        product = torch.cat(
-            [functional.linear(inputs, one.to(inputs.dtype)) for one in _slices(codes)], dim=1
-        )
+        product = torch.cat([matrix_product(inputs, one.to(inputs.dtype)) for one in _slices(codes)], dim=1)
         return (product * scales).to(inputs.dtype)
 
     @staticmethod

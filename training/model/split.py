@@ -17,7 +17,11 @@ Note = Callable[[torch.Tensor], None]
 
 
 class Tape:
-    """Weight gradients still to be computed for one micro-batch. `apply` may be called once."""
+    """Weight gradients still to be computed for one micro-batch; each is added once.
+
+    Notes hold no tensor of the graph: its nodes know the tape, and a ring through autograd is not collected,
+    so a micro-batch that is dropped would stay in memory for good.
+    """
 
     def __init__(self) -> None:
         self._notes: list[tuple[int, Callable[[torch.Tensor], None], int]] = []
@@ -29,7 +33,7 @@ class Tape:
         self.held_bytes += sum(t.numel() * t.element_size() for t in kept)
 
     def linear(self, inputs: torch.Tensor, weight: torch.Tensor, start: int) -> torch.Tensor:
-        """See the function of this name; `start` is where the weight lies in the flat vector."""
+        """inputs [..., n] times weight [m, n] transposed, which lies at `start` in the flat vector."""
         result: torch.Tensor = _Linear.apply(inputs, weight, start, self)  # type: ignore[no-untyped-call]
         return result
 
@@ -50,10 +54,19 @@ class Tape:
     @torch.no_grad()
     def apply(self, gradient: torch.Tensor) -> None:
         """Add every noted gradient to the stage's flat fp32 gradient, and let go of the activations."""
-        notes, self._notes = self._notes, []
+        self.apply_within(gradient, 0)
         self.held_bytes = 0
-        for start, add, count in notes:
-            add(gradient[start : start + count])
+
+    @torch.no_grad()
+    def apply_within(self, gradient: torch.Tensor, first: int) -> None:
+        """The same for those notes alone that lie in `gradient`, whose beginning is flat[first]."""
+        notes, self._notes = self._notes, []
+        for note in notes:
+            start, add, count = note
+            if first <= start < first + gradient.numel():
+                add(gradient[start - first : start - first + count])
+            else:
+                self._notes.append(note)
 
 
 class _Linear(torch.autograd.Function):
@@ -67,11 +80,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (output_gradient,) = gradients
         inputs, weight = ctx.saved_tensors
-        rows = inputs.reshape(-1, inputs.shape[-1])
+        shape = weight.shape  # not the weights: the version they are of would stay with the note
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
         output_rows = output_gradient.reshape(-1, output_gradient.shape[-1])
 
         def add(target: torch.Tensor) -> None:
-            matrix = target.view(weight.shape)
+            matrix = target.view(shape)
             if rows.dtype == matrix.dtype:
                 matrix.addmm_(output_rows.t(), rows)
             else:
@@ -92,11 +106,12 @@ class _Scale(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (output_gradient,) = gradients
         inputs, scale = ctx.saved_tensors
+        kept = inputs.detach()
 
         def add(target: torch.Tensor) -> None:
-            target += (output_gradient * inputs).reshape(-1, target.numel()).sum(0)
+            target += (output_gradient * kept).reshape(-1, target.numel()).sum(0)
 
-        ctx.tape.note(ctx.start, scale.numel(), add, inputs, output_gradient)
+        ctx.tape.note(ctx.start, scale.numel(), add, kept, output_gradient)
         return output_gradient * scale, None, None, None
 
 
@@ -115,11 +130,6 @@ class _Shift(torch.autograd.Function):
 
         ctx.tape.note(ctx.start, ctx.count, add, output_gradient)
         return output_gradient, None, None, None
-
-
-def linear(inputs: torch.Tensor, weight: torch.Tensor, start: int, tape: Tape | None) -> torch.Tensor:
-    """inputs [..., n] times weight [m, n] transposed; its gradient goes by way of the tape."""
-    return functional.linear(inputs, weight) if tape is None else tape.linear(inputs, weight, start)
 
 
 def scale(inputs: torch.Tensor, factor: torch.Tensor, start: int, tape: Tape | None) -> torch.Tensor:

@@ -11,16 +11,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as functional
 
 from shoal.training.model.int8 import Int8Weights
 from shoal.training.model.layout import EMBEDDING, FINAL_NORM, HEAD, StageLayout
-from shoal.training.model.split import Tape, linear, scale, shift
+from shoal.training.model.split import Tape, scale, shift
 from shoal.training.spec import RunSpec
 
+
+class Weight(Protocol):
+    """A flat vector, as far as a model reads it; `devices.stage` has only a layer of it at a time."""
+
+    def __getitem__(self, wanted: slice, /) -> torch.Tensor: ...
+
+
 Held = torch.Tensor | Int8Weights  # a stage's weights
+Read = Weight | Int8Weights  # and what a model computes with
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs [..., n], weight [m, n] -> [..., m]
 # (layer, query [B, heads, T, d], key [B, kv_heads, T, d], value like key, not rotated) -> mixed like query
 Mixer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -28,48 +38,54 @@ Mixer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class StageModel:
     """The forward computation of one stage."""
 
-    def __init__(self, spec: RunSpec, layout: StageLayout) -> None:
-        self.layout = layout
+    def __init__(self, spec: RunSpec, layout: StageLayout, product: Product = functional.linear) -> None:
+        """`product` multiplies where there is no tape."""
+        self.layout, self._plain = layout, product
         self._model = spec.model
         self._slots = {slot.name: slot for slot in layout.slots}
         self._head_name = EMBEDDING if spec.model.tie_embeddings else HEAD
 
-    def embed(self, weights: Held, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, weights: Read, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden state of the first stage's input. tokens [B, T] -> [B, T, width]."""
         slot = self._slots[EMBEDDING]
         if isinstance(weights, Int8Weights):
             return weights.rows(slot, tokens)
-        return functional.embedding(tokens, slot.view(weights))
+        return functional.embedding(tokens, weights[slot.start : slot.start + slot.count].view(slot.shape))
 
     def blocks(
-        self, weights: Held, hidden: torch.Tensor, tape: Tape | None, mixer: Mixer | None = None
+        self, weights: Read, hidden: torch.Tensor, tape: Tape | None, mixer: Mixer | None = None
     ) -> torch.Tensor:
         """The stage's layers. [B, T, width] -> [B, T, width]."""
         for layer in self.layout.layers:
-            prefix = f"layers.{layer}"
-            hidden = hidden + self._attention(weights, layer, hidden, tape, mixer or self._causal)
-            hidden = hidden + self._feedforward(weights, prefix, hidden, tape)
+            hidden = self.block(weights, layer, hidden, tape, mixer)
         return hidden
 
-    def logits(self, weights: Held, hidden: torch.Tensor, tape: Tape | None) -> torch.Tensor:
+    def block(
+        self, weights: Read, layer: int, hidden: torch.Tensor, tape: Tape | None, mixer: Mixer | None = None
+    ) -> torch.Tensor:
+        """One of them."""
+        hidden = hidden + self._attention(weights, layer, hidden, tape, mixer or self._causal)
+        return hidden + self._feedforward(weights, f"layers.{layer}", hidden, tape)
+
+    def logits(self, weights: Read, hidden: torch.Tensor, tape: Tape | None) -> torch.Tensor:
         """The last stage's output. [B, T, width] -> [B, T, vocabulary]."""
         hidden = self._norm(weights, FINAL_NORM, hidden, tape)
         return self._product(weights, (self._head_name,), hidden, tape)
 
     def loss(
-        self, weights: Held, hidden: torch.Tensor, targets: torch.Tensor, tape: Tape | None
+        self, weights: Read, hidden: torch.Tensor, targets: torch.Tensor, tape: Tape | None
     ) -> torch.Tensor:
         """Summed cross-entropy in nats over targets [B, T]; a scalar, fp32."""
         logits = self.logits(weights, hidden, tape).float()
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
-    def _norm(self, weights: Held, name: str, hidden: torch.Tensor, tape: Tape | None) -> torch.Tensor:
+    def _norm(self, weights: Read, name: str, hidden: torch.Tensor, tape: Tape | None) -> torch.Tensor:
         slot = self._slots[name]
         normal = functional.rms_norm(hidden, (self._model.width,), eps=self._model.norm_epsilon)
         return scale(normal, _vector(weights, slot.start, slot.count), slot.start, tape)
 
     def _product(
-        self, weights: Held, names: tuple[str, ...], inputs: torch.Tensor, tape: Tape | None
+        self, weights: Read, names: tuple[str, ...], inputs: torch.Tensor, tape: Tape | None
     ) -> torch.Tensor:
         """One product for matrices that lie side by side in the flat vector."""
         slots = [self._slots[name] for name in names]
@@ -78,10 +94,11 @@ class StageModel:
         if isinstance(weights, Int8Weights):
             product = weights.linear(inputs, start, rows)
             return product if tape is None else tape.beside(product, inputs, start, rows * columns)
-        return linear(inputs, weights[start : start + rows * columns].view(rows, columns), start, tape)
+        weight = weights[start : start + rows * columns].view(rows, columns)
+        return self._plain(inputs, weight) if tape is None else tape.linear(inputs, weight, start)
 
     def _attention(
-        self, weights: Held, layer: int, hidden: torch.Tensor, tape: Tape | None, mixer: Mixer
+        self, weights: Read, layer: int, hidden: torch.Tensor, tape: Tape | None, mixer: Mixer
     ) -> torch.Tensor:
         model, prefix = self._model, f"layers.{layer}"
         batch, length, width = hidden.shape
@@ -111,7 +128,7 @@ class StageModel:
         )
 
     def _feedforward(
-        self, weights: Held, prefix: str, hidden: torch.Tensor, tape: Tape | None
+        self, weights: Read, prefix: str, hidden: torch.Tensor, tape: Tape | None
     ) -> torch.Tensor:
         inputs = self._norm(weights, f"{prefix}.feedforward_norm", hidden, tape)
         names = (f"{prefix}.feedforward.gate", f"{prefix}.feedforward.up")
@@ -119,10 +136,10 @@ class StageModel:
         return self._product(weights, (f"{prefix}.feedforward.down",), functional.silu(gate) * up, tape)
 
 
-def _vector(weights: Held, start: int, count: int) -> torch.Tensor:
+def _vector(weights: Read, start: int, count: int) -> torch.Tensor:
     """Norm scales, or biases that lie side by side."""
     return (
-        weights[start : start + count] if isinstance(weights, torch.Tensor) else weights.vector(start, count)
+        weights.vector(start, count) if isinstance(weights, Int8Weights) else weights[start : start + count]
     )
 
 

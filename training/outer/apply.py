@@ -1,7 +1,8 @@
 """Applying an entry: the outer step of one fragment, and what local weights and residuals do about it.
 
 A round steps each part as soon as it is held, while others are still on their way; COMMIT then finds most of
-the work done, and does again what was decided otherwise. No tensor that others hold is changed.
+the work done, and does again what was decided otherwise. No tensor that others hold is changed. The new state
+is hashed last, when local weights have moved: inner steps need not wait for that.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from blake3 import blake3
 from shoal.compression.codec import bytes_of
 from shoal.training.outer.codecs import RoundCodecs
 from shoal.training.outer.context import Context
-from shoal.training.outer.contribution import Contribution
+from shoal.training.outer.contribution import Contribution, grouped
 from shoal.training.outer.entry import SKIP, Entry
 from shoal.training.outer.local import Rebase
-from shoal.training.outer.parts import Fragment
+from shoal.training.outer.parts import Fragment, Part
 from shoal.training.outer.reduce import Published
 
 
@@ -29,7 +30,6 @@ class Applied:
 
     anchor: torch.Tensor  # [fragment] fp32 CPU
     momentum: torch.Tensor
-    digests: list[bytes]  # of each part of both
     changes: list[Rebase]
     remainders: dict[int, torch.Tensor | None]  # of e, by part index
 
@@ -57,7 +57,7 @@ class OuterStep:
         self._after = context.buffers.take(fragment.count)
         moves = context.strategy.momentum > 0.0 and scale is None
         self._velocity = context.buffers.take(fragment.count) if moves else momentum
-        self._tasks: dict[int, asyncio.Future[bytes]] = {}  # part -> digest of the state after it
+        self._tasks: dict[int, asyncio.Future[None]] = {}  # by part
         self._taken: dict[int, bytes] = {}  # part -> digest of the mean that was taken
 
     def begin(self, number: int, published: Published) -> None:
@@ -69,13 +69,19 @@ class OuterStep:
         self._taken[number] = SKIP if published is None else published.digest
         self._tasks[number] = asyncio.ensure_future(self._context.offload(self._step, number, published))
 
-    async def _settle(self, number: int, published: Published | None) -> bytes:
-        digest = SKIP if published is None else published.digest
-        if number in self._tasks and self._taken[number] != digest:
-            await asyncio.wait([self._tasks.pop(number)])  # two must not write one part
-        if number not in self._tasks:
-            self._start(number, published)
-        return await asyncio.shield(self._tasks[number])
+    async def _settle(self, published: Mapping[int, Published]) -> None:
+        """What an entry decided."""
+        numbers = range(len(self._fragment.parts))
+        decided = {n: published[n].digest if n in published else SKIP for n in numbers}
+        if wrong := [n for n in self._tasks if self._taken[n] != decided[n]]:
+            await asyncio.wait([self._tasks[n] for n in wrong])  # two must not write one part
+        for n in numbers:
+            if self._taken.get(n) != decided[n]:
+                self._start(n, published.get(n))
+        if under_way := [task for task in self._tasks.values() if not task.done()]:
+            await asyncio.wait(under_way)
+        for task in self._tasks.values():
+            task.result()
 
     async def finish(
         self, entry: Entry, published: Mapping[int, Published], mine: Contribution | None
@@ -85,9 +91,7 @@ class OuterStep:
         Local weights and residuals, part by part (design section 9): listed, w ← new + (w − s) and e ← what
         was left out; not listed, w ← w + (new − a); SKIP, nothing.
         """
-        count = len(self._fragment.parts)
-        settling = (self._settle(number, published.get(number)) for number in range(count))
-        digests = list(await asyncio.gather(*settling))
+        await self._settle(published)
         seat = entry.seat_of(self._context.me, self._context.incarnation)
         changes: list[Rebase] = []
         remainders: dict[int, torch.Tensor | None] = {}
@@ -103,13 +107,33 @@ class OuterStep:
                 remainders[part.index] = mine.remainder(part)
             else:
                 changes.append(Rebase(part.start, self._anchor[span], after))
-        return Applied(self._after, self._velocity, digests, changes, remainders)
+        return Applied(self._after, self._velocity, changes, remainders)
+
+    async def digests(self) -> list[bytes]:
+        """Of each part of the state after it, once that is finished."""
+        groups = grouped(self._fragment.parts)
+        found = await asyncio.gather(*(self._context.offload(self._hashed, group) for group in groups))
+        return [digest for group in found for digest in group]
+
+    def _hashed(self, parts: Sequence[Part]) -> list[bytes]:
+        """What was not touched is not hashed again."""
+        found = []
+        for part in parts:
+            span, number = self._fragment.within(part), part.index - self._fragment.parts[0].index
+            known = self._digests[number] if self._digests else b""
+            if known and self._taken[number] == SKIP:
+                found.append(known)
+            elif known and self._velocity is self._momentum:
+                found.append(tensor_digest(self._after[span]) + known[PART_STATE_BYTES // 2 :])
+            else:
+                found.append(part_state(self._after[span], self._velocity[span]))
+        return found
 
     async def close(self) -> None:
         """Wait for what is under way: it writes into buffers."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    def _step(self, number: int, published: Published | None) -> bytes:
+    def _step(self, number: int, published: Published | None) -> None:
         part, codec = self._fragment.parts[number], self._codecs.published(number)
         span = self._fragment.within(part)
         after, velocity = self._after[span], self._velocity[span]
@@ -122,9 +146,6 @@ class OuterStep:
         else:
             anchor, momentum = self._anchor[span], self._momentum[span]
             self._context.strategy.step(codec, published.encoded, anchor, momentum, after, velocity)
-        if self._velocity is self._momentum and self._digests:
-            return tensor_digest(after) + self._digests[number][PART_STATE_BYTES // 2 :]
-        return part_state(after, velocity)
 
     def _alpha(self) -> float | None:
         outer = self._context.spec.outer

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from shoal.protocol import limits
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Transport
 from shoal.training.amended import Amended
@@ -107,5 +108,7 @@ class Context:
     def refuse(self, peer: PeerId, reason: str) -> None:
         """Count what a peer sent against the protocol, and let membership know."""
         self.refused[peer] += 1
+        if len(self.refused) > limits.RECORDS_HELD:  # ids cost nothing
+            del self.refused[min(self.refused, key=self.refused.__getitem__)]
         self.suspect(peer, reason)
         self.event("refused", {"peer": peer, "reason": reason})

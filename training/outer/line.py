@@ -42,6 +42,8 @@ class Line(ABC):
 
 
 class _Lifeline(Line):
+    _listening: asyncio.TimerHandle
+
     def __init__(self, stream: Stream, silence_s: float) -> None:
         self.peer = stream.remote.peer
         self._stream = stream
@@ -62,25 +64,30 @@ class _Lifeline(Line):
 
     async def receive(self, *kinds: type[Any], max_payload_bytes: int = 0) -> Message[Any]:
         while True:
-            receiving = asyncio.ensure_future(
-                self._stream.receive(*kinds, Tick, max_payload_bytes=max_payload_bytes)
-            )
+            limit = asyncio.timeout(None)
             try:
-                while not receiving.done():
-                    await self._listen(receiving)
+                async with limit:
+                    self._listen(limit)
+                    message = await self._stream.receive(*kinds, Tick, max_payload_bytes=max_payload_bytes)
+            except TimeoutError:
+                raise PeerSilent(f"nothing from {self.peer} for {self._silence_s:g} s") from None
             finally:
-                receiving.cancel()
-                await asyncio.gather(receiving, return_exceptions=True)
-            message = receiving.result()
+                self._listening.cancel()
             if not isinstance(message.header, Tick):
                 return message
 
-    async def _listen(self, receiving: asyncio.Future[Message[Any]]) -> None:
+    def _listen(self, limit: asyncio.Timeout) -> None:
+        """Let the limit pass after a silence."""
         loop = asyncio.get_running_loop()
         limit_s = loop.time() + self._silence_s
-        done, _ = await asyncio.wait([receiving], timeout=self._silence_s)
-        if not done and loop.time() - limit_s < TICK_S:  # else it was this process that stood still
-            raise PeerSilent(f"nothing from {self.peer} for {self._silence_s:g} s")
+
+        def judge() -> None:
+            if loop.time() - limit_s < TICK_S:
+                limit.reschedule(loop.time())
+            else:  # it was this process that stood still
+                self._listen(limit)
+
+        self._listening = loop.call_at(limit_s, judge)
 
     async def send_all(self) -> None:
         """Until the outbox is closed. A broken stream ends it quietly: the receiving side reports it."""

@@ -18,7 +18,7 @@ from shoal.dht.directory import PeerIdText, StageIndex
 from shoal.protocol import limits, wire
 from shoal.protocol.errors import MessageInvalid, Stale
 from shoal.protocol.identity import PeerId
-from shoal.protocol.wire import Count, Digest, Identifier, Items, wire_message
+from shoal.protocol.wire import Count, Digest, Identifier, Items, OneOf, wire_message
 from shoal.training.outer.codecs import codecs_of
 from shoal.training.outer.entry import (
     SKIP,
@@ -63,6 +63,27 @@ class Leaver:
 
 @wire_message
 @dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """The entry with which the log of a stage begins anew that no copy was left of. Its hash is the head.
+
+    Its weights follow from no entry before it, so it is only ever had with a snapshot.
+    """
+
+    stage: StageIndex
+    height: Count  # of this entry: above all that was
+    policy: Annotated[str, OneOf(frozenset({"mean", "identity"}))]  # of the spec: `stages.when_lost`
+    lost_height: Count  # of the run's highest log then: about the rounds that are lost
+    peer: PeerIdText  # that did it
+    sources: Annotated[tuple[Digest, ...], Items(2)]  # heads of the neighbours' logs it was made of
+    weights: Digest
+
+    def head(self, run_id: bytes) -> bytes:
+        """Of the log that begins with this entry."""
+        return blake3(b"shoal rebuilt\0" + run_id + wire.encode(self, LOG_STATE_BYTES)).digest()
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
 class LogState:
     """All that the entries up to a height leave behind."""
 
@@ -75,6 +96,18 @@ class LogState:
     positions: Annotated[tuple[StreamPosition, ...], Items(STREAMS_KEPT)]
     leaving: Annotated[tuple[Leaver, ...], Items(LEAVE_HEIGHTS)] = ()
     revision: Count = 0  # of the spec, that the last entry named
+    rebuilt: Rebuilt | None = None  # the log's first entry, where the stage was lost before
+
+
+def check_beginning(run_id: bytes, state: LogState) -> None:
+    """Raises MessageInvalid for a state whose log cannot have begun as it says."""
+    first = state.rebuilt
+    if first is None:
+        return
+    if first.stage != state.stage or first.height > state.height:
+        raise MessageInvalid(f"stage {state.stage} at height {state.height}: rebuilt at {first.height}")
+    if first.height == state.height and first.head(run_id) != state.head:
+        raise MessageInvalid(f"stage {state.stage} was rebuilt at height {first.height} under another head")
 
 
 def state_root(tensors: bytes, state: LogState) -> bytes:
@@ -99,6 +132,7 @@ class Log:
         self.quorum = state.quorum
         self._leaving = state.leaving
         self.revision = state.revision
+        self.rebuilt = state.rebuilt
         self._fragments = fragments
         self._ends = OrderedDict(((end.peer, end.incarnation), end) for end in state.ends)
         self._positions = OrderedDict((p.stream, p.samples) for p in state.positions)
@@ -131,6 +165,7 @@ class Log:
             tuple(StreamPosition(stream, samples) for stream, samples in self._positions.items()),
             self._leaving,
             self.revision,
+            self.rebuilt,
         )
 
     @property

@@ -66,6 +66,13 @@ def owners(
     its list who does not keep others above it (Gale and Shapley, 1962). The same from round to round; where
     the roster changes, few parts move but those of who came or left.
     """
+    return list(_drawn(run_id, stage, tuple(parts), tuple(peers), tuple(uplinks)))
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(
+    run_id: bytes, stage: int, parts: tuple[int, ...], peers: tuple[PeerId, ...], uplinks: tuple[float, ...]
+) -> tuple[int, ...]:
     seeds = np.array([_score(run_id, f"owner/{stage}".encode(), p.encode()) for p in peers], np.uint64)
     mixed = _mix(seeds[None, :] ^ _mix(np.asarray(parts, np.uint64) + np.uint64(1))[:, None])
     uniform = (mixed >> np.uint64(11)).astype(np.float64) / 2**53 + 2**-54
@@ -79,7 +86,7 @@ def owners(
             held = np.flatnonzero(owner == peer)
             refused = held[np.argsort(-scores[held, peer], kind="stable")][quotas[peer] :]
             owner[refused], scores[refused, peer] = -1, -np.inf
-    return [int(index) for index in owner]
+    return tuple(int(index) for index in owner)
 
 
 def _quotas(weights: np.ndarray, parts: int) -> list[int]:

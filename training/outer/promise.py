@@ -9,6 +9,7 @@ from typing import Annotated
 from shoal.protocol import wire
 from shoal.protocol.errors import ProtocolViolation, StorageError
 from shoal.protocol.private_files import private_directory, read_private, write_private
+from shoal.protocol.unbroken import unbroken
 from shoal.protocol.wire import Count, Length, wire_message
 from shoal.training.outer.context import Context
 
@@ -51,10 +52,13 @@ class Promises:
             self._context.event("disk-refused", {"why": f"{self._path}: {error}"})
 
     async def give(self, promise: Promise) -> None:
-        """Bind this peer. Returns when the disk has it; one that refuses is reported, and rounds go on."""
+        """Bind this peer. Returns when the disk has it; one that refuses is reported, and rounds go on.
+
+        One at a time: a caller that is cancelled stays until its write is over, or it would undo a later one.
+        """
         if self._path is not None and promise != self.current:
             try:
-                await self._context.offload(write_private, self._path, wire.encode(promise))
+                await unbroken(self._context.offload(write_private, self._path, wire.encode(promise)))
             except StorageError as error:
                 self._context.event("disk-refused", {"why": str(error)})
         self.current = promise

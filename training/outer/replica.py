@@ -14,7 +14,7 @@ import torch
 
 from shoal.protocol.errors import NotHere
 from shoal.protocol.identity import PeerId
-from shoal.training.outer.apply import OuterStep, part_state, tensors_digest
+from shoal.training.outer.apply import Applied, OuterStep, part_state, tensors_digest
 from shoal.training.outer.codecs import codecs_of
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
@@ -63,21 +63,34 @@ class Replica:
         """Of the whole stage [size] fp32 CPU."""
         return self._joined()[2]
 
-    def pieces(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Anchor and momentum as they are, one tensor a fragment."""
-        return tuple(self._anchors), tuple(self._momenta)
-
     def anchor_of(self, fragment: int) -> torch.Tensor:
         """Of one fragment."""
         return self._anchors[fragment]
 
     def _joined(self) -> tuple[int, torch.Tensor, torch.Tensor]:
         if self._whole[0] != self.log.height:
-            if len(self._anchors) == 1:
-                self._whole = (self.log.height, self._anchors[0], self._momenta[0])
-            else:
-                self._whole = (self.log.height, torch.cat(self._anchors), torch.cat(self._momenta))
+            self._whole = (self.log.height, *_join(self._anchors, self._momenta))
         return self._whole
+
+    async def whole(self) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Height, anchor and momentum of the whole stage, put together off the loop."""
+        if self._whole[0] == self.log.height:
+            return self._whole
+        height, anchors, momenta = self.log.height, list(self._anchors), list(self._momenta)
+        joined = (height, *await self._context.offload(_join, anchors, momenta))
+        if all(now is then for now, then in zip(self._anchors, anchors, strict=True)):
+            self._whole = joined  # neither entry nor repair meanwhile
+        return joined
+
+    async def _joined_ahead(
+        self, entry: Entry, result: Applied
+    ) -> tuple[int, torch.Tensor, torch.Tensor] | None:
+        """What `whole` will be after an entry at which snapshots are taken: gigabytes, so not on the loop."""
+        if entry.height % self._context.spec.outer.snapshot_every:
+            return None
+        anchors, momenta = list(self._anchors), list(self._momenta)
+        anchors[entry.fragment], momenta[entry.fragment] = result.anchor, result.momentum
+        return (entry.height, *await self._context.offload(_join, anchors, momenta))
 
     async def apply(
         self,
@@ -104,11 +117,14 @@ class Replica:
         step = step or self.begin_step(entry)
         result = await step.finish(entry, means, contribution if listed else None)
         await self.digests(but=fragment.index)
+        ahead = await self._joined_ahead(entry, result)
         await local.rebase([*result.changes, *self._settle(entry)])
+        hashed = await step.digests()
         quorum = frozenset(self.log.quorum)  # those of them who are missing now may hold another outcome
         self.log.append(data)
         self._anchors[fragment.index], self._momenta[fragment.index] = result.anchor, result.momentum
-        self._digests[fragment.index] = result.digests
+        self._digests[fragment.index] = hashed
+        self._whole = ahead or self._whole
         self.residuals.retire_contributed(result.remainders)
         if not entry.lost:
             now_s = asyncio.get_running_loop().time()
@@ -159,20 +175,24 @@ class Replica:
         return means
 
     async def digests(self, but: int | None = None) -> list[bytes]:
-        """Of each part of the agreed state; those that are not known yet are hashed, `but` one fragment's."""
-        for index, known in enumerate(self._digests):
+        """Of each part of the agreed state as it is now; hashed if not known, `but` one fragment's."""
+        found, anchors, momenta = list(self._digests), list(self._anchors), list(self._momenta)
+        for index, known in enumerate(found):
             if not known and index != but:
-                self._digests[index] = await self._context.offload(self._hash, index)
-        return [digest for fragment in self._digests for digest in fragment]
+                anchor, momentum = anchors[index], momenta[index]
+                found[index] = await self._context.offload(self._hash, index, anchor, momentum)
+                if self._anchors[index] is anchor and self._momenta[index] is momentum:
+                    self._digests[index] = found[index]  # no entry and no jump meanwhile
+        return [digest for fragment in found for digest in fragment]
 
     async def hash_anew(self) -> list[bytes]:
         """Digest of each part as it is in memory now, whatever it was when it was agreed."""
-        hashed = [self._context.offload(self._hash, index) for index in range(len(self._anchors))]
+        states = enumerate(zip(self._anchors, self._momenta, strict=True))
+        hashed = [self._context.offload(self._hash, index, *state) for index, state in states]
         return [digest for fragment in await asyncio.gather(*hashed) for digest in fragment]
 
-    def _hash(self, index: int) -> list[bytes]:
+    def _hash(self, index: int, anchor: torch.Tensor, momentum: torch.Tensor) -> list[bytes]:
         fragment = self._context.fragments[index]
-        anchor, momentum = self._anchors[index], self._momenta[index]
         spans = [fragment.within(part) for part in fragment.parts]
         return [part_state(anchor[span], momentum[span]) for span in spans]
 
@@ -224,12 +244,13 @@ class Replica:
         right. `digests` are those of all parts of the right state.
         """
         anchors, momenta, changes, spoilt = await self._context.offload(self._patched, state)
+        whole = await self._context.offload(_join, anchors, momenta)
         await local.rebase(changes)
         self.residuals.retire_contributed(spoilt)
         taken = iter(digests)
         self._digests = [[next(taken) for _ in fragment.parts] for fragment in self._context.fragments]
         self._anchors, self._momenta = anchors, momenta
-        self._whole = (-1, anchors[0], momenta[0])  # of no height: put together anew
+        self._whole = (self.log.height, *whole)
         self.state_root = state_root(tensors_digest(digests), self.log.state())
 
     def _patched(self, state: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> tuple[Any, ...]:
@@ -255,3 +276,11 @@ class Replica:
         """Let go of what is older than the last snapshot and over budget."""
         self.payloads.prune(snapshot_height)
         self.log.prune(snapshot_height)
+
+
+def _join(
+    anchors: Sequence[torch.Tensor], momenta: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(anchors) == 1:
+        return anchors[0], momenta[0]
+    return torch.cat(list(anchors)), torch.cat(list(momenta))

@@ -281,6 +281,9 @@ class Round:
             ) as stream:
                 await stream.send(Publishing(self.id))
                 while remaining and seat not in self._gone:
+                    await self._change.until(
+                        lambda: seat in self._gone or not remaining <= self._to_reduce, lambda: None
+                    )
                     ready = sorted(remaining - self._to_reduce)
                     for part in ready:
                         published = self.held.get(part)
@@ -288,8 +291,6 @@ class Round:
                             await stream.send(PublishedPart(part, published.listed), published.encoded)
                             self.bytes_out += memoryview(published.encoded).nbytes
                     remaining.difference_update(ready)
-                    if remaining and not ready:
-                        await self._change.wait()
         except ShoalError as error:  # that member fetches by digest, or misses the round and catches up
             self._context.event("publication-cut", {"member": peer, "why": str(error)})
 

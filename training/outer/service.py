@@ -21,6 +21,7 @@ from shoal.training.outer.entry import SKIP, Entry, parse
 from shoal.training.outer.figures import Figures
 from shoal.training.outer.follow import Services
 from shoal.training.outer.local import LocalWeights
+from shoal.training.outer.log import Rebuilt
 from shoal.training.outer.member import Member, Positions
 from shoal.training.outer.policy import GroupMember
 from shoal.training.outer.promise import Promises
@@ -159,6 +160,11 @@ class Outer:
         """The outer momentum [size] fp32 CPU; never changed in place."""
         return self._replica.momentum
 
+    async def whole_anchor(self) -> tuple[int, torch.Tensor]:
+        """Height and agreed weights, put together off the loop if the stage has fragments."""
+        height, anchor, _ = await self._replica.whole()
+        return height, anchor
+
     def watch_snapshots(self, kept: Callable[[Snapshot], None]) -> None:
         """`kept` gets each snapshot that is or will be here. All replicas of a stage keep those of the same
         heights."""
@@ -166,10 +172,8 @@ class Outer:
 
     async def snapshot(self) -> Snapshot:
         """The agreed state as it is now, joined off the loop; its tensors are never changed in place."""
-        state, root, pieces = self._replica.log.state(), self._replica.state_root, self._replica.pieces()
-        if len(pieces[0]) == 1:
-            return Snapshot(state, pieces[0][0], pieces[1][0], root)
-        anchor, momentum = [await self._context.offload(torch.cat, piece) for piece in pieces]
+        state, root = self._replica.log.state(), self._replica.state_root
+        _, anchor, momentum = await self._replica.whole()
         return Snapshot(state, anchor, momentum, root)
 
     @property
@@ -192,6 +196,11 @@ class Outer:
         """Entries of a lost chain that this peer has still to bring back."""
         return len(self._replica.lost)
 
+    @property
+    def rebuilt(self) -> Rebuilt | None:
+        """The log's first entry, where the stage was lost and rebuilt."""
+        return self._replica.log.rebuilt
+
     def entry(self, height: int) -> Entry | None:
         """An entry of the log that is still kept."""
         data = self._replica.log.entry(height)
@@ -208,13 +217,21 @@ class Outer:
         self._figures.switches = self._catching_up.switches
         self._figures.reentering = self.reentering
         self._figures.repaired_parts = self._catching_up.repaired_parts
-        snapshot = self._snapshots.newest_height
+        snapshot, rebuilt = self._snapshots.newest_height, self.rebuilt
         return {
             **dataclasses.asdict(self._figures),
             "height": self.height,
             "snapshot_height": snapshot,
             "guardians": self._guarded.status(),
             "entries_unguarded": self._guarded.alone,
+            "rebuilt": None
+            if rebuilt is None
+            else {
+                "height": rebuilt.height,
+                "policy": rebuilt.policy,
+                "lost_height": rebuilt.lost_height,
+                "peer": rebuilt.peer,
+            },
         }
 
     # -- life

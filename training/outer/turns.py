@@ -6,6 +6,7 @@ Whatever fails is tried again after a random while, longer each time in a row. `
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 
 from shoal.protocol.errors import ShoalError
@@ -106,19 +107,19 @@ class Turns:
         return self._group(self._peers())
 
     def _group(self, peers: Sequence[GroupMember]) -> list[GroupMember]:
-        me, log = self._context.me, self._replica.log
+        me, log, ends = self._context.me, self._replica.log, self._ends()
         mine = GroupMember(
             peer=me,
             incarnation=self._context.incarnation,
             height=log.height,
             head=log.head,
             state_root=self._replica.state_root,
-            steps_since_round=self.steps_since_round,
-            tokens_since_round=self.tokens_since_round,
+            steps_since_round=0 if self._replica.lost else self._weights.inner_steps - max(ends)[0],
+            tokens_since_round=self._weights.tokens - max(ends)[1],
             log_tokens=log.tokens,
             uplink=next((member.uplink for member in peers if member.peer == me), 1.0),
         )
-        return [mine, *(member for member in peers if member.peer != me and not member.silent)]
+        return [mine, *[member for member in peers if member.peer != me and not member.silent]]
 
     # -- the loop
 
@@ -173,22 +174,28 @@ class Turns:
             self._decisions.note("lead", answer, stage=self._context.stage, position=position)
         match action:
             case Wait(until_s):
-                await self._wait(min(now_s + POLL_S, until_s if until_s is not None else now_s + POLL_S))
+                await self._wait(peers, until_s if until_s is not None else math.inf)
             case CatchUp():
                 await self.catch_up(group)
             case Lead():
                 await self._lead(group, [member.peer for member in peers if member.silent])
 
-    async def _wait(self, limit_s: float) -> None:
-        """Until something changes; who stood still meanwhile hears what was said before it leads anything."""
-        await self._change.wait(limit_s)
-        now_s = asyncio.get_running_loop().time()
-        if now_s - limit_s > STOOD_STILL_S:
-            self._not_before_s = max(self._not_before_s, now_s + STOOD_STILL_S)
+    async def _wait(self, peers: Sequence[GroupMember], until_s: float) -> None:
+        """Until something changes, be it only what others say of themselves.
+
+        Who stood still meanwhile hears what was said before it leads anything.
+        """
+        loop = asyncio.get_running_loop()
+        changed = False
+        while not changed and loop.time() < until_s:
+            limit_s = min(loop.time() + POLL_S, until_s)
+            changed = await self._change.wait(limit_s) or self._peers() != peers
+            if loop.time() - limit_s > STOOD_STILL_S:
+                self._not_before_s = max(self._not_before_s, loop.time() + STOOD_STILL_S)
+                return
 
     def _position(self, now_s: float, group: Sequence[GroupMember]) -> Position:
-        me = self._context.me
-        mine = next(member for member in group if member.peer == me)
+        me, mine = self._context.me, group[0]
         apart = self._context.amended.at(self._replica.log.revision).outer.inner_steps / len(
             self._context.fragments
         )

@@ -14,6 +14,7 @@ from shoal.protocol.errors import Busy, MessageInvalid, PeerSilent, ShoalError, 
 from shoal.protocol.identity import PeerId
 from shoal.protocol.limits import SUSPECT_AFTER_S
 from shoal.protocol.transport import Channel, Stream, Transport
+from shoal.training.methods import at_stage
 from shoal.training.pipeline.messages import (
     Activations,
     Adopt,
@@ -116,7 +117,9 @@ class Attempt:
         try:
             async with (
                 asyncio.timeout_at(deadline),  # Working keeps a caller patient, but not for ever
-                self._transport.open(self.peer, "propagate", Channel.BULK) as self._stream,
+                self._transport.open(
+                    self.peer, at_stage(self._request.stage, "propagate"), Channel.BULK
+                ) as self._stream,
             ):
                 try:
                     codec = await self._ask(self._stream, payload)

@@ -17,18 +17,22 @@ from dataclasses import dataclass
 from shoal.protocol.errors import NetworkError, ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport, call
+from shoal.training.methods import at_stage
 from shoal.training.pipeline.messages import APPLIED, CommitChain, MicroBatch, Verdict
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.pipeline.successors import Event
 
 TIMEOUT_S = 2.0
 AT_ONCE = 64  # decisions being told for the first time
-OWED_MOST = 1024  # commits kept for one peer
+OWED_MOST = 1024  # commits kept for one hop
 LOST_KEPT = 4096  # names of those given up, by which a late question still finds them
 _PAUSE_S, _PAUSE_MOST_S = 0.05, 1.0
 _LOOK_S = 0.2  # how often a leaver looks whether only silent peers are left
 
 log = logging.getLogger(__name__)
+
+
+Hop = tuple[PeerId, int]  # a peer and the stage that it is asked about
 
 
 @dataclass(slots=True)
@@ -52,14 +56,14 @@ class Commits:
         self._rng = rng
         self._event = event
         self._slots = asyncio.Semaphore(AT_ONCE)
-        self._owed: dict[PeerId, deque[_Owed]] = {}
-        self._given_up: OrderedDict[tuple[MicroBatch, PeerId], None] = OrderedDict()
+        self._owed: dict[Hop, deque[_Owed]] = {}
+        self._given_up: OrderedDict[tuple[MicroBatch, Hop], None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self.lost = 0
 
     @property
     def owed(self) -> int:
-        """Commits that wait for a peer to answer."""
+        """Commits that wait for a hop to answer."""
         return sum(map(len, self._owed.values()))
 
     async def deliver(self, commit: CommitChain) -> None:
@@ -73,7 +77,7 @@ class Commits:
         Who is `leaving` does not wait for the silent: they ask the others of their chains when they wake.
         """
         while self._tasks:
-            silent = all(self._replicas.is_gone(peer) for peer in self._owed)
+            silent = all(self._replicas.is_gone(peer) for peer, _ in self._owed)
             if leaving and silent and len(self._tasks) == len(self._owed):
                 return
             timeout_s = _LOOK_S if leaving else None
@@ -85,10 +89,10 @@ class Commits:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def asked(self, micro_batch: MicroBatch, peer: PeerId) -> None:
-        """The peer has asked, and is told the decision now."""
-        if (micro_batch, peer) in self._given_up:
-            del self._given_up[micro_batch, peer]
+    def asked(self, micro_batch: MicroBatch, hop: Hop) -> None:
+        """The hop has asked, and is told the decision now."""
+        if (micro_batch, hop) in self._given_up:
+            del self._given_up[micro_batch, hop]
             self.lost -= 1
 
     async def _tell_all(self, commit: CommitChain) -> None:
@@ -96,55 +100,58 @@ class Commits:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for link in commit.chain[1:]:
-                    tasks.create_task(self._tell_or_owe(PeerId(link.peer), _Owed(commit, until)))
+                    tasks.create_task(
+                        self._tell_or_owe((PeerId(link.peer), link.stage), _Owed(commit, until))
+                    )
         finally:
             self._slots.release()
 
-    async def _tell_or_owe(self, peer: PeerId, owed: _Owed) -> None:
-        if peer not in self._owed and await self._tell(peer, owed.commit):
+    async def _tell_or_owe(self, hop: Hop, owed: _Owed) -> None:
+        if hop not in self._owed and await self._tell(hop, owed.commit):
             return
-        if peer not in self._owed:
-            self._owed[peer] = deque()
-            self._spawn(self._pay(peer, self._owed[peer]))  # begins after the first is in
-        if len(self._owed[peer]) < OWED_MOST:
-            self._owed[peer].append(owed)
+        if hop not in self._owed:
+            self._owed[hop] = deque()
+            self._spawn(self._pay(hop, self._owed[hop]))  # begins after the first is in
+        if len(self._owed[hop]) < OWED_MOST:
+            self._owed[hop].append(owed)
         else:
-            self._give_up(peer, owed.commit)
+            self._give_up(hop, owed.commit)
 
-    async def _pay(self, peer: PeerId, queue: deque[_Owed]) -> None:
-        """Tell a peer what it is owed, the oldest first, until nothing is left."""
+    async def _pay(self, hop: Hop, queue: deque[_Owed]) -> None:
+        """Tell a hop what it is owed, the oldest first, until nothing is left."""
         loop, pause_s = asyncio.get_running_loop(), _PAUSE_S
         while queue:
             await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.5))
             pause_s = min(pause_s * 2, _PAUSE_MOST_S)
-            while queue and (queue[0].until < loop.time() or self._replicas.has_departed(peer)):
-                self._give_up(peer, queue.popleft().commit)
-            while queue and await self._tell(peer, queue[0].commit):
+            while queue and (queue[0].until < loop.time() or self._replicas.has_departed(hop[0])):
+                self._give_up(hop, queue.popleft().commit)
+            while queue and await self._tell(hop, queue[0].commit):
                 queue.popleft()
                 pause_s = _PAUSE_S
-        del self._owed[peer]
+        del self._owed[hop]
 
-    async def _tell(self, peer: PeerId, commit: CommitChain) -> bool:
-        """Whether the peer answered, whatever it said."""
+    async def _tell(self, hop: Hop, commit: CommitChain) -> bool:
+        """Whether the hop answered, whatever it said."""
+        peer, method = hop[0], at_stage(hop[1], "commit")
         try:
-            reply = await call(self._transport, peer, "commit", commit, Verdict, timeout_s=TIMEOUT_S)
+            reply = await call(self._transport, peer, method, commit, Verdict, timeout_s=TIMEOUT_S)
         except NetworkError as error:
             self._replicas.suspect(peer, f"commit: {error}")
             return False
         except ShoalError as error:
             self._event("commit-refused", {"peer": peer, "reason": str(error)})
-            self._give_up(peer, commit)
+            self._give_up(hop, commit)
             return True
         if reply.header.decision != APPLIED:
-            self._give_up(peer, commit)
+            self._give_up(hop, commit)
         return True
 
-    def _give_up(self, peer: PeerId, commit: CommitChain) -> None:
+    def _give_up(self, hop: Hop, commit: CommitChain) -> None:
         self.lost += 1
-        self._given_up[commit.micro_batch, peer] = None
+        self._given_up[commit.micro_batch, hop] = None
         if len(self._given_up) > LOST_KEPT:
             self._given_up.popitem(last=False)
-        self._event("lost", {"micro_batch": commit.micro_batch.number, "peer": peer})
+        self._event("lost", {"micro_batch": commit.micro_batch.number, "peer": hop[0]})
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

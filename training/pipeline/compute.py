@@ -105,14 +105,23 @@ class StageCompute:
         """
         if passage.inputs is None or passage.output is None:
             raise RuntimeError("backward of a passage that has ended")
-        layout = self.model.layout
         output_gradient = None
-        loss = 0.0
-        if gradient is None:
-            loss = float(passage.output.detach())
-        else:
+        if gradient is not None:
             batch = passage.output.shape[0]
             output_gradient = self.format.unpack_hidden(gradient, batch, arrived, self.device).to(self._dtype)
+        input_gradient, loss = self.input_gradient(passage, output_gradient)
+        if self.model.layout.first or math.isnan(loss):
+            return memoryview(b""), loss
+        return self.format.pack_hidden(input_gradient, upstream), loss
+
+    def input_gradient(
+        self, passage: Passage, output_gradient: torch.Tensor | None
+    ) -> tuple[torch.Tensor, float]:
+        """Of the hidden states that came in, and the loss sum: NaN if the micro-batch overflows."""
+        if passage.inputs is None or passage.output is None:
+            raise RuntimeError("backward of a passage that has ended")
+        layout = self.model.layout
+        loss = float(passage.output.detach()) if output_gradient is None else 0.0
         if self._recompute and passage.version is not None:
             passage.output = self.model.blocks(passage.version.flat, passage.inputs, passage.tape)
         (input_gradient,) = torch.autograd.grad(passage.output, passage.inputs, output_gradient)
@@ -121,13 +130,15 @@ class StageCompute:
         if layout.first:
             note_embedding(passage.tape, *self._embedding, passage.tokens[:, :-1], input_gradient)
         self.drop(passage)
-        if layout.first or math.isnan(loss):
-            return memoryview(b""), loss
-        return self.format.pack_hidden(input_gradient, upstream), loss
+        return input_gradient, loss
 
     def add(self, passage: Passage) -> bool:
         """CommitChain: add the weight gradient; make the inner step if it is due (True when it was made)."""
-        passage.tape.apply(self.weights.gradient)
+        self.weights.add(passage.tape)
+        return self.count(passage)
+
+    def count(self, passage: Passage) -> bool:
+        """Its tokens are in the gradient; make the inner step if it is due (True when it was made)."""
         self.weights.pending_tokens += passage.token_count
         if not self.weights.due():
             return False

@@ -20,6 +20,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream, Transport
 from shoal.training.activation import held_most
 from shoal.training.lane import Lane, Work
+from shoal.training.methods import at_stage
 from shoal.training.pipeline.attempt import Answer, Journey
 from shoal.training.pipeline.commits import Commits
 from shoal.training.pipeline.compute import Boundary, Passage, StageCompute
@@ -75,12 +76,14 @@ class Driver:
         event: Event,
         rng: random.Random,
         added: Callable[[torch.Tensor, bool], None] = lambda tokens, stepped: None,
+        stages: int = 1,
     ) -> None:
-        """`added` hears of each micro-batch's tokens when they count, and whether that made an inner step."""
+        """`added` hears of each micro-batch's tokens when they count, and whether that made an inner step.
+        `stages`: that this peer may hold."""
         self._spec = spec
         self._in_flight_most = spec.inner.in_flight
         if spec.limits.activation_bytes:
-            self._in_flight_most = min(spec.inner.in_flight, held_most(spec, 0))
+            self._in_flight_most = min(spec.inner.in_flight, held_most(spec, 0, stages))
         self.me = me
         self._incarnation = incarnation
         self._transport = transport
@@ -104,7 +107,7 @@ class Driver:
 
     def serve(self) -> None:
         """Register with the transport; before it starts."""
-        self._transport.serve("commit", self._query, TRAINERS)
+        self._transport.serve(at_stage(0, "commit"), self._query, TRAINERS)
 
     def pause(self) -> None:
         """Begin no further micro-batch; those in flight finish."""
@@ -147,7 +150,6 @@ class Driver:
         """A step's micro-batches, then drain, for ever."""
         group = math.ceil(self._spec.inner.inner_tokens / self._spec.micro_batch_tokens)
         while True:
-            await self._running.wait()
             await self.train([await next_batch() for _ in range(group)])
 
     async def train(self, batches: list[torch.Tensor]) -> None:
@@ -156,6 +158,7 @@ class Driver:
 
         async def one(tokens: torch.Tensor) -> None:
             async with slots:
+                await self._may_begin()
                 await self._micro_batch(tokens)
 
         async with asyncio.TaskGroup() as tasks:
@@ -166,8 +169,12 @@ class Driver:
     async def _feed(self, next_batch: NextBatch) -> None:
         while True:
             tokens = await next_batch()
-            await self._running.wait()
+            await self._may_begin()
             await self._micro_batch(tokens)
+
+    async def _may_begin(self) -> None:
+        while not self._running.is_set():  # it may have been cleared since the event woke this task
+            await self._running.wait()
 
     async def _micro_batch(self, tokens: torch.Tensor) -> None:
         """One micro-batch to its decision, however many chains that takes; its commits go on behind."""
@@ -242,11 +249,11 @@ class Driver:
     async def _query(self, stream: Stream) -> None:
         """A hop asks what became of a micro-batch of ours."""
         message = await stream.receive(QueryChain)
-        micro_batch = message.header.micro_batch
+        micro_batch, asker = message.header.micro_batch, (stream.remote.peer, message.header.stage)
         if self._ledger.has(micro_batch):
             chain = self._ledger.chain(micro_batch)
-            if any(link.peer == stream.remote.peer for link in chain):
-                self.commits.asked(micro_batch, stream.remote.peer)
+            if any((link.peer, link.stage) == asker for link in chain):
+                self.commits.asked(micro_batch, asker)
             await stream.send(Verdict(APPLIED, chain))
         else:
             await stream.send(Verdict(TENTATIVE if micro_batch in self._undecided else UNKNOWN, ()))

@@ -16,6 +16,7 @@ from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.training.activation import held_most
 from shoal.training.lane import Lane, Work
+from shoal.training.methods import at_stage
 from shoal.training.pipeline.answering import Answering
 from shoal.training.pipeline.attempt import Answer, Journey
 from shoal.training.pipeline.compute import Boundary, Passage, StageCompute
@@ -61,9 +62,11 @@ class Hop:
         downstream: Downstream | None,
         stepped: Callable[[], None],
         event: Event,
+        stages: int = 1,
     ) -> None:
+        """`stages`: that this peer may hold."""
         self._limits = spec.limits
-        self._held_most = held_most(spec, stage)
+        self._held_most = held_most(spec, stage, stages)
         self._largest_micro_batch = spec.inner.micro_batch_sequences
         self.stage = stage
         self._behind = range(stage + 1, spec.stages.count)
@@ -102,8 +105,8 @@ class Hop:
 
     def serve(self) -> None:
         """Register with the transport; before it starts."""
-        self._transport.serve("propagate", self._propagate, TRAINERS, Channel.BULK)
-        self._transport.serve("commit", self._commit, TRAINERS)
+        self._transport.serve(at_stage(self.stage, "propagate"), self._propagate, TRAINERS, Channel.BULK)
+        self._transport.serve(at_stage(self.stage, "commit"), self._commit, TRAINERS)
 
     @property
     def undecided(self) -> int:

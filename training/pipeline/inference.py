@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import torch
 
@@ -16,6 +16,7 @@ from shoal.protocol.errors import MessageInvalid, ShoalError, StageEmpty, Stale
 from shoal.protocol.identity import Role
 from shoal.protocol.transport import Channel, Stream, Transport, call
 from shoal.training.lane import Lane, Work
+from shoal.training.methods import at_stage
 from shoal.training.model.stage import StageModel
 from shoal.training.pipeline.messages import Infer, Inferred
 from shoal.training.pipeline.payload import PayloadFormat
@@ -39,7 +40,7 @@ class InferenceHop:
         replicas: Replicas,
         model: StageModel,
         lane: Lane,
-        anchor: Callable[[], tuple[torch.Tensor, int]],
+        anchor: Callable[[], Awaitable[tuple[int, torch.Tensor]]],
         rng: random.Random,
     ) -> None:
         self._spec = spec
@@ -55,7 +56,7 @@ class InferenceHop:
 
     def serve(self) -> None:
         """Register with the transport; before it starts."""
-        self._transport.serve("infer", self._infer, _ROLES, Channel.BULK)
+        self._transport.serve(at_stage(self.stage, "infer"), self._infer, _ROLES, Channel.BULK)
 
     async def _infer(self, stream: Stream) -> None:
         most = self._spec.inner.micro_batch_sequences
@@ -70,27 +71,30 @@ class InferenceHop:
             raise MessageInvalid(
                 f"{request.sequences} sequences of {request.length}; at most {most} of {self._format.length}"
             )
-        await stream.send(Inferred(await self._answer(request, message.payload), self._anchor()[1]))
+        await stream.send(Inferred(*await self._answer(request, message.payload)))
 
     async def score(self, tokens: torch.Tensor) -> float:
         """Mean loss in nats of tokens int64 [N, T+1] from here to the last stage. Raises StageEmpty."""
         total = 0.0
         for rows in torch.split(tokens, self._spec.inner.micro_batch_sequences):
             request = Infer(self.stage, rows.shape[0], rows.shape[1] - 1, True)
-            total += await self._answer(request, self._format.pack(rows, None, self._codec))
+            loss, _ = await self._answer(request, self._format.pack(rows, None, self._codec))
+            total += loss
         return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
-    async def _answer(self, request: Infer, payload: memoryview) -> float:
-        """The summed loss, from this stage and those behind it."""
-        forwarded, loss = await self._lane.run(Work.SERVE, self._compute, request, payload)
-        if forwarded is None:
-            return loss
-        onward = Infer(self.stage + 1, request.sequences, request.length, request.score)
-        return await ask(self._transport, self._replicas, onward, forwarded, self._rng)
+    async def _answer(self, request: Infer, payload: memoryview) -> tuple[float, int]:
+        """The summed loss, from this stage and those behind it, and the height it was scored at here."""
+        height, weights = await self._anchor()
+        forwarded, loss = await self._lane.run(Work.SERVE, self._compute, request, payload, weights)
+        if forwarded is not None:
+            onward = Infer(self.stage + 1, request.sequences, request.length, request.score)
+            loss = await ask(self._transport, self._replicas, onward, forwarded, self._rng)
+        return loss, height
 
-    def _compute(self, request: Infer, payload: memoryview) -> tuple[memoryview | None, float]:
+    def _compute(
+        self, request: Infer, payload: memoryview, weights: torch.Tensor
+    ) -> tuple[memoryview | None, float]:
         """This stage's part: (payload for the next stage or None, loss)."""
-        weights, _ = self._anchor()
         columns = request.length + 1
         tokens = self._format.unpack_tokens(payload, request.sequences, columns)
         with torch.no_grad():  # not inference_mode: what is cached there could not be trained with
@@ -128,7 +132,7 @@ async def ask(
             reply = await call(
                 transport,
                 peer,
-                "infer",
+                at_stage(request.stage, "infer"),
                 request,
                 Inferred,
                 timeout_s=_HOP_TIMEOUT_S,

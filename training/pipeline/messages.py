@@ -142,6 +142,7 @@ class QueryChain:
     """An undecided hop asks another hop of its chain what was decided."""
 
     micro_batch: MicroBatch
+    stage: StageIndex = 0  # of the hop that asks
 
 
 @wire_message

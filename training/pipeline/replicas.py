@@ -33,7 +33,7 @@ class Replicas(Protocol):
         """Whether the peer departed or is silent: calling it is a waste of time."""
 
     def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
-        """Whether that process (None: any of that peer) is certainly over: it said goodbye, refuses
+        """Whether that driver (None: the peer, whatever it does) is certainly over: it said goodbye, refuses
         connections, or was replaced.
 
         A silent peer may only be frozen, and decide after all when it wakes.

@@ -51,8 +51,10 @@ class Station:
         event: Event,
         rng: random.Random,
         decisions: DecisionLog | None,
+        stages: int = 1,
     ) -> None:
-        """`stepped` is called after an inner step, `added` as `Driver` says."""
+        """`stepped` is called after an inner step, `added` as `Driver` says; `stages`: that this peer may
+        hold, of whose memory this one has its part."""
         lane.weights_waiting = weights_in_stock(spec.inner.in_flight)
         self.ledger = ledger
         self.driver: Driver | None = None
@@ -87,6 +89,7 @@ class Station:
                 event=self._note,
                 rng=random.Random(rng.getrandbits(64)),
                 added=added,
+                stages=stages,
             )
         else:
             self.hop = Hop(
@@ -101,6 +104,7 @@ class Station:
                 downstream=self._downstream,
                 stepped=stepped,
                 event=self._note,
+                stages=stages,
             )
 
     def serve(self) -> None:

@@ -14,6 +14,7 @@ from shoal.protocol import limits
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport, call
+from shoal.training.methods import at_stage
 from shoal.training.pipeline.compute import Passage
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.messages import (
@@ -159,16 +160,19 @@ class Undecided:
 
     async def _ask_all(self, chain: Iterable[Link], micro_batch: MicroBatch) -> dict[Link, Verdict | None]:
         departed = self._replicas.has_departed
-        links = [link for link in chain if link.peer != self._me and not departed(PeerId(link.peer))]
-        found = await asyncio.gather(*(self._ask(PeerId(link.peer), micro_batch) for link in links))
+        own = (self._stage, self._me)
+        others = (link for link in chain if (link.stage, link.peer) != own)
+        links = [link for link in others if not departed(PeerId(link.peer))]
+        found = await asyncio.gather(*(self._ask(link, micro_batch) for link in links))
         return dict(zip(links, found, strict=True))
 
-    async def _ask(self, peer: PeerId, micro_batch: MicroBatch) -> Verdict | None:
+    async def _ask(self, link: Link, micro_batch: MicroBatch) -> Verdict | None:
+        peer, method = PeerId(link.peer), at_stage(link.stage, "commit")
         if self._replicas.is_gone(peer):
             return None
-        query = QueryChain(micro_batch)
+        query = QueryChain(micro_batch, self._stage)
         try:
-            reply = await call(self._transport, peer, "commit", query, Verdict, timeout_s=_QUERY_TIMEOUT_S)
+            reply = await call(self._transport, peer, method, query, Verdict, timeout_s=_QUERY_TIMEOUT_S)
         except ShoalError:
             return None
         verdict: Verdict = reply.header

@@ -18,7 +18,7 @@ from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Message, Stream, call
 from shoal.training.outer.context import Context
-from shoal.training.outer.log import LOG_STATE_BYTES, LogState
+from shoal.training.outer.log import LOG_STATE_BYTES, LogState, check_beginning
 from shoal.training.outer.messages import Chunk, ChunkRequest, Manifest, ManifestRequest
 from shoal.training.outer.snapshot import Snapshot, snapshot_of
 from shoal.training.recovery.snapshot import CHUNK_VALUES, chunk_values, chunks_of
@@ -59,6 +59,7 @@ async def ask_manifest(context: Context, donor: PeerId, height: int) -> Offer:
     state = wire.decode(LogState, payload[32 * count :], LOG_STATE_BYTES)
     if (state.stage, state.height, state.head) != (context.stage, manifest.height, manifest.head):
         raise MessageInvalid(f"manifest of {donor}: its log state is of another height or stage")
+    check_beginning(context.run_id, state)
     return Offer(manifest, tuple(payload[32 * i : 32 * i + 32] for i in range(count)), state)
 
 

@@ -159,7 +159,11 @@ class Guard:
             self._handed = None
         elif not group or head == previous or any(member.head == head for member in group):
             self._handed = None
-            await replica.apply(data, parts, self._nowhere, None)
+            try:
+                await replica.apply(data, parts, self._nowhere, None)
+            except asyncio.CancelledError:
+                self._handed = data, parts  # not taken in, and perhaps nobody else has it
+                raise
         elif any(member.height > replica.log.height for member in group):
             self._handed = None  # another entry has its place
 

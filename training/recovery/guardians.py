@@ -29,7 +29,7 @@ class Candidate:
     """A peer that may guard what it does not hold."""
 
     peer: PeerId
-    stage: int  # that it holds
+    stages: tuple[int, ...]  # that it holds
     spare_bytes: int
 
 
@@ -49,7 +49,9 @@ def choose_guardians(
     chosen, most = [], GUARDED_MOST
     for stage, need in enumerate(needs_bytes):
         ordered = (candidates[index] for index in np.argsort(_mixed(hashes, stage), kind="stable"))
-        able = (c.peer for c in ordered if c.stage != stage and spare[c.peer] >= need and held[c.peer] < most)
+        able = (
+            c.peer for c in ordered if stage not in c.stages and spare[c.peer] >= need and held[c.peer] < most
+        )
         guardians = tuple(itertools.islice(able, GUARDIANS))
         for peer in guardians:
             spare[peer] -= need

@@ -8,6 +8,7 @@ goes to another stage finds its copies on its disk again.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +42,19 @@ class _Guarded:
 class Guarding:
     """See the module. `run` until cancelled."""
 
-    def __init__(self, context: Context, members: Members, spare_bytes: int, directory: Path | None) -> None:
-        """`context`: this peer's place at its own stage; with `spare_bytes` of 0 it guards nothing."""
-        self.spare_bytes = spare_bytes
+    def __init__(
+        self,
+        context: Context,
+        members: Members,
+        spare_bytes: int,
+        directory: Path | None,
+        first: Callable[[], bool],
+    ) -> None:
+        """`context`: this peer's place at its own stage; with `spare_bytes` of 0 it guards nothing.
+
+        `first`: whether this is the one of the peer's replicas that does the guarding."""
+        self._spare_bytes = spare_bytes
+        self._first = first
         self._context = context
         self._members = members
         self._directory = directory
@@ -51,6 +62,11 @@ class Guarding:
         self._sizes = [stage.parameters for stage in plan.stages]
         self._needs = [guard_bytes(stage, context.spec.outer.snapshot_every) for stage in plan.stages]
         self._guarded: dict[int, _Guarded] = {}
+
+    @property
+    def spare_bytes(self) -> int:
+        """Memory for copies."""
+        return self._spare_bytes if self._first() else 0
 
     def beats(self) -> tuple[StageBeat, ...]:
         """What heartbeats say of the copies."""
@@ -79,14 +95,24 @@ class Guarding:
 
     async def run(self) -> None:
         """Look now and then, until cancelled."""
-        if self.spare_bytes <= 0:
+        if self._spare_bytes <= 0:
             return
         async with asyncio.TaskGroup() as tasks:
-            for stage in await self._context.offload(self._on_disk):
-                self._begin(stage, tasks)
+            begun = False
             while True:
-                await self._look(tasks)
+                if self._first():
+                    if not begun:
+                        for stage in await self._context.offload(self._on_disk, self._held()):
+                            self._begin(stage, tasks)
+                    begun = True
+                    await self._look(tasks)
                 await asyncio.sleep(LOOK_S * self._context.rng.uniform(0.9, 1.1))
+
+    async def stop_at(self, stage: int) -> None:
+        """This peer is about to hold the stage itself; what it kept of it stays on its disk."""
+        if (guarded := self._guarded.pop(stage, None)) is not None:
+            guarded.task.cancel()
+            await asyncio.wait({guarded.task})
 
     async def _look(self, tasks: asyncio.TaskGroup) -> None:
         me, view = self._context.me, self._members.view()
@@ -105,6 +131,8 @@ class Guarding:
                     await self._end(stage, guarded)
 
     def _begin(self, stage: int, tasks: asyncio.TaskGroup) -> None:
+        if stage in self._held():
+            return
         taken = sum(self._needs[guarded] for guarded in self._guarded)
         if len(self._guarded) >= GUARDED_MOST or taken + self._needs[stage] > self.spare_bytes:
             return
@@ -135,22 +163,27 @@ class Guarding:
             except StorageError as error:
                 self._context.event("disk-refused", {"why": str(error)})
 
-    def _on_disk(self) -> list[int]:
+    def _on_disk(self, held: Sequence[int]) -> list[int]:
         """Stages whose copy an earlier process of this peer left."""
         directory, context = self._directory, self._context
         if directory is None:
             return []
-        others = [stage for stage in range(len(self._sizes)) if stage != context.stage]
+        others = [stage for stage in range(len(self._sizes)) if stage not in held]
         folders = {s: stage_directory(context.beside(s, self._sizes[s]), directory) for s in others}
         return [stage for stage in others if has_snapshot(folders[stage])][:GUARDED_MOST]
+
+    def _held(self) -> tuple[int, ...]:
+        """Stages of this peer's own replicas."""
+        mine = self._members.view().get(self._context.me)
+        return (self._context.stage, *(mine.stages if mine is not None else ()))
 
     def _candidates(self, view: SwarmView) -> list[Candidate]:
         """Trainers that are online; of whom nothing is heard is taken for able."""
         able = sum(self._needs)
-        found = [Candidate(self._context.me, self._context.stage, self.spare_bytes)]
+        found = [Candidate(self._context.me, self._held(), self.spare_bytes)]
         for member in view.here():
             trains = member.state == "online" and member.stages and Role.TRAINER in member.roles
             if trains and member.peer != view.me:
                 spare_bytes = member.beat.spare_bytes if member.beat is not None else able
-                found.append(Candidate(member.peer, member.stages[0], spare_bytes))
+                found.append(Candidate(member.peer, member.stages, spare_bytes))
         return found

@@ -4,7 +4,8 @@ Called for a replica that has found nothing of its stage anywhere, while others 
 again until somebody has the stage after all: a replica that thaws, a peer that comes back with its disk, a
 checkpoint that turns up. Under "halt" that is all; otherwise one of those who wait rebuilds the stage after a
 while ("mean": each layer the mean of the neighbours' nearest, as in CheckFree, arXiv 2506.15461; "identity":
-layers that pass on what they get), and the others take it from that one.
+layers that pass on what they get), and the others take it from that one. The log begins anew with an entry
+that says so (`Rebuilt`); whoever comes later reads it there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from shoal.training.model.layout import StageLayout, stage_layout
 from shoal.training.neighbours import SILENT_S
 from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
-from shoal.training.outer.log import LogState
+from shoal.training.outer.log import LogState, Rebuilt
 from shoal.training.outer.policy import succession
 from shoal.training.outer.service import Outer
 from shoal.training.outer.snapshot import Snapshot, snapshot_of
@@ -48,10 +49,15 @@ class Loss:
 def loss_of(view: SwarmView, stage: int) -> Loss | None:
     """Whether a stage is lost: no replica of it is alive, and others have committed entries."""
     others = [member for member in view.members if member.peer != view.me]
-    holders = [member for member in others if member.state == "online" and stage in member.stages]
+    holders = [m for m in others if stage in m.stages and m.state_at(stage) == "online"]
     if any(member.liveness is Liveness.ALIVE and member.beat is not None for member in holders):
         return None
-    beats = [beat for member in others if member.beat is not None for beat in member.beat.stages]
+    beats = [
+        beat
+        for member in view.members
+        for beat in (member.beat.stages if member.beat is not None else ())
+        if member.peer != view.me or beat.stage != stage  # this peer may hold another one
+    ]
     height = max((beat.height for beat in beats), default=0)
     if not height:
         return None
@@ -132,14 +138,22 @@ class LostStage:
     async def _rebuild(self, policy: str, loss: Loss) -> None:
         context = self._context
         neighbours = await self._neighbours() if policy == "mean" else ()
-        anchor = await context.offload(rebuilt, self._layout, self._initial, neighbours)
+        layers = [(layout, snapshot.anchor) for layout, snapshot in neighbours]
+        anchor = await context.offload(rebuilt, self._layout, self._initial, layers)
         every = context.spec.outer.snapshot_every
         height = every * (1 + loss.height // every)  # beyond all that was, and where snapshots are
-        head = blake3(b"shoal rebuilt\0" + context.run_id + context.stage.to_bytes(4, "little"))
-        head.update(bytes_of(anchor))
-        state = LogState(
-            context.stage, height, head.digest(), loss.log_tokens * len(context.fragments), (), (), ()
+        entry = Rebuilt(
+            stage=context.stage,
+            height=height,
+            policy=policy,
+            lost_height=loss.height,
+            peer=context.me,
+            sources=tuple(snapshot.state.head for _, snapshot in neighbours),
+            weights=await context.offload(lambda: blake3(bytes_of(anchor)).digest()),
         )
+        tokens = loss.log_tokens * len(context.fragments)
+        head = entry.head(context.run_id)
+        state = LogState(context.stage, height, head, tokens, (), (), (), rebuilt=entry)
         snapshot: Snapshot = await context.offload(
             snapshot_of, state, anchor, torch.zeros_like(anchor), context.fragments
         )
@@ -149,13 +163,13 @@ class LostStage:
             {"stage": context.stage, "height": height, "policy": policy, "rounds": loss.height},
         )
 
-    async def _neighbours(self) -> tuple[tuple[StageLayout, torch.Tensor], ...]:
+    async def _neighbours(self) -> tuple[tuple[StageLayout, Snapshot], ...]:
         """The stages before and after this one, as far as there are any. Raises NotHere."""
         spec, stage, found = self._context.spec, self._context.stage, []
         for other in (stage - 1, stage + 1):
             if 0 <= other < spec.stages.count:
                 layout = stage_layout(spec, stage_ranges(spec)[other])
-                found.append((layout, (await self._newest(other, layout)).anchor))
+                found.append((layout, await self._newest(other, layout)))
         return tuple(found)
 
     async def _newest(self, stage: int, layout: StageLayout) -> Snapshot:

@@ -14,8 +14,7 @@ from shoal.protocol.identity import PeerId
 from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
 from shoal.training.recovery.download import ask_manifest, download
-from shoal.training.recovery.snapshot import save
-from shoal.training.recovery.snapshots import snapshot_path, stage_directory
+from shoal.training.recovery.snapshots import stage_directory, store
 
 
 async def prefetch(context: Context, donors: Sequence[PeerId], directory: Path) -> int:
@@ -28,5 +27,5 @@ async def prefetch(context: Context, donors: Sequence[PeerId], directory: Path) 
     height = offer.manifest.height
     if height:
         snapshot = await download(context, offer, donors)
-        await context.offload(save, snapshot, snapshot_path(stage_directory(context, directory), height))
+        await context.offload(store, stage_directory(context, directory), snapshot, height)
     return height

@@ -95,7 +95,7 @@ class Snapshots:
             kept(snapshot)
         self._replica.prune(snapshot.height)
         if self.directory is not None and snapshot.height:
-            self.write(_store, self.directory, snapshot, min(self._kept))
+            self.write(store, self.directory, snapshot, min(self._kept))
 
     def switch(self, snapshot: Snapshot) -> None:
         """The replica has left its chain for one that has this snapshot: forget those of the old one."""
@@ -174,12 +174,22 @@ def snapshot_path(directory: Path, height: int) -> Path:
     return directory / f"snapshot-{height:012d}.safetensors"
 
 
-def _store(directory: Path, snapshot: Snapshot, oldest: int) -> None:
+def store(directory: Path, snapshot: Snapshot, oldest: int) -> None:
+    """Write a snapshot to a stage's folder, and let go of what is older than height `oldest` there."""
     save(snapshot, snapshot_path(directory, snapshot.height))
     for path in directory.glob("snapshot-*.safetensors"):
         if path < snapshot_path(directory, oldest):
             path.unlink(missing_ok=True)
     journal.prune(directory, oldest + 1)
+    sweep(directory, snapshot.height)
+
+
+def sweep(directory: Path, height: int) -> None:
+    """Remove what processes that were killed had half written: files of heights that are behind."""
+    for kind in ("snapshot", "entry"):
+        for path in directory.glob(f"{kind}-*.partial"):
+            if path < directory / f"{kind}-{height:012d}.partial":
+                path.unlink(missing_ok=True)
 
 
 def has_snapshot(directory: Path) -> bool:
@@ -190,7 +200,7 @@ def has_snapshot(directory: Path) -> bool:
 def clear(directory: Path) -> None:
     """Forget a stage's state on disk. Raises StorageError."""
     try:
-        for pattern in ("snapshot-*.safetensors", "entry-*.safetensors"):
+        for pattern in ("snapshot-*.safetensors", "entry-*.safetensors", "*.partial"):
             for path in directory.glob(pattern):
                 path.unlink(missing_ok=True)
     except OSError as error:

@@ -3,17 +3,24 @@
 Single positions of running texts go first, for somebody reads them; what room is left takes chunks of
 prompts, the longest waiting first. A prompt gets PROMPT_ROWS of every batch, however many texts run.
 
-A batch costs about the same whether it has one step or ten. Left alone, sessions come to go round a ring of S
-servers in S + 1 groups, one of which always waits; a short wait for more makes it S.
+A batch's weights stream through memory once, however few rows it has. Left alone, sessions come to go round
+a ring of S servers in S groups, each of which has all weights read for itself. So at the first stage a group
+is held for another one that is no smaller, until both go on as one; nobody is held for who is late, who goes
+round much more slowly, or where rows cost more than reading the weights.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 MOST_ROWS = 128  # of a batch: what a session adds to the lane's queue before training's next turn
 PROMPT_ROWS = 32
+_LATE = 1.25  # of the usual time away
+_PATIENT = 8
+_RECENT = 0.02  # the weight of the latest batch
 STEP_ROWS = 4  # up to so many positions waiting are steps of a text, not a prompt
 
 
@@ -27,12 +34,81 @@ class Waiting:
     since_s: float
 
 
-def patience_s(waiting: int, running: int, servers: int, step_s: float) -> float:
-    """How long to wait for more sessions before a batch begins.
+@dataclass(frozen=True, slots=True)
+class Mates:
+    """A batch whose sessions go on to the same server."""
 
-    `waiting` of the `running` ones are here; a batch takes `step_s`.
+    feeder: str
+    batch: int
+    count: int
+
+
+ALONE = Mates("", 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Away:
+    """A session whose next position is on its way round the ring."""
+
+    since_s: float
+    usual_s: float  # how long it is away
+
+    @property
+    def due_s(self) -> float:
+        return self.since_s + self.usual_s
+
+    @property
+    def late_s(self) -> float:
+        """From then on nobody waits for it."""
+        return self.since_s + _LATE * self.usual_s
+
+
+class StepCost:
+    """What a batch takes: a share that is fixed, and one for each row. Of those seen of late."""
+
+    def __init__(self) -> None:
+        self._rows = self._seconds = self._variance = self._covariance = 0.0
+
+    def add(self, rows: int, seconds: float) -> None:
+        if not self._rows:
+            self._rows, self._seconds = float(rows), seconds
+        more, longer = rows - self._rows, seconds - self._seconds
+        self._rows += _RECENT * more
+        self._seconds += _RECENT * longer
+        self._variance += _RECENT * ((1 - _RECENT) * more * more - self._variance)
+        self._covariance += _RECENT * ((1 - _RECENT) * more * longer - self._covariance)
+
+    @property
+    def cheap_rows(self) -> float:
+        """Up to so many cost no more than what is fixed."""
+        each_s = self._covariance / self._variance if self._variance > _RECENT else 0.0
+        return (self._seconds - each_s * self._rows) / each_s if each_s > 0.0 else math.inf
+
+
+def mates_until_s(waiting: Sequence[tuple[Mates, float]], short_s: float) -> float:
+    """Until when a batch is held for the rest of those that were computed together before.
+
+    `waiting`: with whom each session came, and since when it waits. They come one after another: for the next
+    one of them `short_s`; and nobody more than _PATIENT of those, however many come that say they have mates.
     """
-    return 0.0 if waiting * servers >= running else step_s / 2
+    here = Counter(mates for mates, _ in waiting)
+    held = max((since + short_s for mates, since in waiting if here[mates] < mates.count), default=-math.inf)
+    return min(held, min((since for _, since in waiting), default=math.inf) + _PATIENT * short_s)
+
+
+def others_until_s(now_s: float, waiting: int, away: Sequence[Away], round_s: float, most: float) -> float:
+    """Until when a batch of so many sessions is held for those away, to go round with them from then on.
+
+    For at least as many as wait, and no more than `most` together, that are due within `round_s`: what those
+    that wait usually take for a round.
+    """
+    due = [
+        one
+        for one in away
+        if one.usual_s <= _LATE * round_s and now_s < one.late_s and one.due_s <= now_s + _LATE * round_s
+    ]
+    fits = waiting <= len(due) <= most - waiting
+    return max(one.late_s for one in due) if due and fits else -math.inf
 
 
 def next_batch(waiting: Sequence[Waiting], most_rows: int = MOST_ROWS) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as functional
 
 from shoal.training.model.layout import StageLayout
+from shoal.training.model.product import product
 from shoal.training.model.stage import Held, StageModel, rotate, rotation
 from shoal.training.serving.cache import Cache
 from shoal.training.spec import RunSpec
@@ -33,7 +34,7 @@ class CachedStage:
     def __init__(self, spec: RunSpec, layout: StageLayout) -> None:
         self.layout, self.width = layout, spec.model.width
         self._spec = spec
-        self._model = StageModel(spec, layout)
+        self._model = StageModel(spec, layout, product)
 
     def cache(self, weights: Held) -> Cache:
         """An empty one, of the weights' type and device."""

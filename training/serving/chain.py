@@ -83,6 +83,7 @@ class Generation:
             raise MessageInvalid(f"the prompt has tokens outside the vocabulary of {spec.data.vocabulary}")
         self.tokens = list(prompt)
         self.finish = ""
+        self._enough = False
         self.figures = ChainFigures()
         self.servers: set[PeerId] = set()  # all that had a part in it
         self._capacity = min(len(prompt) + max_new_tokens, most)
@@ -140,6 +141,12 @@ class Generation:
             self._news.clear()
             await self._news.wait()
 
+    async def end(self) -> None:
+        """No more of it is wanted. Returns when its servers have said what went through them, if asked."""
+        self._enough = True
+        self._wake.set()
+        await asyncio.wait([self._task])
+
     def route(self) -> list[PeerId | None]:
         """The server of each stage now."""
         return [link.peer if link is not None else None for link in self._links]
@@ -170,7 +177,7 @@ class Generation:
     async def _run(self) -> None:
         speculation = asyncio.create_task(self._speculation.run()) if self._speculation else None
         try:
-            while not self.finish:
+            while not (self.finish or self._enough):
                 self._wake.clear()
                 try:
                     await self._mend()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,17 +17,24 @@ import torch
 
 from shoal.protocol.errors import ShoalError
 from shoal.training.lane import Lane, Work
-from shoal.training.serving.batching import STEP_ROWS, Waiting, next_batch, patience_s
+from shoal.training.serving.batching import (
+    STEP_ROWS,
+    Away,
+    Mates,
+    StepCost,
+    Waiting,
+    mates_until_s,
+    next_batch,
+    others_until_s,
+)
 from shoal.training.serving.cached_stage import CachedStage, Span
-from shoal.training.serving.hosted import HostedSession
+from shoal.training.serving.hosted import HostedSession, smoothed
 from shoal.training.serving.sampling import next_token
 from shoal.training.serving.versions import ServingVersion
 
 _log = logging.getLogger(__name__)
-_SMOOTHING = 0.2
 _WARM_STEPS = 3  # the first ones allocate
 _CLAIM_S = 30.0  # so old a step says nothing of the present
-_LATELY_S = 1.0  # a session that moved within it, or within two rounds of the ring, is soon here again
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,13 +67,12 @@ class Engine:
         sessions: Mapping[bytes, HostedSession],
         dtype: torch.dtype,
         device: str,
-        servers: int,
     ) -> None:
-        """`servers` of a chain."""
         self.figures = EngineFigures()
         self._stage, self._lane, self._sessions = stage, lane, sessions
-        self._dtype, self._device, self._servers = dtype, device, servers
+        self._dtype, self._device = dtype, device
         self._wake = asyncio.Event()
+        self._cost = StepCost()
         self._idle_step_s = 0.0  # what a step took with nobody's text
         self._stepped_s = -_CLAIM_S  # when a text's last step was
 
@@ -87,23 +94,34 @@ class Engine:
             while not self._waiting():
                 self._wake.clear()
                 await self._wake.wait()
-            if patience_s := self._patience_s():
+            while (held_s := self._held_s()) > 0.0:
+                self._wake.clear()
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(patience_s):
-                        while self._patience_s():
-                            self._wake.clear()
-                            await self._wake.wait()
+                    async with asyncio.timeout(held_s):
+                        await self._wake.wait()
             if pieces := self._next():
                 await self._run(pieces)
 
     def _waiting(self) -> list[HostedSession]:
         return [one for one in self._sessions.values() if one.waiting and one.failure is None]
 
-    def _patience_s(self) -> float:
-        lately_s = max(_LATELY_S, 2 * self._servers * self.figures.step_s)
-        since_s = asyncio.get_running_loop().time() - lately_s
-        running = sum(one.runs and one.active_s >= since_s for one in self._sessions.values())
-        return patience_s(len(self._waiting()), running, self._servers, self.figures.step_s)
+    def _held_s(self) -> float:
+        """How much longer the next batch waits for sessions that are on their way; a prompt is not held."""
+        waiting = self._waiting()
+        if not waiting or any(one.waiting > STEP_ROWS for one in waiting):
+            return 0.0
+        now_s = asyncio.get_running_loop().time()
+        here = [(one.came_with, one.since_s) for one in waiting]
+        until_s = mates_until_s(here, self.figures.step_s / 2)
+        if self._stage.layout.first:
+            version, round_s = waiting[0].version, min(one.away_s for one in waiting)
+            away = [
+                Away(one.active_s, one.away_s)
+                for one in self._sessions.values()
+                if one.runs and not one.waiting and one.away_s and one.version is version
+            ]
+            until_s = max(until_s, others_until_s(now_s, len(waiting), away, round_s, self._cost.cheap_rows))
+        return until_s - now_s
 
     def _next(self) -> list[_Piece]:
         sessions = self._waiting()
@@ -126,20 +144,30 @@ class Engine:
             return
         now_s = loop.time()
         self.figures.batches += 1
-        self.figures.step_s += _SMOOTHING * (now_s - begun_s - self.figures.step_s)
+        self.figures.step_s = smoothed(self.figures.step_s, now_s - begun_s)
+        self._cost.add(sum(len(piece.rows) for piece in pieces), now_s - begun_s)
         for piece, (hidden, drawn) in zip(pieces, outcome, strict=True):
             self.figures.positions += len(piece.rows)
             if len(piece.rows) <= STEP_ROWS:
                 self._note_step(piece.session, now_s - piece.session.since_s)
             piece.session.computed_rows(piece.start, len(piece.rows), hidden, drawn, now_s)
+        self._tie(pieces, [hidden is not None or bool(drawn) for hidden, drawn in outcome])
+
+    def _tie(self, pieces: Sequence[_Piece], produced: Sequence[bool]) -> None:
+        """What goes on from a batch to the same server shall be computed together there."""
+        sessions = [piece.session for piece, there in zip(pieces, produced, strict=True) if there]
+        going = [(one, one.route.peer) for one in sessions if one.route is not None and not one.finish]
+        count = Counter(peer for _, peer in going)
+        for session, peer in going:
+            session.left_with = Mates("", self.figures.batches, count[peer])
 
     def _note_step(self, session: HostedSession, seconds: float) -> None:
         now_s = asyncio.get_running_loop().time()
         if now_s - self._stepped_s >= _CLAIM_S:
             self.figures.text_step_s = 0.0
         self._stepped_s = now_s
-        session.step_s = _smoothed(session.step_s, seconds)
-        self.figures.text_step_s = _smoothed(self.figures.text_step_s, seconds)
+        session.step_s = smoothed(session.step_s, seconds)
+        self.figures.text_step_s = smoothed(self.figures.text_step_s, seconds)
 
     async def warm(self, version: ServingVersion) -> None:
         """Take a step with nobody's text, so that it is known how long one takes before somebody asks."""
@@ -198,7 +226,3 @@ def _draw(piece: _Piece, scores: torch.Tensor) -> list[int]:
         if session.finish_of(len(before) + 1, drawn[-1]) or drawn[-1] != guess:
             break
     return drawn
-
-
-def _smoothed(before: float, seconds: float) -> float:
-    return before + _SMOOTHING * (seconds - before) if before else seconds

@@ -20,6 +20,7 @@ from shoal.protocol.identity import VerifiedPeer
 from shoal.protocol.limits import DRAFT_TOKENS
 from shoal.training.outer.change import Change
 from shoal.training.serving.ahead import Ahead, alike
+from shoal.training.serving.batching import ALONE, Mates
 from shoal.training.serving.cache import Cache
 from shoal.training.serving.messages import (
     LENGTH,
@@ -31,6 +32,8 @@ from shoal.training.serving.messages import (
 )
 from shoal.training.serving.prints import Prints, Shown
 from shoal.training.serving.versions import ServingVersion
+
+_SMOOTHING = 0.2
 
 
 class HostedSession:
@@ -62,6 +65,8 @@ class HostedSession:
         self.computed = 0
         self.supplies: list[Ahead] = []  # of which rewinding tells each
         self.step_s = 0.0  # of a few positions: from their coming until they are computed; 0: none yet
+        self.came_with = self.left_with = ALONE  # of the batches before this one and here
+        self.away_s = 0.0  # from a position's being computed until the next one comes; 0: none has yet
         self.since_s = self.active_s = now_s  # of the oldest position that waits; of the last movement
         self.route: SessionRoute | None = None
         self.beside: SessionRoute | None = None  # of the higher epoch of the two, if there is one
@@ -91,7 +96,13 @@ class HostedSession:
             self._feeder_epoch, self._refusing = epoch, False
 
     def take(
-        self, epoch: int, start: int, tokens: Sequence[int], rows: torch.Tensor | None, now_s: float
+        self,
+        epoch: int,
+        start: int,
+        tokens: Sequence[int],
+        rows: torch.Tensor | None,
+        now_s: float,
+        mates: Mates = ALONE,
     ) -> None:
         """Positions from `start`, from the server before: their tokens, and behind stage 0 hidden states.
 
@@ -102,6 +113,7 @@ class HostedSession:
         if stop > self.capacity or (start > self.received and not self._refusing):
             room = f"{self.received} of {self.capacity} positions are here"
             raise MessageInvalid(f"positions {start} to {stop} do not fit: {room}")
+        self.came_with = mates
         self._accept(start, tokens, rows, now_s)
         if self.first:
             self._settled = max(self._settled, stop)
@@ -135,6 +147,8 @@ class HostedSession:
 
     def _enqueue(self, tokens: Sequence[int], rows: torch.Tensor | None, now_s: float) -> None:
         if not self.waiting:
+            if self.computed:
+                self.away_s = smoothed(self.away_s, now_s - self.active_s, 0.5)
             self.since_s = now_s
         self.active_s = now_s
         if rows is not None:
@@ -279,3 +293,8 @@ class HostedSession:
         else:
             self.route, self.beside = route, None
         self._turned.notify()
+
+
+def smoothed(before: float, seconds: float, weight: float = _SMOOTHING) -> float:
+    """0: none was measured before."""
+    return before + weight * (seconds - before) if before else seconds

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from shoal.protocol.errors import MessageInvalid, PeerSilent, ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream, Transport
+from shoal.training.methods import at_stage
 from shoal.training.serving.messages import (
     SESSION,
     SHOWN,
@@ -115,7 +116,7 @@ class Link:
 
     async def _run(self) -> None:
         try:
-            async with self._transport.open(self.peer, SESSION) as stream:
+            async with self._transport.open(self.peer, at_stage(self.opening.stage, SESSION)) as stream:
                 async with asyncio.timeout(OPEN_S):
                     await stream.send(self.opening, self._payload)
                     opened: SessionOpened = (await stream.receive(SessionOpened)).header

@@ -24,7 +24,7 @@ from shoal.protocol.wire import (
 )
 from shoal.training.model.lowrank import TARGETS
 
-SESSION, ROWS, TUNE = "session", "session.rows", "tune"  # methods
+SESSION, ROWS, TUNE = "session", "rows", "tune"  # methods of a stage
 HIDDEN, LOGITS, LOSS = "hidden", "logits", "loss"
 POSITIONS = 1 << 20  # the spec's most
 SHOWN = 8  # positions of a text, at most
@@ -181,6 +181,8 @@ class RowsChunk:
 
     start: Position
     count: Rows
+    batch: Count = 0  # of the sender's, in which it was computed
+    sessions: Annotated[int, Bounds(0, 1 << 16)] = 0  # of that batch, that come here
 
 
 @wire_message

@@ -15,9 +15,11 @@ import torch
 from shoal.protocol.errors import MessageInvalid, NotHere, ShoalError, StreamEnded
 from shoal.protocol.identity import Role
 from shoal.protocol.transport import Channel, Stream, Transport
+from shoal.training.methods import at_stage
 from shoal.training.model.layout import StageLayout
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.serving.ahead import Ahead
+from shoal.training.serving.batching import Mates
 from shoal.training.serving.hosted import HostedSession
 from shoal.training.serving.messages import ROWS, RowsAttach, RowsChunk, RowsHave, SessionRoute
 from shoal.training.serving.until import until_first
@@ -50,7 +52,7 @@ class Rows:
 
     def serve(self) -> None:
         """Register with the transport."""
-        self._transport.serve(ROWS, self._take, SERVERS)
+        self._transport.serve(at_stage(self._stage, ROWS), self._take, SERVERS)
 
     # --- supplying the next server
 
@@ -77,7 +79,7 @@ class Rows:
                 session.cannot_supply(route.epoch, f"{type(error).__name__}: {error}")
 
     async def _supply_along(self, session: HostedSession, route: SessionRoute) -> None:
-        async with self._transport.open(route.peer, ROWS, Channel.BULK) as stream:
+        async with self._transport.open(route.peer, at_stage(route.stage, ROWS), Channel.BULK) as stream:
             await stream.send(RowsAttach(session.id, route.epoch, route.stage))
             message = await stream.receive(RowsHave, max_payload_bytes=4 * self._most_positions)
             have: RowsHave = message.header
@@ -101,7 +103,8 @@ class Rows:
             due = due[:CHUNK_ROWS]
             payload = self._pack(session, due)
             ahead.sending(due)  # before the wait: what is rewound meanwhile is due again
-            await stream.send(RowsChunk(due.start, len(due)), payload)
+            mates = session.left_with
+            await stream.send(RowsChunk(due.start, len(due), mates.batch, mates.count), payload)
 
     # --- being supplied
 
@@ -119,7 +122,8 @@ class Rows:
             chunk: RowsChunk = message.header
             session = self._session_of(attach)
             tokens, rows = self._unpack(message.payload, chunk.count)
-            session.take(attach.epoch, chunk.start, tokens, rows, asyncio.get_running_loop().time())
+            mates = Mates(stream.remote.peer, chunk.batch, chunk.sessions)
+            session.take(attach.epoch, chunk.start, tokens, rows, asyncio.get_running_loop().time(), mates)
             self._came()
 
     def _session_of(self, attach: RowsAttach) -> HostedSession:

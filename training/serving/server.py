@@ -21,6 +21,7 @@ from shoal.protocol.errors import (
 from shoal.protocol.identity import Role
 from shoal.protocol.transport import Message, Stream, Transport
 from shoal.training.lane import Lane
+from shoal.training.methods import at_stage
 from shoal.training.model.layout import StageLayout
 from shoal.training.serving.admission import Held, admit
 from shoal.training.serving.cache import cache_bytes
@@ -72,15 +73,13 @@ class SessionServer:
         self.versions = versions
         self._transport, self._budget_bytes = transport, budget_bytes
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
-        self.engine = Engine(
-            CachedStage(spec, layout), lane, self.sessions, self._dtype, device, spec.stages.count
-        )
+        self.engine = Engine(CachedStage(spec, layout), lane, self.sessions, self._dtype, device)
         self._rows = Rows(spec, stage, layout, transport, self.sessions, self.engine.wake)
         versions.retired = self._retire
 
     def serve(self) -> None:
         """Register with the transport."""
-        self._transport.serve(SESSION, self._session, CLIENTS)
+        self._transport.serve(at_stage(self._stage, SESSION), self._session, CLIENTS)
         self._rows.serve()
 
     async def run(self) -> None:

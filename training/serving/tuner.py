@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,7 @@ from shoal.protocol.errors import (
 )
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Transport, call
+from shoal.training.methods import at_stage
 from shoal.training.model.layout import StageLayout, stage_layout
 from shoal.training.model.lowrank import AdapterForm
 from shoal.training.outer.context import Offload
@@ -181,7 +182,7 @@ class Tuner:
         )
         own = [trip.tensors[name].detach() for name in form.shapes(layout)]
         parts = [trip.entered[stage], *own, *([] if more is None else [more])]
-        payload = b"".join(map(_bytes, parts))
+        payload: bytes = await self.offload(_packed, parts)
         wanted = self._expected(trip, stage, output, back)
         trip.pins[stage], loss, out = await self._from_anybody(request, payload, wanted, trip)
         return loss, out
@@ -228,7 +229,7 @@ class Tuner:
         message = await call(
             self._transport,
             peer,
-            TUNE,
+            at_stage(request.stage, TUNE),
             request,
             TunedSpan,
             timeout_s=_CALL_S,
@@ -250,6 +251,10 @@ def _values(payload: memoryview) -> torch.Tensor:
     if not bool(torch.isfinite(out).all()):
         raise ProtocolViolation("NaN or infinity came back")
     return out
+
+
+def _packed(parts: Sequence[torch.Tensor]) -> bytes:
+    return b"".join(map(_bytes, parts))
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

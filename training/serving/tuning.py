@@ -16,6 +16,7 @@ from shoal.protocol import limits
 from shoal.protocol.errors import Busy, MessageInvalid, Stale
 from shoal.protocol.transport import Channel, Message, Stream, Transport
 from shoal.training.lane import Lane, Work
+from shoal.training.methods import at_stage
 from shoal.training.model.layout import StageLayout
 from shoal.training.model.lowrank import PROMPT, AdapterForm, LowRank
 from shoal.training.model.stage import Held, StageModel
@@ -64,7 +65,7 @@ class TuningServer:
 
     def serve(self) -> None:
         """Register with the transport."""
-        self._transport.serve(TUNE, self._answer, CLIENTS, Channel.BULK)
+        self._transport.serve(at_stage(self._stage, TUNE), self._answer, CLIENTS, Channel.BULK)
 
     async def _answer(self, stream: Stream) -> None:
         if self._requests >= _AT_ONCE:
