@@ -121,7 +121,7 @@ def test_a_replica_sends_no_part_to_itself() -> None:
     assert stage.round_bytes(1) == 0
     assert stage.round_bytes(2) == both // 2
     assert stage.round_bytes(1000) < both
-    assert stage.parts == 16
+    assert stage.parts == 24
 
 
 def test_an_inner_step_takes_whole_micro_batches() -> None:

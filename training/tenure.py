@@ -247,6 +247,8 @@ class Tenure:
             if wanted.peer == view.me and self._fits([*self._held, wanted.stage]):
                 text = f"nobody else can hold stage {wanted.stage}: holding it besides {sorted(self._held)}"
                 self._event("taking", {"stage": wanted.stage, "text": text})
+                self._bound = wanted.stage  # said first: or its guarding would begin anew meanwhile
+                self._say()
                 for term in self.terms:
                     await term.stop_guarding(wanted.stage)
                 await self._open(wanted.stage, tasks)

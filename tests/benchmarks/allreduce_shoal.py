@@ -95,7 +95,9 @@ class Shoal(System):
         membership = Membership(JoinToken.parse(config["token"]), PeerKey.generate(), time.time)
         self._membership = membership
         self._contacts = ContactBook()
-        self._transport = GrpcTransport(membership, self._contacts, config["host"])
+        self._transport = GrpcTransport(
+            membership, self._contacts, config["host"], upload_bytes_per_s=config.get("upload")
+        )
         self._genesis = torch.zeros(config["mib"] * (1 << 20) // 4)
         self._weights = Weights(self._genesis)
         self._board = Board(Path(config["folder"]) / "beats", self.peers)

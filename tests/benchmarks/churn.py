@@ -1,6 +1,6 @@
 """What does churn cost a swarm, beyond the peers that it takes away?
 
-    python tests/benchmarks/churn.py [--peers 8] [--session 60] [--minutes 5] [--calm 60] [--pace 0.6]
+    python tests/benchmarks/churn.py [--peers 8] [--session 60] [--minutes 5] [--calm 60] [--pace 1.0]
         [--seed 1] [--json]
 
 Real processes (`shoal up`, `shoal join`) of two stages on the paced lane: a micro-batch takes a declared time
@@ -203,7 +203,7 @@ def main() -> int:
     parser.add_argument("--session", type=float, default=60.0, help="mean, in seconds")
     parser.add_argument("--minutes", type=float, default=5.0, help="under churn")
     parser.add_argument("--calm", type=float, default=60.0, help="seconds before it")
-    parser.add_argument("--pace", type=float, default=0.6, help="seconds of the lane a micro-batch")
+    parser.add_argument("--pace", type=float, default=1.0, help="seconds of the lane a micro-batch")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

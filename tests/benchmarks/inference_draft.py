@@ -30,9 +30,9 @@ from shoal.training.spec import RunSpec
 SEQUENCE, BATCH = 128, 8
 TARGET = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "feedforward": 384}
 DRAFT = {"layers": 1, "width": 64, "heads": 2, "kv_heads": 1, "feedforward": 192}
-STEPS = {"target": 300, "draft": 400}
+STEPS = {"target": 400, "draft": 1000}
 RATE = 2e-3  # of AdamW, after a warm-up and down along a cosine
-PROMPT, TOKENS, TEXTS = 64, 48, 2
+PROMPT, TOKENS, TEXTS = 64, 48, 6
 TEMPERATURE = 0.8  # of the drawn texts; greedy ones of a model trained so shortly repeat themselves
 HELD_OUT = 0.05
 Corpus = tuple[torch.Tensor, torch.Tensor]  # training and held-out bytes

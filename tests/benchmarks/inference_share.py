@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument(
         "--pace", type=float, default=0.24, help="seconds of the lane that a micro-batch takes"
     )
-    parser.add_argument("--sessions", type=int, default=12)
+    parser.add_argument("--sessions", type=int, default=48, help="so many that they fill their share")
     parser.add_argument("--warm-up", type=float, default=8.0)
     parser.add_argument("--settle", type=float, default=2.0, help="seconds between two turns")
     parser.add_argument("--seconds", type=float, default=12.0, help="of a turn")

@@ -134,6 +134,7 @@ def one(codec: str, options: argparse.Namespace) -> dict[str, Any]:
             "warm_up": options.warm_up,
             "folder": folder,
             "part_kib": options.part_kib,
+            "upload": options.upload * 1e6 / 8 if options.upload else None,
             "hosts": hosts,
             "token": shoal_token(),
         }
@@ -161,6 +162,7 @@ def row(
         "peers": options.peers,
         "mib": options.mib,
         "mbit": options.mbit,
+        "upload_mbit": options.upload,
         "seconds_median": round(median_s, 4),
         "seconds_min": round(min(found.seconds), 4),
         "seconds_max": round(max(found.seconds), 4),
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--mbit", type=float, default=100.0, help="each way, of every peer")
     parser.add_argument("--codec", default="int8,onebit")
     parser.add_argument("--congestion", default="reno", help="control of TCP, as the kernel names it")
+    parser.add_argument("--upload", type=float, default=0.0, help="Mbit/s, as in `shoal join --upload`")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--data", choices=DATA, default="gaussian")

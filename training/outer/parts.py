@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from shoal.protocol import limits
 
-_SHARED_OUT = 16  # parts a fragment has at least ...
-_LEAST_VALUES = 1 << 14  # ... unless they would be smaller than this
+_SHARED_OUT = 24  # 2, 3, 4, 6, 8 and 12 owners have equally many: a fragment has so many parts, or a multiple
+_LEAST_VALUES = 1 << 14  # but none smaller than this for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,8 @@ def cut(size: int, part_bytes: int, block: int, fragments: int = 1) -> tuple[Fra
 
     All but the last begin and end at a multiple of `block` values.
 
-    Smaller parts where few peers would own all of a small fragment; larger ones where it would have more than
+    Smaller parts where few peers would own all of a small fragment, and as many as most groups can share out
+    evenly: the busiest owner's link holds up everybody. Larger ones where a fragment would have more than
     limits.PARTS of them; fewer fragments where there are not enough blocks.
     """
     number = max(1, min(fragments, size // block))
@@ -67,7 +68,10 @@ def cut(size: int, part_bytes: int, block: int, fragments: int = 1) -> tuple[Fra
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
         wanted = min(part_bytes // 4, max(-(-(stop - start) // _SHARED_OUT), _LEAST_VALUES))
         most = max(wanted, -(-(stop - start) // limits.PARTS), block)
-        count = _up(-(-(stop - start) // -(-(stop - start) // most)), block)
+        parts = -(-(stop - start) // most)
+        if parts > _SHARED_OUT:
+            parts = min(_up(parts, _SHARED_OUT), limits.PARTS)
+        count = _up(-(-(stop - start) // parts), block)
         spans = [(at, min(count, stop - at)) for at in range(start, stop, count)]
         found.append(Fragment(index, tuple(Part(first + i, *span) for i, span in enumerate(spans))))
         first += len(spans)
