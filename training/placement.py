@@ -9,7 +9,8 @@ its replicas' lanes can do, in micro-batches: a peer's speed, its stage's cost o
 micro-batch, divided by that cost. What replicas commit says nothing here, since all stages commit the same.
 It is counted in usual replicas, in whole ones, so that views which differ by noise still agree; a peer whose
 speed nobody knows counts as the median of those known, one that holds several stages shares its speed out. Of
-a swarm known in part, each known replica stands for as many as its stage has for each one known.
+a swarm known in part, each known replica stands for as many as its stage has for each one known, and a joiner
+compares a few stages only (`tried`).
 
 Hysteresis: a joiner keeps the stage it announced, unless everybody is known, some stage has at least two
 fewer replicas and the joiner is the last by id of those joining its stage. A gap of one is not worth a
@@ -20,11 +21,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from hashlib import blake2b
 
 from shoal.dht.view import Member, SwarmView, is_measured
 from shoal.protocol.identity import PeerId, Role
 
 ENOUGH_REPLICAS = 2
+TRIED = 3  # of 10,000 peers at 24 stages in simulation 0.906 of the ideal, comparing all 0.894
 
 
 class Loads:
@@ -41,13 +44,29 @@ class Loads:
         self.replicas[stage] += replicas
         self.speeds[stage] += replicas * speed
 
-    def neediest(self, usual: float = 1.0) -> int:
-        """Where another replica is needed most. `usual`: a replica's speed, in the unit of those added."""
-        return min(range(len(self.costs)), key=lambda stage: self._need(stage, usual))
+    def neediest(self, among: Sequence[int], usual: float = 1.0) -> int:
+        """Which of these stages, or of those with too few replicas, needs another one most.
+
+        `usual`: a replica's speed, in the unit of those added.
+        """
+        few = (stage for stage, replicas in enumerate(self.replicas) if replicas < ENOUGH_REPLICAS)
+        return min(sorted({*among, *few}), key=lambda stage: self._need(stage, usual))
 
     def _need(self, stage: int, usual: float) -> tuple[float, int, float]:
         replicas, speed = self.replicas[stage], self.speeds[stage] / usual
         return (min(replicas, ENOUGH_REPLICAS), round(speed / self.costs[stage]), replicas)
+
+
+def tried(joiner: PeerId, stages: int) -> list[int]:
+    """The stages that a joiner compares which knows the swarm in part: a few, drawn for each (Mitzenmacher,
+    "The power of two choices in randomized load balancing", 2001).
+
+    The least of many noisy estimates is the one that errs most. Where all were compared, stages whose size
+    is hard to tell drew joiners until they had some per cent too many, and the others too few.
+    """
+    return sorted(range(stages), key=lambda s: blake2b(f"{joiner} {s}".encode(), digest_size=8).digest())[
+        :TRIED
+    ]
 
 
 def place(view: SwarmView, me: PeerId, costs: Sequence[float]) -> int:
@@ -65,14 +84,18 @@ def place(view: SwarmView, me: PeerId, costs: Sequence[float]) -> int:
     if announced is not None and announced < len(costs):
         return announced if view.sizes else _keep_or_move(candidates, me, announced, loads)
     waiting = [m for m in candidates if m.state == "joining" and not m.stages and m.peer < me]
-    for _ in waiting:
-        loads.add(loads.neediest(), 1.0)
-    return loads.neediest()
+    for other in waiting:
+        loads.add(loads.neediest(_compared(view, other.peer, costs)), 1.0)
+    return loads.neediest(_compared(view, me, costs))
+
+
+def _compared(view: SwarmView, joiner: PeerId, costs: Sequence[float]) -> Sequence[int]:
+    return tried(joiner, len(costs)) if view.sizes else range(len(costs))
 
 
 def _keep_or_move(candidates: list[Member], me: PeerId, announced: int, loads: Loads) -> int:
     joining = [m.peer for m in candidates if m.state == "joining" and announced in m.stages]
-    neediest = loads.neediest()
+    neediest = loads.neediest(range(len(loads.costs)))
     gap = loads.replicas[announced] - loads.replicas[neediest]
     return neediest if gap >= 2 and me == max(joining) else announced
 

@@ -20,7 +20,7 @@ from shoal.node.simulate.directory import Shelves
 from shoal.node.simulate.fleet import Node
 from shoal.node.simulate.flow import Flow
 from shoal.node.simulate.places import Places
-from shoal.training.placement import Loads
+from shoal.training.placement import Loads, tried
 from shoal.training.rebalance import Move, plan, settled
 
 
@@ -76,7 +76,8 @@ class ShoalPlacer(Placer):
         for stage in np.flatnonzero(seen).tolist():
             replicas = sizes.get(stage, 0.0) if sizes else float(seen[stage])
             loads.add(stage, float(speeds[stage] / seen[stage]), replicas)
-        return loads.neediest(float(np.median(rows["speed"])) if len(rows) else 1.0)
+        compared = tried(node.name, size) if sizes else range(size)
+        return loads.neediest(compared, float(np.median(rows["speed"])) if len(rows) else 1.0)
 
     def move(self, now: float) -> tuple[Node, int] | None:
         nodes = [node for group in self._places.groups for node in group.nodes]
