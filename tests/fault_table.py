@@ -65,6 +65,11 @@ class Case:
         return self.message in _GUARDIAN
 
     @property
+    def needs_owner(self) -> bool:
+        """Somebody orders settings; `test_fault_points`."""
+        return self.message == "OrdersRequest"
+
+    @property
     def needs_disk(self) -> bool:
         """Replicas keep a journal."""
         return self.message == "disk"

@@ -58,13 +58,17 @@ class Room:
 
 
 def rooms(options: argparse.Namespace) -> list[Room]:
-    """Who needs a snapshot may find neither one on its disk nor entries elsewhere."""
+    """Who needs a snapshot may find neither one on its disk nor entries elsewhere.
+
+    Nobody here is a guardian or has an owner who orders: those messages are struck in virtual time alone.
+    """
 
     def wanted(faults: Sequence[Case | Double]) -> list[Case | Double]:
         return [fault for fault in faults if options.only in str(fault)]
 
     joining = [case for case in all_cases() if case.needs_joiner]
-    others = [case for case in all_cases() if not (case.needs_joiner or case.needs_guardian)]
+    elsewhere = [case for case in all_cases() if case.needs_joiner or case.needs_guardian or case.needs_owner]
+    others = [case for case in all_cases() if case not in elsewhere]
     return [
         Room(wanted(joining), options.peers, options.mib, durable=False, outer=FORGETFUL),
         Room(wanted(others), options.peers, options.mib),
