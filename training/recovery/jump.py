@@ -48,6 +48,7 @@ class Jumping:
 
         `fork` where the target is on another chain. Raises NotHere, MessageInvalid and what donors raise.
         """
+        begun = self._member.replica.log.head
         snapshot = await self._snapshot(target, fork)
         shadow = await self._replay(snapshot, target)
         contributed = await self._entry_contributed_to(shadow, target)
@@ -57,8 +58,9 @@ class Jumping:
             nonlocal jumped
             changes: list[Rebase] = []
             if fork is None:
-                if shadow.log.height <= replica.log.height:
-                    return False  # a COMMIT was faster
+                on_the_way = replica.log.head in (begun, shadow.log.head_at(replica.log.height))
+                if shadow.log.height <= replica.log.height or not on_the_way:
+                    return False  # a COMMIT was faster; one of another chain has to be left in order
             elif replica.log.head != fork.mine.head:
                 return False  # ... and the comparison has to be made again
             else:
