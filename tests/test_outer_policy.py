@@ -62,6 +62,16 @@ def test_parts_cover_the_vector_once_in_equal_blocks(
     assert max(sizes) - min(sizes) < 2 * block, "balanced by bytes"
 
 
+@pytest.mark.parametrize("mib", [2, 10, 25, 100, 400])
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 8])
+def test_equal_owners_have_equal_parts(mib: int, count: int) -> None:
+    """The busiest owner's link holds up everybody."""
+    (fragment,) = cut(mib << 18, 4 << 20, 256)
+    parts = [part.index for part in fragment.parts]
+    drawn = owners(b"run", 0, parts, peers(count), [1.0] * count)
+    assert {drawn.count(index) for index in range(count)} == {len(parts) // count}
+
+
 def test_every_peer_draws_the_same_succession_and_leaders_change() -> None:
     group = peers(5)
     assert succession(RUN, 1, 7, group) == succession(RUN, 1, 7, group[::-1])
