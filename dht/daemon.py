@@ -144,6 +144,8 @@ class Daemon:
                 task.cancel()
                 await asyncio.wait({task})
         fault = lost.result() if lost.done() else p2p.fault()
+        if not fault and (task.cancelled() or isinstance(task.exception(), PeerSilent)):
+            fault = await self._ping(p2p)  # others are blamed only for a silence that is not our own
         if task.cancelled() or (task.exception() is not None and fault):
             if fault:
                 raise TransportLost(f"p2pd was lost during the call: {fault}; it comes back by itself")
@@ -240,16 +242,22 @@ class Daemon:
                 await asyncio.wait({ended}, timeout=PING_EVERY_S)
                 if ended.done():
                     return ended.result()
-                try:
-                    async with asyncio.timeout(PING_DEADLINE_S):
-                        self._guard.my_routes = await p2p.identify()
-                except TimeoutError:
-                    return f"p2pd did not answer for {PING_DEADLINE_S:g} s"
-                except (OSError, EOFError) as error:
-                    return f"p2pd does not answer: {error}"
+                if fault := await self._ping(p2p):
+                    return fault
         finally:
             ended.cancel()
             await asyncio.wait({ended})
+
+    async def _ping(self, p2p: GuardedP2P) -> str | None:
+        """Why this p2pd is to be given up; None if it answers."""
+        try:
+            async with asyncio.timeout(PING_DEADLINE_S):
+                self._guard.my_routes = await p2p.identify()
+        except TimeoutError:
+            return f"p2pd did not answer for {PING_DEADLINE_S:g} s"
+        except (OSError, EOFError) as error:
+            return f"p2pd does not answer: {error}"
+        return None
 
     def _fail_pending(self, fault: str) -> None:
         if self._lost is not None and not self._lost.done():

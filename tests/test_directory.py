@@ -651,6 +651,31 @@ def test_calls_fail_soon_when_p2pd_is_lost_and_work_again_after_its_restart(
     asyncio.run(scenario())
 
 
+def test_who_hears_nobody_because_its_own_p2pd_froze_is_told_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that others are silent: frozen as the record goes out, before the next ping would notice."""
+
+    async def scenario() -> None:
+        ann, bob = run.person(), run.person()
+        async with HivemindWorld(run, call_deadline_s=0.1).directories(ann, bob) as (_, second):
+            assert isinstance(second, HivemindDirectory) and second._daemon is not None
+            await published(second, bob)
+            pid, find = second._daemon.pid, second._node.find_nearest_nodes
+            assert pid is not None
+
+            async def find_and_freeze(*keys: Any, **options: Any) -> Any:
+                found = await find(*keys, **options)
+                os.kill(pid, signal.SIGSTOP)
+                return found
+
+            monkeypatch.setattr(second._node, "find_nearest_nodes", find_and_freeze)
+            with pytest.raises(TransportLost, match="p2pd"):
+                await published(second, bob, 2)
+
+    asyncio.run(scenario())
+
+
 def test_calls_cancelled_as_their_answer_comes_do_no_harm(run: Run) -> None:
     """hivemind alone loses its connection to p2pd here, within a hundred calls."""
     rng = random.Random(1)
