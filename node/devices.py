@@ -44,13 +44,12 @@ class Children:
     async def __aenter__(self) -> Children:
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-")  # backends may meet again later
         meeting = Path(self._folder.name) / "ranks"
-        try:
+        async with contextlib.AsyncExitStack() as begun:
+            begun.push_async_callback(self._end)
             for rank in range(1, len(self._devices)):
                 await self._start(rank, meeting)
             ranks = await self._join(meeting)
-        except BaseException:
-            await self._end()
-            raise
+            begun.pop_all()
         self.gang = Gang(ranks, self._pipes, self._lost)
         return self
 

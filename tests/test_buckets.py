@@ -57,6 +57,12 @@ class Bookcase:
             found.update(shown)
         return found
 
+    def found_of_its_stage(self, name: str, looks: int) -> float:
+        """The share of the living of its own stage that a peer has seen after so many looks."""
+        found = set[str]().union(*(self.look(name) for _ in range(looks)))
+        mine = {other for other in self.surveys if self.stage_of[other] == self.stage_of[name]}
+        return len(found & mine) / len(mine)
+
     def see(self, survey: Survey, bucket: Bucket) -> None:
         shown = self.show(bucket)
         survey.saw(bucket, [rank for rank, _ in shown.values()], {self.stage_of[name] for name in shown})
@@ -116,11 +122,7 @@ def test_every_peer_can_be_found_and_sizes_are_about_right() -> None:
     for _ in range(3):
         swarm.round(looks=2)
     reader = next(iter(swarm.surveys))
-    found: set[str] = set()
-    for _ in range(300):
-        found |= swarm.look(reader)
-    mine = {name for name, stage in swarm.stage_of.items() if stage == swarm.stage_of[reader]}
-    assert len(found & mine) >= 0.98 * len(mine)
+    assert swarm.found_of_its_stage(reader, looks=300) >= 0.98
     for name in list(swarm.surveys)[:20]:
         sizes = swarm.surveys[name].sizes()
         assert sizes[swarm.stage_of[name]] == pytest.approx(250, rel=0.5)
@@ -174,11 +176,7 @@ def test_a_bucket_of_hostile_peers_hides_nobody_and_changes_no_size_for_long() -
     for _ in range(3):
         swarm.round(looks=3)
     reader = next(iter(swarm.surveys))
-    found: set[str] = set()
-    for _ in range(150):
-        found |= swarm.look(reader)
-    mine = {name for name in swarm.surveys if swarm.stage_of[name] == swarm.stage_of[reader]}
-    assert len(found & mine) >= 0.95 * len(mine)
+    assert swarm.found_of_its_stage(reader, looks=150) >= 0.95
     assert swarm.surveys[reader].sizes()[swarm.stage_of[reader]] < 300
 
 

@@ -186,14 +186,15 @@ class SimulatedPeer:
             if not self.trainers:
                 self.incarnation, lane = incarnation, InlineLane(durations_s(at))
             trainer = self._make_trainer(at, lane, incarnation, feed, data_dir, (), fixed=False)
+            killed = False  # then it stays as it was
             try:
                 yield trainer
-            except asyncio.CancelledError:  # killed: it stays as it was
+            except asyncio.CancelledError:
+                killed = True
                 raise
-            except BaseException:
-                self._end(at)
-                raise
-            self._end(at)
+            finally:
+                if not killed:
+                    self._end(at)
 
         tenure = self.tenure = Tenure(
             self._planned,

@@ -16,11 +16,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from shoal.compression import kernels
+
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 from story import outcome  # noqa: E402
-
-from shoal.compression import kernels  # noqa: E402
 
 
 def main() -> None:

@@ -63,8 +63,7 @@ def import_hf(source: Path, store: Path, stages: int, progress: Progress = silen
             slot.name: their_name(EMBEDDING if tied and slot.name == HEAD else slot.name) for slot in slots
         }
         _require_names(source, found, set(names.values()), tied)
-        writer = Writer(store, KIND)
-        try:
+        with Writer(store, KIND) as writer:
             done, total = 0, sum(slot.count for slot in slots)
             for slot in slots:
                 writer.add(
@@ -73,9 +72,6 @@ def import_hf(source: Path, store: Path, stages: int, progress: Progress = silen
                 done += slot.count
                 progress(done, total)
             writer.finish(spec, [part])
-        except BaseException:  # Ctrl-C, too
-            writer.discard()
-            raise
     return _only_once(writer.path)
 
 
@@ -89,8 +85,7 @@ def import_checkpoint(
             "put the parts of all stages together: shoal checkpoint gather"
         )
     verify(source, progress)
-    writer = Writer(store, KIND)
-    try:
+    with Writer(store, KIND) as writer:
         if weights_only:
             part = StagePart(stage=0, layers=(0, source.spec.model.layers), tensors=(WEIGHTS,))
             for held in source.manifest.parts:
@@ -101,9 +96,6 @@ def import_checkpoint(
             for entry in source.manifest.files:
                 writer.take_over(entry, source.path / entry.name)
             writer.seal(source.manifest_bytes())
-    except BaseException:  # Ctrl-C, too
-        writer.discard()
-        raise
     return _only_once(writer.path)
 
 

@@ -25,17 +25,13 @@ def merge(paths: Sequence[Path], folder: Path, progress: Progress = silent) -> C
         before = done
         verify(checkpoint, lambda read, _, before=before: progress(before + read, total))  # type: ignore[misc]
         done += checkpoint.manifest.size_bytes
-    writer = Writer(folder, "whole")
-    try:
+    with Writer(folder, "whole") as writer:
         for checkpoint, part in chosen:
             for name in files_of(checkpoint.spec, part):
                 entry = checkpoint.manifest.entry(name)
                 if entry is not None:
                     writer.take_over(entry, checkpoint.path / name)
         writer.finish(used[0].spec, [part for _, part in chosen], used[0].read(SPEC))
-    except BaseException:  # Ctrl-C, too
-        writer.discard()
-        raise
     return open_checkpoint(writer.path)
 
 

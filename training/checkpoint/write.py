@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import safetensors.torch
 import torch
@@ -38,7 +39,10 @@ _HIDDEN = ".partial-"
 
 
 class Writer:
-    """One checkpoint on its way into `folder`, under the next number. Every method raises StorageError."""
+    """One checkpoint on its way into `folder`, under the next number. Every method raises StorageError.
+
+    Use as `with`: what is not finished by the end of it, for whatever reason, is gone.
+    """
 
     def __init__(self, folder: Path, kind: str) -> None:
         """`kind`: what follows the number in its name, `stage-0` or `whole`. Clears what a crash left."""
@@ -49,6 +53,12 @@ class Writer:
             self.path = folder / f"{number:06d}-{kind}"
             self._partial = Path(tempfile.mkdtemp(f"-{kind}", _HIDDEN, folder))
         self._entries: list[FileEntry] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
 
     def add(self, parameter: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """A parameter's tensors, each on the CPU. In memory it is there twice for as long as this takes."""
@@ -119,13 +129,13 @@ class Writer:
         return digest
 
     def discard(self) -> None:
-        """After a failure: nothing of it stays."""
+        """Nothing stays of what was not finished; what was is elsewhere by now."""
         shutil.rmtree(self._partial, ignore_errors=True)
 
 
 @contextlib.asynccontextmanager
 async def writing(offload: Offload, folder: Path, kind: str) -> AsyncIterator[Writer]:
-    """A Writer for as long as the context lasts; ended by whatever error or cancelled, nothing of it stays.
+    """A Writer for as long as the context lasts: `with` for the event loop, cancelled or not.
 
     Its caller offloads with `uncut` too, so that no thread writes into what is being removed.
     """
@@ -133,10 +143,9 @@ async def writing(offload: Offload, folder: Path, kind: str) -> AsyncIterator[Wr
     try:
         await unbroken(offload(lambda: made.append(Writer(folder, kind))))
         yield made[0]
-    except BaseException:
+    finally:
         for writer in made:
             await unbroken(offload(writer.discard))
-        raise
 
 
 def prune(folder: Path, kind: str, kept: int) -> None:
