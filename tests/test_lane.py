@@ -137,13 +137,14 @@ def test_a_lane_that_is_faster_now_says_so_before_its_weight_gradients_are_due()
     virtual_time.run(main)
 
 
-def test_whatever_a_job_raises_the_lane_goes_on() -> None:
+@pytest.mark.parametrize("error", [asyncio.CancelledError, StopIteration, SystemExit])
+def test_whatever_a_job_raises_the_lane_goes_on(error: type[BaseException]) -> None:
     def ends() -> None:
-        raise asyncio.CancelledError
+        raise error
 
     async def main() -> None:
         lane = ThreadLane()
-        with pytest.raises(RuntimeError, match="CancelledError"):
+        with pytest.raises(RuntimeError, match=error.__name__):
             await asyncio.wait_for(lane.run(Work.FORWARD, ends), 10.0)
         assert await asyncio.wait_for(lane.run(Work.FORWARD, lambda: 1), 10.0) == 1
         await lane.close()

@@ -255,10 +255,8 @@ class ThreadLane(Lane):
             self._running = kind, begin
             try:
                 outcome, failure = job.function(*job.arguments), None
-            except Exception as error:  # the edge of the worker: the caller gets it, and decides
+            except BaseException as error:  # the edge of the worker: the caller gets it, and decides
                 outcome, failure = None, error
-            except BaseException as error:  # without the worker every later job would wait for ever
-                outcome, failure = None, RuntimeError(f"a job of the lane ended with {error!r}")
             if (rest_s := self._least_s(kind) - (time.perf_counter() - begin)) > 0:
                 time.sleep(rest_s)
             self._running = None
@@ -268,13 +266,15 @@ class ThreadLane(Lane):
             del job, found, outcome, failure  # tensors must not outlive their turn
 
 
-def _settle(future: asyncio.Future[Any], outcome: object, failure: Exception | None) -> None:
+def _settle(future: asyncio.Future[Any], outcome: object, failure: BaseException | None) -> None:
     if future.done():
         return
     if failure is None:
         future.set_result(outcome)
-    else:
+    elif isinstance(failure, Exception) and not isinstance(failure, StopIteration):
         future.set_exception(failure)
+    else:  # no future takes a StopIteration, and the others would end the loop
+        future.set_exception(RuntimeError(f"a job of the lane ended with {failure!r}"))
 
 
 class InlineLane(Lane):
