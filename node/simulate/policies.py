@@ -36,6 +36,7 @@ from shoal.training.spec import RunSpec
 _LOOK_S = 1.6  # a joiner looks around, and once more: `placing`
 COMPILED_FROM = 15_000.0  # peers times virtual seconds: below, it is sooner done as it stands
 _DRAIN_S = 20.0  # as the daemon's
+_UNLIMITED = 1 << 40  # others' rules turn nobody away: what a hop holds for them takes no memory here
 _ASKED = 4  # peers, at each sample, what the directory costs them
 
 
@@ -75,7 +76,7 @@ class Crowd:
         rules = Rules(
             last=stages - 1,
             in_flight=spec.inner.in_flight,
-            held_most=spec.limits.undecided_micro_batches,
+            held_most=spec.limits.undecided_micro_batches if options.router == "shoal" else _UNLIMITED,
             weights_waiting=weights_in_stock(spec.inner.in_flight),
             forward_bytes=float(hidden + form.token_bytes(sequences)),
             backward_bytes=float(hidden),

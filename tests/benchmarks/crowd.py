@@ -4,8 +4,8 @@
 minutes on average, half of them ended by a kill. All rules meet the same machines, links and sessions. Prints
 one line of JSON for each simulation, and in the end a table: throughput to the ideal's, mean over the seeds.
 `--rules shoal --peers 10000 --hours 1 --seeds 1-1 --in-flight 128` is the full size: the fastest drivers
-finish three micro-batches in 10 s and want more under way. SWARM's rules turn nobody away: its hops are full
-by then, and its simulation slow.
+finish three micro-batches in 10 s and want more under way. SWARM's rules and chance turn nobody away: what
+their hops hold is not limited.
 """
 
 from __future__ import annotations
