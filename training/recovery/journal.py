@@ -42,8 +42,9 @@ def read_entries(directory: Path, from_height: int) -> Iterator[tuple[bytes, dic
             with safe_open(path, framework="pt") as file:
                 data = _bytes(file.get_tensor("entry"))
                 entry = parse(data)
+                made = entry.source()  # a re-entry lists nobody itself; its parts' digests name those listed
                 parts = {
-                    part: publish(entry.listed_in(part), _bytes(file.get_tensor(f"part.{part}")))
+                    part: publish(made.listed_in(part), _bytes(file.get_tensor(f"part.{part}")))
                     for part in range(entry.parts)
                     if entry.digest(part) != SKIP
                 }

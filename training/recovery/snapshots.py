@@ -7,7 +7,7 @@ entries beside the snapshots lets a peer come back alone, even when the whole st
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from shoal.training.recovery.snapshot import load, save
 
 KEPT = 2  # a joiner may be half through the one before the newest
 QUEUED = 64  # writes; a disk that is slower than the rounds skips entries, and the journal starts anew
+Written = tuple[int, bytes, Mapping[int, Published]]  # an entry: height, bytes, parts
 _WRITING, _WRITTEN = define("disk.writing"), define("disk.written")
 
 
@@ -88,21 +89,30 @@ class Snapshots:
 
     def keep(self, snapshot: Snapshot) -> None:
         """Hold a snapshot (a joiner's, too, which so becomes a donor) and let older state go."""
+        self._hold(snapshot)
+        if self.directory is not None and snapshot.height:
+            self.write(store, self.directory, snapshot, min(self._kept))
+
+    def _hold(self, snapshot: Snapshot) -> None:
         self._kept[snapshot.height] = snapshot
         for height in sorted(self._kept)[:-KEPT]:
             del self._kept[height]
         for kept in self._watchers:
             kept(snapshot)
         self._replica.prune(snapshot.height)
-        if self.directory is not None and snapshot.height:
-            self.write(store, self.directory, snapshot, min(self._kept))
 
     def switch(self, snapshot: Snapshot) -> None:
-        """The replica has left its chain for one that has this snapshot: forget those of the old one."""
+        """The replica has jumped to where this snapshot and the entries after it lead: forget all others.
+
+        Those entries came to no callback: without them the disk would hold less than the replica.
+        """
         self._kept.clear()
+        self._hold(snapshot)
         if self.directory is not None:
-            self.write(clear, self.directory)
-        self.keep(snapshot)
+            log, payloads = self._replica.log, self._replica.payloads
+            entries = ((h, log.entry(h)) for h in range(snapshot.height + 1, log.height + 1))
+            tail = [(h, data, payloads.parts_at(h)) for h, data in entries if data is not None]
+            self.write(rewrite, self.directory, snapshot, tail)
 
     async def restore(self, local: LocalWeights) -> None:
         """Take up what the disk has: the newest whole snapshot, then the entries after it."""
@@ -184,6 +194,20 @@ def store(directory: Path, snapshot: Snapshot, oldest: int) -> None:
     sweep(directory, snapshot.height)
 
 
+def rewrite(directory: Path, snapshot: Snapshot, tail: Sequence[Written]) -> None:
+    """Let a stage's folder hold a snapshot, the entries after it, and nothing else. Raises StorageError.
+
+    What it held goes last: a process that is killed amid this leaves more than nothing.
+    """
+    kept = {snapshot_path(directory, snapshot.height)}
+    if snapshot.height:  # genesis is never stored
+        save(snapshot, snapshot_path(directory, snapshot.height))
+    for height, data, parts in tail:
+        journal.write_entry(directory, height, data, parts)
+        kept.add(journal.entry_path(directory, height))
+    clear(directory, kept)
+
+
 def sweep(directory: Path, height: int) -> None:
     """Remove what processes that were killed had half written: files of heights that are behind."""
     for kind in ("snapshot", "entry"):
@@ -197,12 +221,13 @@ def has_snapshot(directory: Path) -> bool:
     return any(directory.glob("snapshot-*.safetensors"))
 
 
-def clear(directory: Path) -> None:
-    """Forget a stage's state on disk. Raises StorageError."""
+def clear(directory: Path, but: Collection[Path] = ()) -> None:
+    """Forget a stage's state on disk, `but` some files of it. Raises StorageError."""
     try:
         for pattern in ("snapshot-*.safetensors", "entry-*.safetensors", "*.partial"):
             for path in directory.glob(pattern):
-                path.unlink(missing_ok=True)
+                if path not in but:
+                    path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{directory}: {error}; remove it by hand") from error
 
