@@ -39,7 +39,8 @@ class Payloads:
             parts = self._heights.pop(oldest)
             self.held_bytes -= _bytes(parts)
             for part in parts.values():
-                self._by_digest.pop(part.digest, None)
+                if self._by_digest.get(part.digest) is part:  # a later round may have made the same bytes
+                    del self._by_digest[part.digest]
 
     def clear(self) -> None:
         """Forget all: they belong to another chain."""
