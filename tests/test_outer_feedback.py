@@ -159,8 +159,8 @@ def test_a_warm_up_goes_in_int8() -> None:
     run(main)
 
 
-@pytest.mark.parametrize("stale", [False, True])
-def test_a_restart_takes_the_residual_up_unless_it_has_gone_already(tmp_path: Path, stale: bool) -> None:
+@pytest.mark.parametrize("gone_with", ["nothing", "the process itself", "the next process"])
+def test_a_restart_takes_the_residual_up_unless_it_has_gone_already(tmp_path: Path, gone_with: str) -> None:
     async def main() -> None:
         async with World(3, spec_of("onebit")) as world:
             old = world.node(8, directory=tmp_path)
@@ -169,17 +169,24 @@ def test_a_restart_takes_the_residual_up_unless_it_has_gone_already(tmp_path: Pa
             await even_rounds(world, 3)
             carried = whole(world, old.outer._replica.residuals.take())
             assert carried.abs().max() > 0
-            if stale:  # a round that its disk knows nothing of lists the old process once more
-                file = residual_file(tmp_path)
-                before = file.read_bytes()
+            file = residual_file(tmp_path)
+            before = file.read_bytes()
+            if gone_with == "the process itself":
                 await even_rounds(world, 1)
             await old.stop()
-            if stale:
-                file.write_bytes(before)
-            again = world.node(8, incarnation=2, directory=tmp_path)
+            if gone_with == "the next process":
+                old = world.node(8, incarnation=2, directory=tmp_path)
+                world.nodes[-1] = old
+                await old.start()
+                assert torch.equal(whole(world, old.outer._replica.residuals.take()), carried)
+                await even_rounds(world, 1)
+                await old.stop()
+            file.write_bytes(before)  # killed before its disk knew of a round
+            again = world.node(8, incarnation=3, directory=tmp_path)
+            world.nodes[-1] = again
             await again.start()
             restored = whole(world, again.outer._replica.residuals.take())
-            assert torch.equal(restored, torch.zeros_like(restored) if stale else carried)
+            assert torch.equal(restored, carried if gone_with == "nothing" else torch.zeros_like(restored))
             await even_rounds(world, 1)
             assert world.equal()
 

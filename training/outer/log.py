@@ -182,6 +182,12 @@ class Log:
         """(step, tokens) of each fragment."""
         return [self.end_of(peer, incarnation, fragment.index) for fragment in self._fragments]
 
+    def last_of(self, peer: PeerId, fragment: int) -> tuple[int, int]:
+        """(incarnation, step) up to which the log holds a peer's work in a fragment: of its newest process
+        that has some there."""
+        ends = ((key, end.steps[fragment]) for key, end in self._ends.items())
+        return max(((key[1], step) for key, step in ends if key[0] == peer and step), default=(0, 0))
+
     def positions(self) -> dict[int, int]:
         """Samples read of each data stream, as far as the log holds their deltas."""
         return dict(self._positions)

@@ -264,7 +264,7 @@ class Outer:
             load_residuals,
             self._snapshots.directory,
             context.fragments,
-            lambda incarnation, fragment: log.end_of(context.me, incarnation, fragment)[0],
+            [log.last_of(context.me, fragment.index) for fragment in context.fragments],
         )
         self._replica.residuals.restore(found)
 

@@ -1,12 +1,13 @@
 """Residuals on disk: what rounding left out of this peer's contributions outlives its process.
 
 One file a fragment, written after each entry that lists this process. A later process takes it up only if
-the log holds nothing of the old one after it: else it has gone with a contribution already.
+the log holds nothing after it, neither of the old process nor of one in between, which took it up itself and
+may not have come to write its own: else it has gone with a contribution already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from shoal.protocol.errors import StorageError
 from shoal.training.outer.parts import Fragment
 
-EndOf = Callable[[int, int], int]  # (incarnation, fragment) -> last step of that process in the log
+Last = Sequence[tuple[int, int]]  # (incarnation, step) of this peer's last in the log, by fragment
 
 
 def save_residuals(
@@ -34,7 +35,7 @@ def save_residuals(
         raise StorageError(f"{path}: {error}; free space there or name another --data-dir") from error
 
 
-def load_residuals(directory: Path, fragments: Sequence[Fragment], end_of: EndOf) -> dict[int, torch.Tensor]:
+def load_residuals(directory: Path, fragments: Sequence[Fragment], last: Last) -> dict[int, torch.Tensor]:
     """e by part index, of fragments whose file is whole and up to date; a damaged file counts as none."""
     found: dict[int, torch.Tensor] = {}
     for fragment in fragments:
@@ -44,7 +45,7 @@ def load_residuals(directory: Path, fragments: Sequence[Fragment], end_of: EndOf
         try:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
-                if end_of(int(facts["incarnation"]), fragment.index) != int(facts["step"]):
+                if last[fragment.index] != (int(facts["incarnation"]), int(facts["step"])):
                     continue
                 for part in fragment.parts:
                     if str(part.index) in file.keys():  # noqa: SIM118  (safetensors' handle is no mapping)
