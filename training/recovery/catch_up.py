@@ -102,10 +102,10 @@ class CatchingUp:
         await self._jump(target)
         return True
 
-    async def _jump(self, target: Target, fork: Fork | None = None) -> None:
-        if await self._jumping.run(target, fork):
+    async def _jump(self, target: Target, fork: Fork | None = None, *, leaves: bool = False) -> None:
+        if await self._jumping.run(target, fork, leaves=leaves):
             self._passed.clear()
-            self.switches += fork is not None
+            self.switches += leaves or fork is not None
 
     async def _is_continued_by(self, target: Target) -> bool:
         """Whether the target's chain goes on from the own head; False, too, where no donor can tell."""
@@ -157,7 +157,7 @@ class CatchingUp:
         self._context.event("fork", {"ancestor": None, "why": str(error)})
         log = self._member.replica.log
         if (target.log_tokens, log.head) > (log.tokens, target.head):
-            await self._jump(target)
+            await self._jump(target, leaves=True)
         else:
             self._pass(target.head)
 

@@ -43,13 +43,16 @@ class Jumping:
         self._local = local
         self._snapshots = snapshots
 
-    async def run(self, target: Target, fork: Fork | None) -> bool:
+    async def run(self, target: Target, fork: Fork | None, *, leaves: bool = False) -> bool:
         """Build the target's state and take it over. False where the own log has gone on meanwhile.
 
-        `fork` where the target is on another chain. Raises NotHere, MessageInvalid and what donors raise.
+        `fork` where the target is on another chain; `leaves` where it is and nobody knows where both parted:
+        then no snapshot of one's own is of that chain, and it may be the lower one. Raises NotHere,
+        MessageInvalid and what donors raise.
         """
         begun = self._member.replica.log.head
-        snapshot = await self._snapshot(target, fork)
+        common = self._member.replica.log.height if fork is None else fork.rival.ancestor_height
+        snapshot = await self._snapshot(target, 0 if leaves else common)
         shadow = await self._replay(snapshot, target)
         contributed = await self._entry_contributed_to(shadow, target)
         replica, jumped = self._member.replica, False
@@ -57,12 +60,15 @@ class Jumping:
         async def jump(contribution: Contribution | None) -> bool:
             nonlocal jumped
             changes: list[Rebase] = []
-            if fork is None:
+            if leaves:
+                if replica.log.head != begun:
+                    return False  # the comparison has to be made again
+            elif fork is None:
                 on_the_way = replica.log.head in (begun, shadow.log.head_at(replica.log.height))
                 if shadow.log.height <= replica.log.height or not on_the_way:
                     return False  # a COMMIT was faster; one of another chain has to be left in order
             elif replica.log.head != fork.mine.head:
-                return False  # ... and the comparison has to be made again
+                return False  # as above
             else:
                 changes = self._leave_chain(shadow, fork)
             listed = self._listed_parts(contributed, contribution)
@@ -92,11 +98,10 @@ class Jumping:
         replica.offered.switched()
         return changes
 
-    async def _snapshot(self, target: Target, fork: Fork | None) -> Snapshot:
-        """The last snapshot up to the target: an own one where the chains were still one, or the donors'."""
+    async def _snapshot(self, target: Target, common: int) -> Snapshot:
+        """The last snapshot up to the target: an own one up to the last `common` height, or the donors'."""
         every = self._context.spec.outer.snapshot_every
         height = target.height // every * every
-        common = self._member.replica.log.height if fork is None else fork.rival.ancestor_height
         if height == 0 or height <= common:
             try:
                 return await self._snapshots.whole(height)

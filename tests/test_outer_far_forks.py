@@ -1,0 +1,54 @@
+"""Forks that lie before all that is kept: the chain with more tokens wins, however high the other one is."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from outer_world import Node, World, round_spec
+
+from shoal.protocol.virtual_time import run
+
+
+@pytest.mark.parametrize(("low", "high"), [(8, 8), (8, 10), (9, 8), (11, 10)])
+def test_who_has_fewer_tokens_switches_from_a_higher_chain_too(tmp_path: Path, low: int, high: int) -> None:
+    """A restart keeps no entry before its snapshot: then nobody can tell where both chains parted."""
+
+    async def main() -> None:
+        async with World(2, round_spec(outer={"snapshot_every": 4})) as world:
+            others, alone = list(world.nodes), world.node(2, 1, tmp_path)
+            await alone.start()
+            await world.rounds(2)
+            split(world, [alone], others)
+            for height in range(3, low + 1):
+                alone.step(100_000)
+                alone.step(100_000)
+                await world.reach(height, [alone])
+            await world.rounds(high - 2, others)
+            await alone.stop()
+            again = world.node(2, 2, tmp_path)
+            world.sides[again.name] = [again]
+            await again.start()
+            assert (again.outer.height, others[0].outer.height) == (low, high)
+            assert again.outer.entry(3) is None, "it does not know where the chains parted"
+            head = again.outer.head
+            join(world)
+            async with asyncio.timeout(30.0):
+                while not world.equal():
+                    await asyncio.sleep(0.1)
+            assert again.outer._replica.log.head_at(low) == head, "all go on from there"
+            await world.rounds(2)
+            assert world.equal()
+
+    run(main)
+
+
+def split(world: World, *sides: list[Node]) -> None:
+    """Each side sees itself."""
+    world.sides = {node.name: side for side in sides for node in side}
+
+
+def join(world: World) -> None:
+    """All see all."""
+    world.sides = {}
