@@ -10,8 +10,9 @@ from outer_world import Keeper, Node, World
 from slow_disk import SlowDisk
 
 from shoal.protocol import wire
+from shoal.protocol.errors import Busy
 from shoal.protocol.identity import PeerId, Role
-from shoal.protocol.transport import Transport
+from shoal.protocol.transport import Stream, Transport
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.entry import ENTRY_BYTES, Entry, Seat
 from shoal.training.outer.messages import Answer, Prepare, Tick
@@ -28,13 +29,19 @@ async def leader(world: World, name: PeerId) -> Transport:
 
 async def ask(transport: Transport, node: Node, ballot: int) -> Answer:
     """A PREPARE for the member's next height; hangs up once it is answered."""
-    seats = Seat(node.name, node.incarnation, 1.0), Seat(transport.me, 1, 1.0)
+    async with transport.open(node.name, "outer.0.round") as stream:
+        return await prepare(stream, transport.me, node, ballot)
+
+
+async def prepare(stream: Stream, leader: PeerId, node: Node, ballot: int) -> Answer:
+    """The same on a stream of the caller's."""
+    seats = Seat(node.name, node.incarnation, 1.0), Seat(leader, 1, 1.0)
     offer = Entry(
         stage=0,
         height=node.outer.height + 1,
         previous=node.outer.head,
         ballot=ballot,
-        leader=transport.me,
+        leader=leader,
         revision=0,
         fragment=0,
         roster=tuple(sorted(seats, key=lambda seat: seat.peer)),
@@ -43,12 +50,11 @@ async def ask(transport: Transport, node: Node, ballot: int) -> Answer:
         contribution="float32",
         published="float32",
     )
-    async with transport.open(node.name, "outer.0.round") as stream:
-        await stream.send(Prepare(offer.height, offer.previous, ballot), offer.encode())
-        while True:
-            answer = (await stream.receive(Answer, Tick, max_payload_bytes=2 * ENTRY_BYTES)).header
-            if isinstance(answer, Answer):
-                return answer
+    await stream.send(Prepare(offer.height, offer.previous, ballot), offer.encode())
+    while True:
+        answer = (await stream.receive(Answer, Tick, max_payload_bytes=2 * ENTRY_BYTES)).header
+        if isinstance(answer, Answer):
+            return answer
 
 
 async def join(world: World, incarnation: int, directory: Path) -> Node:
@@ -104,6 +110,28 @@ def test_a_promise_for_one_entry_says_nothing_of_the_next(tmp_path: Path) -> Non
             node.step()
             assert node.outer.height == 1
             assert not (await ask(first, node, 1)).promised
+
+    run(main)
+
+
+def test_the_end_of_a_leaders_earlier_attempt_does_not_end_the_one_under_way(tmp_path: Path) -> None:
+    """A connection that one side has given up may end later than the next one begins."""
+
+    async def main() -> None:
+        async with World(0) as world:
+            first, second = await leader(world, FIRST), await leader(world, SECOND)
+            node = await join(world, 1, tmp_path)
+            node.step()
+            async with first.open(node.name, "outer.0.round") as now:
+                async with first.open(node.name, "outer.0.round") as earlier:
+                    assert not (await prepare(earlier, FIRST, node, 1)).promised
+                    assert not (await prepare(now, FIRST, node, 2)).promised
+                await asyncio.sleep(0.1)
+                assert node.outer._member.engaged_with == FIRST
+                with pytest.raises(Busy):  # else its COMMIT could come after a promise to another leader
+                    await ask(second, node, 3)
+            await asyncio.sleep(0.1)
+            assert not (await ask(second, node, 3)).promised
 
     run(main)
 

@@ -69,7 +69,7 @@ async def follow(context: Context, member: Member, line: Line) -> None:
     except StreamEnded:
         return  # the leader gave the round up
     finally:
-        member.disengage(line.peer, opening.header.height)  # before anything that a cancellation could end
+        member.disengage(line.peer, opening.header)  # before anything that a cancellation could end
         for task in reporting:
             task.cancel()
         await asyncio.gather(*reporting, return_exceptions=True)

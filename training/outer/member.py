@@ -56,7 +56,7 @@ class Member:
         self.promises = promises
         self.leaves = False  # it asks the group to be let go
         self.engaged_with: PeerId | None = None  # the leader of the round under way ...
-        self._engaged_height = 0  # ... and the height it is about
+        self._engaged_by = (0, 0)  # ... and the height it is about, and the ballot of this attempt at it
         self.undecided_since_s: float | None = None  # since when a round stands without leader
         self.round: Round | Reentering | None = None
         self._context = context
@@ -101,7 +101,7 @@ class Member:
             if entry.fragment != log.next_fragment.index and not entry.lost:
                 raise MessageInvalid(f"height {entry.height} synchronises fragment {log.next_fragment.index}")
             await self.promises.give(asked)
-            self.engaged_with, self._engaged_height = leader, prepare.height
+            self.engaged_with, self._engaged_by = leader, (prepare.height, prepare.ballot)
             self.phases.prepare()
             if entry.lost or self.replica.lost:  # steps have to come in order: those that were lost first
                 self.contribution = self.contribution if isinstance(self.round, Round) else None
@@ -298,10 +298,10 @@ class Member:
         if self.round is not None:
             self.round.mark_gone(seat)
 
-    def disengage(self, leader: PeerId, height: int) -> None:
+    def disengage(self, leader: PeerId, opening: Prepare) -> None:
         """The stream with a leader is over, in whatever way. What is undecided waits for the next leader."""
-        if self.engaged_with != leader or self._engaged_height != height:
-            return  # it has ended already, with a COMMIT
+        if self.engaged_with != leader or self._engaged_by != (opening.height, opening.ballot):
+            return  # it has ended already, with a COMMIT, or its leader has begun another attempt meanwhile
         self.engaged_with = None
         if not isinstance(self.round, Round) and self._unapplied is None:
             self.contribution = None  # nothing of it is anywhere; a vain re-entry needs nobody to end it
