@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-from outer_world import Keeper, Node, World
+from outer_world import Keeper, Node, World, inline
 from slow_disk import SlowDisk
 
 from shoal.protocol import wire
-from shoal.protocol.errors import Busy
+from shoal.protocol.errors import Busy, StreamBroken
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Stream, Transport
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.entry import ENTRY_BYTES, Entry, Seat
-from shoal.training.outer.messages import Answer, Prepare, Tick
+from shoal.training.outer.messages import Answer, Go, Prepare, Tick
 from shoal.training.outer.promise import Promise, Promises
+from shoal.training.outer.proposal import draft_of
 
 FIRST, SECOND = (PeerId(name.ljust(52, "z")) for name in ("12D3KooWleaderA", "12D3KooWleaderB"))
 
@@ -35,8 +39,18 @@ async def ask(transport: Transport, node: Node, ballot: int) -> Answer:
 
 async def prepare(stream: Stream, leader: PeerId, node: Node, ballot: int) -> Answer:
     """The same on a stream of the caller's."""
+    offer = offer_of(leader, node, ballot)
+    await stream.send(Prepare(offer.height, offer.previous, ballot), offer.encode())
+    while True:
+        answer = (await stream.receive(Answer, Tick, max_payload_bytes=2 * ENTRY_BYTES)).header
+        if isinstance(answer, Answer):
+            return answer
+
+
+def offer_of(leader: PeerId, node: Node, ballot: int) -> Entry:
+    """What it carries."""
     seats = Seat(node.name, node.incarnation, 1.0), Seat(leader, 1, 1.0)
-    offer = Entry(
+    return Entry(
         stage=0,
         height=node.outer.height + 1,
         previous=node.outer.head,
@@ -50,11 +64,6 @@ async def prepare(stream: Stream, leader: PeerId, node: Node, ballot: int) -> An
         contribution="float32",
         published="float32",
     )
-    await stream.send(Prepare(offer.height, offer.previous, ballot), offer.encode())
-    while True:
-        answer = (await stream.receive(Answer, Tick, max_payload_bytes=2 * ENTRY_BYTES)).header
-        if isinstance(answer, Answer):
-            return answer
 
 
 async def join(world: World, incarnation: int, directory: Path) -> Node:
@@ -132,6 +141,40 @@ def test_the_end_of_a_leaders_earlier_attempt_does_not_end_the_one_under_way(tmp
                     await ask(second, node, 3)
             await asyncio.sleep(0.1)
             assert not (await ask(second, node, 3)).promised
+
+    run(main)
+
+
+def test_what_an_earlier_attempts_round_sends_is_what_the_next_attempt_is_told_of() -> None:
+    """Encoding for the next attempt ends after the round of the earlier one, which was slow, has begun."""
+
+    async def slow(function: Callable[..., Any], *arguments: Any) -> Any:
+        await asyncio.sleep({"draw_owners": 2.0, "encode": 4.0}.get(function.__name__, 0.0))
+        return await inline(function, *arguments)
+
+    async def main() -> None:
+        async with World(1) as world:
+            (node,) = world.nodes
+            first = await leader(world, FIRST)
+            node.step()
+            with suppress(StreamBroken):  # the member hears nothing on the earlier one, and leaves it
+                async with (
+                    first.open(node.name, "outer.0.round") as earlier,
+                    first.open(node.name, "outer.0.round") as now,
+                ):
+                    answer = await prepare(earlier, FIRST, node, 1)
+                    object.__setattr__(node.outer.context, "offload", slow)
+                    draft = draft_of(
+                        offer_of(FIRST, node, 1), {node.name: answer}, offer_of(FIRST, node, 1), [], 1
+                    )
+                    await earlier.send(Go(30.0), draft.encode())
+                    await asyncio.sleep(0.5)
+                    node.step()
+                    answer = await prepare(now, FIRST, node, 2)
+                    assert answer.draft_bytes, "its round is undecided"
+                    assert answer.to_step == draft.contributors[0].to_step == 1, (
+                        "else these steps go in twice"
+                    )
 
     run(main)
 

@@ -106,8 +106,12 @@ class Member:
             if entry.lost or self.replica.lost:  # steps have to come in order: those that were lost first
                 self.contribution = self.contribution if isinstance(self.round, Round) else None
             elif not isinstance(self.round, Round):
-                self.contribution = await self._contribute(entry)
-                self.mixes[entry.fragment] = self.contribution.mix
+                made = await self._contribute(entry)
+                if not isinstance(
+                    self.round, Round
+                ):  # else an earlier attempt's GO was slow, and sends another
+                    self.contribution = made
+                self.mixes[entry.fragment] = made.mix
             self.phases.end("prepare")
             self.phases.begin("wait")
             return self._answer()
