@@ -18,6 +18,7 @@ from shoal.training.outer.context import Context
 from shoal.training.outer.entry import ENTRY_BYTES, Entry, draft_id, parse
 from shoal.training.outer.line import MEMBER_SILENCE_S, Line, lifeline, loopback
 from shoal.training.outer.messages import Answer, Commit, Done, Go, Gone, Prepare, Report
+from shoal.training.outer.promise import LEAP
 from shoal.training.outer.report import report_bytes
 
 Follow = Callable[[Line], Awaitable[None]]
@@ -118,6 +119,8 @@ class Attendance:
 
     def _note_answer(self, line: Line, message: Message[Any]) -> None:
         answer: Answer = message.header
+        if answer.promised > self._offer.ballot + LEAP:
+            raise MessageInvalid(f"{line.peer} says that it has promised ballot {answer.promised}")
         if answer.promised:
             self.highest_ballot = max(self.highest_ballot, answer.promised)
             raise Stale(f"{line.peer} has promised ballot {answer.promised}")

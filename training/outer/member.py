@@ -93,6 +93,8 @@ class Member:
                 raise Busy(f"in a round with {self.engaged_with}", retry_after_s=1.0)
             asked = Promise(prepare.previous, prepare.ballot, leader)
             bound = self.promises.current
+            if bound.leaps(asked):
+                raise MessageInvalid(f"ballot {asked.ballot} after {bound.ballot}")
             if bound.binds(asked):
                 return Answer(log.height, 0, 0, 0, 0.0, (), promised=bound.ballot), b""
             if self.idle and asyncio.get_running_loop().time() < self._apart_until_s:

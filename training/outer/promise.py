@@ -14,6 +14,9 @@ from shoal.protocol.wire import Count, Length, wire_message
 from shoal.training.outer.context import Context
 
 _FILE_BYTES = 4096
+# Between two attempts at one height, at most: more than a replica fails in a year. Ballots are bounded, and
+# whoever named the last one would end the attempts of all.
+LEAP = 1 << 24
 
 
 @wire_message
@@ -24,6 +27,10 @@ class Promise:
     previous: Annotated[bytes, Length(0, 32)] = b""
     ballot: Count = 0
     leader: Annotated[str, Length(0, 64)] = ""
+
+    def leaps(self, asked: Promise) -> bool:
+        """Whether `asked` goes further beyond this than honest attempts do."""
+        return asked.ballot > LEAP + (self.ballot if self.previous == asked.previous else 0)
 
     def binds(self, asked: Promise) -> bool:
         """Whether `asked` comes too late. Ballots rise by number, then by leader; each head has its own."""
