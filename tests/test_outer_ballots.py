@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from ballots_world import FIRST, SECOND, ask, leader
 from outer_faults import Faults
 from outer_world import World
-from test_outer_promise import FIRST, SECOND, ask, leader
 
 from shoal.protocol.errors import MessageInvalid
 from shoal.protocol.identity import PeerId

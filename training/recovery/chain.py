@@ -11,7 +11,7 @@ from shoal.protocol.transport import Channel
 from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import ENTRY_BYTES, Entry, entry_hash, parse
-from shoal.training.outer.log import Log
+from shoal.training.outer.log import ENTRIES_BYTES, Log
 from shoal.training.outer.messages import EntriesRequest, EntryItem
 from shoal.training.recovery.download import receive_soon
 from shoal.training.recovery.policy import Target
@@ -94,6 +94,8 @@ async def _entries(context: Context, donor: PeerId, first: int, last: int) -> li
     chain: list[bytes] = []
     if first > last:
         return chain
+    # What a replica keeps at most (`Log.prune`): how many there are is only what somebody tells.
+    room = ENTRIES_BYTES + (context.spec.outer.snapshot_every + 1) * ENTRY_BYTES
     async with context.transport.open(donor, context.method("entries"), Channel.BULK) as stream:
         await stream.send(EntriesRequest(first, last))
         await stream.end()
@@ -101,6 +103,9 @@ async def _entries(context: Context, donor: PeerId, first: int, last: int) -> li
             data = bytes((await receive_soon(stream, EntryItem, ENTRY_BYTES, ENTRY_S)).payload)
             if parse(data).height != expected:
                 raise MessageInvalid(f"entry {parse(data).height} of {donor} where {expected} was due")
+            room -= len(data)
+            if room < 0:
+                raise MessageInvalid(f"{donor} sends more entries than a replica keeps")
             chain.append(data)
     return chain
 
