@@ -159,10 +159,8 @@ class Member:
             raise MessageInvalid(
                 f"a draft of stage {draft.stage}, with {len(draft.present()) or 'nobody'} present"
             )
-        if self.round is not None:
-            if self.round.data == data:
-                return self.round
-            await self.round.close()
+        if self.round is not None and self.round.data == data:
+            return self.round
         if draft.lost:
             self.replica.log.check_source(draft)
             round_: Round | Reentering
@@ -171,11 +169,13 @@ class Member:
             round_ = await self._contributing(data, draft, deadline_s)
         if draft.previous != self.replica.log.head:
             raise Stale(f"GO for height {draft.height} at height {self.replica.log.height}")
-        self.round = round_
+        before, self.round = self.round, round_
         self.phases.end("wait")
-        self.round.start()
+        round_.start()
         self.change.notify()
-        return self.round
+        if before is not None:  # only now: one that has been closed would not go on for the next leader
+            await before.close()
+        return round_
 
     async def _contributing(self, data: bytes, draft: Entry, deadline_s: float) -> Round:
         fragment = self.replica.log.next_fragment

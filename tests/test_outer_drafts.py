@@ -1,0 +1,54 @@
+"""Drafts that follow one another: what one leader left is gone on with by the next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ballots_world import FIRST, leader, offer_of, prepare
+from outer_world import World, inline
+
+from shoal.protocol.errors import StreamBroken
+from shoal.protocol.virtual_time import run
+from shoal.training.outer.entry import ENTRY_BYTES
+from shoal.training.outer.messages import Go, Gone, Report, Tick
+from shoal.training.outer.proposal import draft_of
+
+
+def test_a_leader_that_dies_while_its_second_draft_begins_leaves_the_first_one_running() -> None:
+    async def slow(function: Callable[..., Any], *arguments: Any) -> Any:
+        await asyncio.sleep(0.5 if function.__name__ == "draw_owners" else 0.0)
+        return await inline(function, *arguments)
+
+    async def main() -> None:
+        async with World(0) as world:
+            node = world.node(0)  # it leads nothing itself
+            node.outer.serve()
+            await node.transport.start()
+            first = await leader(world, FIRST)
+            node.step()
+            try:
+                async with first.open(node.name, "outer.0.round") as stream:
+                    answer = await prepare(stream, FIRST, node, 1)
+                    offer = offer_of(FIRST, node, 1)
+                    draft = draft_of(offer, {node.name: answer, FIRST: answer}, offer, [], 1)
+                    await stream.send(Go(30.0), draft.encode())
+                    await asyncio.sleep(0.1)  # the member waits for what the leader contributes and publishes
+                    object.__setattr__(node.outer.context, "offload", slow)
+                    await stream.send(Go(30.0), replace(draft, first_stage_head=b"2").encode())
+                    await asyncio.sleep(0.25)
+                    raise StreamBroken("the leader dies")
+            except StreamBroken:
+                await asyncio.sleep(0.1)
+            async with first.open(node.name, "outer.0.round") as stream:
+                assert (await prepare(stream, FIRST, node, 2)).draft_bytes == len(draft.encode())
+                await stream.send(Go(30.0), draft.encode())
+                await stream.send(Gone(draft.seat_of(FIRST) or 0))
+                while True:
+                    message = await stream.receive(Report, Tick, max_payload_bytes=ENTRY_BYTES)
+                    if isinstance(message.header, Report):
+                        return
+
+    run(main)
