@@ -1,4 +1,4 @@
-"""Drafts that follow one another: what one leader left is gone on with by the next."""
+"""Drafts and entries that cross one another: what one leader left is gone on with by the next."""
 
 from __future__ import annotations
 
@@ -50,5 +50,28 @@ def test_a_leader_that_dies_while_its_second_draft_begins_leaves_the_first_one_r
                     message = await stream.receive(Report, Tick, max_payload_bytes=ENTRY_BYTES)
                     if isinstance(message.header, Report):
                         return
+
+    run(main)
+
+
+def test_an_entry_that_waits_while_its_member_jumps_is_judged_by_the_new_log() -> None:
+    async def main() -> None:
+        async with World(2) as world:
+            await world.rounds(3)
+            donor, joiner = world.nodes[0], world.node(7)
+            await joiner.transport.start()
+            member, first = joiner.outer._member, donor.outer._replica.log.entry(1)
+            assert first is not None
+
+            async def jump(contribution: object) -> bool:
+                await asyncio.sleep(1.0)
+                await member.replica.adopt(donor.outer._replica, joiner.weights)
+                return True
+
+            jumping = asyncio.create_task(member.install(jump))
+            await asyncio.sleep(0.5)
+            await member.commit(first, [donor.name])  # its log holds it by then
+            await jumping
+            assert member._unapplied is None, "nothing is undecided"
 
     run(main)

@@ -222,11 +222,12 @@ class Member:
             task.exception()  # the caller has it, or went away and will learn from the next PREPARE
 
     async def _commit(self, data: bytes, holders: Sequence[PeerId]) -> None:
-        entry, log = parse(data), self.replica.log
-        if entry.height > log.height and not await knows(self._context, entry.revision, holders):
+        entry = parse(data)
+        if entry.height > self.replica.log.height and not await knows(self._context, entry.revision, holders):
             # Once in the log, a revision that the owner never made would be in the way of all later rounds.
             raise Busy(f"revision {entry.revision} of the settings is not known here", retry_after_s=1.0)
         async with self._deciding:
+            log = self.replica.log  # a jump may have put another in its place meanwhile
             if entry.height <= log.height:
                 if log.entry(entry.height) == data:
                     return
