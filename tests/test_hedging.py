@@ -6,12 +6,17 @@ import asyncio
 import math
 from collections import Counter
 
+import pytest
 import torch
 from pipeline_world import Peer, World, batches, small_spec
 
 from shoal.protocol import virtual_time
+from shoal.training.pipeline.attempt import Answer, Attempt, Journey
+from shoal.training.pipeline.compute import Boundary, Passage
+from shoal.training.pipeline.downstream import Errand
+from shoal.training.pipeline.messages import Link, MicroBatch
 from shoal.training.pipeline.routing import LANE_STALL_S
-from shoal.training.pipeline.standing import STALE_S, STALE_SERVICES
+from shoal.training.pipeline.standing import STALE_S, STALE_SERVICES, Report
 from shoal.training.spec import RunSpec
 
 SERVICE_S = 0.03
@@ -195,3 +200,45 @@ def test_a_replica_that_is_quick_again_gets_its_share_again() -> None:
             assert share > 0.3
 
     virtual_time.run(main, limit_s=36000.0)
+
+
+def test_who_gives_up_while_the_slower_of_two_is_told_leaves_no_attempt_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An attempt that stayed on the books would take a place at that replica for good."""
+    asked: list[Attempt] = []
+
+    async def run(self: Attempt, *_: object) -> Answer:
+        asked.append(self)
+        if len(asked) == 1:
+            self.stalled.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0.1)  # it takes nothing, not even the last word
+        return Answer((), 0.0, memoryview(b""), "bfloat16", Report(0.0, 0.0, 0.0), 0.0, 0.0)
+
+    async def main() -> None:
+        async with World(spec_of(2), 2) as world:
+            driver, me = world.drivers()[0], world.stage(0)[0]
+            downstream = driver._downstream
+            assert downstream is not None
+            passage = Passage(batches(world.spec, 1)[0])
+            driver._compute.forward(passage)
+            boundary = Boundary(driver._compute, me.lane, passage)
+            chain = (Link(0, me.name, 0),)
+            errand = Errand(MicroBatch(me.name, 1, 0), chain, 2, boundary, 100.0, Journey(1))
+            monkeypatch.setattr(Attempt, "run", run)
+
+            async def use(answer: Answer) -> None:
+                raise AssertionError("nobody wants it any more")
+
+            asking = asyncio.create_task(downstream.propagate(errand, use))
+            while len(asked) < 2:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)  # the second has answered, the first is still being told
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            assert set(downstream.successors.under_way().values()) == {0}
+
+    virtual_time.run(main)

@@ -170,9 +170,11 @@ class Downstream:
             tasks = [stall, *telling, *(runner.task for runner in runners)]
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for runner in runners:
-                self.successors.ended(runner.attempt)
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+            finally:  # whoever is cancelled while the other one parts: no place may stay taken for good
+                for runner in runners:
+                    self.successors.ended(runner.attempt)
 
     async def _hedge(self, errand: Errand, stalled: _Runner) -> _Runner | None:
         """A second attempt, if this chain and this caller still have one to give, and somebody has room."""
