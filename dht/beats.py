@@ -43,6 +43,7 @@ class StageBeat:
     fixed: bool = False  # it stays at this stage, wherever it would help more
     step_s: Seconds = 0.0  # a step of a text takes of late, its wait included; 0: unknown
     incarnation: Identifier = 0  # of the replica, where its peer began it later than itself; 0: the peer's
+    tokens_per_s: TokensPerS = 0.0  # committed at this stage of late: those of one peer may differ
 
 
 @wire_message

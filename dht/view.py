@@ -59,6 +59,11 @@ class Member:
         progress = self.progress(stage)
         return (progress.incarnation if progress is not None else 0) or self.incarnation
 
+    def tokens_per_s_at(self, stage: int) -> float:
+        """What it does at a stage: of several that it holds, each has drivers and replicas of its own."""
+        progress = self.progress(stage) if len(self.stages) > 1 else None
+        return progress.tokens_per_s if progress is not None else self.tokens_per_s
+
     def progress(self, stage: int) -> StageBeat | None:
         """What its last beat said of a stage."""
         stages = self.beat.stages if self.beat else ()

@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib.metadata import version
@@ -272,11 +273,12 @@ class Daemon:
 
     def _farewell(self) -> dict[str, object]:
         trainee = self._worker.trainee if self._worker is not None else None
-        done = trainee.status() if trainee is not None else {}
-        steps, tokens = done.get("inner_steps", 0), done.get("tokens", 0)
+        last = trainee.status() if trainee is not None else {}
+        done = self._worker.done() if self._worker is not None else Counter[str]()
+        steps, tokens = done["inner_steps"], done["tokens"]
         uptime_s = time.monotonic() - self._started_s
         text = f"left after {uptime_s / 60:.1f} min: {steps} steps, {tokens} tokens contributed. Thank you."
-        return {"reason": self._stop_reason, "uptime_s": uptime_s, "training": done, "text": text}
+        return {"reason": self._stop_reason, "uptime_s": uptime_s, "training": last, "text": text}
 
     def snapshot(self) -> Snapshot:
         """Everything this peer knows, for the control socket."""
@@ -327,6 +329,7 @@ class Daemon:
             refusals=counters.refusals,
             training=trainee.status() if trainee else {},
             others=tuple(one.status() for one in worker.trainees.values() if one is not trainee),
+            done=worker.done(),
             audits=self._tryouts.checks if self._tryouts else {},
         )
 

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from shoal.node.placing import take_stage
 from shoal.node.presence import Presence
 from shoal.node.reachability import Reach, find_reach
 from shoal.node.trainee import Trainee
+from shoal.node.view.figures import counts_of
 from shoal.node.view.rows import stage_replicas
 from shoal.node.view.verdict import verdict
 from shoal.protocol.errors import UsageError
@@ -57,6 +59,7 @@ class Worker:
         self.device: Device | None = None
         self.trainees: dict[int, Trainee] = {}  # by stage, in the order in which it came to them
         self._last: Trainee | None = None
+        self._left: Counter[str] = Counter()  # what replicas that have ended had counted
         self.reach = Reach("nobody else is here yet to try it", None)
         self._presence = presence
         self._options = options
@@ -108,6 +111,13 @@ class Worker:
         """Of the first of its stages, or the last that it had."""
         return next(iter(self.trainees.values()), self._last)
 
+    def done(self) -> Counter[str]:
+        """What this process has counted, at the stages that it has left too."""
+        counted = Counter(self._left)
+        for trainee in self.trainees.values():
+            counted.update(counts_of(trainee.status()))
+        return counted
+
     @staticmethod
     def _fits(spec: RunSpec, stages: Sequence[int], device: Device) -> bool:
         planned = make_plan(spec).stages
@@ -154,6 +164,7 @@ class Worker:
             try:
                 yield trainee
             finally:
+                self._left.update(counts_of(trainee.status()))
                 del self.trainees[stage]
 
     def _without_room(self, spec: RunSpec, stage: int, device: Device) -> Device:

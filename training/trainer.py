@@ -10,6 +10,7 @@ import asyncio
 import math
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -343,12 +344,12 @@ class Trainer:
 
     def heartbeat(self) -> Beat:
         """What neighbours hear of this replica."""
-        load = self._lane.load()
+        load, rate = self._lane.load(), self.station.tokens_per_s()
         return Beat(
             backlog_s=load.backlog_s,
-            tokens_per_s=self.station.tokens_per_s(),
+            tokens_per_s=rate,
             finished_work=load.finished,
-            stages=self.beat(),
+            stages=tuple(replace(stage, tokens_per_s=rate) for stage in self.beat()),
             guards=self._guarding.beats(),
             spare_bytes=self._guarding.spare_bytes,
             streams=self._streams.claims if self._streams is not None else (),

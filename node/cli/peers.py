@@ -136,5 +136,5 @@ def _row(peer: Peer) -> list[str]:
         f"{peer.tokens_per_s:,.0f}",
         f"{peer.backlog_s:.1f}",
         "" if peer.rtt_ms is None else f"{peer.rtt_ms:.0f}",
-        "" if peer.height is None else str(peer.height),
+        ",".join(map(str, peer.heights)),
     ]

@@ -20,6 +20,7 @@ def status_view(statuses: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 def _own(status: Mapping[str, Any]) -> RenderableType:
     training = status["training"]
+    reports = (training, *status.get("others", ()))
     held = [status["stage"], *(other["stage"] for other in status.get("others", ()) if "stage" in other)]
     stage = f"stage{'s' if len(held) > 1 else ''} {', '.join(map(str, held))} of {status['stage_count']}"
     stage = "no stage" if status["stage"] is None else stage
@@ -31,19 +32,22 @@ def _own(status: Mapping[str, Any]) -> RenderableType:
     table.add_row("address", escape(f"{', '.join(status['addresses'])}: {status['reachable']}"))
     table.add_row("uplink", _uplink(status["uplink_bytes_per_s"], status["upload_limit_bytes_per_s"]))
     if "inner_steps" in training:
-        loss = training.get("held_out_loss") or training.get("loss")
+        losses = (report.get("held_out_loss") or report.get("loss") for report in reports)
+        loss = next(filter(None, losses), None)  # its driver's, where it has one
         table.add_row("training", training_text(training) + (f", loss {loss:.3f}" if loss else ""))
         table.add_row("micro-batches", micro_batches_text(training))
         table.add_row("copies", copies_text(training))
-    for report in (training, *status.get("others", ())):
+    for report in reports:
         if "inner_steps" in report and report is not training:
             table.add_row(
                 f"stage {report['stage']}", f"{training_text(report)}; {micro_batches_text(report)}"
             )
         if rebuilt := report.get("outer", {}).get("rebuilt"):
             table.add_row("log", rebuilt_text(rebuilt))
-    if "sessions" in training:
-        table.add_row("serving", sessions_text(training["sessions"]))
+    for report in reports:
+        if "sessions" in report:
+            where = f" at stage {report['stage']}" if len(held) > 1 else ""
+            table.add_row(f"serving{where}", sessions_text(report["sessions"]))
     loop = status["loop"]
     table.add_row("loop", f"lag p99 {loop['lag_p99_ms']:.1f} ms, longest callback "
                   f"{loop['callback_worst_ms']:.1f} ms CPU ({escape(loop['callback_worst'])})")  # fmt: skip
@@ -104,6 +108,12 @@ def _uplink(measured_bytes_per_s: float | None, limit_bytes_per_s: float | None)
     return f"{rate_text(measured_bytes_per_s)} measured, {limit}"
 
 
+def _heights(peer: Mapping[str, Any]) -> str:
+    """Of each of its stages."""
+    known = [held["height"] for held in peer.get("held", ())] or [peer["height"]]
+    return ", ".join("-" if height is None else str(height) for height in known)
+
+
 def _swarm(status: Mapping[str, Any]) -> RenderableType:
     table = Table("peer", "stage", "state", "tok/s", "rtt", "round", title=escape(status["verdict"]))
     for peer in status["peers"]:
@@ -115,6 +125,6 @@ def _swarm(status: Mapping[str, Any]) -> RenderableType:
             escape(state),
             f"{peer['tokens_per_s']:,.0f}",
             rtt,
-            "-" if peer["height"] is None else str(peer["height"]),
+            _heights(peer),
         )
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 NOTHING = "–"
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -17,6 +18,10 @@ def number(value: float | None, digits: int = 3) -> str:
         return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:.{digits}g}"
     size, unit = next((size, unit) for size, unit in _SI if abs(value) >= size)
     return f"{value / size:.{digits}g} {unit}" if abs(value) / size < 1000 else f"{value / size:,.0f} {unit}"
+
+
+def numbers(values: Sequence[int]) -> str:
+    return ", ".join(map(number, values)) or NOTHING
 
 
 def loss(value: float | None) -> str:

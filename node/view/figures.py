@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shoal.dht.view import SwarmView
@@ -26,8 +26,10 @@ _MARKS = 64
 
 def figures_of(own: Own, view: SwarmView) -> TelemetryFigures:
     """What `own` says, as a message; figures that are not finite become "not measured"."""
-    training: Mapping[str, Any] = own.training
-    refused = training.get("outer", {}).get("refused", {}) if training else {}
+    reports: list[Mapping[str, Any]] = [report for report in (own.training, *own.others) if report]
+    refused: Counter[str] = Counter()
+    for report in reports:
+        refused.update(report.get("outer", {}).get("refused", {}))
     return TelemetryFigures(
         uptime_s=max(0.0, own.uptime_s),
         version=own.version[:256],
@@ -36,8 +38,8 @@ def figures_of(own: Own, view: SwarmView) -> TelemetryFigures:
         trouble=own.trouble[:256],
         bytes_out=sum(own.bytes_out.values()),
         bytes_in=sum(own.bytes_in.values()),
-        training=_training(training) if training else None,
-        links=_links(training, view),
+        training=_training(reports, own.done) if reports else None,
+        links=_links(reports, view),
         refused=tuple(TelemetryRefusals(peer, count) for peer, count in sorted(refused.items())[:REFUSALS]),
         audits=audits_of(own.audits),
     )
@@ -48,15 +50,17 @@ def audits_of(counts: Mapping[str, int]) -> TelemetryAudits | None:
     return TelemetryAudits(**counts) if counts else None
 
 
-def _training(training: Mapping[str, Any]) -> TelemetryTraining:
-    """A peer that only serves tells less of itself than one that trains."""
-    outer = training.get("outer", {})
+def counts_of(report: Mapping[str, Any]) -> Counter[str]:
+    """What a replica has counted since it began, as `TelemetryTraining` calls it.
+
+    A replica that only serves tells less of itself than one that trains.
+    """
+    outer = report.get("outer", {})
 
     def count(*names: str) -> int:
-        return sum(int(training.get(name, 0)) for name in names)
+        return sum(int(report.get(name, 0)) for name in names)
 
-    return TelemetryTraining(
-        stage=count("stage"),
+    return Counter(
         tokens=count("tokens"),
         micro_batches=count("micro_batches"),
         rejected=count("duplicates_refused", "dropped", "lost"),
@@ -65,18 +69,28 @@ def _training(training: Mapping[str, Any]) -> TelemetryTraining:
         rounds=outer.get("rounds", 0),
         rounds_failed=outer.get("failed", 0),
         repaired_parts=outer.get("repaired_parts", 0),
-        lane_busy_s=training.get("lane_busy_s", 0.0),
-        lane_finished=count("lane_finished"),
-        tokens_per_s=training.get("tokens_per_s", 0.0),
-        loss=_measured(training.get("loss")),
-        learning_rate=_measured(training.get("learning_rate")),
-        checkpoint_height=training.get("checkpoint", {}).get("height") or 0,
-        sessions=training.get("sessions", {}).get("sessions", 0),
     )
 
 
-def _links(training: Mapping[str, Any], view: SwarmView) -> tuple[TelemetryLink, ...]:
-    next_stage = {str(known["peer"]): known for known in training.get("next_stage", ())}
+def _training(reports: Sequence[Mapping[str, Any]], done: Mapping[str, int]) -> TelemetryTraining:
+    """Of all stages of a peer: they share its lane, the other figures are of the first that has them."""
+    first = reports[0]
+    loss = next((loss for one in reports if (loss := one.get("loss")) is not None), None)
+    return TelemetryTraining(
+        stage=int(first.get("stage", 0)),
+        **(done or counts_of(first)),
+        lane_busy_s=first.get("lane_busy_s", 0.0),
+        lane_finished=int(first.get("lane_finished", 0)),
+        tokens_per_s=max(one.get("tokens_per_s", 0.0) for one in reports),
+        loss=_measured(loss),
+        learning_rate=_measured(first.get("learning_rate")),
+        checkpoint_height=first.get("checkpoint", {}).get("height") or 0,
+        sessions=sum(one.get("sessions", {}).get("sessions", 0) for one in reports),
+    )
+
+
+def _links(reports: Sequence[Mapping[str, Any]], view: SwarmView) -> tuple[TelemetryLink, ...]:
+    next_stage = {str(known["peer"]): known for one in reports for known in one.get("next_stage", ())}
     links = []
     for member in view.here():
         known = next_stage.get(member.peer, {})

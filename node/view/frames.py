@@ -36,7 +36,7 @@ def write(db: sqlite3.Connection, snapshot: Snapshot) -> None:
     """Keep one."""
     lean = replace(
         snapshot,
-        me=replace(snapshot.me, training={}),
+        me=replace(snapshot.me, training={}, others=()),
         loss=(),
         markers=(),
         rounds=(),

@@ -69,7 +69,7 @@ class TelemetryRefusals:
 @wire_message
 @dataclass(frozen=True, slots=True)
 class TelemetryTraining:
-    """Of a replica. Counters start with the process, or with its present stage."""
+    """Of a peer's replicas together. Counters start with the process."""
 
     stage: StageIndex
     tokens: Count = 0

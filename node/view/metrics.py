@@ -36,7 +36,8 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     training = me.training
     yield _gauge("shoal_outer_step", "Rounds of the stage that is least far.", run.height)
     yield _gauge("shoal_tokens_log", "Tokens in the log of the first stage.", run.tokens)
-    yield _counter("shoal_tokens", "Tokens that this peer committed.", {(): _number(training.get("tokens"))})
+    tokens = me.done.get("tokens", training.get("tokens"))
+    yield _counter("shoal_tokens", "Tokens that this peer committed.", {(): _number(tokens)})
     yield _gauge("shoal_throughput_tokens_per_s", "Of the swarm, committed.", snapshot.throughput.now)
     loss = [point.held_out for point in snapshot.loss if point.held_out is not None]
     if loss:

@@ -105,6 +105,16 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """One of the stages of a peer that has several."""
+
+    stage: int
+    state: str  # of the peer there
+    height: int | None  # of its log, as its last beat said
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
     """One row of the peers table; first what this peer sees itself, then what that one told."""
 
@@ -131,7 +141,7 @@ class Peer:
     uptime_s: float | None = None
     memory_bytes: int | None = None
     reachable: str = ""  # in words
-    tokens: int | None = None  # committed by this process
+    tokens: int | None = None  # committed by this process, at all stages that it has had
     micro_batches: int | None = None  # accepted
     rejected: int | None = None  # duplicates refused, dropped or lost
     redone: int | None = None  # retries, hedges and restarts
@@ -147,6 +157,13 @@ class Peer:
     trouble: str = ""
     findings: tuple[str, ...] = ()  # kinds
     if_leaves: str = ""  # what would become of the run
+    held: tuple[Held, ...] = ()  # stage by stage, where it has several: what is above is of the first
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        """Of the logs of all its stages, as far as they are known."""
+        known = [held.height for held in self.held] or [self.height]
+        return tuple(height for height in known if height is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from shoal.dht.liveness import Liveness
 from shoal.dht.view import Member, SwarmView, is_measured
 from shoal.node.view.figures import Told
 from shoal.node.view.names import readable
-from shoal.node.view.parts import Finding, Peer, Stage
+from shoal.node.view.parts import Finding, Held, Peer, Stage
 from shoal.node.view.texts import printable
 from shoal.node.view.verdict import if_leaves
 from shoal.protocol.identity import PeerId
@@ -68,7 +68,7 @@ def _stage(view: SwarmView, stage: int, layers: range, micro_batch_tokens: int, 
         height=height,
         heads_equal=len(there) == 1 if count > 1 else None,
         round_share=min(1.0, statistics.fmean(made) / inner_steps) if made else None,
-        tokens_per_s=sum(member.tokens_per_s for member in online),
+        tokens_per_s=sum(member.tokens_per_s_at(stage) for member in online),
         could_tokens_per_s=sum(rates) if rates else None,
     )
 
@@ -158,4 +158,16 @@ def _peer(member: Member, view: SwarmView, replicas: Sequence[int], copies: Sequ
         inner_steps=progress.inner_steps if progress else None,
         guards=tuple(beat.stage for beat in member.beat.guards) if member.beat else (),
         if_leaves=leaves,
+        held=_held(member) if len(member.stages) > 1 else (),
     )
+
+
+def _held(member: Member) -> tuple[Held, ...]:
+    """Each of the stages of a peer that has several."""
+    found = []
+    for stage in member.stages:
+        progress = member.progress(stage)
+        height = progress.height if progress else None
+        rate = member.tokens_per_s_at(stage) if progress else 0.0
+        found.append(Held(stage=stage, state=member.state_at(stage), height=height, tokens_per_s=rate))
+    return tuple(found)

@@ -73,6 +73,7 @@ class Own:
     refusals: Mapping[str, int] = field(default_factory=dict)  # inbound streams, by error
     training: Mapping[str, object] = field(default_factory=dict)
     others: tuple[Mapping[str, object], ...] = ()  # reports of the other stages that it holds
+    done: Mapping[str, int] = field(default_factory=dict)  # `counts_of` all replicas that it has or had
     audits: Mapping[str, int] = field(
         default_factory=dict
     )  # of its own questions to the run's model, by result

@@ -42,7 +42,7 @@ def _inside(peer: Peer, snapshot: Snapshot, state: PageState) -> list[Markup | N
             figure(words.duration(peer.service_s), "lane time of a micro-batch"),
             figure(words.duration(peer.backlog_s), "backlog"),
             figure(words.share(peer.busy_share), "lane busy"),
-            figure(words.number(peer.height), "round"),
+            figure(words.numbers(peer.heights), "round"),
             figure(words.number(peer.tokens), "tokens committed"),
             figure(words.loss(peer.loss), "loss"),
             figure(words.number(peer.micro_batches), "micro-batches accepted"),

@@ -38,7 +38,7 @@ COLUMNS = (
     Column("stage", "Stage", lambda p: stage_word(p.stages), lambda p: stage_word(p.stages)),
     Column("state", "State", lambda p: peer_state(p), lambda p: _state(p), numeric=False),
     Column("rate", "tok/s", lambda p: p.tokens_per_s, lambda p: words.number(p.tokens_per_s)),
-    Column("round", "Round", lambda p: p.height, lambda p: words.number(p.height)),
+    Column("round", "Round", lambda p: p.height, lambda p: words.numbers(p.heights)),
     Column("busy", "Busy", lambda p: p.busy_share, lambda p: words.share(p.busy_share)),
     Column("up", "Up", lambda p: p.up_bytes_per_s, lambda p: words.bits(p.up_bytes_per_s)),
     Column("down", "Down", lambda p: p.down_bytes_per_s, lambda p: words.bits(p.down_bytes_per_s)),

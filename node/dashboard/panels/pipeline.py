@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from shoal.node.dashboard import words
 from shoal.node.dashboard.charts import bar
 from shoal.node.dashboard.markup import Markup, tag
@@ -59,7 +61,7 @@ def peer_state(peer: Peer) -> str:
 
 
 def _column(stage: Stage, snapshot: Snapshot, top: float) -> Markup:
-    peers = [peer for peer in snapshot.peers if stage.stage in peer.stages]
+    peers = [_at(stage.stage, peer) for peer in snapshot.peers if stage.stage in peer.stages]
     peers.sort(key=lambda peer: peer.peer)  # cells keep their places while rates change
     compact = len(peers) > COMPACT
     layers = f"layers {stage.layers[0]}–{stage.layers[1]}" if stage.layers else ""
@@ -85,6 +87,12 @@ def _column(stage: Stage, snapshot: Snapshot, top: float) -> Markup:
     cells = tag("div", *(_cell(peer, top, compact) for peer in peers), class_="cells")
     kind = "stage weakest" if stage.weakest else "stage"
     return tag("section", head, cells, foot, class_=kind, data_key=f"stage {stage.stage}")
+
+
+def _at(stage: int, peer: Peer) -> Peer:
+    """What a peer is and does at one of its stages."""
+    held = next((held for held in peer.held if held.stage == stage), None)
+    return replace(peer, state=held.state, tokens_per_s=held.tokens_per_s) if held else peer
 
 
 def _cell(peer: Peer, top: float, compact: bool) -> Markup:
