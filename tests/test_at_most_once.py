@@ -12,7 +12,8 @@ from pipeline_world import World, batches, small_spec
 from shoal.protocol import virtual_time
 from shoal.protocol.errors import Busy
 from shoal.protocol.identity import PeerId
-from shoal.training.pipeline.messages import APPLIED, TENTATIVE, UNKNOWN, Link, Verdict
+from shoal.training.pipeline.compute import Passage
+from shoal.training.pipeline.messages import APPLIED, TENTATIVE, UNKNOWN, Link, MicroBatch, Verdict
 from shoal.training.pipeline.settlement import Outcome, admits, outcome
 from shoal.training.spec import RunSpec
 
@@ -243,3 +244,21 @@ def test_one_caller_cannot_fill_a_hop() -> None:
             last.hop._admit_memory(PeerId("x" * 52))
 
     virtual_time.run(main, limit_s=600.0)
+
+
+def test_an_attempt_that_ends_after_another_one_counted_is_not_told_as_missing() -> None:
+    """The same hop twice, as after a broken stream: nothing waits there for a driver that dies then."""
+
+    async def main() -> None:
+        async with World(spec_of(2), 1) as world:
+            driver, hop = world.peers
+            assert hop.hop is not None
+            name = MicroBatch(driver.name, 1, 0)
+            counted, late = ((Link(0, driver.name, 0), Link(1, hop.name, attempt)) for attempt in (1, 2))
+            assert hop.ledger.apply(name, counted, 32)
+            hop.hop._undecided.hold(name, 2, Passage(), driver.name, late)
+            world.kill(driver)
+            await asyncio.sleep(10.0)
+            assert (hop.ledger.dropped, hop.ledger.abandoned) == (0, 1)
+
+    virtual_time.run(main)

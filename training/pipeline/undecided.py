@@ -83,7 +83,11 @@ class Undecided:
     def hold(
         self, micro_batch: MicroBatch, attempt: int, passage: Passage, caller: PeerId, chain: tuple[Link, ...]
     ) -> None:
-        """Until `decide` or `settle`."""
+        """Until `decide` or `settle`; not at all if another attempt has counted meanwhile."""
+        if self._ledger.has(micro_batch):  # should all others go, it would be told as missing here
+            self._ledger.abandoned += 1
+            self._released((micro_batch, attempt))
+            return
         now = asyncio.get_running_loop().time()
         self._release((micro_batch, attempt))
         self._held[micro_batch, attempt] = Held(passage, caller, chain, now, now)
