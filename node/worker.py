@@ -213,7 +213,7 @@ class Worker:
     async def drain(self) -> None:
         """Finish what is held and contribute it."""
         if self._tenure is not None:
-            await asyncio.gather(*(term.drain(DRAIN_S) for term in self._tenure.terms))
+            await self._tenure.drain(DRAIN_S)
 
     async def test_reach(self) -> None:
         """The first peer of a swarm has nobody to ask at its start; ask when somebody is here."""

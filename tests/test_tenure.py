@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import random
 import weakref
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from trainer_world import TrainerWorld, round_spec
 
+from shoal.dht.beats import Beat, StageBeat
+from shoal.dht.view import Member, SwarmView
+from shoal.node.worker import Worker
+from shoal.protocol.identity import PeerId
 from shoal.protocol.virtual_time import run
 from shoal.training.spec import RunSpec
+from shoal.training.tenure import Tenure
 
 
 def moving_spec(stages: int) -> RunSpec:
@@ -69,3 +79,66 @@ def test_a_balanced_swarm_stays_as_it_is(tmp_path: Path) -> None:
             assert not [replica for replica in world.replicas.values() if replica.heard("moving")]
 
     run(main)
+
+
+class Slow:
+    """A term whose drain takes as long as it may."""
+
+    async def recover(self) -> None:
+        pass
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def permission(self) -> None:
+        pass
+
+    async def drain(self, deadline_s: float) -> None:
+        await asyncio.sleep(deadline_s)
+
+    async def prefetch(self, stage: int, donors: Sequence[PeerId]) -> None:
+        pass
+
+    async def stop_guarding(self, stage: int) -> None:
+        pass
+
+
+def test_who_is_leaving_takes_no_other_stage_meanwhile(tmp_path: Path) -> None:
+    """The daemon drains what it holds, and nobody would finish what it began besides."""
+    begun: list[int] = []
+    said: list[dict[int, str]] = []
+
+    @contextlib.asynccontextmanager
+    async def begin(stage: int) -> AsyncIterator[Slow]:
+        begun.append(stage)
+        yield Slow()
+
+    async def main() -> None:
+        me = PeerId("me")
+        member = Member(peer=me, stages=(0,), beat=Beat(stages=(StageBeat(0),), room=1))
+        view = SwarmView(me, 0.0, (member,))
+        tenure = Tenure(
+            moving_spec(2),
+            view=lambda: view,
+            begin=begin,
+            announce=lambda held: said.append(dict(held)),
+            prefetch=Slow().prefetch,
+            fits=lambda stages: True,
+            event=lambda kind, fields: None,
+            rng=random.Random(1),
+            most=2,
+        )
+        options: Any = SimpleNamespace(decisions=None)
+        presence: Any = SimpleNamespace()
+        worker: Any = Worker(presence, options, tmp_path, tmp_path, lambda *_: None)
+        worker._tenure = tenure
+        living = asyncio.create_task(tenure.run(0))
+        while not tenure.terms:
+            await asyncio.sleep(0.1)
+        await worker.drain()
+        living.cancel()
+        await asyncio.gather(living, return_exceptions=True)
+
+    run(main)
+    assert begun == [0]
+    assert said[-1] == {0: "draining"}, "and says so to the end"

@@ -104,6 +104,7 @@ class Tenure:
         self._bound: int | None = None  # for this stage, while it still leaves another one
         self._empty_windows = 0  # in which a stage has been empty
         self._returning: int | None = None  # what it would have given back a window ago
+        self._leaving = False
 
     @property
     def terms(self) -> list[Term]:
@@ -115,6 +116,14 @@ class Tenure:
         async with asyncio.TaskGroup() as tasks:
             await self._open(stage, tasks)
             await self._keep(tasks)
+
+    async def drain(self, deadline_s: float) -> None:
+        """Leave the run in order, while `run` goes on; from now on it goes to no other stage."""
+        self._leaving, self._bound = True, None
+        for held in self._held.values():
+            held.state = "draining"
+        self._say()
+        await asyncio.gather(*(term.drain(deadline_s) for term in self.terms))
 
     async def _open(self, stage: int, tasks: asyncio.TaskGroup) -> _Held:
         """Begin at a stage; returns once online there, or at once if it holds another one."""
@@ -138,6 +147,8 @@ class Tenure:
         try:
             async with self._begin(stage) as term:
                 await term.recover()
+                if self._leaving:
+                    return  # nobody would finish what it took on now
                 held.term, held.state = term, "online"
                 self._say()
                 self._event("online", {"stage": stage, "text": f"online at stage {stage}"})
@@ -164,19 +175,21 @@ class Tenure:
         stages = {stage: held.state for stage, held in self._held.items()}
         if self._bound is not None:
             stages[self._bound] = "joining"
-        more = self._most - len(stages) if self.terms else 0
+        more = self._most - len(stages) if self.terms and not self._leaving else 0
         others = set(range(self._spec.stages.count)) - stages.keys()
         self.room = more if more and any(self._fits([*stages, other]) for other in others) else 0
         if stages:
             self._announce(stages)
 
     async def _keep(self, tasks: asyncio.TaskGroup) -> None:
-        """Look every window what the swarm needs of this peer, and do it."""
+        """Look every window what the swarm needs of this peer, and do it; until it leaves."""
         if not self._moves and self._most == 1:
             await asyncio.Event().wait()
         previous: Move | None = None
         while True:
             await asyncio.sleep(self._spec.stages.rebalance_window_s * self._rng.uniform(0.9, 1.1))
+            if self._leaving:
+                return
             if len(self.terms) < len(self._held):
                 continue  # one thing after another
             current = self._plan()
@@ -205,6 +218,8 @@ class Tenure:
             return
         self._bound = move.target
         await self._close(held)
+        if self._leaving:
+            return
         self.moves += 1
         await self._open(move.target, tasks)
 
@@ -221,8 +236,7 @@ class Tenure:
         served = again is None or again.target != move.target
         return f"stage {move.target} has been served meanwhile" if served else ""
 
-    @staticmethod
-    async def _permission(held: _Held) -> str:
+    async def _permission(self, held: _Held) -> str:
         """Ask the group to be let go; why not, empty when it may."""
         if held.term is None:
             return "it is not online"
@@ -233,7 +247,7 @@ class Tenure:
             return f"the group did not let it go within {_PERMISSION_S:g} s"
         except ShoalError as error:
             return str(error)
-        return ""
+        return "this peer leaves the run" if self._leaving else ""
 
     async def _spread(self, move: Move | None, tasks: asyncio.TaskGroup) -> None:
         """Hold an empty stage besides, where nobody moves to it, or give back one that others hold."""
@@ -251,7 +265,8 @@ class Tenure:
                 self._say()
                 for term in self.terms:
                     await term.stop_guarding(wanted.stage)
-                await self._open(wanted.stage, tasks)
+                if not self._leaving:
+                    await self._open(wanted.stage, tasks)
             return
         spare = give_back(placed(view, "online"), view.me, [*self._held], stages.minimum_replicas)
         again, self._returning = spare is not None and spare == self._returning, spare
