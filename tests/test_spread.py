@@ -13,7 +13,7 @@ from trainer_world import Replica, TrainerWorld, round_spec
 from shoal.dht.directory import PeerRecord
 from shoal.dht.view import Member, SwarmView
 from shoal.protocol import wire
-from shoal.protocol.errors import MessageInvalid
+from shoal.protocol.errors import MessageInvalid, StageEmpty
 from shoal.protocol.identity import PeerId
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.service import Outer
@@ -150,6 +150,34 @@ def test_a_stage_that_the_named_peer_has_no_memory_for_is_taken_by_the_next_one(
             tenure._fits = lambda stages: 0 not in stages  # it says that it has room: for stage 2
             await world.add(1, 2, moves=True, most=2)
             await holding(world, {0: {1}, 1: {0, 2}})
+
+    run(main)
+
+
+def test_a_stage_that_cannot_be_taken_after_all_leaves_nothing_behind_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recovery had begun to write: nobody else would ever end that."""
+    restore, refused = Outer._restore_residuals, list[Outer]()
+
+    async def fails(outer: Outer) -> None:
+        if outer.context.stage == 1 and not refused:
+            refused.append(outer)
+            outer._snapshots.write(lambda: None)  # as for each entry that it caught up with
+            raise StageEmpty("nobody hands it over")
+        await restore(outer)
+
+    monkeypatch.setattr(Outer, "_restore_residuals", fails)
+
+    async def main() -> None:
+        async with TrainerWorld(spread_spec(2), disk=tmp_path, slower=10.0) as world:
+            alone = await world.add(0, 0, moves=True, most=2)
+            await holding(world, {0: {0, 1}})
+            await grown(world, 2)
+            assert [kind for _, kind, _ in alone.events].count("take-cut") == 1
+            writer = refused.pop()._snapshots._writer
+            assert writer is not None
+            assert writer.done()
 
     run(main)
 

@@ -7,6 +7,7 @@ the parts, evaluates the held-out loss now and then, and drains in order when th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -185,13 +186,16 @@ class Trainer:
         self._guarding = Guarding(
             self.outer.context, self._members, self._spare_bytes, self._data_dir, self._guards
         )
-        await self.outer.recover()
-        await self._restore()
-        await LostStage(
-            self.outer.context, self.layout, initial, self.outer, self._members.view, self._search
-        ).resolve()
-        if self._checkpoints is not None:
-            await self._checkpoints.attach(self.outer, self.weights)
+        async with contextlib.AsyncExitStack() as unfinished:
+            unfinished.push_async_callback(self.outer.close)  # a peer may go on without this stage
+            await self.outer.recover()
+            await self._restore()
+            await LostStage(
+                self.outer.context, self.layout, initial, self.outer, self._members.view, self._search
+            ).resolve()
+            if self._checkpoints is not None:
+                await self._checkpoints.attach(self.outer, self.weights)
+            unfinished.pop_all()
         if self._feed is not None:
             self._streams = Streams(
                 self._me,

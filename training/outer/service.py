@@ -312,9 +312,13 @@ class Outer:
         try:
             await self._turns.run()
         finally:
-            await self._services.close()
-            await self._member.close()
-            await self._snapshots.close()
+            await self.close()
+
+    async def close(self) -> None:
+        """End what is under way and finish what is being written; for whoever gives up before `run`, too."""
+        await self._services.close()
+        await self._member.close()
+        await self._snapshots.close()
 
     def stepped(self) -> None:
         """An inner step was made: a round may be due."""
