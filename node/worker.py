@@ -166,6 +166,8 @@ class Worker:
             finally:
                 self._left.update(counts_of(trainee.status()))
                 del self.trainees[stage]
+        if self.trainees:  # they go on, maybe for days, in the memory that this one was given back for
+            await asyncio.to_thread(gc.collect)
 
     def _without_room(self, spec: RunSpec, stage: int, device: Device) -> Device:
         """What is left of the device beside the other stages that this peer may come to hold."""

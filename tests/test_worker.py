@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,12 @@ import pytest
 from trainer_world import round_spec
 
 from shoal.compression import kernels
+from shoal.dht.view import SwarmView
 from shoal.node import hardware
 from shoal.node.trainee import Trainee
 from shoal.node.worker import Worker
+from shoal.protocol.identity import PeerId
+from shoal.training.tenure import Tenure
 
 
 class Replica:
@@ -27,6 +31,12 @@ class Replica:
     async def recover(self) -> None:
         pass
 
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def drain(self, deadline_s: float) -> None:
+        await asyncio.sleep(0.0)
+
     def status(self) -> dict[str, object]:
         return {"inner_steps": 1}
 
@@ -37,6 +47,16 @@ class Bench:
 
     async def release(self) -> None:
         pass
+
+
+def worker(folder: Path, stages_most: int = 1) -> Any:
+    """One that says and computes nothing."""
+    transport = SimpleNamespace(methods=frozenset(), withdraw=lambda _: None)
+    presence: Any = SimpleNamespace(incarnation=1, transport=transport)
+    options: Any = SimpleNamespace(decisions=None, stage=None, stages_most=stages_most)
+    peer: Any = Worker(presence, options, folder, folder, lambda *_: None)
+    peer._tell_plan, peer._bench = lambda *_: None, Bench()
+    return peer
 
 
 def test_of_the_stages_that_a_peer_left_none_is_in_memory_when_it_begins_another(
@@ -57,12 +77,7 @@ def test_of_the_stages_that_a_peer_left_none_is_in_memory_when_it_begins_another
     monkeypatch.setattr(kernels, "warm", lambda: None)
 
     async def main() -> None:
-        transport = SimpleNamespace(methods=frozenset(), withdraw=lambda _: None)
-        presence: Any = SimpleNamespace(incarnation=1, transport=transport)
-        options: Any = SimpleNamespace(decisions=None, stage=None, stages_most=1)
-        device = hardware.Device("cpu", "a processor", 1 << 40)
-        peer: Any = Worker(presence, options, tmp_path, tmp_path, lambda *_: None)
-        peer._tell_plan, peer._bench = lambda *_: None, Bench()
+        peer, device = worker(tmp_path), hardware.Device("cpu", "a processor", 1 << 40)
         for stage in (0, 1, 0, 1):
             async with peer._begin(round_spec(2), stage, device, None) as trainee:
                 await trainee.recover()
@@ -72,3 +87,43 @@ def test_of_the_stages_that_a_peer_left_none_is_in_memory_when_it_begins_another
     asyncio.run(main())
     gc.unfreeze()
     assert beside == [0, 0, 0, 0]
+
+
+def test_a_stage_that_is_given_back_leaves_the_memory_to_those_that_stay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[weakref.ref[Replica]] = []
+
+    async def make(_: Trainee) -> Replica:
+        replica = Replica()
+        made.append(weakref.ref(replica))
+        return replica
+
+    monkeypatch.setattr(Trainee, "_made", make)
+
+    async def main() -> None:
+        peer, device = worker(tmp_path, stages_most=2), hardware.Device("cpu", "a processor", 1 << 40)
+        tenure = Tenure(
+            round_spec(2),
+            view=lambda: SwarmView(PeerId("me"), 0.0, ()),
+            begin=lambda stage: peer._begin(round_spec(2), stage, device, None),
+            announce=lambda _: None,
+            prefetch=lambda *_: asyncio.sleep(0.0),
+            fits=lambda _: False,
+            event=lambda *_: None,
+            rng=random.Random(1),
+            most=2,
+        )
+        async with asyncio.TaskGroup() as tasks:
+            for stage in (0, 1):
+                await (await tenure._open(stage, tasks)).online.wait()
+            await tenure._close(tenure._held[1])
+            assert [one() is None for one in made] == [False, True]
+            await tenure._close(tenure._held[0])
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -153,13 +153,7 @@ class Tenure:
                 self._say()
                 self._event("online", {"stage": stage, "text": f"online at stage {stage}"})
                 held.online.set()
-                async with asyncio.TaskGroup() as tasks:
-                    training = tasks.create_task(term.run())
-                    await held.left.wait()
-                    held.state = "draining"
-                    self._say()
-                    await term.drain(DRAIN_S)
-                    training.cancel()
+                await self._serve(held, term)
         except ShoalError as error:  # of its beginning; the stages that it has are no worse for it
             if not held.besides or held.term is not None:
                 raise
@@ -169,6 +163,17 @@ class Tenure:
             held.term = None  # whoever waits for the end of `held` shall not hold its weights
             del self._held[stage]
             self._say()
+
+    async def _serve(self, held: _Held, term: Term) -> None:
+        """Train until `left`, then leave in order. A method of its own: a task that was cancelled holds on to
+        its frames, and they to the weights."""
+        async with asyncio.TaskGroup() as tasks:
+            training = tasks.create_task(term.run())
+            await held.left.wait()
+            held.state = "draining"
+            self._say()
+            await term.drain(DRAIN_S)
+            training.cancel()
 
     def _say(self) -> None:
         """Who is on the way to a stage counts there already: nobody else need go."""
