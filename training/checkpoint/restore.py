@@ -20,7 +20,7 @@ from shoal.training.checkpoint.manifest import SPEC, file_of
 from shoal.training.checkpoint.messages import Newest, NewestOf
 from shoal.training.checkpoint.read import Checkpoint, open_checkpoint
 from shoal.training.checkpoint.reshape import load_stage
-from shoal.training.checkpoint.share import NEWEST_METHOD, newest
+from shoal.training.checkpoint.share import NEWEST_METHOD, held
 from shoal.training.inner import Moments
 from shoal.training.model.layout import StageLayout
 from shoal.training.outer.context import Event, Offload
@@ -53,31 +53,32 @@ async def restore_stage(
     offload: Offload,
     event: Event,
 ) -> Restored | None:
-    """The highest that `folders` or `peers` have; None if there is none. `fetched`: takes what peers give."""
+    """The highest that `folders` or `peers` have whole; None if there is none. `fetched`: takes what peers
+    give. What turns out to be damaged, or is not handed over, is told, and the next one tried."""
     run_id = spec.run_id()
-    own = await offload(newest, folders, run_id.hex(), stage)
+    own = await offload(held, folders, run_id.hex(), stage)
     offers = await _offers(transport, peers, NewestOf(run_id, stage))
-    best = max((height for _, height in offers.values()), default=-1)
-    try:
-        if own is not None and own[1] >= best:
-            return await offload(_load, own[0], spec, stage, layout)  # type: ignore[no-any-return]
-        if best < 0:
-            return None
-        digest = min(digest for digest, height in offers.values() if height == best)
-        donors = [peer for peer, (offered, _) in offers.items() if offered == digest]
 
-        def needed(checkpoint: Checkpoint) -> set[str]:
-            logs = {p.log_file for p in checkpoint.manifest.parts if p.stage == stage and p.log_file}
-            return {SPEC, *logs, *(file_of(slot.name) for slot in layout.slots)}
+    def needed(checkpoint: Checkpoint) -> set[str]:
+        logs = {p.log_file for p in checkpoint.manifest.parts if p.stage == stage and p.log_file}
+        return {SPEC, *logs, *(file_of(slot.name) for slot in layout.slots)}
 
+    async def fetch(digest: bytes) -> Checkpoint:
         path = fetched / _FOLDER
         await offload(shutil.rmtree, path, True)
+        donors = [peer for peer, (offered, _) in offers.items() if offered == digest]
         await fetch_checkpoint(transport, donors, digest, needed, path, offload)
-        opened: Checkpoint = await offload(open_checkpoint, path, True)
-        return await offload(_load, opened, spec, stage, layout)  # type: ignore[no-any-return]
-    except ShoalError as error:
-        event("checkpoint-refused", {"why": str(error)})
-        return None
+        return await offload(open_checkpoint, path, True)  # type: ignore[no-any-return]
+
+    found: list[tuple[int, Checkpoint | bytes]] = [(height, checkpoint) for checkpoint, height in own]
+    found += sorted({(height, digest) for digest, height in offers.values()})
+    for _, source in sorted(found, key=lambda one: -one[0]):  # of equal ones the own first
+        try:
+            checkpoint = await fetch(source) if isinstance(source, bytes) else source
+            return await offload(_load, checkpoint, spec, stage, layout)  # type: ignore[no-any-return]
+        except ShoalError as error:
+            event("checkpoint-refused", {"why": str(error)})
+    return None
 
 
 async def _offers(

@@ -91,17 +91,23 @@ def find(folders: Sequence[Path], digest: str) -> Path:
 
 
 def newest(folders: Sequence[Path], run_id: str, stage: int) -> tuple[Checkpoint, int] | None:
-    """The checkpoint in which a stage of a run is highest, and how high; damaged ones do not count."""
-    best: tuple[Checkpoint, int] | None = None
+    """The checkpoint in which a stage of a run is highest, and how high."""
+    return next(iter(held(folders, run_id, stage)), None)
+
+
+def held(folders: Sequence[Path], run_id: str, stage: int) -> list[tuple[Checkpoint, int]]:
+    """The checkpoints that have a stage of a run, and how high, the highest first; those whose manifest or
+    sizes are wrong do not count."""
+    found: list[tuple[Checkpoint, int]] = []
     for path in (path for folder in folders for _, path in numbered(folder)):
         try:
-            found = open_checkpoint(path)
+            opened = open_checkpoint(path)
         except ShoalError:
             continue  # `shoal checkpoint list` tells of it
-        heights = [part.height for part in found.manifest.parts if part.stage == stage and part.head]
-        if found.manifest.run_id == run_id and heights and (best is None or heights[0] > best[1]):
-            best = found, heights[0]
-    return best
+        heights = [part.height for part in opened.manifest.parts if part.stage == stage and part.head]
+        if opened.manifest.run_id == run_id and heights:
+            found.append((opened, heights[0]))
+    return sorted(found, key=lambda one: -one[1])
 
 
 def _read(path: Path) -> bytes:

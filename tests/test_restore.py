@@ -1,0 +1,97 @@
+"""A stage that nobody holds any more goes on from the highest checkpoint that is whole, wherever that is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from checkpoint_world import KINDS, known, layouts, spec_of, write_stages
+
+from shoal.protocol import virtual_time
+from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.memory_transport import MemoryNetwork
+from shoal.training.checkpoint.read import Checkpoint
+from shoal.training.checkpoint.restore import Restored, restore_stage
+from shoal.training.checkpoint.share import Shelf
+
+TRAINER = frozenset({Role.TRAINER})
+ME, OTHER = PeerId("me".ljust(52, "1")), PeerId("other".ljust(52, "1"))
+SPEC = spec_of(2)
+STAGE = 1
+
+
+async def offload(function: Callable[..., Any], *arguments: object) -> Any:
+    return function(*arguments)
+
+
+def damage(checkpoint: Checkpoint) -> None:
+    """One bit, which only reading finds."""
+    path = next(checkpoint.path.glob("layers.3.*"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def restored(mine: Path, others: Path, told: list[str]) -> Restored | None:
+    """What a peer comes to that has `mine`, beside one that has `others`."""
+    found: list[Restored | None] = []
+
+    async def main() -> None:
+        network = MemoryNetwork(random.Random(1))
+        here, there = network.transport(ME, TRAINER), network.transport(OTHER, TRAINER)
+        Shelf([others], offload).serve(there)
+        await here.start()
+        await there.start()
+        found.append(
+            await restore_stage(
+                SPEC,
+                STAGE,
+                layouts(SPEC)[STAGE],
+                folders=[mine],
+                fetched=mine / "restored",
+                transport=here,
+                peers=[OTHER],
+                offload=offload,
+                event=lambda kind, _: told.append(kind),
+            )
+        )
+        await here.close()
+        await there.close()
+
+    virtual_time.run(main)
+    return found[0]
+
+
+def require_known(found: Restored | None) -> None:
+    assert found is not None
+    assert found.snapshot.anchor.equal(known(layouts(SPEC)[STAGE], KINDS[0]))
+
+
+def test_a_damaged_checkpoint_does_not_hide_the_whole_one_beside_it(tmp_path: Path) -> None:
+    first, _ = write_stages(tmp_path, SPEC), write_stages(tmp_path, SPEC)
+    damage(first)
+    told: list[str] = []
+    require_known(restored(tmp_path, tmp_path / "none", told))
+    assert told == ["checkpoint-refused"], "and its owner hears of it"
+
+
+def test_a_damaged_checkpoint_does_not_hide_what_others_have(tmp_path: Path) -> None:
+    damage(write_stages(tmp_path / "mine", SPEC))
+    write_stages(tmp_path / "theirs", SPEC)
+    require_known(restored(tmp_path / "mine", tmp_path / "theirs", []))
+
+
+def test_what_others_cannot_hand_over_does_not_hide_what_is_here(tmp_path: Path) -> None:
+    write_stages(tmp_path / "mine", SPEC, "stage-1", range(1, 2))
+    damage(write_stages(tmp_path / "theirs", SPEC))
+    require_known(restored(tmp_path / "mine", tmp_path / "theirs", []))
+
+
+def test_where_all_are_damaged_there_is_none(tmp_path: Path) -> None:
+    damage(write_stages(tmp_path / "mine", SPEC))
+    damage(write_stages(tmp_path / "theirs", SPEC))
+    told: list[str] = []
+    assert restored(tmp_path / "mine", tmp_path / "theirs", told) is None
+    assert told == ["checkpoint-refused"] * 2
