@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from checkpoint_world import KINDS, known, layouts, spec_of, write_stages
 
 from shoal.protocol import virtual_time
+from shoal.protocol.errors import NotHere
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
+from shoal.training.checkpoint.manifest import DIGEST
 from shoal.training.checkpoint.read import Checkpoint
 from shoal.training.checkpoint.restore import Restored, restore_stage
-from shoal.training.checkpoint.share import Shelf
+from shoal.training.checkpoint.share import Shelf, find
 
 TRAINER = frozenset({Role.TRAINER})
 ME, OTHER = PeerId("me".ljust(52, "1")), PeerId("other".ljust(52, "1"))
@@ -95,3 +98,12 @@ def test_where_all_are_damaged_there_is_none(tmp_path: Path) -> None:
     told: list[str] = []
     assert restored(tmp_path / "mine", tmp_path / "theirs", told) is None
     assert told == ["checkpoint-refused"] * 2
+
+
+def test_what_cannot_be_read_hides_no_checkpoint_behind_it(tmp_path: Path) -> None:
+    """A folder that is being removed, or another user's."""
+    (tmp_path / "000000-odd" / DIGEST).mkdir(parents=True)
+    wanted = write_stages(tmp_path, SPEC)
+    assert find([tmp_path], wanted.digest) == wanted.path
+    with pytest.raises(NotHere):
+        find([tmp_path], "0" * 64)

@@ -5,6 +5,7 @@ A digest names a manifest, the manifest names each file's hash: it does not matt
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -85,8 +86,9 @@ def find(folders: Sequence[Path], digest: str) -> Path:
     """The checkpoint of a digest, the oldest if there are several. Raises NotHere."""
     for folder in folders:
         for path in sorted(folder.glob(f"*/{DIGEST}")):
-            if not path.parent.name.startswith(".") and path.read_bytes()[:64] == digest.encode():
-                return path.parent
+            with contextlib.suppress(OSError):  # it is being removed, or nobody's to read
+                if not path.parent.name.startswith(".") and path.read_bytes()[:64] == digest.encode():
+                    return path.parent
     raise NotHere(f"checkpoint {digest[:8]} is not here")
 
 
