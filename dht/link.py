@@ -35,7 +35,9 @@ from shoal.protocol.transport import Stream
 
 SILENT_LINK_S = 15.0  # a stream without a beat for this long is given up, even if nobody closed it
 FINISH_S = 2.0  # for the other side to end its half
-REPEATED_OFFERS = 4  # records a beat offered again: an answer may have been lost with another stream
+REPEATED_OFFERS = 4  # records offered again: an answer may have been lost with another stream
+REPEATED_EVERY = 4  # beats of a link: there are many links, and a message costs more than what is in it ...
+REPEATED_AT_FIRST_S = 10.0  # ... but at every beat so long, while streams are opened twice and ended again
 _SENT_KEPT = 16  # own beats whose echo may still come
 _ASKED_MOST = 1024  # names held of what one link wants, or owes
 _KINDS = (Beat, RosterRecords, RosterOffer, RosterWant, RevocationNotice, SignedAmendments, Goodbye)
@@ -95,9 +97,10 @@ class Link:
         self._sent_s: OrderedDict[int, float] = OrderedDict()
         self._number = 0
         self._heard_number = 0
-        self._heard_s = asyncio.get_running_loop().time()
+        self._begun_s = self._heard_s = asyncio.get_running_loop().time()
         self._echoed = 0
         self._offered = 0
+        self._repeated = 0
         self._wanted: dict[PeerId, None] = {}
         self._owed: dict[PeerId, None] = {}
 
@@ -160,11 +163,11 @@ class Link:
                 await self._send_offers()
             await self._send_wants()
             await self._send_owed()
+            timer = loop.call_at(max(next_beat_s, loop.time() + 0.1), self._wake.set)
             try:
-                async with asyncio.timeout_at(max(next_beat_s, loop.time() + 0.1)):
-                    await self._wake.wait()
-            except TimeoutError:
-                continue
+                await self._wake.wait()
+            finally:
+                timer.cancel()
         await self._stream.end()
 
     async def _send_own_record(self) -> None:
@@ -204,10 +207,13 @@ class Link:
             )
 
     async def _send_offers(self) -> None:
-        """Once per beat: what was learned since the last offer, and a few others in turn."""
+        """Once per beat: what was learned since the last offer, and at times a few others in turn."""
         table = self._home.table
         found, self._offered = table.learned_after(self._offered, NAMES_IN_MESSAGE - REPEATED_OFFERS)
-        found += table.some(self._number * REPEATED_OFFERS, REPEATED_OFFERS)
+        age_s = asyncio.get_running_loop().time() - self._begun_s
+        if age_s < REPEATED_AT_FIRST_S or self._number % REPEATED_EVERY == 0:
+            self._repeated += REPEATED_OFFERS
+            found += table.some(self._repeated, REPEATED_OFFERS)
         entries = tuple(
             RosterEntry(entry.record.peer, *entry.version)
             for entry in found

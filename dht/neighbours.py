@@ -9,11 +9,11 @@ in one piece (k least edges of random weight: k = 4 already suffices for hundred
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
 
 from blake3 import blake3
 
-from shoal.dht.view import Member, SwarmView
+from shoal.dht.view import SwarmView
 from shoal.protocol.identity import PeerId
 
 SMALL_SWARM = 32
@@ -27,27 +27,24 @@ def neighbours(view: SwarmView, me: PeerId, limit: int = SMALL_SWARM) -> frozens
         return frozenset(member.peer for member in others)
     mine = view.get(me)
     stages = mine.stages if mine else ()
-    tiers: tuple[Callable[[Member], bool], ...] = (
-        lambda member: _shares(member, stages),
-        lambda member: _shares(member, (stage + 1 for stage in stages)),
-        lambda member: _shares(member, (stage - 1 for stage in stages)),
+    tiers = (
+        frozenset(stages),
+        frozenset(stage + 1 for stage in stages),
+        frozenset(stage - 1 for stage in stages),
     )
-    ranked = sorted((member for member in others), key=lambda member: _weight(me, member.peer))
+    ranked = sorted(others, key=lambda member: _weight(me, member.peer))
     chosen: set[PeerId] = set()
     places = 0
-    for share, belongs in zip(_SHARES, tiers, strict=True):
+    for share, near in zip(_SHARES, tiers, strict=True):
         places += limit * share // 8
-        tier = [member.peer for member in ranked if member.peer not in chosen and belongs(member)]
+        tier = [m.peer for m in ranked if m.peer not in chosen and not near.isdisjoint(m.stages)]
         chosen.update(tier[: max(0, places - len(chosen))])
     rest = [member.peer for member in ranked if member.peer not in chosen]
     chosen.update(rest[: limit - len(chosen)])
     return frozenset(chosen)
 
 
-def _shares(member: Member, stages: Iterable[int]) -> bool:
-    return any(stage in member.stages for stage in stages)
-
-
+@functools.lru_cache(maxsize=1 << 15)
 def _weight(one: PeerId, other: PeerId) -> bytes:
     low, high = sorted((one, other))
     return blake3(f"shoal neighbours {low} {high}".encode()).digest()

@@ -7,6 +7,7 @@ sequence, so that a replay never undoes news.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from collections import OrderedDict
@@ -27,6 +28,7 @@ SIGNATURE_LABEL = b"shoal record"
 SEAL_LABEL = b"shoal sealed record\x00"
 NONCE_BYTES = 12
 SEALED_BYTES = limits.RECORD_BYTES + 128  # nonce 12, tag 16, signature 66 and field headers
+_KEPT = 2048  # decoded and checked records: directory, roster and book look at the same bytes
 LOWEST_PORT = 1024  # below are the system's own services: nobody shall make peers knock there
 
 _HOST_NAME = re.compile(r"(?=.{1,120}\Z)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?\Z")
@@ -86,8 +88,8 @@ def verify_record(
     `now` is Unix time in seconds. About 0.3 ms plus the chain. Raises RecordInvalid for size, encoding,
     signature, times and addresses; AccessError for the chain.
     """
-    record = _decoded(signed)
-    verify_signature(record.peer, SIGNATURE_LABEL, membership.run_id + signed.record, signed.signature)
+    record = decoded(signed)
+    _require_signature(record.peer, membership.run_id + signed.record, signed.signature)
     if record.issued_unix_s > now + limits.RECORD_FUTURE_S:
         ahead_s = record.issued_unix_s - now
         raise RecordInvalid(f"the record of {record.peer} is from {ahead_s:.0f} s ahead; one clock is wrong")
@@ -155,7 +157,7 @@ class RecordBook:
         Raises what `verify_record` raises, and RecordInvalid for one that is older than the one held
         (replayed, or overtaken), and for two different ones with one sequence.
         """
-        claimed = _decoded(signed)
+        claimed = decoded(signed)
         held = self._held.get(claimed.peer)
         if held is not None and held.signed == signed and held.expires_unix_s > now:
             self._membership.verify(held.record.chain)  # may be revoked by now
@@ -192,11 +194,22 @@ class RecordBook:
         return len(self._held)
 
 
-def _decoded(signed: SignedRecord) -> PeerRecord:
-    if len(signed.record) > limits.RECORD_BYTES:
-        raise RecordInvalid(f"a record of {len(signed.record)} bytes, {limits.RECORD_BYTES} allowed")
+def decoded(signed: SignedRecord) -> PeerRecord:
+    """What the record says, unverified. Raises RecordInvalid."""
+    return _decoded(signed.record)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _require_signature(peer: PeerId, text: bytes, signature: bytes) -> None:
+    verify_signature(peer, SIGNATURE_LABEL, text, signature)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _decoded(record: bytes) -> PeerRecord:
+    if len(record) > limits.RECORD_BYTES:
+        raise RecordInvalid(f"a record of {len(record)} bytes, {limits.RECORD_BYTES} allowed")
     try:
-        return decode(PeerRecord, signed.record)
+        return decode(PeerRecord, record)
     except (MessageInvalid, MessageTooLarge) as error:
         raise RecordInvalid(f"not a record: {error}") from error
 

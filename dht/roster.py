@@ -20,14 +20,13 @@ from blake3 import blake3
 from shoal.dht.beats import RosterEntry
 from shoal.dht.buckets import LOOK_RECORDS
 from shoal.dht.directory import Directory, PeerRecord, SignedRecord
-from shoal.dht.records import RecordBook, sign_record
+from shoal.dht.records import RecordBook, decoded, sign_record
 from shoal.dht.table import MemberTable, says_something_new
 from shoal.protocol import limits
 from shoal.protocol.admission import Membership
 from shoal.protocol.contacts import ContactBook
 from shoal.protocol.errors import AccessError, ProtocolViolation, ShoalError
 from shoal.protocol.identity import PeerId
-from shoal.protocol.wire import decode
 
 REFRESH_S = 5.0  # between two lookups; the first ones come quicker
 FIRST_REFRESH_S = 0.2
@@ -203,7 +202,7 @@ class Roster:
     def _admit(self, signed: SignedRecord, source: str) -> None:
         """One record into book, table and contacts, if it is newer and verifies."""
         try:
-            claimed = decode(PeerRecord, signed.record)
+            claimed = decoded(signed)
             held = self._table.get(claimed.peer)
             version = (claimed.incarnation, claimed.sequence)
             if held is not None and version <= held.version:
