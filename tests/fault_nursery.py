@@ -16,6 +16,7 @@ import sys
 import torch
 from fault_orders import LINE_BYTES, Order
 from fault_worker import Worker
+from pipeline_worker import PipelineWorker
 
 from shoal.protocol.allocator import keep_freed_memory
 
@@ -24,7 +25,8 @@ async def work(order: Order) -> None:
     """A worker's life."""
     reader, writer = await asyncio.open_unix_connection(order.socket, limit=LINE_BYTES)
     writer.write(json.dumps({"number": order.number, "incarnation": order.incarnation}).encode() + b"\n")
-    await Worker(order, writer).live(reader)
+    worker = Worker(order, writer) if order.stage is None else PipelineWorker(order, writer)
+    await worker.live(reader)
     writer.close()
 
 

@@ -34,6 +34,7 @@ class Order:
     size: int
     directory: str | None = None  # of snapshots and journal
     upload_bytes_per_s: float | None = None  # None: no limit
+    stage: int | None = None  # of a `pipeline_worker`; None: a `fault_worker`
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"

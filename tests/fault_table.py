@@ -13,7 +13,8 @@ from shoal.protocol.faults import PLACES, Action
 from shoal.training.outer import messages
 
 DELAY_S = 3.0
-STEPS = [step for step in faults.steps() if not step.startswith(("test.", "checkpoint."))]
+_ELSEWHERE = ("test.", "checkpoint.", "chain.", "gradient.", "step.")  # checkpoints, `pipeline_table`
+STEPS = [step for step in faults.steps() if not step.startswith(_ELSEWHERE)]
 _LAGGARD = {"EntriesRequest", "EntryItem"}
 _JOINER = {"ManifestRequest", "Manifest", "ChunkRequest", "Chunk", "chunk"}
 _BROKEN = {"StateRequest", "StateDigests", "StatePart"}

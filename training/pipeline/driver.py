@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from shoal.protocol.errors import ShoalError
+from shoal.protocol.faults import define
+from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream, Transport
 from shoal.training.activation import held_most
@@ -25,7 +27,7 @@ from shoal.training.pipeline.attempt import Answer, Journey
 from shoal.training.pipeline.commits import Commits
 from shoal.training.pipeline.compute import Boundary, Passage, StageCompute
 from shoal.training.pipeline.downstream import Downstream, Errand
-from shoal.training.pipeline.hop import TRAINERS
+from shoal.training.pipeline.hop import ADDING, STEPPED, TRAINERS
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.messages import (
     APPLIED,
@@ -41,6 +43,7 @@ from shoal.training.pipeline.replicas import Replicas
 from shoal.training.pipeline.successors import Event
 from shoal.training.spec import RunSpec
 
+_DECIDED = define("chain.decided")
 _SMOOTHING = 0.05
 
 NextBatch = Callable[[], Awaitable[torch.Tensor]]  # tokens int64 [B, T+1]
@@ -230,10 +233,13 @@ class Driver:
             raise
         self._ledger.apply(micro_batch, chain, passage.token_count)
         self._record(passage.token_count, loss, asyncio.get_running_loop().time() - begun)
+        await point(self._transport, _DECIDED)
         await self.commits.deliver(CommitChain(micro_batch, chain))
+        await point(self._transport, ADDING)
         stepped = await self._lane.run(Work.WEIGHT, self._compute.add, passage)
         self._added(tokens, stepped)
         if stepped:
+            await point(self._transport, STEPPED)
             self._stepped()
 
     def _record(self, tokens: int, loss: float, chain_s: float) -> None:

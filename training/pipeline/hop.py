@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable
 
 from shoal.protocol.errors import Busy, MessageInvalid, NotHere, Stale
+from shoal.protocol.faults import define
+from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.training.activation import held_most
@@ -42,6 +44,7 @@ from shoal.training.pipeline.undecided import Undecided
 from shoal.training.spec import RunSpec
 
 TRAINERS = frozenset({Role.TRAINER, Role.OWNER})
+ADDING, STEPPED = define("gradient.adding"), define("step.made")
 log = logging.getLogger(__name__)
 
 
@@ -277,7 +280,9 @@ class Hop:
             log.error("a committed micro-batch could not be applied", exc_info=error)
 
     async def _apply(self, passage: Passage) -> None:
+        await point(self._transport, ADDING)
         if await self._lane.run(Work.WEIGHT, self._compute.add, passage):
+            await point(self._transport, STEPPED)
             self._stepped()
 
     async def drained(self) -> None:

@@ -1,0 +1,140 @@
+"""Every point of the pipeline times every blow, on real processes: `tests/soak/pipeline_faults.py --json`.
+
+Three stages of two replicas (mutual TLS on loopback, real membership, whole trainers with a tiny model) train
+all the time, and play one case after another: the blow, the living drivers decide all that they had in
+flight, everybody comes back and works, then P1 (equal bits), P2 (every applied micro-batch once and decided,
+what is missing counted), P4 (checkpoints on disk are whole). P5 is that it goes on at all. A line a case.
+Goals: 2 s for a re-route (a figure), 15 s until a stage that was emptied trains again. Exit status 1: a
+promise was broken (FAILED), or a point was not passed, or an emptied stage took longer (LATE).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fault_orders import JsonObject
+from fault_replica import Nursery
+from pipeline_cases import Played, play
+from pipeline_group import PipelineGroup, pipeline_spec
+from pipeline_table import Blow, Case, all_cases
+
+from shoal.protocol.errors import ShoalError
+
+REROUTE_S, EMPTIED_S = 2.0, 15.0
+WRITES: JsonObject = {"outer": {"snapshot_every": 2}, "checkpoint": {"every_s": 1.5}}  # for points on disk
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A promise that was broken, or a point that nobody passed."""
+
+    case: Case
+    why: str
+
+
+class Sweep:
+    """Plays cases; a group that was broken, or told lies, is followed by a new one."""
+
+    def __init__(self, nursery: Nursery, *, verbose: bool) -> None:
+        self._nursery = nursery
+        self._verbose = verbose
+        self.played: list[Played] = []
+        self.failed: list[Failure] = []
+
+    async def run(self, cases: Sequence[Case], **sections: JsonObject) -> None:
+        """All of these, in as few groups as possible."""
+        waiting = list(cases)
+        while waiting:
+            with tempfile.TemporaryDirectory() as folder:
+                async with PipelineGroup(Path(folder), self._nursery, pipeline_spec(**sections)) as group:
+                    while waiting and await self._play(group, waiting.pop(0)):
+                        pass
+
+    async def _play(self, group: PipelineGroup, case: Case) -> bool:
+        """Whether the group is good for another one."""
+        try:
+            played = await play(group, case)
+        except (AssertionError, TimeoutError, ConnectionError, RuntimeError, ShoalError) as error:
+            why = f"{type(error).__name__}: {error}"
+            self.failed.append(Failure(case, why))
+            print(f"{case!s:36} FAILED {why if self._verbose else why[:300]}", flush=True)
+            return False
+        self.played.append(played)
+        print(f"{played}{'  LATE' if is_late(played) else ''}", flush=True)
+        return not case.tells_lies
+
+    def summary(self) -> JsonObject:
+        """Figures by blow, and what was not as promised."""
+        found: JsonObject = {"cases": len(self.played) + len(self.failed)}
+        for blow in Blow:
+            if of := [played for played in self.played if played.case.blow is blow]:
+                found[blow.value] = figures(of)
+        found["late"] = [str(played.case) for played in self.played if is_late(played)]
+        found["failed"] = [str(failure.case) for failure in self.failed]
+        found["load_average"] = round(os.getloadavg()[1], 1)
+        return found
+
+
+def is_late(played: Played) -> bool:
+    """Whether a stage that was emptied took too long to train again."""
+    return played.case.blow is Blow.EMPTY and played.back_s > EMPTIED_S
+
+
+def figures(of: Sequence[Played]) -> JsonObject:
+    """Median and most of what was measured, and what was counted."""
+    reroutes_s = [played.reroute_s for played in of if played.reroute_s]
+    return {
+        "cases": len(of),
+        "decided_again_s": _median_and_most([played.seconds for played in of]),
+        "reroute_s": _median_and_most(reroutes_s),
+        "reroutes_over_goal": sum(seconds > REROUTE_S for seconds in reroutes_s),
+        "back_s": _median_and_most([played.back_s for played in of]),
+        "decided": sum(played.audit.decided for played in of),
+        "applied": sum(played.audit.applied for played in of),
+        "lost_and_counted": sum(played.audit.excused for played in of),
+    }
+
+
+def _median_and_most(values: Sequence[float]) -> list[float]:
+    return [round(statistics.median(values), 2), round(max(values), 2)] if values else []
+
+
+async def sweep(nursery: Nursery, options: argparse.Namespace) -> Sweep:
+    """Everything that was asked for."""
+    sweep = Sweep(nursery, verbose=options.verbose)
+    cases = [case for case in all_cases() if options.only in str(case)]
+    await sweep.run([case for case in cases if not case.needs_disk])
+    await sweep.run([case for case in cases if case.needs_disk], **WRITES)
+    return sweep
+
+
+def main() -> None:
+    """Play what was asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print the summary as the last line")
+    parser.add_argument("--verbose", action="store_true", help="the whole story of a failure")
+    options = parser.parse_args()
+    with Nursery() as nursery:
+        done = asyncio.run(sweep(nursery, options))
+    found = done.summary()
+    if options.json:
+        print(json.dumps(found))
+    else:
+        print("\n".join(f"{key}: {value}" for key, value in found.items()))
+    raise SystemExit(1 if found["failed"] or found["late"] else 0)
+
+
+if __name__ == "__main__":
+    main()
