@@ -97,6 +97,7 @@ async def _strike(group: PipelineGroup, case: Case) -> list[PipelineReplica]:
     if case.needs_loss:
         armed = armed if case.stage != LOST_STAGE else armed[1:]
     if case.blow is Blow.EMPTY:
+        await group.guarded(case.stage)
         await asyncio.gather(*(group.arm(case.arming, one) for one in armed))
     else:
         await group.arm(case.arming, *armed, other=case.blow.other)

@@ -21,6 +21,7 @@ from pipeline_table import STAGES
 
 from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, numbered
 from shoal.training.checkpoint.read import open_checkpoint, verify
+from shoal.training.recovery.guardians import GUARDIANS
 from shoal.training.spec import RunSpec
 
 REPLICAS = 2
@@ -126,10 +127,29 @@ class PipelineGroup(ProcessGroup[PipelineReplica]):
     # -- promises
 
     async def at_work(self, replicas: Sequence[PipelineReplica], limit_s: float = 60.0) -> None:
-        """Until each of these has applied something more."""
-        before = [_count(await replica.ask("account")) for replica in replicas]
+        """Until each of these has applied something more. Raises AssertionError with everybody's story."""
+        before = dict(zip(replicas, await self._accounts(replicas), strict=True))
+        idle = list(replicas)
+        try:
+            async with asyncio.timeout(limit_s):
+                while idle:
+                    await asyncio.sleep(LOOK_S)
+                    said = zip(idle, await self._accounts(idle), strict=True)
+                    idle = [life for life, account in said if _count(account) <= _count(before[life])]
+        except TimeoutError:
+            names = ", ".join(map(str, idle))
+            raise AssertionError(f"{names} did nothing for {limit_s:g} s\n{self.story()}") from None
+
+    async def guarded(self, stage: int, limit_s: float = 60.0) -> None:
+        """Until a stage has its guardians: two peers of other stages with a copy of its log's head."""
         async with asyncio.timeout(limit_s):
-            while any([_count(await r.ask("account")) <= n for r, n in zip(replicas, before, strict=True)]):
+            while True:
+                awake = self.awake()
+                said = dict(zip(awake, await self._accounts(awake), strict=True))
+                height = max(account["height"] for life, account in said.items() if life.stage == stage)
+                copies = [account["guards"].get(str(stage), 0) for account in said.values()]
+                if sum(copy >= height > 0 for copy in copies) >= GUARDIANS:
+                    return
                 await asyncio.sleep(LOOK_S)
 
     async def audit(self) -> Audit:

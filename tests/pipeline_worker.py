@@ -31,7 +31,7 @@ from shoal.training.trainer import Trainer
 PACE_S = 0.06  # of a micro-batch on the lane of one replica
 SLOW = 10.0  # times, of one that is slowed down
 DRAIN_S = 30.0  # for one that leaves
-SPARE_BYTES = 64 << 20  # for copies of other stages
+SPARE_BYTES = 1 << 30  # for copies of other stages, each of which counts a long log
 
 
 class WatchedFaults(Faults):
@@ -163,7 +163,7 @@ class PipelineWorker(LineWorker):
             "head": outer.head.hex(),
             "state_root": outer.state_root.hex(),
             "anchor": blake3(bytes_of(outer.anchor)).hexdigest(),
-            "steps_since_round": outer.steps_since_round,
+            "guards": {copy.stage: copy.height for copy in self.trainer.heartbeat().guards},
         }
 
     def struck(self, arming: Arming, peer: PeerId) -> None:
