@@ -7,11 +7,16 @@ import itertools
 
 import pytest
 import torch
+from outer_faults import Faults
 from pipeline_world import World, batches, small_spec
 from reference_llama import Reference, summed_loss
 
+from shoal.dht.liveness import GONE_SILENCE_S
 from shoal.protocol import virtual_time
+from shoal.protocol.faults import Action, Arming
 from shoal.training.spec import RunSpec
+
+HOP_TIMEOUT_S = small_spec(1).limits.hop_timeout_s
 
 
 def reference(spec: RunSpec, world: World, everything: list[torch.Tensor]) -> Reference:
@@ -127,6 +132,31 @@ def test_a_frozen_replica_costs_seconds_and_its_micro_batches_finish_elsewhere()
             assert loop.time() - begun < 60
 
     virtual_time.run(main)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_who_announces_a_gradient_and_falls_silent_is_waited_for_no_longer_than_others(replicas: int) -> None:
+    """Found on real processes: one froze between Gradient and its values, and a driver waited for 60 s."""
+
+    async def main() -> None:
+        faults = Faults()
+        spec = small_spec(2)
+        everything = batches(spec, 16)
+        async with World(spec, replicas, wrap=faults.wrap) as world:
+            driver, silent = world.stage(0)[0], world.stage(1)[0]
+            never = Arming("Activations.sending", Action.DELAY, nth=3, seconds=600.0, who=silent.name)
+            faults.arm_also(never)
+            loop = asyncio.get_running_loop()
+            loop.call_later(GONE_SILENCE_S, world.gone.add, silent.name)
+            assert driver.driver
+            training = asyncio.create_task(driver.driver.train(everything))
+            while len(driver.ledger) < len(everything):
+                await asyncio.sleep(0.1)
+            training.cancel()
+            await asyncio.gather(training, return_exceptions=True)
+            assert faults.has_struck(never) is not None
+
+    virtual_time.run(main, limit_s=HOP_TIMEOUT_S / 2)
 
 
 def test_an_undecided_hop_learns_the_decision_from_its_chain() -> None:

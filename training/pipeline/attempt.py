@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from shoal.protocol.errors import Busy, MessageInvalid, PeerSilent, ShoalError, StreamBroken
 from shoal.protocol.identity import PeerId
 from shoal.protocol.limits import SUSPECT_AFTER_S
-from shoal.protocol.transport import Channel, Stream, Transport
+from shoal.protocol.transport import Channel, Message, Stream, Transport
 from shoal.training.methods import at_stage
 from shoal.training.pipeline.messages import (
     Activations,
@@ -84,14 +84,17 @@ class Attempt:
         journey: Journey,
         pick: Pick,
         passed: Callable[[], None],
+        gone: Callable[[], bool],
     ) -> None:
-        """`passed`: called once, when the replica is known to be through with its forward."""
+        """`passed`: called once, when the replica is known to be through with its forward; `gone`: whether
+        nobody hears of it any more."""
         self.peer = pick.peer
         self.adopts = isinstance(request, Adopt)
         self.unwanted = False  # another one was faster
         self._link = Link(request.stage, pick.peer, request.attempt)
         self._behind: tuple[Link, ...] = ()
         self._passed = passed
+        self._gone = gone
         self._has_passed = False
         self.sent_s = self._now()
         self.stalled = asyncio.Event()
@@ -127,7 +130,7 @@ class Attempt:
                     header = await self._listen(self._stream)
                     self._check(header)
                     size = gradient_bytes(codec)
-                    message = await self._stream.receive(Activations, max_payload_bytes=size)
+                    message = await self._values(self._stream, size)
                 except (asyncio.CancelledError, ShoalError) as error:
                     if not self._is_unwanted(error) or not await self._parted(self._stream):
                         raise
@@ -204,6 +207,27 @@ class Attempt:
             if isinstance(message.header, Gradient):
                 return message.header
             self._working(message.header)
+
+    async def _values(self, stream: Stream, most_bytes: int) -> Message[Activations]:
+        """What follows the Gradient: at once, or when a slow uplink has time, but not from one that is gone.
+
+        It may have frozen between the two, and says Working no more.
+        """
+        look_s = self._now() + SUSPECT_AFTER_S
+        if self._own_since_s is None:
+            self._own_since_s = self._now()
+        while True:
+            try:
+                async with asyncio.timeout_at(min(look_s, self._hedge_s())):
+                    return await stream.receive(Activations, max_payload_bytes=most_bytes)
+            except TimeoutError:
+                if self._now() < look_s:
+                    self.stalled.set()
+                elif self._gone():
+                    text = f"{self.peer} is gone, and its gradient was only announced"
+                    raise PeerSilent(text) from None
+                else:
+                    look_s = self._now() + SUSPECT_AFTER_S
 
     def _hedge_s(self) -> float:
         """When to speak up though nothing is heard: past the percentile, and Working is overdue."""

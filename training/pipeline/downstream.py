@@ -76,6 +76,7 @@ class Downstream:
         self.successors = Successors(self.stage, replicas, form, lane, rng, event, decisions)
         self._stages = stages
         self._transport = transport
+        self._replicas = replicas
         self._form = form
         self._rng = rng
         self._event = event
@@ -221,7 +222,8 @@ class Downstream:
 
     def _run(self, errand: Errand, pick: Pick, request: Propagate | Adopt, payload: memoryview) -> _Runner:
         passed = functools.partial(self.successors.passed, pick.peer)
-        attempt = Attempt(self._transport, request, self._stages, errand.journey, pick, passed)
+        gone = functools.partial(self._replicas.is_gone, pick.peer)
+        attempt = Attempt(self._transport, request, self._stages, errand.journey, pick, passed, gone)
         self.successors.began(attempt)
         errand.journey.behind = (Link(self.stage, pick.peer, request.attempt),)
         gradient_bytes = functools.partial(self._form.hidden_bytes, errand.sequences)
