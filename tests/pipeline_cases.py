@@ -73,6 +73,7 @@ async def _play(group: PipelineGroup, case: Case) -> Played:
     going_on = [driver for driver in group.drivers() if driver not in victims]
     seconds = await _decided_again(group, going_on, struck_s)
     reroutes_s = [seconds for replica in group.awake() for seconds in replica.reroutes_s]
+    _thaw(group)  # a driver that stands still has decisions that who leaves waits for
     if case.blow is Blow.LEAVE:
         await group.until(lambda: all(victim.ended for victim in victims), "end of who leaves", LEFT_S)
     await _mend(group)
@@ -140,11 +141,15 @@ async def _decided_again(group: PipelineGroup, drivers: list[PipelineReplica], s
     return max((driver.decided_s - struck_s for driver in drivers), default=0.0)
 
 
-async def _mend(group: PipelineGroup) -> None:
-    """Nothing armed, nobody frozen or slow, everybody there."""
+def _thaw(group: PipelineGroup) -> None:
     for replica in group.members:
         if replica.frozen:
             replica.signal(signal.SIGCONT)
+
+
+async def _mend(group: PipelineGroup) -> None:
+    """Nothing armed, nobody frozen or slow, everybody there."""
+    _thaw(group)
     await group.ask_all("disarm")
     await group.ask_all("pace", seconds=PACE_S)
     here = {replica.number for replica in group.members}

@@ -2,7 +2,7 @@
 
 Whatever is struck: the drivers that live finish, no stage applies a micro-batch twice, and what is missing at
 a stage is counted by the driver that decided it or by the hop that gave it up. Nothing is missing at all
-unless somebody died or lied.
+unless somebody died or lied. `soak/pipeline_faults.py` does the same to real processes.
 """
 
 from __future__ import annotations
