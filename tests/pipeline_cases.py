@@ -68,14 +68,14 @@ async def _play(group: PipelineGroup, case: Case) -> Played:
     clock = asyncio.get_running_loop().time
     victims = await _strike(group, case)
     struck_s = max(victim.blows[case.arming] for victim in victims)
-    if not any(replica.stage == case.stage for replica in group.awake()):  # nobody to go on with
+    going = victims if case.blow is Blow.LEAVE else []
+    if not any(one.stage == case.stage and one not in going for one in group.awake()):  # nobody to go on with
+        await _gone(group, going)
         await _mend(group)
     going_on = [driver for driver in group.drivers() if driver not in victims]
     seconds = await _decided_again(group, going_on, struck_s)
     reroutes_s = [seconds for replica in group.awake() for seconds in replica.reroutes_s]
-    _thaw(group)  # a driver that stands still has decisions that who leaves waits for
-    if case.blow is Blow.LEAVE:
-        await group.until(lambda: all(victim.ended for victim in victims), "end of who leaves", LEFT_S)
+    await _gone(group, going)
     await _mend(group)
     await group.at_work(group.members)
     back_s = clock() - struck_s
@@ -84,7 +84,7 @@ async def _play(group: PipelineGroup, case: Case) -> Played:
     assert case.blow not in HARMLESS or not found.excused, f"{found.excused} are missing\n{group.story()}"
     await asyncio.to_thread(group.assert_checkpoints_are_whole)
     names = "+".join(map(str, victims))
-    stalled_s = longest_stall_s([replica for replica in group.members if replica not in victims])
+    stalled_s = longest_stall_s([replica for replica in group.members if not replica.blows])
     return Played(case, names, seconds, max(reroutes_s, default=0.0), back_s, found, stalled_s)
 
 
@@ -139,6 +139,12 @@ async def _decided_again(group: PipelineGroup, drivers: list[PipelineReplica], s
     what = "decision of all that was in flight"
     await group.until(lambda: all(driver.decided_s > struck_s for driver in drivers), what, DECIDED_S)
     return max((driver.decided_s - struck_s for driver in drivers), default=0.0)
+
+
+async def _gone(group: PipelineGroup, leaving: list[PipelineReplica]) -> None:
+    """Whoever leaves has left. A driver that stood still has decisions that they wait for."""
+    _thaw(group)
+    await group.until(lambda: all(one.ended for one in leaving), "end of who leaves", LEFT_S)
 
 
 def _thaw(group: PipelineGroup) -> None:
