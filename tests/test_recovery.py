@@ -11,7 +11,7 @@ import torch
 from outer_faults import Faults
 from outer_world import Node, World, round_spec
 
-from shoal.protocol.errors import StageEmpty, StorageError
+from shoal.protocol.errors import MessageTooLarge, StageEmpty, StorageError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Buffer
 from shoal.protocol.virtual_time import run
@@ -304,6 +304,21 @@ def test_of_a_stage_fetched_ahead_again_and_again_the_disk_has_one_snapshot(tmp_
     run(main)
     (kept,) = tmp_path.rglob("snapshot-*")
     assert kept.name == "snapshot-000000000006.safetensors"
+
+
+def test_a_write_that_fails_for_whatever_reason_keeps_nobody_from_leaving(tmp_path: Path) -> None:
+    def too_large() -> None:
+        raise MessageTooLarge("a state of the log beyond its bound")
+
+    async def main() -> None:
+        async with World(0) as world:
+            node = await join(world, 1, directory=tmp_path)
+            node.outer._snapshots.write(too_large)
+            await node.stop()
+            (refused,) = [fields for kind, fields in node.events if kind == "disk-refused"]
+            assert "beyond its bound" in str(refused)
+
+    run(main)
 
 
 def test_what_processes_that_were_killed_had_half_written_goes_with_the_next_snapshot(tmp_path: Path) -> None:

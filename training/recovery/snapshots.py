@@ -165,10 +165,7 @@ class Snapshots:
                 await point(self._context.transport, _WRITING)
                 await self._context.offload(function, *arguments)
                 await point(self._context.transport, _WRITTEN)
-            except (
-                StorageError,
-                OSError,
-            ) as error:  # training goes on; status and log say that the disk does not
+            except (ShoalError, OSError) as error:  # training goes on; status and log say that this does not
                 self._context.event("disk-refused", {"why": str(error)})
             finally:
                 self._writes.task_done()
