@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -59,14 +60,8 @@ class FaultGroup(ProcessGroup[Replica]):
         self._upload_bytes_per_s = upload_bytes_per_s
 
     def order(self, number: int, incarnation: int) -> Order:
-        return Order(
-            socket=str(self.folder / "socket"),
-            errors=str(self.folder / f"w{number}.errors"),
-            number=number,
-            incarnation=incarnation,
-            seed=self.seed,
-            token=self.token,
-            spec=self.spec.model_dump(mode="json"),
+        return replace(
+            self.plain_order(number, incarnation, self.spec),
             size=self.size,
             directory=str(self.folder / f"w{number}") if self._durable else None,
             upload_bytes_per_s=self._upload_bytes_per_s,

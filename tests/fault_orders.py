@@ -31,7 +31,7 @@ class Order:
     seed: int
     token: str
     spec: JsonObject
-    size: int
+    size: int = 0  # of the stage, in values
     directory: str | None = None  # of snapshots and journal
     upload_bytes_per_s: float | None = None  # None: no limit
     stage: int | None = None  # of a `pipeline_worker`; None: a `fault_worker`

@@ -22,6 +22,7 @@ from fault_story import story, waits
 
 from shoal.protocol.admission import OwnerKey
 from shoal.protocol.identity import Role
+from shoal.training.spec import RunSpec
 
 RUN = bytes(range(32))
 R = TypeVar("R", bound=Replica)
@@ -47,6 +48,18 @@ class ProcessGroup(ABC, Generic[R]):
     @abstractmethod
     def order(self, number: int, incarnation: int) -> Order:
         """What makes a worker."""
+
+    def plain_order(self, number: int, incarnation: int, spec: RunSpec) -> Order:
+        """What the orders of all workers have."""
+        return Order(
+            socket=str(self.folder / "socket"),
+            errors=str(self.folder / f"w{number}.errors"),
+            number=number,
+            incarnation=incarnation,
+            seed=self.seed,
+            token=self.token,
+            spec=spec.model_dump(mode="json"),
+        )
 
     @abstractmethod
     def replica(self, number: int, incarnation: int) -> R:

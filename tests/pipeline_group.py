@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fault_orders import JsonObject, Order
@@ -89,15 +90,8 @@ class PipelineGroup(ProcessGroup[PipelineReplica]):
         self._settled: frozenset[Id] = frozenset()
 
     def order(self, number: int, incarnation: int) -> Order:
-        return Order(
-            socket=str(self.folder / "socket"),
-            errors=str(self.folder / f"w{number}.errors"),
-            number=number,
-            incarnation=incarnation,
-            seed=self.seed,
-            token=self.token,
-            spec=self.spec.model_dump(mode="json"),
-            size=0,
+        return replace(
+            self.plain_order(number, incarnation, self.spec),
             directory=str(self.disk_of(number)),
             stage=number // REPLICAS,
         )

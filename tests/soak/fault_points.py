@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,19 +24,12 @@ from fault_cases import FORGETFUL, play
 from fault_doubles import DOUBLES, Double, play_double
 from fault_group import FaultGroup, fault_spec
 from fault_orders import JsonObject
-from fault_outcome import Fault, Outcome, figures, table
+from fault_outcome import Outcome, figures, table
 from fault_replica import Nursery
+from fault_sweep import Sweep
 from fault_table import Case, all_cases, mid_transfer
 
 from shoal.protocol.faults import Action
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A promise that was broken."""
-
-    case: Fault
-    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,39 +68,18 @@ def rooms(options: argparse.Namespace) -> list[Room]:
     ]
 
 
-class Sweep:
-    """Plays faults; a group that was broken, or told lies, is followed by a new one."""
+class RoundSweep(Sweep[Case | Double, FaultGroup, Outcome]):
+    """Room by room."""
 
-    def __init__(self, nursery: Nursery, *, verbose: bool) -> None:
-        self._nursery = nursery
-        self._verbose = verbose
-        self.played: list[Outcome] = []
-        self.failed: list[Failure] = []
+    async def play(self, group: FaultGroup, case: Case | Double) -> Outcome:
+        playing = play(group, case) if isinstance(case, Case) else play_double(group, case)
+        outcome = await playing
+        print(outcome, flush=True)
+        return outcome
 
     async def run(self, room: Room) -> None:
         """All of a room."""
-        waiting = list(room.faults)
-        while waiting:
-            with tempfile.TemporaryDirectory() as folder:
-                async with room.group(Path(folder), self._nursery) as group:
-                    while waiting and await self._play(group, waiting.pop(0)):
-                        pass
-
-    async def _play(self, group: FaultGroup, fault: Case | Double) -> bool:
-        """Whether the group is good for another one."""
-        playing: Awaitable[Outcome] = (
-            play(group, fault) if isinstance(fault, Case) else play_double(group, fault)
-        )
-        try:
-            outcome = await playing
-        except (AssertionError, TimeoutError, ConnectionError, RuntimeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            self.failed.append(Failure(fault, why))
-            print(f"{fault!s:40} FAILED {why if self._verbose else why[:200]}", flush=True)
-            return False
-        self.played.append(outcome)
-        print(outcome, flush=True)
-        return not fault.tells_lies
+        await self.through(room.faults, lambda folder: room.group(folder, self.nursery))
 
     def summary(self) -> dict[str, object]:
         """Figures by action, and what was not as promised."""
@@ -118,14 +88,12 @@ class Sweep:
             if of := [outcome for outcome in self.played if outcome.case.action is action]:
                 found[action.value] = figures(of)
         found["missed"] = [f"{o.case}: {miss}" for o in self.played for miss in o.misses()]
-        found["failed"] = [str(failure.case) for failure in self.failed]
-        found["load_average"] = round(os.getloadavg()[1], 1)
-        return found
+        return found | self.ends()
 
 
-async def sweep(nursery: Nursery, options: argparse.Namespace) -> Sweep:
+async def sweep(nursery: Nursery, options: argparse.Namespace) -> RoundSweep:
     """Everything that was asked for."""
-    sweep = Sweep(nursery, verbose=options.verbose)
+    sweep = RoundSweep(nursery, verbose=options.verbose)
     for room in rooms(options):
         await sweep.run(room)
     return sweep

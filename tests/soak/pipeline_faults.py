@@ -13,66 +13,37 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fault_orders import JsonObject
 from fault_replica import Nursery
+from fault_sweep import Sweep
 from pipeline_cases import Played, play
 from pipeline_group import PipelineGroup, pipeline_spec
 from pipeline_table import Blow, Case, all_cases
-
-from shoal.protocol.errors import ShoalError
 
 REROUTE_S, EMPTIED_S = 2.0, 15.0
 WRITES: JsonObject = {"outer": {"snapshot_every": 2}, "checkpoint": {"every_s": 1.5}}  # for points on disk
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A promise that was broken, or a point that nobody passed."""
+class PipelineSweep(Sweep[Case, PipelineGroup, Played]):
+    """All of them in groups of one kind."""
 
-    case: Case
-    why: str
-
-
-class Sweep:
-    """Plays cases; a group that was broken, or told lies, is followed by a new one."""
-
-    def __init__(self, nursery: Nursery, *, verbose: bool) -> None:
-        self._nursery = nursery
-        self._verbose = verbose
-        self.played: list[Played] = []
-        self.failed: list[Failure] = []
+    async def play(self, group: PipelineGroup, case: Case) -> Played:
+        played = await play(group, case)
+        print(f"{played}{'  LATE' if is_late(played) else ''}", flush=True)
+        return played
 
     async def run(self, cases: Sequence[Case], **sections: JsonObject) -> None:
-        """All of these, in as few groups as possible."""
-        waiting = list(cases)
-        while waiting:
-            with tempfile.TemporaryDirectory() as folder:
-                async with PipelineGroup(Path(folder), self._nursery, pipeline_spec(**sections)) as group:
-                    while waiting and await self._play(group, waiting.pop(0)):
-                        pass
-
-    async def _play(self, group: PipelineGroup, case: Case) -> bool:
-        """Whether the group is good for another one."""
-        try:
-            played = await play(group, case)
-        except (AssertionError, TimeoutError, ConnectionError, RuntimeError, ShoalError) as error:
-            why = f"{type(error).__name__}: {error}"
-            self.failed.append(Failure(case, why))
-            print(f"{case!s:36} FAILED {why if self._verbose else why[:300]}", flush=True)
-            return False
-        self.played.append(played)
-        print(f"{played}{'  LATE' if is_late(played) else ''}", flush=True)
-        return not case.tells_lies
+        """All of these, under a spec with these sections."""
+        await self.through(
+            cases, lambda folder: PipelineGroup(folder, self.nursery, pipeline_spec(**sections))
+        )
 
     def summary(self) -> JsonObject:
         """Figures by blow, and what was not as promised."""
@@ -81,9 +52,7 @@ class Sweep:
             if of := [played for played in self.played if played.case.blow is blow]:
                 found[blow.value] = figures(of)
         found["late"] = [str(played.case) for played in self.played if is_late(played)]
-        found["failed"] = [str(failure.case) for failure in self.failed]
-        found["load_average"] = round(os.getloadavg()[1], 1)
-        return found
+        return found | self.ends()
 
 
 def is_late(played: Played) -> bool:
@@ -110,9 +79,9 @@ def _median_and_most(values: Sequence[float]) -> list[float]:
     return [round(statistics.median(values), 2), round(max(values), 2)] if values else []
 
 
-async def sweep(nursery: Nursery, options: argparse.Namespace) -> Sweep:
+async def sweep(nursery: Nursery, options: argparse.Namespace) -> PipelineSweep:
     """Everything that was asked for."""
-    sweep = Sweep(nursery, verbose=options.verbose)
+    sweep = PipelineSweep(nursery, verbose=options.verbose)
     cases = [case for case in all_cases() if options.only in str(case)]
     await sweep.run([case for case in cases if not case.needs_disk])
     await sweep.run([case for case in cases if case.needs_disk], **WRITES)

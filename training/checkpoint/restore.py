@@ -68,14 +68,16 @@ async def restore_stage(
         await offload(shutil.rmtree, path, True)
         donors = [peer for peer, (offered, _) in offers.items() if offered == digest]
         await fetch_checkpoint(transport, donors, digest, needed, path, offload)
-        return await offload(open_checkpoint, path, True)  # type: ignore[no-any-return]
+        opened: Checkpoint = await offload(open_checkpoint, path, True)
+        return opened
 
     found: list[tuple[int, Checkpoint | bytes]] = [(height, checkpoint) for checkpoint, height in own]
     found += sorted({(height, digest) for digest, height in offers.values()})
     for _, source in sorted(found, key=lambda one: -one[0]):  # of equal ones the own first
         try:
             checkpoint = await fetch(source) if isinstance(source, bytes) else source
-            return await offload(_load, checkpoint, spec, stage, layout)  # type: ignore[no-any-return]
+            restored: Restored = await offload(_load, checkpoint, spec, stage, layout)
+            return restored
         except ShoalError as error:
             event("checkpoint-refused", {"why": str(error)})
     return None
