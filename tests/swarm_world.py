@@ -203,7 +203,10 @@ class Swarm:
         token = token or await self.issue_token(peer.name)
         where = () if stage is None else ("--stage", str(stage))
         await peer.start("join", f"@{token}", "--listen", HOST, *self._options(peer), *where)
-        await peer.event("online", START_S)
+        try:
+            await peer.event("online", START_S)
+        except NetworkError as error:
+            raise NetworkError("\n".join([str(error), *(each.story() for each in self.peers)])) from error
         return peer
 
     def _options(self, peer: Peer) -> tuple[str, ...]:

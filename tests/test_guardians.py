@@ -117,6 +117,26 @@ def test_a_lone_replica_whose_guardians_stand_still_goes_on_after_a_moment_and_t
     virtual_time.run(main, limit_s=600.0)
 
 
+def test_who_says_that_it_keeps_a_copy_has_what_is_committed_or_the_stage_would_be_lost() -> None:
+    """Its snapshot may be the one the run began with, of which nobody can tell that it was all there was."""
+
+    async def main() -> None:
+        async with TrainerWorld(round_spec(2), spare_bytes=SPARE, slower=SLOWER) as world:
+            await two_stages(world, 1, 1)
+            lone, keeper = world.replicas[10], world.replicas[0]
+            async with asyncio.timeout(60.0):
+                while not keeper.heard("guarding"):
+                    await asyncio.sleep(0.001)
+            committed = lone.trainer.outer.height
+            assert committed, "nothing is kept before there is an entry"
+            await world.kill(10)
+            heir = await world.add(20, 1, run=False)
+            assert not heir.heard("stage-lost")
+            assert heir.trainer.outer.height >= committed
+
+    virtual_time.run(main, limit_s=120.0)
+
+
 def test_when_a_guardian_dies_another_peer_takes_its_place_and_one_that_lagged_catches_up() -> None:
     async def main() -> None:
         async with TrainerWorld(round_spec(2), spare_bytes=SPARE, slower=SLOWER) as world:

@@ -93,9 +93,12 @@ class Guard:
             Donor(context, replica, snapshots).serve()
             Services(context, member).serve_log()
             transport.serve(context.method("keep"), self._keep, GROUP_ROLES)
-            context.event("guarding", {"stage": context.stage, "height": self.height})
+            told = False
             while True:
                 await self._follow()
+                if not told and self._is_level():
+                    context.event("guarding", {"stage": context.stage, "height": self.height})
+                    told = True
                 await asyncio.sleep(POLL_S)
         finally:
             transport.withdraw({context.method(name) for name in _SERVED})
@@ -132,6 +135,10 @@ class Guard:
         if offer is None:
             raise NotHere(f"a snapshot of stage {context.stage}: {reasons(failures)}")
         return await download(context, offer, donors)
+
+    def _is_level(self) -> bool:
+        """Whether it has what the replicas tell; before, it may be what the run began with, known to all."""
+        return self.height > 0 and not self._catching_up.ahead(self._replicas())
 
     async def _follow(self) -> None:
         """One look at what the replicas tell."""
