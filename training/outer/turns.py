@@ -125,8 +125,9 @@ class Turns:
 
     async def run(self) -> None:
         """Until cancelled."""
+        peers = self._peers()
         while True:
-            await self._act()
+            peers = await self._act(peers)
 
     def entered(self, entry: Entry) -> None:
         """The log has a new entry: whatever was wanted, or tried, was for the one before."""
@@ -162,9 +163,9 @@ class Turns:
         finally:
             self._member.leaves = False
 
-    async def _act(self) -> None:
+    async def _act(self, peers: Sequence[GroupMember]) -> Sequence[GroupMember]:
+        """What is due, given what the others say of themselves; what they say afterwards."""
         now_s = asyncio.get_running_loop().time()
-        peers = self._peers()
         group = self._group(peers)
         self._replica.offered.hear(peers, self._replica.log.head_at, now_s)
         position = self._position(now_s, group)
@@ -174,25 +175,29 @@ class Turns:
             self._decisions.note("lead", answer, stage=self._context.stage, position=position)
         match action:
             case Wait(until_s):
-                await self._wait(peers, until_s if until_s is not None else math.inf)
+                return await self._wait(peers, until_s if until_s is not None else math.inf)
             case CatchUp():
                 await self.catch_up(group)
             case Lead():
                 await self._lead(group, [member.peer for member in peers if member.silent])
+        return self._peers()
 
-    async def _wait(self, peers: Sequence[GroupMember], until_s: float) -> None:
-        """Until something changes, be it only what others say of themselves.
+    async def _wait(self, peers: Sequence[GroupMember], until_s: float) -> Sequence[GroupMember]:
+        """Until something changes, be it only what others say of themselves: what they say then.
 
         Who stood still meanwhile hears what was said before it leads anything.
         """
         loop = asyncio.get_running_loop()
-        changed = False
+        changed, seen = False, peers
         while not changed and loop.time() < until_s:
             limit_s = min(loop.time() + POLL_S, until_s)
-            changed = await self._change.wait(limit_s) or self._peers() != peers
+            changed = await self._change.wait(limit_s)
+            seen = self._peers()
+            changed = changed or seen != peers
             if loop.time() - limit_s > STOOD_STILL_S:
                 self._not_before_s = max(self._not_before_s, loop.time() + STOOD_STILL_S)
-                return
+                break
+        return seen
 
     def _position(self, now_s: float, group: Sequence[GroupMember]) -> Position:
         me, mine = self._context.me, group[0]
