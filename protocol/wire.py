@@ -23,7 +23,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -236,22 +236,36 @@ def _protobuf_class(cls: type) -> type[Message]:
 
 
 def _to_protobuf(message: object) -> Message:
+    target = _protobuf_class(type(message))()
+    _fill(target, message)
+    return target
+
+
+def _fill(target: Message, message: object) -> None:
+    """In place: messages within messages are made where they belong, not copied there."""
     cls = type(message)
-    values: dict[str, object] = {}
     for field in _fields(cls):
         value = getattr(message, field.name)
-        if field.optional and value is None:
-            continue
-        elements: Sequence[Any] = value if field.repeated else (value,)
-        if field.repeated and len(elements) > field.most:
-            raise MessageInvalid(f"{cls.__name__}.{field.name}: {len(elements)} elements")
-        for element in elements:
-            if not field.passes(element):
-                _check(cls, field, element)
-        if field.kind not in _SCALARS:
-            elements = [_to_protobuf(element) for element in elements]
-        values[field.name] = elements if field.repeated else elements[0]
-    return _protobuf_class(cls)(**values)
+        if field.repeated:
+            if len(value) > field.most:
+                raise MessageInvalid(f"{cls.__name__}.{field.name}: {len(value)} elements")
+            elements = getattr(target, field.name)
+            for element in value:
+                if not field.passes(element):
+                    _check(cls, field, element)
+                if field.kind in _SCALARS:
+                    elements.append(element)
+                else:
+                    _fill(elements.add(), element)
+        elif value is not None or not field.optional:
+            if not field.passes(value):
+                _check(cls, field, value)
+            if field.kind in _SCALARS:
+                setattr(target, field.name, value)
+            else:
+                inner = getattr(target, field.name)
+                inner.SetInParent()  # though all its fields may be zero
+                _fill(inner, value)
 
 
 def _from_protobuf(cls: type[T], parsed: Message) -> T:
@@ -265,7 +279,9 @@ def _from_protobuf(cls: type[T], parsed: Message) -> T:
                 )
             values[field.name] = tuple(_value(cls, field, element) for element in raw)
         elif field.kind in _SCALARS:
-            values[field.name] = _value(cls, field, raw)
+            if not field.passes(raw):
+                _check(cls, field, raw)
+            values[field.name] = raw
         elif parsed.HasField(field.name):
             values[field.name] = _from_protobuf(field.kind, raw)
         elif field.optional:
