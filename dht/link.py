@@ -26,7 +26,7 @@ from shoal.dht.beats import (
     RosterWant,
 )
 from shoal.dht.directory import SignedRecord
-from shoal.dht.table import MemberTable
+from shoal.dht.table import Entry, MemberTable
 from shoal.protocol.amendments import AmendmentBook, SignedAmendments
 from shoal.protocol.errors import PeerSilent, RecordInvalid, StorageError, StreamEnded
 from shoal.protocol.identity import PeerId
@@ -63,6 +63,9 @@ class Home(Protocol):
 
     async def learn(self, records: tuple[SignedRecord, ...], source: str) -> None:
         """Verify records and take in the good ones."""
+
+    def concerns(self, peer: PeerId, entry: Entry) -> bool:
+        """Whether `peer`, a neighbour, keeps such a record."""
 
     def lacking(self, entries: tuple[RosterEntry, ...]) -> list[PeerId]:
         """Those offered records that are worth asking for."""
@@ -217,7 +220,9 @@ class Link:
         entries = tuple(
             RosterEntry(entry.record.peer, *entry.version)
             for entry in found
-            if entry.record.peer != self.peer and entry.gone_s is None
+            if entry.record.peer != self.peer
+            and entry.gone_s is None
+            and self._home.concerns(self.peer, entry)
         )
         if entries:
             await self._stream.send(RosterOffer(entries))

@@ -1,9 +1,11 @@
 """Members: who is in the swarm and alive. The one place that pipeline, rounds and status ask.
 
-It merges what the directory spreads (records) with what neighbours say on heartbeat streams, which are
-the truth. After joining it lives without the directory: neighbours pass records and revocations on.
-Its parts: `table` (state), `liveness` and `neighbours` (policies), `roster` (records), `neighbourhood` and
-`link` (streams). The daemon makes one, starts transport and directory, then enters it.
+It merges what the directory spreads (records) with what neighbours say on heartbeat streams, which are the
+truth. After joining it lives without the directory: neighbours pass records and revocations on. In a large
+swarm it knows those who concern it (`circle`). Its parts: `table` (state, brought up to date by `judging`),
+`liveness`, `neighbours` and `interest` (policies), `roster` (records), `own_beat`, `neighbourhood` and `link`
+(streams), `introductions` (to those it does not know). The daemon makes one, starts transport and directory,
+then enters it.
 """
 
 from __future__ import annotations
@@ -11,28 +13,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from shoal.dht.beats import METHOD, Beat, RosterEntry
+from shoal.dht.circle import Circle
 from shoal.dht.directory import Directory, PeerRecord, SignedRecord
+from shoal.dht.interest import KNOWN, Known
+from shoal.dht.introductions import Introductions, IntroductionsHealth
+from shoal.dht.judging import keep_judging
 from shoal.dht.neighbourhood import Neighbourhood
 from shoal.dht.neighbours import SMALL_SWARM, neighbours
+from shoal.dht.own_beat import OwnBeat
 from shoal.dht.records import RecordBook
 from shoal.dht.roster import Roster, RosterHealth
-from shoal.dht.table import Event, MemberTable
-from shoal.dht.view import Member, SwarmView
+from shoal.dht.table import Entry, Event, MemberTable
+from shoal.dht.view import SwarmView
 from shoal.protocol.admission import Membership
 from shoal.protocol.contacts import ContactBook
 from shoal.protocol.errors import Busy, NetworkError
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Stream, Transport
 
-BEAT_KEPT_S = 0.05  # a beat that was put together serves all links for so long
-ANNOUNCE_S = 0.2  # at least, between two rounds of beats for `changed_now`
-OWN_PAUSE_S = 1.0  # when our own loop was late by more, others are not to blame for silence
-JUDGE_S = 0.25  # at most, between two looks at the table
 SOUGHT = 32  # gone peers that are still dialled now and then
 CHOOSE_SMALL_S, CHOOSE_LARGE_S = 0.02, 0.5  # at least, between two choices of neighbours
 
@@ -48,6 +51,8 @@ class MembersHealth:
     failed_dials: int
     dial_error: str  # the last
     roster: RosterHealth
+    introductions: IntroductionsHealth
+    crowded_out: int  # records that one token had too many of
 
 
 class Members:
@@ -67,6 +72,7 @@ class Members:
         rng: random.Random,
         heartbeat_s: float = 1.0,
         neighbour_limit: int = SMALL_SWARM,
+        known: Known = KNOWN,
     ) -> None:
         """Registers its method with the transport, so make it before the transport starts.
 
@@ -83,9 +89,11 @@ class Members:
         self._transport = transport
         self._directory = directory
         self._membership = membership
-        self._make_beat = make_beat
+        self._own = OwnBeat(membership, lambda: self._running().record, make_beat, self._announce)
         self._neighbour_limit = neighbour_limit
+        self._circle = Circle(membership.me, known, self.table)
         self._neighbourhood = Neighbourhood(self, transport)
+        self._introductions = Introductions(transport, contacts, record_book, self.table, clock)
         self._choose = asyncio.Event()
         self._roster: Roster | None = None  # while running
         self._make_roster: Callable[[], Roster] = lambda: Roster(
@@ -95,23 +103,19 @@ class Members:
             contacts=contacts,
             record_book=record_book,
             table=self.table,
-            make_record=lambda: replace(make_record(), service_s=self._make_beat().service_s),
+            make_record=lambda: replace(make_record(), service_s=make_beat().service_s),
             clock=clock,
             rng=rng,
             neighbour_limit=neighbour_limit,
+            circle=self._circle,
             renewed=self._own_renewed,
             admitted=self._choose.set,
         )
         self._listeners: list[Callable[[Event], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._leaving = False
         self._view: SwarmView | None = None
-        self._beat: Beat | None = None
-        self._beaten_s = 0.0
         self._viewed_s = 0.0
         self._changed = asyncio.Event()
-        self._announcement: asyncio.TimerHandle | None = None
-        self._announced_s = -ANNOUNCE_S
         transport.serve(METHOD, self._answer, frozenset(Role))
         transport.on_trouble = lambda peer, error: self.suspect(peer, str(error))
 
@@ -120,13 +124,14 @@ class Members:
     async def start(self) -> None:
         """Begin to publish, look up, beat and judge."""
         self._roster = roster = self._make_roster()
-        self._beat = None
+        self._own.forget()
         self.revocations.changed.append(self._revocations_changed)
         self.amendments.changed.append(self.changed_now)
         self._membership.renewed.append(self.changed_now)
         self._spawn(roster.keep_published(), "members: publish")
         self._spawn(roster.keep_looking(), "members: look up")
-        self._spawn(self._keep_judging(), "members: judge")
+        judging = keep_judging(self.table, self._circle, self._directory.sizes, self._shut_out_unwelcome)
+        self._spawn(judging, "members: judge")
         self._spawn(self._keep_choosing(), "members: choose neighbours")
 
     async def close(self) -> None:
@@ -136,8 +141,7 @@ class Members:
         self.revocations.changed.remove(self._revocations_changed)
         self.amendments.changed.remove(self.changed_now)
         self._membership.renewed.remove(self.changed_now)
-        if self._announcement is not None:
-            self._announcement.cancel()
+        self._own.close()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -147,7 +151,8 @@ class Members:
 
     async def leave(self, reason: str = "left", within_s: float = 2.0) -> None:
         """Say goodbye to all neighbours, so that nobody waits for this peer; then `close`."""
-        self._leaving, self._beat = True, None
+        self._own.leaving = True
+        self._own.forget()
         await self._neighbourhood.say_goodbye(reason, within_s)
 
     async def __aenter__(self) -> Self:
@@ -169,9 +174,10 @@ class Members:
         now = self._now()
         if self._view is None or now - self._viewed_s > self.heartbeat_s:
             self._viewed_s = now
-            members = [*self.table.members(), self._myself()]
+            members = [*self.table.members(), self._own.member()]
             known = tuple(sorted(members, key=lambda member: member.peer))
-            self._view = SwarmView(self.me, now, known, self._directory.sizes())
+            sizes = self._directory.sizes()
+            self._view = SwarmView(self.me, now, known, sizes, sampled=bool(self._circle.sizes))
         elif self._view.now_s != now:
             self._view = replace(self._view, now_s=now)
         return self._view
@@ -204,17 +210,28 @@ class Members:
             self.table.failed(peer, reason, self._now())
             self._neighbourhood.look_into(peer)
 
+    async def meet(self, peer: PeerId, chain: Sequence[PeerId]) -> None:
+        """Find out how to dial a peer that worked in one chain with this one; see `introductions`."""
+        await self._introductions.meet(peer, chain)
+
+    def introduced(self, peer: PeerId, signed: SignedRecord) -> None:
+        """The same, from a record that came with its name. Raises RecordInvalid, AccessError."""
+        self._introductions.take(peer, signed)
+
+    def record_of(self, peer: PeerId) -> SignedRecord | None:
+        """To introduce somebody with, if this peer knows it."""
+        entry = self.table.get(peer)
+        return entry.signed if entry is not None else None
+
     def changed_now(self) -> None:
         """This peer's record or progress changed in a way that others should not learn a second later."""
         if self._roster is None:
             return
-        self._beat = None
+        self._own.forget()
         self._roster.renew(only_news=True)
         self._view_changed()
         self._choose.set()
-        if self._announcement is None:
-            due_s = max(self._now(), self._announced_s + ANNOUNCE_S)
-            self._announcement = asyncio.get_running_loop().call_at(due_s, self._announce)
+        self._own.announce_soon()
 
     def health(self) -> MembersHealth:
         return MembersHealth(
@@ -223,6 +240,8 @@ class Members:
             failed_dials=self._neighbourhood.failed_dials,
             dial_error=self._neighbourhood.last_failure,
             roster=self._roster.health if self._roster else RosterHealth(),
+            introductions=self._introductions.health,
+            crowded_out=self._circle.crowded_out,
         )
 
     # --- what links ask (`link.Home`)
@@ -232,25 +251,13 @@ class Members:
         return roster.signed, roster.record.incarnation, roster.record.sequence
 
     def own_beat(self) -> Beat:
-        """The same for all links that ask within a moment, unless something changed."""
-        now = self._now()
-        if self._beat is None or now - self._beaten_s > BEAT_KEPT_S:
-            self._beat, self._beaten_s = self._fresh_beat(), now
-        return self._beat
-
-    def _fresh_beat(self) -> Beat:
-        record, beat = self._running().record, self._make_beat()
-        return replace(
-            beat,
-            incarnation=record.incarnation,
-            record_sequence=record.sequence,
-            revocation_version=self.revocations.version,
-            amendment_version=self.amendments.version,
-            draining=beat.draining or self._leaving,
-        )
+        return self._own.now()
 
     async def learn(self, records: tuple[SignedRecord, ...], source: str) -> None:
         await self._running().learn(records, source)
+
+    def concerns(self, peer: PeerId, entry: Entry) -> bool:
+        return self._circle.wants(peer, entry)
 
     def lacking(self, entries: tuple[RosterEntry, ...]) -> list[PeerId]:
         return self._running().lacking(entries, self._now())
@@ -258,7 +265,7 @@ class Members:
     # --- what the parts report
 
     def _own_renewed(self) -> None:
-        self._beat = None
+        self._own.forget()
         self._view_changed()
         for link in self._neighbourhood.links():
             link.nudge()
@@ -281,14 +288,11 @@ class Members:
     # --- work
 
     async def _answer(self, stream: Stream) -> None:
-        if self._roster is None or self._leaving:
+        if self._roster is None or self._own.leaving:
             raise Busy(f"{self.me} is starting or leaving", 1.0)
         await self._neighbourhood.answer(stream)
 
     def _announce(self) -> None:
-        self._beat = None
-        self._announcement = None
-        self._announced_s = self._now()
         for link in self._neighbourhood.links():
             link.beat_now()
 
@@ -296,7 +300,7 @@ class Members:
         while True:
             await self._choose.wait()
             self._choose.clear()
-            if not self._leaving:
+            if not self._own.leaving:
                 chosen = neighbours(self.view(), self.me, self._neighbour_limit)
                 self._neighbourhood.keep(chosen, self._sought() - chosen)
             crowded = len(self.table) > self._neighbour_limit
@@ -312,43 +316,11 @@ class Members:
         ]
         return frozenset(peer for _, _, peer in sorted(gone, reverse=True)[:SOUGHT])
 
-    async def _keep_judging(self) -> None:
-        """Judge when a verdict falls due; notice when it was this process that stood still."""
-        while True:
-            now = self._now()
-            self._shut_out_unwelcome()
-            due_s = min(max(self.table.judge_due(now), now), now + JUDGE_S)
-            await asyncio.sleep(due_s - now)
-            late_s = self._now() - due_s
-            if late_s > OWN_PAUSE_S:
-                log.warning("this process stood still", extra={"pause_s": round(late_s, 3)})
-                self.table.excuse(late_s)
-
     def _shut_out_unwelcome(self) -> None:
         for peer, reason in self._running().unwelcome():
             self._neighbourhood.drop(peer)
             self.table.remove(peer, reason)
             self._spawn(self._transport.disconnect(peer), f"members: disconnect {peer}")
-
-    def _myself(self) -> Member:
-        record, beat = self._running().record, self._fresh_beat()
-        return Member(
-            peer=self.me,
-            roles=self._membership.me.roles,
-            token_id=self._membership.me.token_id,
-            state="draining" if beat.draining else record.state,
-            stages=record.stages,
-            states=() if beat.draining else record.states,
-            name=record.name,
-            device=record.device,
-            incarnation=record.incarnation,
-            tokens_per_s=beat.tokens_per_s or record.tokens_per_s,
-            service_s=beat.service_s,
-            reason="this peer",
-            heard_s=self._now(),
-            rtt_s=0.0,
-            beat=beat,
-        )
 
     # --- small things
 

@@ -9,10 +9,7 @@ in one piece (k least edges of random weight: k = 4 already suffices for hundred
 
 from __future__ import annotations
 
-import functools
-
-from blake3 import blake3
-
+from shoal.dht.interest import pair_weight
 from shoal.dht.view import SwarmView
 from shoal.protocol.identity import PeerId
 
@@ -32,7 +29,7 @@ def neighbours(view: SwarmView, me: PeerId, limit: int = SMALL_SWARM) -> frozens
         frozenset(stage + 1 for stage in stages),
         frozenset(stage - 1 for stage in stages),
     )
-    ranked = sorted(others, key=lambda member: _weight(me, member.peer))
+    ranked = sorted(others, key=lambda member: pair_weight(me, member.peer))
     chosen: set[PeerId] = set()
     places = 0
     for share, near in zip(_SHARES, tiers, strict=True):
@@ -42,9 +39,3 @@ def neighbours(view: SwarmView, me: PeerId, limit: int = SMALL_SWARM) -> frozens
     rest = [member.peer for member in ranked if member.peer not in chosen]
     chosen.update(rest[: limit - len(chosen)])
     return frozenset(chosen)
-
-
-@functools.lru_cache(maxsize=1 << 15)
-def _weight(one: PeerId, other: PeerId) -> bytes:
-    low, high = sorted((one, other))
-    return blake3(f"shoal neighbours {low} {high}".encode()).digest()

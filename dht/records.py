@@ -180,6 +180,11 @@ class RecordBook:
         held = self._held.get(peer)
         return None if held is None else held.record
 
+    def signed(self, peer: PeerId) -> SignedRecord | None:
+        """The same as its peer signed it."""
+        held = self._held.get(peer)
+        return None if held is None else held.signed
+
     def live(self, now: float) -> tuple[PeerRecord, ...]:
         """The records that have not expired at Unix time `now`.
 

@@ -1,7 +1,8 @@
 """Roster: the records of this peer and of others, between directory, neighbours and table; part of `Members`.
 
 The own record is signed anew when it changes and at a third of its life, and published; those of others are
-looked up, verified, put in order and entered. What the directory does not bring, neighbours do:
+looked up, verified, put in order and entered: all of a small swarm, of a large one those that concern this
+peer (`circle`) and what helps a newcomer to choose. What the directory does not bring, neighbours do:
 `learn` takes records from anywhere. A failing directory is counted and reported, and stops nobody.
 """
 
@@ -19,6 +20,7 @@ from blake3 import blake3
 
 from shoal.dht.beats import RosterEntry
 from shoal.dht.buckets import LOOK_RECORDS
+from shoal.dht.circle import Circle
 from shoal.dht.directory import Directory, PeerRecord, SignedRecord
 from shoal.dht.records import RecordBook, decoded, sign_record
 from shoal.dht.table import MemberTable, says_something_new
@@ -69,6 +71,7 @@ class Roster:
         clock: Callable[[], float],
         rng: random.Random,
         neighbour_limit: int,
+        circle: Circle,
         renewed: Callable[[], None],
         admitted: Callable[[], None],
     ) -> None:
@@ -83,6 +86,7 @@ class Roster:
         self._clock = clock
         self._rng = rng
         self._neighbour_limit = neighbour_limit
+        self._circle = circle
         self._renewed = renewed
         self._admitted = admitted
         self._sequence = 0
@@ -157,7 +161,7 @@ class Roster:
     async def learn(self, records: tuple[SignedRecord, ...], source: str) -> None:
         """Verify records and take in the good ones; a new one takes up to a millisecond."""
         for signed in records:
-            digest = blake3(signed.signature + signed.record).digest()
+            digest = _digest(signed)
             if digest in self._seen:
                 continue
             self._seen[digest] = None
@@ -195,8 +199,13 @@ class Roster:
 
     async def _look(self) -> None:
         newcomer = self.health.lookups < NEWCOMERS_LOOKS
-        found = await self._directory.lookup(self.record.stages, widely=newcomer)
-        self._looked_up = len(found)
+        sweeps = bool(self._circle.sizes) and self._circle.keeps_all
+        found = await self._directory.lookup(self.record.stages, widely=newcomer or sweeps)
+        self._looked_up = 0 if sweeps else len(found)
+        self._circle.take_sizes(self._directory.sizes())
+        if not (newcomer or self._circle.keeps_all):
+            unseen = (signed for signed in found if _digest(signed) not in self._seen)
+            found = tuple(self._circle.of(unseen, self.record.stages))
         await self.learn(found, "the directory")
 
     def _admit(self, signed: SignedRecord, source: str) -> None:
@@ -223,6 +232,8 @@ class Roster:
             return
         now = asyncio.get_running_loop().time()
         age_s = self._clock() - record.issued_unix_s
+        if self._table.get(record.peer) is None and not self._circle.has_room(owner):
+            return
         watch = len(self._table) < self._neighbour_limit
         if self._table.admit(record, signed, owner, age_s=age_s, watch=watch, now=now):
             self._contacts.learn(record.contact())
@@ -238,3 +249,7 @@ class Roster:
         except ShoalError as error:
             return f"{type(error).__name__}: {error}"
         return ""
+
+
+def _digest(signed: SignedRecord) -> bytes:
+    return blake3(signed.signature + signed.record).digest()

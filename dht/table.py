@@ -2,7 +2,8 @@
 
 Plain state and rules, no I/O; every method takes the loop time. Whatever is learned is judged at once
 (`liveness`), and each change of a peer's standing is told as an `Event`. Bounded: RECORDS_HELD peers, and
-GONE_KEPT of those that went.
+GONE_KEPT of those that went. Of a swarm known in part (`sampled`) a record that lapses says nothing, for
+nobody need have passed on a newer one: such a peer is forgotten, and not called gone.
 """
 
 from __future__ import annotations
@@ -75,6 +76,10 @@ class Entry:
         """A newer record has a higher one."""
         return self.record.incarnation, self.record.sequence
 
+    def lapsed(self, now: float) -> bool:
+        """Only its record spoke for it, and does no more."""
+        return self.watched_since_s is None and self.gone_s is None and now >= self.record_until_s
+
     def evidence(self) -> Evidence:
         return Evidence(
             record_until_s=self.record_until_s,
@@ -97,6 +102,7 @@ class MemberTable:
     """Everybody but this peer itself. `tell` hears every event, `changed` every change of the picture."""
 
     def __init__(self, tell: Callable[[Event], None], changed: Callable[[], None]) -> None:
+        self.sampled = False  # the swarm is known in part
         self._tell = tell
         self._changed = changed
         self._entries: dict[PeerId, Entry] = {}
@@ -249,11 +255,17 @@ class MemberTable:
 
     def remove(self, peer: PeerId, reason: str) -> None:
         """Out of the table: revoked, or its certificate expired."""
-        if (entry := self._entries.pop(peer, None)) is None:
+        entry = self._entries.get(peer)
+        if entry is None:
             return
-        self._learned.pop(peer, None)
+        self.forget(peer)
         if entry.joined and not entry.said_goodbye:
             self._tell(Event("left", peer, reason))
+
+    def forget(self, peer: PeerId) -> None:
+        """Out of the table, and nothing is said of it: it may well be alive."""
+        del self._entries[peer]
+        self._learned.pop(peer, None)
         self._changed()
 
     # --- time
@@ -262,6 +274,9 @@ class MemberTable:
         """Bring one peer's verdict up to date and tell what changed."""
         entry = self._entries.get(peer)
         if entry is None or entry.said_goodbye:
+            return
+        if self.sampled and entry.lapsed(now):
+            self.forget(peer)
             return
         before, entry.verdict = entry.verdict, judge(now, entry.evidence())
         entry.member = None
@@ -296,9 +311,7 @@ class MemberTable:
             entry = self._entries[peer]
             ghost = not entry.joined and now > entry.record_until_s
             if ghost or place >= GONE_KEPT or now - gone_s > GONE_KEPT_S:
-                del self._entries[peer]
-                self._learned.pop(peer, None)
-                self._changed()
+                self.forget(peer)
 
     def _tell_standing(self, entry: Entry, was: Liveness, now_is: Liveness) -> None:
         kind: EventKind

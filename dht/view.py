@@ -13,6 +13,7 @@ from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.liveness import Liveness
 from shoal.protocol.identity import PeerId, Role
 
+NEARLY_ALL = 0.8
 LEAST_SERVICE_S = 1e-6  # no lane does a micro-batch in less; a rate made of such a claim may be infinite
 
 
@@ -78,6 +79,7 @@ class SwarmView:
     now_s: float
     members: tuple[Member, ...]
     sizes: Mapping[int, float] = field(default_factory=dict)  # about, of stages; empty: everybody is known
+    sampled: bool = False  # records are kept of a part of the swarm only
 
     def get(self, peer: PeerId) -> Member | None:
         index = bisect_left(self.members, peer, key=lambda member: member.peer)
@@ -93,6 +95,11 @@ class SwarmView:
         """How many replicas of a stage each known one stands for."""
         known = sum(stage in member.stages for member in self.here()) if self.sizes else 0
         return max(1.0, self.sizes.get(stage, 0.0) / known) if known else 1.0
+
+    def part(self) -> float:
+        """The share of the swarm that is known here; nearly all counts as all, since sizes are about so."""
+        share = len(self.here()) / max(sum(self.sizes.values()), 1.0)
+        return share if self.sampled and share < NEARLY_ALL else 1.0
 
     def here(self) -> tuple[Member, ...]:
         """Everybody who is not gone."""

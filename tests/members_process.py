@@ -6,13 +6,15 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 
 from shoal.dht.beats import Beat
 from shoal.dht.directory import PeerRecord, SignedRecord
+from shoal.dht.interest import KNOWN, Known
 from shoal.dht.members import Members
-from shoal.dht.memory_directory import MemoryDirectoryHub
+from shoal.dht.memory_directory import MemoryDirectory, MemoryDirectoryHub
 from shoal.dht.records import RecordBook
 from shoal.protocol.admission import JoinToken, Membership
 from shoal.protocol.contacts import ContactBook
@@ -21,9 +23,25 @@ from shoal.protocol.identity import PeerKey
 from shoal.protocol.wire import decode
 
 
+class Census(MemoryDirectory):
+    """A directory that tells of a large swarm and shows nobody of it."""
+
+    def __init__(self, hub: MemoryDirectoryHub, membership: Membership, sizes: Mapping[int, float]) -> None:
+        super().__init__(hub, membership.key.peer, membership)
+        self._told = dict(sizes)
+
+    def sizes(self) -> dict[int, float]:
+        return self._told
+
+
 @asynccontextmanager
-async def peer(token: JoinToken) -> AsyncIterator[Members]:
-    """One peer whose directory nobody shares: it meets only whom it is told of."""
+async def peer(
+    token: JoinToken, stage: int = 0, sizes: Mapping[int, float] = MappingProxyType({}), known: Known = KNOWN
+) -> AsyncIterator[Members]:
+    """One peer whose directory nobody shares: it meets only whom it is told of.
+
+    `sizes`: of the stages of a swarm, as its directory tells.
+    """
     membership = Membership(token, PeerKey.generate(), time.time)
     contacts = ContactBook()
     transport = GrpcTransport(membership, contacts, "127.0.0.1", 0)
@@ -37,7 +55,7 @@ async def peer(token: JoinToken) -> AsyncIterator[Members]:
             issued_unix_s=0.0,
             ttl_s=30.0,
             state="online",
-            stages=(0,),
+            stages=(stage,),
             name="",
             addresses=(f"127.0.0.1:{transport.port}",),
             chain=membership.chain,
@@ -50,7 +68,7 @@ async def peer(token: JoinToken) -> AsyncIterator[Members]:
     hub = MemoryDirectoryHub(membership, time.time, rng)
     members = Members(
         transport=transport,
-        directory=hub.directory(membership.key.peer, membership),
+        directory=Census(hub, membership, sizes),
         membership=membership,
         contacts=contacts,
         record_book=RecordBook(membership),
@@ -58,6 +76,7 @@ async def peer(token: JoinToken) -> AsyncIterator[Members]:
         make_beat=Beat,
         clock=time.time,
         rng=rng,
+        known=known,
     )
     await transport.start()
     try:

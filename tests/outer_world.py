@@ -16,7 +16,7 @@ from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.protocol.transport import Transport
 from shoal.training.amended import Amended
-from shoal.training.outer.context import Context, Offload
+from shoal.training.outer.context import Context, Meet, Offload, everybody_is_known
 from shoal.training.outer.entry import Entry, seats_in
 from shoal.training.outer.local import MemoryWeights
 from shoal.training.outer.parts import cut
@@ -82,6 +82,7 @@ class Node:
             directory=directory,
             guardians=lambda: [keeper.member() for keeper in world.keepers if keeper.keeps],
             amended=Amended(world.spec, self.orders),
+            meet=world.meet_for(name),
         )
         self.task: asyncio.Task[None] | None = None
 
@@ -191,7 +192,9 @@ class World:
         size: int = SIZE,
         wrap: Wrap | None = None,
         genesis: torch.Tensor | None = None,
+        meet_for: Callable[[PeerId], Meet] = lambda peer: everybody_is_known,
     ) -> None:
+        self.meet_for = meet_for
         self.spec = spec or round_spec()
         self.seed = seed
         self.wrap: Wrap = wrap or (lambda transport: transport)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shoal.dht.directory import SignedRecord
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.protocol.transport import Transport
@@ -167,6 +168,12 @@ class World:
 
     def is_gone(self, peer: PeerId) -> bool:
         return peer in self.dead | self.gone
+
+    async def meet(self, peer: PeerId, chain: Sequence[PeerId]) -> None:
+        return
+
+    def record_of(self, peer: PeerId) -> SignedRecord | None:
+        return None
 
     def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
         return peer in self.dead

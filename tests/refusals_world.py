@@ -15,6 +15,7 @@ from outer_world import SIZE, inline, round_spec
 from pipeline_world import small_spec
 from transport_world import Run
 
+from shoal.dht.directory import SignedRecord
 from shoal.protocol.admission import Membership
 from shoal.protocol.errors import ShoalError, StreamEnded
 from shoal.protocol.framing import last_words
@@ -71,6 +72,12 @@ class Known:
 
     def is_gone(self, peer: PeerId) -> bool:
         return False
+
+    async def meet(self, peer: PeerId, chain: Sequence[PeerId]) -> None:
+        return
+
+    def record_of(self, peer: PeerId) -> SignedRecord | None:
+        return None
 
     def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
         return False

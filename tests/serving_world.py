@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from shoal.dht.directory import SignedRecord
+from shoal.protocol.errors import RecordInvalid
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import Link, MemoryNetwork
 from shoal.protocol.transport import Transport
@@ -102,6 +104,7 @@ class World:
         self.claims: dict[PeerId, float] = {}  # a step, where that is not what a server measures
         self.hidden: set[PeerId] = set()  # from clients
         self.strangers: dict[int, list[PeerId]] = {}  # that clients think are servers
+        self.introduced: set[tuple[PeerId, PeerId]] = set()  # a server, and whose record a client sent it
         self.weights = weights_of(spec)
         self.watched: Generation | None = None
         self.peers = [
@@ -130,6 +133,7 @@ class World:
             lane=InlineLane(lambda kind: duration_s * self.slower.get(name, 1.0)),
             versions=versions,
             budget_bytes=budget_bytes,
+            introduced=lambda peer, signed: self._introduce(name, peer, signed),
         )
         TuningServer(
             self.spec,
@@ -142,6 +146,11 @@ class World:
         ).serve()
         server.serve()
         return Peer(name, stage, transport, server, versions)
+
+    def _introduce(self, server: PeerId, peer: PeerId, signed: SignedRecord) -> None:
+        if signed.record != peer.encode():
+            raise RecordInvalid(f"not the record of {peer}")
+        self.introduced.add((server, peer))
 
     async def __aenter__(self) -> World:
         await self.client.start()
@@ -213,6 +222,12 @@ class World:
 
     def is_gone(self, peer: PeerId) -> bool:
         return False
+
+    async def meet(self, peer: PeerId, chain: Sequence[PeerId]) -> None:
+        return
+
+    def record_of(self, peer: PeerId) -> SignedRecord | None:
+        return SignedRecord(peer.encode(), bytes(64))
 
     def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
         return False

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from serving_world import World, greedy, serving_spec, weights_of
 from transport_world import Run, play_run
 
+from shoal.dht.directory import SignedRecord
 from shoal.node import AsyncClient, Client, Options
 from shoal.node.inference.client import Turn, transcript
 from shoal.node.inference.pieces import Decoder, StopFilter
@@ -190,6 +191,12 @@ class Peers:
 
     def is_gone(self, peer: PeerId) -> bool:
         return False
+
+    async def meet(self, peer: PeerId, chain: Sequence[PeerId]) -> None:
+        return
+
+    def record_of(self, peer: PeerId) -> SignedRecord | None:
+        return None
 
     def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
         return False

@@ -20,6 +20,9 @@ forged, replayed orders  test_forged_and_replayed_orders_(…), test_a_spec_that
                          test_orders (the control socket's border)
 forged, replayed record  test_forged_and_replayed_records_(…); test_records;
                          test_directory: a_member_cannot_forge_replay_or_mask_anothers_record
+bad introductions        test_introductions: who_asks_without_end_(…), a_liars_introduction_(…),
+                         a_record_that_comes_with_a_name_(…)
+ids ground to be near    test_gossip: who_grinds_ids_next_to_a_peer_(…)
 bad frames               test_frames_that_are_cut_oversized_or_out_of_turn_(…); test_framing: every bit
 unknown spec keys        test_unknown_keys_of_a_run_file_(…); test_spec, test_cli
 another's spec           test_a_spec_that_is_not_the_owners_is_refused_whoever_tells_it

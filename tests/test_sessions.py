@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import random
 import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 import torch
@@ -13,9 +15,19 @@ from held_weights import dense
 from serving_world import GREEDY, PROMPT, World, greedy, reference, serving_spec, weights_of
 from trainer_world import TrainerWorld, round_spec
 
-from shoal.protocol.errors import Busy, MessageInvalid, NotHere, StageEmpty, StreamBroken, VersionRetired
+from shoal.dht.directory import SignedRecord
+from shoal.protocol.errors import (
+    Busy,
+    MessageInvalid,
+    NotHere,
+    PeerUnreachable,
+    StageEmpty,
+    StreamBroken,
+    VersionRetired,
+)
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.limits import STREAMS_PER_PEER
+from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.protocol.virtual_time import run
 from shoal.training.methods import at_stage
 from shoal.training.model.layout import stage_layout
@@ -62,6 +74,39 @@ def test_texts_written_together_are_those_written_alone() -> None:
                 assert figures.batches < figures.positions / 3
 
     run(main, limit_s=60)
+
+
+def test_servers_that_do_not_know_each_other_are_introduced_by_the_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server dials nobody whose record no client sent it; one is killed, so that routes change."""
+
+    async def main() -> None:
+        world = World(serving_spec(3), 2)
+        for peer in world.peers:
+            monkeypatch.setattr(peer.transport, "open", dials_known(world, peer.transport))
+        async with world, world.generation(PROMPT, 40) as generation:
+            tokens = []
+            async for token in generation:
+                tokens.append(token)
+                if len(tokens) == 10:
+                    world.kill(next(peer for peer in world.peers if peer.name == generation.route()[1]))
+            assert tokens == reference(world, PROMPT, 40)
+
+    run(main, limit_s=60)
+
+
+def dials_known(world: World, transport: Transport) -> Callable[..., AbstractAsyncContextManager[Stream]]:
+    dial, me = transport.open, transport.me
+
+    def dial_known(
+        peer: PeerId, method: str, channel: Channel = Channel.CONTROL
+    ) -> AbstractAsyncContextManager[Stream]:
+        if (me, peer) not in world.introduced:
+            raise PeerUnreachable(f"{me} does not know {peer}")
+        return dial(peer, method, channel)
+
+    return dial_known
 
 
 def test_a_stop_token_ends_the_text_and_is_no_part_of_it() -> None:
@@ -471,6 +516,12 @@ class Everybody:
 
     def is_gone(self, peer: PeerId) -> bool:
         return False
+
+    async def meet(self, peer: PeerId, chain: Sequence[PeerId]) -> None:
+        return
+
+    def record_of(self, peer: PeerId) -> SignedRecord | None:
+        return None
 
     def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
         return False

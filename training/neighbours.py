@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from shoal.dht.beats import StageBeat
+from shoal.dht.directory import SignedRecord
 from shoal.dht.liveness import Liveness
 from shoal.dht.members import Members
 from shoal.protocol.identity import PeerId
@@ -51,6 +52,12 @@ class MemberReplicas:
         if member.departed:
             return True
         return incarnation is not None and incarnation < member.incarnation_at(0)
+
+    async def meet(self, peer: PeerId, chain: Sequence[PeerId]) -> None:
+        await self._members.meet(peer, chain)
+
+    def record_of(self, peer: PeerId) -> SignedRecord | None:
+        return self._members.record_of(peer)
 
     async def changed(self) -> None:
         await self._members.changed()

@@ -182,6 +182,7 @@ class Trainer:
             inherited=inherited,
             decisions=self._decisions,
             amended=self._amended,
+            meet=self._members.meet,
         )
         self._guarding = Guarding(
             self.outer.context, self._members, self._spare_bytes, self._data_dir, self._guards
@@ -244,6 +245,7 @@ class Trainer:
             versions=self._versions,
             device=self._device,
             budget_bytes=self._session_bytes,
+            introduced=self._members.introduced,
         )
         self._step_s = self.sessions.engine.claimed_step_s
         self.outer.watch_snapshots(lambda kept: self._versions.publish(kept.state.head, kept.anchor))

@@ -2,7 +2,8 @@
 
 `dht.buckets` decides where records are and which of them a look reads, here as in both directories; only the
 records themselves are left out. Counted as `MemoryDirectoryHub` counts: values stored and values found.
-Not in here: what neighbours tell one another of records.
+Not in here: what neighbours tell one another, which no longer grows with the swarm (`dht.interest`);
+`tests/benchmarks/gossip.py` measures it on real links.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from shoal.dht.directory import SignedRecord
 from shoal.node.loop import LoopMeter, new_loop
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
@@ -128,6 +129,12 @@ class Swarm:
 
     def is_gone(self, peer: PeerId) -> bool:
         return False
+
+    async def meet(self, peer: PeerId, chain: Sequence[PeerId]) -> None:
+        return
+
+    def record_of(self, peer: PeerId) -> SignedRecord | None:
+        return None
 
     def has_departed(self, peer: PeerId, incarnation: int | None = None) -> bool:
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from shoal.training.spec import RunSpec
 
 Offload = Callable[..., Awaitable[Any]]
 Event = Callable[[str, dict[str, object]], None]
+Meet = Callable[[PeerId, Sequence[PeerId]], Awaitable[None]]  # find out how to dial one of a chain
 GROUP_ROLES = frozenset({Role.OWNER, Role.TRAINER})
 
 
@@ -43,6 +44,7 @@ class Context:
     rng: random.Random
     payload_budget_bytes: int
     amended: Amended
+    meet: Meet
     refused: Counter[PeerId] = field(default_factory=Counter)
     buffers: Buffers = field(default_factory=Buffers)
 
@@ -61,6 +63,7 @@ class Context:
         event: Event,
         rng: random.Random,
         amended: Amended | None = None,
+        meet: Meet | None = None,
     ) -> Context:
         """What follows from the spec is computed here, once."""
         outer = spec.outer
@@ -80,6 +83,7 @@ class Context:
             rng,
             outer.payload_budget_bytes,
             amended or Amended(spec),
+            meet or everybody_is_known,
         )
 
     def beside(self, stage: int, size: int, payload_budget_bytes: int | None = None) -> Context:
@@ -96,6 +100,7 @@ class Context:
             event=self.event,
             rng=self.rng,
             amended=self.amended,
+            meet=self.meet,
         )
         if payload_budget_bytes is None:
             return found
@@ -112,3 +117,7 @@ class Context:
             del self.refused[min(self.refused, key=self.refused.__getitem__)]
         self.suspect(peer, reason)
         self.event("refused", {"peer": peer, "reason": reason})
+
+
+async def everybody_is_known(peer: PeerId, chain: Sequence[PeerId]) -> None:
+    """`Meet` in a swarm that is known whole."""

@@ -59,6 +59,7 @@ async def fetch_part(context: Context, entry: Entry, part: int, holders: Sequenc
     count = context.fragments[entry.fragment].parts[part].count
 
     async def ask(peer: PeerId) -> Published:
+        await context.meet(peer, (context.me, entry.leader, peer))
         message = await call(
             context.transport,
             peer,

@@ -13,6 +13,7 @@ import torch
 
 from shoal.compression.codec import Buffer, CodecError
 from shoal.protocol.errors import MessageInvalid, ShoalError
+from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel
 from shoal.training.outer.apply import OuterStep
 from shoal.training.outer.change import Change
@@ -208,6 +209,7 @@ class Round:
             return
         peer = self.draft.roster[owner].peer
         method = self._context.method("contribute")
+        await self._meet(peer)
         try:
             async with self._context.transport.open(peer, method, Channel.BULK) as stream:
                 await stream.send(Contributing(self.id))
@@ -275,6 +277,7 @@ class Round:
         """Send every part of mine to one member as soon as it is closed."""
         remaining = set(self._to_reduce)
         peer = self.draft.roster[seat].peer
+        await self._meet(peer)
         try:
             async with self._context.transport.open(
                 peer, self._context.method("publish"), Channel.BULK
@@ -293,6 +296,10 @@ class Round:
                     remaining.difference_update(ready)
         except ShoalError as error:  # that member fetches by digest, or misses the round and catches up
             self._context.event("publication-cut", {"member": peer, "why": str(error)})
+
+    async def _meet(self, peer: PeerId) -> None:
+        """The leader named it; of a large swarm not everybody knows everybody."""
+        await self._context.meet(peer, (self._context.me, self.draft.leader, peer))
 
     def _awaited_parts(self) -> list[int]:
         return [

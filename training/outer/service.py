@@ -16,7 +16,7 @@ from shoal.protocol.transport import Transport
 from shoal.training.amended import Amended
 from shoal.training.decisions import DecisionLog
 from shoal.training.outer.change import Change
-from shoal.training.outer.context import Context, Event, Offload
+from shoal.training.outer.context import Context, Event, Meet, Offload
 from shoal.training.outer.entry import SKIP, Entry, parse
 from shoal.training.outer.figures import Figures
 from shoal.training.outer.follow import Services
@@ -71,6 +71,7 @@ class Outer:
         inherited: Inherited | None = None,
         decisions: DecisionLog | None = None,
         amended: Amended | None = None,
+        meet: Meet | None = None,
     ) -> None:
         self.context = self._context = Context.of(
             spec,
@@ -84,6 +85,7 @@ class Outer:
             event=event,
             rng=rng,
             amended=amended,
+            meet=meet,
         )
         self._weights = weights
         self._guarded = Guarded(self._context, guardians)

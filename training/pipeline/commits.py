@@ -107,6 +107,7 @@ class Commits:
             self._slots.release()
 
     async def _tell_or_owe(self, hop: Hop, owed: _Owed) -> None:
+        await self._replicas.meet(hop[0], [PeerId(link.peer) for link in owed.commit.chain])
         if hop not in self._owed and await self._tell(hop, owed.commit):
             return
         if hop not in self._owed:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from shoal.dht.directory import SignedRecord
 from shoal.protocol.identity import PeerId
 
 
@@ -38,6 +39,12 @@ class Replicas(Protocol):
 
         A silent peer may only be frozen, and decide after all when it wakes.
         """
+
+    async def meet(self, peer: PeerId, chain: Sequence[PeerId]) -> None:
+        """Find out how to dial a peer of a chain that has this one, too: not everybody knows everybody."""
+
+    def record_of(self, peer: PeerId) -> SignedRecord | None:
+        """What tells others how to dial a replica, if it is known."""
 
     async def changed(self) -> None:
         """Returns after the next change of any stage's replicas."""

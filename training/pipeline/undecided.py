@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shoal.protocol import limits
@@ -162,18 +162,20 @@ class Undecided:
                 self._ledger.dropped += 1
                 self._event("dropped", {"micro_batch": micro_batch.number, "driver": micro_batch.driver})
 
-    async def _ask_all(self, chain: Iterable[Link], micro_batch: MicroBatch) -> dict[Link, Verdict | None]:
+    async def _ask_all(self, chain: Sequence[Link], micro_batch: MicroBatch) -> dict[Link, Verdict | None]:
         departed = self._replicas.has_departed
         own = (self._stage, self._me)
         others = (link for link in chain if (link.stage, link.peer) != own)
         links = [link for link in others if not departed(PeerId(link.peer))]
-        found = await asyncio.gather(*(self._ask(link, micro_batch) for link in links))
+        peers = [PeerId(link.peer) for link in chain]
+        found = await asyncio.gather(*(self._ask(link, peers, micro_batch) for link in links))
         return dict(zip(links, found, strict=True))
 
-    async def _ask(self, link: Link, micro_batch: MicroBatch) -> Verdict | None:
+    async def _ask(self, link: Link, chain: Sequence[PeerId], micro_batch: MicroBatch) -> Verdict | None:
         peer, method = PeerId(link.peer), at_stage(link.stage, "commit")
         if self._replicas.is_gone(peer):
             return None
+        await self._replicas.meet(peer, chain)
         query = QueryChain(micro_batch, self._stage)
         try:
             reply = await call(self._transport, peer, method, query, Verdict, timeout_s=_QUERY_TIMEOUT_S)

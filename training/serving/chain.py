@@ -97,6 +97,7 @@ class Generation:
         self._checked, self._shown = checked, tuple[tuple[PeerId, Shown | None], ...]()
         self._empty_since_s: dict[int, float] = {}
         self._reasons: dict[int, ShoalError] = {}
+        self._replicas = replicas
         self._candidates = Candidates(replicas, self._stages, rng)
         self._mover = Mover(
             self.tokens, self._capacity, self._take, self._link_to, random.Random(rng.getrandbits(64))
@@ -287,6 +288,7 @@ class Generation:
             now_s=asyncio.get_running_loop().time(),
             sides=(stage > 0, stage < self._stages - 1),
             width=self._spec.model.width,
+            record=self._replicas.record_of(peer),
         )
 
     def _given_up(self, stage: int) -> ShoalError:

@@ -78,6 +78,7 @@ class Host:
             versions=Versions(Form.of(spec, self._layout)),
             device=device,
             budget_bytes=session_bytes,
+            introduced=members.introduced,
         )
 
         self._tuning = TuningServer(

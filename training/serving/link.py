@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from shoal.dht.directory import SignedRecord
 from shoal.protocol.errors import MessageInvalid, PeerSilent, ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream, Transport
@@ -47,10 +48,13 @@ class Link:
         now_s: float,
         sides: tuple[bool, bool],
         width: int,
+        record: SignedRecord | None = None,
     ) -> None:
         """`token` takes what the last stage tells; it raises MessageInvalid for what cannot be. `sides`:
-        whether the server has a stage before it, and one after it, which take hidden states of `width`."""
+        whether the server has a stage before it, and one after it, which take hidden states of `width`.
+        `record`: of the server, for those who are to supply it."""
         self.peer, self.opening = peer, opening
+        self.record = () if record is None else (record,)
         self.version: bytes | None = None  # once open
         self.heard_s = now_s
         self.down: ShoalError | None = None
@@ -84,14 +88,15 @@ class Link:
         """Tell the server whom to supply from now on."""
         self.supplies, self.cut_s = to, None
         to.moved_s = asyncio.get_running_loop().time()
-        self._epoch, self._route = epoch, SessionRoute(epoch, stage, to.peer)
+        self._epoch, self._route = epoch, SessionRoute(epoch, stage, to.peer, record=to.record)
         self._untold, self.beside, self._beside = True, None, None
         self._news.set()
 
     def route_beside(self, epoch: int, stage: int, to: Link) -> None:
         """Tell the server whom to supply as well, for as long as its route stays."""
         self.beside, self.beside_cut = to, False
-        self._beside, self._beside_untold = SessionRoute(epoch, stage, to.peer, beside=True), True
+        self._beside = SessionRoute(epoch, stage, to.peer, beside=True, record=to.record)
+        self._beside_untold = True
         self._news.set()
 
     def draft(self, start: int, tokens: Sequence[int]) -> None:

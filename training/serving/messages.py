@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from shoal.dht.directory import PeerIdText, StageIndex
+from shoal.dht.directory import PeerIdText, SignedRecord, StageIndex
 from shoal.protocol.limits import DRAFT_TOKENS
 from shoal.protocol.wire import (
     Bounds,
@@ -96,6 +96,7 @@ class SessionRoute:
     stage: StageIndex
     peer: PeerIdText
     beside: bool = False
+    record: Annotated[tuple[SignedRecord, ...], Items(1)] = ()  # of `peer`, for not everybody knows everybody
 
 
 @wire_message

@@ -7,9 +7,11 @@ the next server of the ring supplied, on the route that the client names.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import torch
 
+from shoal.dht.directory import SignedRecord
 from shoal.protocol.errors import (
     Busy,
     MessageInvalid,
@@ -18,7 +20,7 @@ from shoal.protocol.errors import (
     StreamEnded,
     VersionRetired,
 )
-from shoal.protocol.identity import Role
+from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Message, Stream, Transport
 from shoal.training.lane import Lane
 from shoal.training.methods import at_stage
@@ -65,7 +67,9 @@ class SessionServer:
         versions: Versions,
         device: str = "cpu",
         budget_bytes: int,
+        introduced: Callable[[PeerId, SignedRecord], None] | None = None,
     ) -> None:
+        """`introduced` is called with the record of a server that a client names."""
         self.sessions: dict[bytes, HostedSession] = {}
         self.refused = self.evicted = 0
         self._left = False
@@ -75,6 +79,7 @@ class SessionServer:
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
         self.engine = Engine(CachedStage(spec, layout), lane, self.sessions, self._dtype, device)
         self._rows = Rows(spec, stage, layout, transport, self.sessions, self.engine.wake)
+        self._introduced = introduced
         versions.retired = self._retire
 
     def serve(self) -> None:
@@ -200,6 +205,9 @@ class SessionServer:
             route: SessionRoute = said
             if route.stage != (self._stage + 1) % self._spec.stages.count:
                 raise MessageInvalid(f"after stage {self._stage} comes not stage {route.stage}")
+            if self._introduced is not None:
+                for record in route.record:
+                    self._introduced(PeerId(route.peer), record)
             session.turn(route)
 
     def _guess(self, session: HostedSession, draft: SessionDraft) -> None:
