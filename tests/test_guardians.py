@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -324,6 +326,18 @@ def test_two_peers_of_other_stages_guard_each_stage_whoever_looks() -> None:
     fewer = [c for c in everybody if c.peer != chosen[0][0]]
     again = choose_guardians(RUN, [10] * 4, fewer)
     assert chosen[0][1] == again[0][0], "who stays keeps what it has"
+
+
+def test_in_a_swarm_known_in_part_few_take_themselves_for_guardians() -> None:
+    """Each of 4,000 looks at 40 that it knows: two of these have the lowest hash there."""
+    everybody = candidates(stages=4, each=1000)
+    rng = random.Random(1)
+    guards: Counter[int] = Counter()
+    for me in everybody:
+        known = [me, *rng.sample(everybody, 39)]
+        chosen = choose_guardians(RUN, [10] * 4, known, part=40 / 4000)
+        guards.update(stage for stage, peers in enumerate(chosen) if me.peer in peers)
+    assert all(2 <= guards[stage] <= 20 for stage in range(4)), guards
 
 
 def test_memory_to_spare_is_never_exceeded() -> None:

@@ -136,3 +136,16 @@ def test_a_port_that_is_taken_is_a_usage_error() -> None:
                     pass
 
     asyncio.run(scene())
+
+
+def test_counts_of_a_swarm_known_in_part_are_said_to_be_such() -> None:
+    replicas = [replica("me", 0), *(replica(f"p{n}", n % 2) for n in range(9))]
+    part = dataclasses.replace(swarm(*replicas), sizes={0: 400.0, 1: 600.0}, sampled=True)
+    snapshot = assemble(NOW, own("me"), part, a_spec())
+    assert snapshot.peers_about == snapshot.brief()["peers_about"] == 1000
+    assert "knows 10 of about 1,000 peers" in snapshot.verdict.text
+    about = {metric.name: metric.samples[0].value for metric in families(snapshot) if metric.samples}
+    assert about["shoal_swarm_peers_count"] == 1000
+    whole = assemble(NOW, own("me"), dataclasses.replace(part, sampled=False), a_spec())
+    assert whole.peers_about is None
+    assert "about" not in whole.verdict.text

@@ -17,7 +17,7 @@ from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.policy import may_leave
 from shoal.training.rebalance import LEAST_GAP, Move, Placed, plan, settled
-from shoal.training.tenure import placed
+from shoal.training.tenure import overlooks, placed
 
 MOVE_S = 20.0
 
@@ -141,6 +141,32 @@ def test_only_trainers_are_replicas() -> None:
     trainer = Member(peer=PeerId("a"), stages=(0,))
     observer = Member(peer=PeerId("b"), stages=(0,), roles=frozenset({Role.OBSERVER}))
     assert [one.peer for one in placed(SwarmView(PeerId("a"), 0.0, (trainer, observer)))] == ["a"]
+
+
+def test_replicas_of_a_swarm_known_in_part_stand_for_the_others() -> None:
+    known = [Member(peer=PeerId(f"p{n}"), stages=(n % 2,), service_s=1.0) for n in range(6)]
+    view = SwarmView(PeerId("p0"), 0.0, tuple(known), {0: 300.0, 1: 30.0}, sampled=True)
+    assert view.part() == 6 / 330
+    replicas = placed(view)
+    assert {one.stage: one.stands_for for one in replicas} == {0: 100.0, 1: 10.0}
+    move = plan(replicas, [1.0, 1.0], 1, MOVE_S)
+    assert move is not None
+    assert (move.source, move.target) == (0, 1)
+    assert not move.emergency
+    nearly_all = SwarmView(PeerId("p0"), 0.0, tuple(known), {0: 3.0, 1: 4.0}, sampled=True)
+    assert nearly_all.part() == 1.0
+    assert {one.stands_for for one in placed(nearly_all)} == {1.0}, "sizes are only about so"
+    joining = dataclasses.replace(view, sampled=False)  # of a swarm that is to be known whole
+    assert joining.part() == 1.0
+    assert {one.stands_for for one in placed(joining)} == {1.0}
+
+
+def test_a_stage_of_which_nobody_is_known_is_not_taken_for_empty() -> None:
+    known = tuple(Member(peer=PeerId(f"p{n}"), stages=(0,)) for n in range(6))
+    view = SwarmView(PeerId("p0"), 0.0, known, {0: 300.0, 1: 300.0}, sampled=True)
+    assert overlooks(view, placed(view))
+    assert not overlooks(SwarmView(PeerId("p0"), 0.0, known, {0: 300.0}, sampled=True), placed(view))
+    assert not overlooks(SwarmView(PeerId("p0"), 0.0, known), placed(view))
 
 
 @settings(max_examples=200)

@@ -3,11 +3,11 @@
 Every peer computes the same plan from what it sees; the one that the plan names moves, if its group lets it
 go (LEAVE in the log, one at a time). Views differ, so a plan is a hint: safety sits with the group.
 
-The pipeline is as fast as its slowest stage, whose rate is the sum over its replicas. The best move is the
-one that raises the slowest stage most; what a replica would do at another stage follows from its measured
-rate and the stages' costs. It has to leave its old stage well above what the slowest one had; how much one
-replica of hundreds adds is not asked, since it costs so much less. A stage that is empty, or one loss away
-from it, takes the emergency lane.
+The pipeline is as fast as its slowest stage, whose rate is the sum over its replicas (of a swarm known in
+part each one stands for several). The best move is the one that raises the slowest stage most; what a
+replica would do at another stage follows from its measured rate and the stages' costs. It has to leave its
+old stage well above what the slowest one had; how much one replica of hundreds adds is not asked, since it
+costs so much less. A stage that is empty, or one loss away from it, takes the emergency lane.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Placed:
     stage: int
     service_s: float  # lane time of one micro-batch at its stage; 0: not measured yet
     fixed: bool = False  # its owner wants it to stay
+    stands_for: float = 1.0  # replicas of its stage, where not all of them are known
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +60,19 @@ def plan(
     groups: list[list[Placed]] = [[] for _ in costs]
     for replica in replicas:
         groups[replica.stage].append(replica)
-    capacity = [sum(rates[r.peer] for r in group) / cost for group, cost in zip(groups, costs, strict=True)]
-    needy = min(range(len(costs)), key=lambda stage: (min(len(groups[stage]), ENOUGH), capacity[stage]))
+    sizes = [sum(replica.stands_for for replica in group) for group in groups]
+    capacity = [
+        sum(rates[r.peer] * r.stands_for for r in group) / cost
+        for group, cost in zip(groups, costs, strict=True)
+    ]
+    needy = min(range(len(costs)), key=lambda stage: (min(sizes[stage], ENOUGH), capacity[stage]))
     best: Move | None = None
     left = 0.0  # that the best move leaves at its source
     for source, group in enumerate(groups):
         stay = minimum_replicas if not groups[needy] else max(minimum_replicas, ENOUGH)
-        if source == needy or len(group) - 1 < max(stay, 1):
+        if source == needy or sizes[source] - 1 < max(stay, 1):
             continue
-        emergency = len(groups[needy]) < ENOUGH
+        emergency = sizes[needy] < ENOUGH
         for replica in (replica for replica in group if not replica.fixed):
             now, stays = capacity[needy], capacity[source] - rates[replica.peer] / costs[source]
             then = min(now + rates[replica.peer] / costs[needy], stays)

@@ -199,7 +199,8 @@ class Tenure:
                 continue  # one thing after another
             current = self._plan()
             move, previous = settled(previous, current), current
-            if move is not None and self._is_for_me(move):
+            # Each view names one of those that it has, and of a large swarm there are many views.
+            if move is not None and self._is_for_me(move) and self._rng.random() < self._view().part():
                 await self._move(move, tasks)
                 previous = None
             elif self._most > 1:
@@ -258,7 +259,10 @@ class Tenure:
         """Hold an empty stage besides, where nobody moves to it, or give back one that others hold."""
         view, stages = self._view(), self._spec.stages
         room = {m.peer: m.beat.room for m in view.here() if m.beat is not None} | {view.me: self.room}
-        wanted = take(placed(view), stages.count, room, self._empty_windows // _TURN_WINDOWS)
+        replicas = placed(view)
+        wanted = None
+        if not overlooks(view, replicas):
+            wanted = take(replicas, stages.count, room, self._empty_windows // _TURN_WINDOWS)
         self._empty_windows = self._empty_windows + 1 if wanted is not None else 0
         if wanted is not None and move is not None and self._empty_windows <= _MOVE_WINDOWS:
             return  # somebody may be about to go there
@@ -292,7 +296,10 @@ class Tenure:
         await self._close(held)
 
     def _plan(self) -> Move | None:
-        replicas = placed(self._view())
+        view = self._view()
+        replicas = placed(view)
+        if overlooks(view, replicas):
+            return None
         answer = plan(replicas, self._costs, self._spec.stages.minimum_replicas, MOVE_S)
         if self._decisions is not None:
             self._decisions.note("move", answer, replicas=replicas, move_s=MOVE_S)
@@ -309,6 +316,7 @@ def announced(held: Mapping[int, str]) -> tuple[str, tuple[int, ...], tuple[str,
 def placed(view: SwarmView, *states: str) -> list[Placed]:
     """The replicas that train, or will soon (by default), as their beats tell."""
     states = states or ("online", "joining")
+    stands_for = {stage: view.share(stage) for stage in view.sizes if view.part() < 1.0}
     found = []
     for member in view.here():
         if Role.TRAINER not in member.roles:
@@ -317,5 +325,12 @@ def placed(view: SwarmView, *states: str) -> list[Placed]:
         for stage in held:
             beat = member.progress(stage)
             fixed = len(held) > 1 or (beat is not None and beat.fixed)
-            found.append(Placed(member.peer, stage, len(held) * member.service_s, fixed))
+            service_s = len(held) * member.service_s
+            found.append(Placed(member.peer, stage, service_s, fixed, stands_for.get(stage, 1.0)))
     return found
+
+
+def overlooks(view: SwarmView, replicas: Sequence[Placed]) -> bool:
+    """Whether the directory tells of a stage of which nobody is known here: it only looks empty."""
+    told = {stage for stage, size in view.sizes.items() if size >= 1.0} if view.part() < 1.0 else set()
+    return bool(told - {replica.stage for replica in replicas})

@@ -57,6 +57,10 @@ def assemble(
     heights = [stage.height for stage in stages]
     trains = spec is None or spec.trains
     said = verdict([stage.replicas for stage in stages], seen.standing, trains=trains)
+    about = round(sum(view.sizes.values())) if view.part() < 1.0 else None
+    if about is not None:
+        known = f"This peer knows {len(view.here()):,} of about {about:,} peers; all counts are of those."
+        said = replace(said, text=f"{said.text} {known}")
     redone_share = _redone_share(seen)
     links, left_out = _links(view, seen)
     return Snapshot(
@@ -74,6 +78,7 @@ def assemble(
         ),
         stages=stages,
         peers=peer_rows(view, stages, seen.told, seen.findings),
+        peers_about=about,
         rounds=tally.rounds.shown(heights, names_of(view)),
         links=links,
         links_left_out=left_out,

@@ -47,6 +47,10 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         "shoal_peers_online_count", "Peers that are here, by state.", "state",
         {state: sum(peer.state == state for peer in snapshot.peers) for state in _states(snapshot)},
     )  # fmt: skip
+    about = snapshot.peers_about or len(snapshot.peers)
+    yield _gauge(
+        "shoal_swarm_peers_count", "About so many are in the swarm; others count those known.", about
+    )
     yield _histogram(
         "shoal_reroute_seconds", "Until another replica took over.", {(): snapshot.totals.reroutes}
     )

@@ -92,6 +92,9 @@ class Snapshot:
     throughput: Throughput = field(default_factory=Throughput)
     stages: tuple[Stage, ...] = ()
     peers: tuple[Peer, ...] = ()  # who is not gone: the own row first, then by stage
+    peers_about: int | None = (
+        None  # in the whole swarm, where this peer knows a part: then all counts are of it
+    )
     rounds: tuple[Round, ...] = ()  # the newest last
     links: tuple[Link, ...] = ()
     links_left_out: int = 0
@@ -129,6 +132,7 @@ class Snapshot:
             **plain(self.me),
             "verdict": self.verdict.text,
             "stage_replicas": self.replicas,
+            "peers_about": self.peers_about,
             "findings": plain(self.verdict.findings),
             "tokens_per_s": self.throughput.now,
             "stages": plain(self.stages),

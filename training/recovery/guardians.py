@@ -2,7 +2,8 @@
 
 A guardian keeps a copy of a stage that it does not train, for the day when all that do are gone. Pure: every
 peer decides for itself from what it sees. Views differ, so a stage may have one guardian more for a while;
-a copy is let go only when those who shall have it do.
+a copy is let go only when those who shall have it do. In a swarm known in part thousands have the lowest hash
+of those whom they know; there a guardian's has to be low enough for one of the whole swarm's, too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from shoal.training.outer.log import ENTRIES_BYTES
 from shoal.training.plan import StagePlan
 
 GUARDIANS = 2
+MARGIN = 4  # times GUARDIANS are low enough in the whole swarm, on average: who they are can only be guessed
 GUARDED_MOST = 8  # stages of one peer, as many as its beat tells of
 _COPIES = 3  # of anchor and momentum: at the head and in two snapshots, where all three differ
 
@@ -40,15 +42,23 @@ def guard_bytes(stage: StagePlan, snapshot_every: int) -> int:
 
 
 def choose_guardians(
-    run_id: bytes, needs_bytes: Sequence[int], candidates: Sequence[Candidate]
+    run_id: bytes, needs_bytes: Sequence[int], candidates: Sequence[Candidate], part: float = 1.0
 ) -> tuple[tuple[PeerId, ...], ...]:
-    """The guardians of each stage, the first stages served first. At most GUARDIANS, none of its replicas."""
+    """The guardians of each stage, the first stages served first. At most GUARDIANS, none of its replicas.
+
+    `part`: the candidates' share of those in the swarm.
+    """
     hashes = np.array([_hash(run_id, candidate.peer) for candidate in candidates], np.uint64)
     spare = {candidate.peer: candidate.spare_bytes for candidate in candidates}
     held = dict.fromkeys(spare, 0)
     chosen, most = [], GUARDED_MOST
     for stage, need in enumerate(needs_bytes):
-        ordered = (candidates[index] for index in np.argsort(_mixed(hashes, stage), kind="stable"))
+        mixed = _mixed(hashes, stage)
+        ranked = [int(index) for index in np.argsort(mixed, kind="stable")]
+        if part < 1.0:
+            low = 2.0**64 * MARGIN * GUARDIANS * part / max(len(candidates), 1)
+            ranked = [index for index in ranked if int(mixed[index]) < low]
+        ordered = (candidates[index] for index in ranked)
         able = (
             c.peer for c in ordered if stage not in c.stages and spare[c.peer] >= need and held[c.peer] < most
         )

@@ -116,7 +116,7 @@ class Guarding:
 
     async def _look(self, tasks: asyncio.TaskGroup) -> None:
         me, view = self._context.me, self._members.view()
-        chosen = choose_guardians(self._context.run_id, self._needs, self._candidates(view))
+        chosen = choose_guardians(self._context.run_id, self._needs, self._candidates(view), view.part())
         for stage, guardians in enumerate(chosen):
             guarded = self._guarded.get(stage)
             failed = guarded is not None and guarded.task.done()
