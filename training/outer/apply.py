@@ -59,10 +59,11 @@ class OuterStep:
         self._velocity = context.buffers.take(fragment.count) if moves else momentum
         self._tasks: dict[int, asyncio.Future[None]] = {}  # by part
         self._taken: dict[int, bytes] = {}  # part -> digest of the mean that was taken
+        self._settling = False
 
     def begin(self, number: int, published: Published) -> None:
         """Step a part that is held and will most likely be committed, off the loop."""
-        if number not in self._tasks:
+        if number not in self._tasks and not self._settling:
             self._start(number, published)
 
     def _start(self, number: int, published: Published | None) -> None:
@@ -70,11 +71,12 @@ class OuterStep:
         self._tasks[number] = asyncio.ensure_future(self._context.offload(self._step, number, published))
 
     async def _settle(self, published: Mapping[int, Published]) -> None:
-        """What an entry decided."""
+        """What an entry decided. What arrives from here on is too late: two must not write one part."""
+        self._settling = True
         numbers = range(len(self._fragment.parts))
         decided = {n: published[n].digest if n in published else SKIP for n in numbers}
         if wrong := [n for n in self._tasks if self._taken[n] != decided[n]]:
-            await asyncio.wait([self._tasks[n] for n in wrong])  # two must not write one part
+            await asyncio.wait([self._tasks[n] for n in wrong])
         for n in numbers:
             if self._taken.get(n) != decided[n]:
                 self._start(n, published.get(n))
