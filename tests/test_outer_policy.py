@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.compression.int8 import Int8
+from shoal.protocol import limits
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.fork import Chain, wins
 from shoal.training.outer.parts import cut
@@ -70,6 +72,14 @@ def test_equal_owners_have_equal_parts(mib: int, count: int) -> None:
     parts = [part.index for part in fragment.parts]
     drawn = owners(b"run", 0, parts, peers(count), [1.0] * count)
     assert {drawn.count(index) for index in range(count)} == {len(parts) // count}
+
+
+@pytest.mark.parametrize(("mib", "parts"), [(96, 24), (100, 24), (101, 48), (200, 48), (400, 96)])
+def test_a_part_may_be_a_little_larger_than_asked_for_but_goes_in_one_frame(mib: int, parts: int) -> None:
+    """25 parts would have to become 48, and every message costs both ends."""
+    (fragment,) = cut(mib << 18, 4 << 20, 256)
+    assert len(fragment.parts) == parts
+    assert Int8(256).encoded_bytes(fragment.parts[0].count) <= limits.FRAME_BYTES
 
 
 def test_every_peer_draws_the_same_succession_and_leaders_change() -> None:

@@ -13,6 +13,7 @@ from shoal.protocol import limits
 
 _SHARED_OUT = 24  # 2, 3, 4, 6, 8 and 12 owners have equally many: a fragment has so many parts, or a multiple
 _LEAST_VALUES = 1 << 14  # but none smaller than this for it
+_LARGER = 22  # a part may exceed `part_bytes` by so small a share: as int8, 4 MiB and that still fit a frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ def cut(size: int, part_bytes: int, block: int, fragments: int = 1) -> tuple[Fra
         most = max(wanted, -(-(stop - start) // limits.PARTS), block)
         parts = -(-(stop - start) // most)
         if parts > _SHARED_OUT:
+            parts = -(-(stop - start) // (most + most // _LARGER))
             parts = min(_up(parts, _SHARED_OUT), limits.PARTS)
         count = _up(-(-(stop - start) // parts), block)
         spans = [(at, min(count, stop - at)) for at in range(start, stop, count)]
