@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
+from outer_faults import Faults
 from pipeline_world import Peer, World, batches, small_spec
 
 from shoal.protocol import virtual_time
+from shoal.protocol.faults import Action, Arming
+from shoal.training.lane import InlineLane, Work
 from shoal.training.pipeline.attempt import Answer, Attempt, Journey
 from shoal.training.pipeline.compute import Boundary, Passage
 from shoal.training.pipeline.downstream import Errand
 from shoal.training.pipeline.messages import Link, MicroBatch
-from shoal.training.pipeline.routing import LANE_STALL_S
+from shoal.training.pipeline.routing import HEDGE_PRIOR_LEAST_S, LANE_STALL_S
 from shoal.training.pipeline.standing import STALE_S, STALE_SERVICES, Report
 from shoal.training.spec import RunSpec
 
@@ -43,6 +48,18 @@ async def trained(world: World, count: int) -> None:
         feeding.cancel()
         await asyncio.gather(feeding, return_exceptions=True)
         driver.resume()
+
+
+def feeds(world: World) -> list[asyncio.Task[None]]:
+    """All drivers, without end."""
+    (tokens,) = batches(world.spec, 1)
+    return [asyncio.create_task(driver.run(lambda: _endless(tokens))) for driver in world.drivers()]
+
+
+async def ended(feeding: list[asyncio.Task[None]]) -> None:
+    for task in feeding:
+        task.cancel()
+    await asyncio.gather(*feeding, return_exceptions=True)
 
 
 async def _endless(tokens: torch.Tensor) -> torch.Tensor:
@@ -110,7 +127,7 @@ def test_a_chain_has_one_hedge_though_two_of_its_stages_stall() -> None:
 
 
 def test_a_lane_that_stands_still_while_its_loop_answers_is_given_up() -> None:
-    """Before anybody knows what is usual there are no hedges; the count of finished work tells."""
+    """One early hedge does not tell a caller that a replica is stuck; the count of finished work does."""
 
     async def main() -> None:
         async with World(spec_of(2), 2, service_s=lambda stage, number: SERVICE_S) as world:
@@ -122,13 +139,71 @@ def test_a_lane_that_stands_still_while_its_loop_answers_is_given_up() -> None:
                 await asyncio.sleep(0.05)
             assert loop.time() < LANE_STALL_S + 2.0
             await training
-            assert not hedges(world.peers)
+            assert len(hedges(world.peers)) <= len(world.drivers())
             assert {peer for peer, _ in world.suspected} == {stuck.name}
             assert all("its lane finished nothing" in reason for _, reason in world.suspected)
             assert len(world.suspected) < 16, "asked ever more rarely"
             assert applied_twice(world) == []
 
     virtual_time.run(main, limit_s=3600.0)
+
+
+@pytest.mark.parametrize("pace", [1.0, 30.0])
+def test_the_first_activation_of_all_is_hedged_when_it_is_lost_though_the_lane_works_for_others(
+    pace: float,
+) -> None:
+    """Found on real processes: nothing was hedged before 20 answers, and what was lost waited for 60 s."""
+
+    async def main() -> None:
+        faults = Faults()
+        service_s = SERVICE_S * pace
+        async with World(spec_of(2), 2, service_s=lambda stage, number: service_s, wrap=faults.wrap) as world:
+            driver = world.stage(0)[0]
+            lost = Arming("Propagate.sent", Action.DROP, who=driver.name)
+            faults.arm_also(lost)
+            feeding = feeds(world)
+            while not begins_with_four(driver.ledger.applied().get(f"{driver.name}/1", [(0, 0)])[0]):
+                await asyncio.sleep(0.01)
+            assert faults.has_struck(lost) is not None
+            took_s = asyncio.get_running_loop().time()
+            print(f"the first four of {service_s} s were decided after {took_s:.2f} s")
+            assert took_s < HEDGE_PRIOR_LEAST_S + 8 * service_s
+            assert len(hedges(world.peers)) == 1
+            assert applied_twice(world) == []
+            await ended(feeding)
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
+@pytest.mark.parametrize("slow_pieces", [1, 6])
+def test_a_slow_start_of_everybody_makes_no_storm_of_hedges(slow_pieces: int) -> None:
+    """The first pieces of each lane take a hundred times as long: imports, compilers, cold disks."""
+
+    async def main() -> None:
+        async with World(spec_of(3), 2, service_s=lambda stage, number: SERVICE_S) as world:
+            for peer in world.peers:
+                assert isinstance(peer.lane, InlineLane)
+                peer.lane._duration_s = slow_at_first(peer.lane._duration_s, slow_pieces, 300.0)
+            feeding = feeds(world)
+            while min(len(driver._ledger) for driver in world.drivers()) < 20:
+                await asyncio.sleep(0.05)
+            callers = len(world.stage(0)) + len(world.stage(1))
+            print(f"{len(hedges(world.peers))} hedges by {callers} callers")
+            assert len(hedges(world.peers)) <= callers, "one each, whatever they believe"
+            assert not world.suspected
+            await ended(feeding)
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
+def begins_with_four(span: tuple[int, int]) -> bool:
+    start, stop = span
+    return start == 0 and stop >= 4
+
+
+def slow_at_first(usual_s: Callable[[Work], float], pieces: int, times: float) -> Callable[[Work], float]:
+    factors = itertools.chain(itertools.repeat(times, pieces), itertools.repeat(1.0))
+    return lambda kind: usual_s(kind) * next(factors)
 
 
 def test_a_frozen_replica_is_hedged_before_it_counts_as_silent() -> None:
@@ -229,6 +304,7 @@ def test_who_gives_up_while_the_slower_of_two_is_told_leaves_no_attempt_behind(
             chain = (Link(0, me.name, 0),)
             errand = Errand(MicroBatch(me.name, 1, 0), chain, 2, boundary, 100.0, Journey(1))
             monkeypatch.setattr(Attempt, "run", run)
+            monkeypatch.setattr(Attempt, "is_late", lambda self: True)
 
             async def use(answer: Answer) -> None:
                 raise AssertionError("nobody wants it any more")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 
@@ -11,6 +10,8 @@ import pytest
 from shoal.training.pipeline.routing import (
     BUSY_SERVICES,
     HEDGE_GRACE_S,
+    HEDGE_PRIOR,
+    HEDGE_PRIOR_LEAST_S,
     HEDGE_SAMPLES,
     LANE_STALL_S,
     UNKNOWN_BUSY_S,
@@ -127,7 +128,12 @@ def test_a_hedge_waits_for_the_95th_percentile_of_what_was_seen() -> None:
     ratios = [1.0] * 94 + [2.0] + [9.0] * 5
     assert hedge_after_s(0.5, ratios) == pytest.approx(0.5 * 2.0 + HEDGE_GRACE_S)
     assert hedge_after_s(0.5, [0.1] * 100) == pytest.approx(0.5 + HEDGE_GRACE_S), "never before it is due"
-    assert hedge_after_s(0.5, [1.0] * (HEDGE_SAMPLES - 1)) == math.inf
+
+
+def test_before_there_are_answers_a_hedge_waits_for_a_multiple_of_what_is_expected() -> None:
+    few = [1.0] * (HEDGE_SAMPLES - 1)
+    assert hedge_after_s(3.0, few) == hedge_after_s(3.0, []) == HEDGE_PRIOR * 3.0
+    assert hedge_after_s(0.01, few) == HEDGE_PRIOR_LEAST_S
 
 
 def test_a_lane_stands_still_only_past_its_own_measure() -> None:

@@ -57,7 +57,6 @@ class Pick:
     rtt_s: float
     service_s: float  # lane time of a micro-batch
     expected_s: float  # for its own part, transfers included
-    hedge_after_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +84,11 @@ class Attempt:
         pick: Pick,
         passed: Callable[[], None],
         gone: Callable[[], bool],
+        hedge_after_s: Callable[[float], float],
     ) -> None:
         """`passed`: called once, when the replica is known to be through with its forward; `gone`: whether
-        nobody hears of it any more."""
+        nobody hears of it any more. `hedge_after_s`: how long its own part may take, as it is known now and
+        given how long the request took to be sent."""
         self.peer = pick.peer
         self.adopts = isinstance(request, Adopt)
         self.unwanted = False  # another one was faster
@@ -95,6 +96,8 @@ class Attempt:
         self._behind: tuple[Link, ...] = ()
         self._passed = passed
         self._gone = gone
+        self._hedge_after_s = hedge_after_s
+        self._asking_s = 0.0  # how long the request took to be sent
         self._has_passed = False
         self.sent_s = self._now()
         self.stalled = asyncio.Event()
@@ -127,6 +130,7 @@ class Attempt:
                 try:
                     codec = await self._ask(self._stream, payload)
                     self._heard_s = self._now()
+                    self._asking_s = self._heard_s - self.sent_s
                     header = await self._listen(self._stream)
                     self._check(header)
                     size = gradient_bytes(codec)
@@ -233,9 +237,15 @@ class Attempt:
         """When to speak up though nothing is heard: past the percentile, and Working is overdue."""
         if self.stalled.is_set() or self._own_since_s is None:
             return float("inf")
-        return max(
-            self._own_since_s + self._pick.hedge_after_s - self._own_before_s, self._heard_s + _MISSED_S
-        )
+        after_s = self._hedge_after_s(self._asking_s)
+        return max(self._own_since_s + after_s - self._own_before_s, self._heard_s + _MISSED_S)
+
+    def is_late(self) -> bool:
+        """Whether the replica's own part takes so long that another one should be asked, too."""
+        if self._own_since_s is None:
+            return False
+        own_s = self._own_before_s + self._now() - self._own_since_s
+        return own_s >= self._hedge_after_s(self._asking_s)
 
     def _working(self, word: Working) -> None:
         now = self._now()
@@ -261,7 +271,7 @@ class Attempt:
         idle_s = now - self._finished_s
         if stands_still(idle_s, self._pick.service_s):
             raise PeerSilent(f"{self.peer} answers, but its lane finished nothing for {idle_s:.1f} s")
-        if self._own_before_s + now - self._own_since_s >= self._pick.hedge_after_s:
+        if self.is_late():
             self.stalled.set()
 
     def _check(self, header: Gradient) -> None:

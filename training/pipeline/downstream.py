@@ -23,7 +23,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
 from shoal.training.decisions import DecisionLog
 from shoal.training.lane import Lane
-from shoal.training.pipeline.attempt import Answer, Attempt, Journey, Pick
+from shoal.training.pipeline.attempt import WORKING_EVERY_S, Answer, Attempt, Journey, Pick
 from shoal.training.pipeline.compute import Boundary
 from shoal.training.pipeline.messages import Adopt, Link, MicroBatch, Propagate
 from shoal.training.pipeline.payload import PayloadFormat
@@ -32,6 +32,7 @@ from shoal.training.pipeline.successors import Event, Successors
 
 HEDGE_SHARE = 0.05  # hedges for each answer: what lies past the 95th percentile
 HEDGES_SAVED = 4.0  # the most that may come at once; a slow stage must not be asked for everything twice
+HEDGES_AT_FIRST = 1.0  # before answers tell what is usual: all may be slow to begin
 T = TypeVar("T")
 
 
@@ -80,7 +81,7 @@ class Downstream:
         self._form = form
         self._rng = rng
         self._event = event
-        self._hedges_saved = HEDGES_SAVED
+        self._hedges_saved = HEDGES_AT_FIRST
         self.hedges = 0
         self.adopted = 0  # micro-batches whose chain behind a dead hop was taken over
 
@@ -146,7 +147,8 @@ class Downstream:
                 waiting: set[asyncio.Task[Any]] = {runner.task for runner in runners}
                 if not stall.done():
                     waiting.add(stall)
-                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                look_again_s = WORKING_EVERY_S if stall.done() and len(runners) == 1 else None
+                await asyncio.wait(waiting, timeout=look_again_s, return_when=asyncio.FIRST_COMPLETED)
                 for runner in [runner for runner in runners if runner.task.done()]:
                     error = runner.task.exception()
                     if error is None:
@@ -179,7 +181,7 @@ class Downstream:
 
     async def _hedge(self, errand: Errand, stalled: _Runner) -> _Runner | None:
         """A second attempt, if this chain and this caller still have one to give, and somebody has room."""
-        if errand.journey.hedged or self._hedges_saved < 1.0:
+        if errand.journey.hedged or self._hedges_saved < 1.0 or not stalled.attempt.is_late():
             return None
         pick = self.successors.pick(errand.sequences, besides=(stalled.attempt.peer,))
         if pick is None:
@@ -223,7 +225,10 @@ class Downstream:
     def _run(self, errand: Errand, pick: Pick, request: Propagate | Adopt, payload: memoryview) -> _Runner:
         passed = functools.partial(self.successors.passed, pick.peer)
         gone = functools.partial(self._replicas.is_gone, pick.peer)
-        attempt = Attempt(self._transport, request, self._stages, errand.journey, pick, passed, gone)
+        hedge_after_s = functools.partial(self.successors.hedge_after_s, pick, errand.sequences)
+        attempt = Attempt(
+            self._transport, request, self._stages, errand.journey, pick, passed, gone, hedge_after_s
+        )
         self.successors.began(attempt)
         errand.journey.behind = (Link(self.stage, pick.peer, request.attempt),)
         gradient_bytes = functools.partial(self._form.hidden_bytes, errand.sequences)

@@ -33,7 +33,8 @@ OWN_WORK_OFF = 0.5
 BUSY_SERVICES = 4.0  # micro-batches queued, weight gradients that fill gaps included
 UNKNOWN_BUSY_S = 0.5  # until a lane has finished its first piece of work, ask so often
 HEDGE_QUANTILE = 0.95
-HEDGE_SAMPLES = 20  # fewer say nothing about a 95th percentile
+HEDGE_SAMPLES = 20  # fewer say nothing about a 95th percentile, and until then ...
+HEDGE_PRIOR, HEDGE_PRIOR_LEAST_S = 4.0, 2.0  # ... so many times what was expected are late, and not below
 HEDGE_GRACE_S = 0.1  # scheduling noise: below it a second call costs more than it saves
 LANE_STALL_S = 5.0  # a lane that finishes nothing for so long, and ...
 LANE_STALL_SERVICES = 4.0  # ... for so many of its usual micro-batches, stands still though its loop answers
@@ -134,12 +135,12 @@ def busy_for_s(queued: int, backlog_s: float, service_s: float) -> float:
 
 
 def hedge_after_s(expected_s: float, ratios: Sequence[float]) -> float:
-    """How long a replica's own part may take before another one is asked, too; inf while too little is known.
+    """How long a replica's own part may take before another one is asked, too.
 
     `ratios`: of the latest answers, what their replicas' own parts took to what was expected.
     """
     if len(ratios) < HEDGE_SAMPLES:
-        return math.inf
+        return max(HEDGE_PRIOR * expected_s, HEDGE_PRIOR_LEAST_S)
     ordered = sorted(ratios)
     late = ordered[min(len(ordered) - 1, math.ceil(HEDGE_QUANTILE * len(ordered)) - 1)]
     return expected_s * max(late, 1.0) + HEDGE_GRACE_S

@@ -6,6 +6,7 @@ The state behind `routing`, `standing` and `link_codec`, which are pure; `Downst
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
@@ -20,7 +21,13 @@ from shoal.training.pipeline.attempt import Answer, Attempt, Pick
 from shoal.training.pipeline.link_codec import LinkCodec, widest_in_time
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.pipeline.replicas import Replica, Replicas
-from shoal.training.pipeline.routing import Candidate, choose, expected_finish_s, hedge_after_s
+from shoal.training.pipeline.routing import (
+    HEDGE_SAMPLES,
+    Candidate,
+    choose,
+    expected_finish_s,
+    hedge_after_s,
+)
 from shoal.training.pipeline.standing import Standing
 
 RATIOS_KEPT = 128  # answers whose lateness the hedges go by
@@ -100,8 +107,29 @@ class Successors:
 
     def _pick(self, chosen: Candidate, codec: str, sizes: Mapping[str, int]) -> Pick:
         expected_s = expected_finish_s(chosen, 2 * sizes[codec])
-        hedge_s = hedge_after_s(expected_s, self._ratios)
-        return Pick(PeerId(chosen.peer), codec, chosen.rtt_s, chosen.service_s, expected_s, hedge_s)
+        return Pick(PeerId(chosen.peer), codec, chosen.rtt_s, chosen.service_s, expected_s)
+
+    def hedge_after_s(self, pick: Pick, sequences: int, asking_s: float) -> float:
+        """How long that one's own part may take, as it is known now, before another one is asked, too.
+
+        Before there are answers to judge by, what it says of its rate and its queue since it was asked
+        counts as well; of a stage of which nobody knows a rate, all may still be slow to begin, and a lane
+        that finishes nothing is noticed anyway. `asking_s`: that the request took to be sent stands for a
+        link that was not measured yet, there and back.
+        """
+        if len(self._ratios) >= HEDGE_SAMPLES:
+            return hedge_after_s(pick.expected_s, self._ratios)
+        now = asyncio.get_running_loop().time()
+        replicas = [replica for replica in self._look(now) if replica.peer == pick.peer]
+        known = replicas and (
+            replicas[0].service_s or self._known[pick.peer].standing.service_s or self._typical_s()
+        )
+        if not known:
+            return math.inf
+        (candidate,) = self._candidates(replicas, now)
+        payload_bytes = 2 * self._form.hidden_bytes(sequences, pick.codec)
+        expected_s = max(pick.expected_s, expected_finish_s(candidate, payload_bytes))
+        return hedge_after_s(expected_s + 2 * asking_s, self._ratios)
 
     def _choose(self, candidates: list[Candidate], payload_bytes: int) -> Candidate | None:
         if self._decisions is None or not candidates:
@@ -217,11 +245,15 @@ class Successors:
         return listed
 
     def _candidates(self, replicas: list[Replica], now: float) -> list[Candidate]:
-        measured = [known.standing.service_s for known in self._known.values() if known.standing.service_s]
-        typical_s = sum(measured) / len(measured) if measured else 0.0
+        typical_s = self._typical_s()
         candidates = []
         for replica in replicas:
             known = self._known[replica.peer]
             sent_s = [attempt.sent_s for attempt in known.attempts]
             candidates.append(known.standing.candidate(replica, sent_s, now, typical_s))
         return candidates
+
+    def _typical_s(self) -> float:
+        """Lane time of a micro-batch at this stage, as far as it was measured; else 0."""
+        measured = [known.standing.service_s for known in self._known.values() if known.standing.service_s]
+        return sum(measured) / len(measured) if measured else 0.0
