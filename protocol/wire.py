@@ -74,7 +74,8 @@ class OneOf:
     values: frozenset[str]
 
 
-Count = Annotated[int, Bounds(0, 2**53)]
+COUNT_MOST = 2**53  # what JSON and floats carry exactly
+Count = Annotated[int, Bounds(0, COUNT_MOST)]
 Identifier = Annotated[int, Bounds(0, 2**64 - 1)]
 Finite = Annotated[float, Bounds(-1e300, 1e300)]
 Share = Annotated[float, Bounds(0.0, 1.0)]

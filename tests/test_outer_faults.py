@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 from outer_faults import Faults
@@ -11,6 +12,8 @@ from outer_world import Node, World, round_spec
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Buffer
 from shoal.protocol.virtual_time import run
+from shoal.protocol.wire import COUNT_MOST
+from shoal.training.outer.entry import Entry, Seat
 from shoal.training.outer.messages import (
     Answer,
     Commit,
@@ -204,3 +207,43 @@ def test_weights_that_are_not_finite_stay_at_home() -> None:
             assert len(entry.contributors) == 2
 
     run(main)
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    [{"tokens": COUNT_MOST}, {"from_step": 0}, {"to_step": COUNT_MOST}],
+    ids=["tokens", "overlap", "steps"],
+)
+def test_a_member_that_claims_what_no_log_can_hold_fails_no_round_of_the_others(
+    claimed: dict[str, int],
+) -> None:
+    """Tokens whose sum no entry can carry, or steps that are listed already, failed round after round."""
+    faults = Faults()
+
+    async def main() -> None:
+        async with World(4, wrap=faults.wrap) as world:
+            await world.rounds(1)
+            liar = world.nodes[2]
+
+            def tamper(peer: PeerId, header: object, payload: Buffer) -> tuple[object, Buffer]:
+                if peer == liar.name and isinstance(header, Answer):
+                    header = dataclasses.replace(header, **claimed)  # type: ignore[arg-type]
+                return header, payload
+
+            faults.tamper = tamper
+            honest = [node for node in world.nodes if node is not liar]
+            begun = now()
+            for height in (2, 3):
+                world.everybody_steps()
+                world.everybody_steps()
+                await world.reach(height, honest)
+            assert now() - begun < 20
+            assert world.equal(honest)
+            listed = {seat.peer for entry in world.entries()[1:] for seat in listed_seats(entry)}
+            assert {node.name for node in honest} <= listed
+
+    run(main)
+
+
+def listed_seats(entry: Entry) -> list[Seat]:
+    return [entry.roster[row.seat] for row in entry.contributors]

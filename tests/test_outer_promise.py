@@ -120,7 +120,11 @@ def test_what_an_earlier_attempts_round_sends_is_what_the_next_attempt_is_told_o
                     answer = await prepare(earlier, FIRST, node, 1)
                     object.__setattr__(node.outer.context, "offload", slow)
                     draft = draft_of(
-                        offer_of(FIRST, node, 1), {node.name: answer}, offer_of(FIRST, node, 1), [], 1
+                        offer_of(FIRST, node, 1),
+                        {node.name: answer},
+                        offer_of(FIRST, node, 1),
+                        node.outer._replica.log,
+                        1,
                     )
                     await earlier.send(Go(30.0), draft.encode())
                     await asyncio.sleep(0.5)

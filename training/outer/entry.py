@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from blake3 import blake3
 from shoal.dht.directory import PeerIdText, StageIndex
 from shoal.protocol import limits, wire
 from shoal.protocol.errors import MessageInvalid
-from shoal.protocol.wire import Bounds, Count, Digest, Identifier, Items, Length, wire_message
+from shoal.protocol.wire import COUNT_MOST, Bounds, Count, Digest, Identifier, Items, Length, wire_message
 
 # 4096 parts × (32 + 128) bytes, 1024 seats and as many contributors of about 80 bytes each: under 1 MiB; a
 # re-entry carries such an entry within itself.
@@ -164,8 +165,13 @@ class Entry:
             contributors=rows,
             digests=b"".join(digests),
             listed=b"".join(bitmaps),
-            tokens=previous_tokens + sum(row.tokens for row in rows),
+            tokens=summed([previous_tokens, *(row.tokens for row in rows)]),
         )
+
+
+def summed(tokens: Iterable[int]) -> int:
+    """Tokens in all, up to what an entry can carry: one member's claim must not fail everybody's rounds."""
+    return min(sum(tokens), COUNT_MOST)
 
 
 @functools.lru_cache(maxsize=16)  # an entry is looked at again at every step of its way

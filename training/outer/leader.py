@@ -176,7 +176,7 @@ class Leader:
             self._plain,
             self._group.answers,
             like,
-            self._log.leaving,
+            self._log,
             self._context.spec.stages.minimum_replicas,
         )
         if not draft.contributors:

@@ -29,6 +29,7 @@ from shoal.training.outer.entry import (
     entry_hash,
     parse,
     seats_in,
+    summed,
     union,
 )
 from shoal.training.outer.parts import Fragment
@@ -249,7 +250,7 @@ class Log:
         for seat, row, tokens in self._news_of(entry):
             key = (seat.peer, seat.incarnation)
             ends = self.ends_of(*key)
-            ends[entry.fragment] = (row.to_step, ends[entry.fragment][1] + tokens)
+            ends[entry.fragment] = (row.to_step, summed([ends[entry.fragment][1], tokens]))
             self._ends[key] = StepsEnd(*key, *(tuple(column) for column in zip(*ends, strict=True)))
             self._ends.move_to_end(key)
             for position in row.positions:
@@ -333,7 +334,7 @@ class Log:
 
     def tokens_of(self, draft: Entry) -> int:
         """What an entry made of this re-entry has to count."""
-        return self.counted_tokens + sum(tokens for _, _, tokens in self._news_of(draft))
+        return summed([self.counted_tokens, *(tokens for _, _, tokens in self._news_of(draft))])
 
     def _check_parts(self, entry: Entry) -> None:
         rows = {row.seat for row in entry.contributors}
@@ -357,7 +358,7 @@ class Log:
                 )
             if not seat.present:
                 raise MessageInvalid(f"entry {entry.height}: {seat.peer} contributes without being present")
-            tokens += row.tokens
+            tokens = summed([tokens, row.tokens])
         if entry.tokens != tokens:
             raise MessageInvalid(f"entry {entry.height}: {entry.tokens} tokens, {tokens} expected")
 

@@ -73,15 +73,18 @@ def draft_of(
     offer: Entry,
     answers: Mapping[PeerId, Answer],
     like: Entry,
-    leaving: Sequence[PeerId],
+    log: Log,
     minimum_replicas: int,
 ) -> Entry:
     """Everybody who answered is present; who has tokens contributes, in the codecs of `like`.
 
-    `leaving` are on their way out already. Nobody contributes where nobody has made a step.
+    Whose steps do not go on from those in the log is not listed: all would refuse the entry. Nobody
+    contributes where nobody has made a step.
     """
     given = [(i, answers[seat.peer]) for i, seat in enumerate(offer.roster) if seat.peer in answers]
     given = [(i, answer) for i, answer in given if answer.tokens and answer.to_step > answer.from_step]
+    ends = [log.end_of(PeerId(seat.peer), seat.incarnation, offer.fragment)[0] for seat in offer.roster]
+    given = [(i, answer) for i, answer in given if answer.from_step == ends[i]]
     clips = clip_factors([answer.norm for _, answer in given], [answer.tokens for _, answer in given])
     rows = tuple(
         Contributor(i, a.from_step, a.to_step, a.tokens, a.norm, clip, a.positions)
@@ -92,7 +95,7 @@ def draft_of(
         offer,
         roster=with_present(offer.roster, answers),
         contributors=rows,
-        leaving=may_leave(asking, list(answers), leaving, minimum_replicas),
+        leaving=may_leave(asking, list(answers), log.leaving, minimum_replicas),
         contribution=like.contribution,
         published=like.published,
         mix=like.mix,
