@@ -245,5 +245,25 @@ def test_a_member_that_claims_what_no_log_can_hold_fails_no_round_of_the_others(
     run(main)
 
 
+def test_a_round_that_cannot_be_proposed_ends_nobody() -> None:
+    """An offer that no entry can hold (a group too large, say) ended the leader's whole peer."""
+
+    async def main() -> None:
+        async with World(3) as world:
+            await world.rounds(1)
+            world.uplinks = dict.fromkeys(world.live, 1e300)
+            world.everybody_steps()
+            world.everybody_steps()
+            await asyncio.sleep(10.0)
+            assert not [node.name for node in world.nodes if node.task is None or node.task.done()]
+            assert [kind for node in world.nodes for kind, _ in node.events].count("outer-retry")
+            world.uplinks.clear()
+            await world.reach(2)
+            await world.rounds(1)
+            assert world.equal()
+
+    run(main)
+
+
 def listed_seats(entry: Entry) -> list[Seat]:
     return [entry.roster[row.seat] for row in entry.contributors]

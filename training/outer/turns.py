@@ -241,20 +241,12 @@ class Turns:
         )
 
     async def _lead(self, group: Sequence[GroupMember], silent: Sequence[PeerId]) -> None:
-        promise, height = self._promises.current, self._replica.log.height + 1
-        promised = promise.ballot if promise.previous == self._replica.log.head else 0
-        leader = Leader(
-            self._context,
-            self._replica.log,
-            group,
-            silent,
-            max(promised, self._ballot) + 1,
-            self._first_stage_head(),
-            lambda line: follow(self._context, self._member, line),
-            self._guarded.secure,
-            self._replica.lost.next(),
-            self._mix(height),
-        )
+        height = self._replica.log.height + 1
+        try:
+            leader = self._leader(group, silent)
+        except ShoalError as error:
+            self._back_off(f"round {height} not proposed: {error}")
+            return
         self._context.event("round-open", {"height": height, "roster": len(group)})
         self._leading = height
         try:
@@ -267,6 +259,23 @@ class Turns:
         finally:
             self._leading = 0
             self._change.notify()
+
+    def _leader(self, group: Sequence[GroupMember], silent: Sequence[PeerId]) -> Leader:
+        """Raises MessageInvalid for an offer that no entry can hold: of a group that is too large, say."""
+        promise, log = self._promises.current, self._replica.log
+        promised = promise.ballot if promise.previous == log.head else 0
+        return Leader(
+            self._context,
+            log,
+            group,
+            silent,
+            max(promised, self._ballot) + 1,
+            self._first_stage_head(),
+            lambda line: follow(self._context, self._member, line),
+            self._guarded.secure,
+            self._replica.lost.next(),
+            self._mix(log.height + 1),
+        )
 
     async def catch_up(self, group: Sequence[GroupMember]) -> bool:
         try:
