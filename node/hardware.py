@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -18,6 +19,11 @@ from shoal.training.plan import StagePlan
 _MIB = 1 << 20
 _COMPILED_FROM = 1 << 22  # weights of a stage
 _SESSIONS_BESIDE_TRAINING = 512 * _MIB
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+)  # of drivers, and of torch on CPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +142,27 @@ def check_memory(device: Device, stage: StagePlan) -> None:
             f"{'' if device.host_optimizer or device.torch_name == 'cpu' else 'try --host-optimizer, '}"
             "or ask the owner for a run with more stages"
         )
+
+
+@contextlib.contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """Turns an allocation that failed, in a group of tasks too, into HardwareTooSmall: no plan is exact."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ExceptionGroup) as error:
+        lack = _lack_of_memory(error)
+        if lack is None:
+            raise
+        why = next(iter(str(lack).splitlines()), type(lack).__name__)
+        raise HardwareTooSmall(f"no memory for {what}: {why}") from error
+
+
+def _lack_of_memory(error: BaseException) -> BaseException | None:
+    """The allocation that failed, if that is what happened."""
+    if isinstance(error, BaseExceptionGroup):
+        return next((lack for inner in error.exceptions if (lack := _lack_of_memory(inner))), None)
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    return error if told or isinstance(error, MemoryError | torch.OutOfMemoryError) else None
 
 
 def session_bytes(device: Device, stage: StagePlan, *, trains: bool) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 from shoal.dht.beats import Beat
 from shoal.node.bench import Bench
 from shoal.node.events import Events
-from shoal.node.hardware import Device
+from shoal.node.hardware import Device, within_memory
 from shoal.node.paths import cache_root
 from shoal.node.presence import Presence
 from shoal.node.tokenizers import with_tokenizer
@@ -89,9 +89,10 @@ class Trainee:
         await self._bench.release()
 
     async def recover(self) -> None:
-        """Bring the stage to its group's state; afterwards it serves."""
-        trainer = await self._made() if self._spec.trains else self._host()
-        await trainer.recover()
+        """Bring the stage to its group's state; afterwards it serves. Raises HardwareTooSmall and others."""
+        with within_memory(f"stage {self.stage}"):
+            trainer = await self._made() if self._spec.trains else self._host()
+            await trainer.recover()
         self._trainer = trainer
 
     async def _made(self) -> Trainer:

@@ -17,7 +17,8 @@ from trainer_world import TrainerWorld, round_spec
 from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.view import Member, SwarmView
 from shoal.node.worker import Worker
-from shoal.protocol.identity import PeerId
+from shoal.protocol.errors import HardwareTooSmall
+from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.virtual_time import run
 from shoal.training.spec import RunSpec
 from shoal.training.tenure import Tenure
@@ -101,6 +102,57 @@ class Slow:
 
     async def stop_guarding(self, stage: int) -> None:
         pass
+
+
+class NoMemory(Slow):
+    """A term that there is no memory for, though the plan says that there is."""
+
+    async def recover(self) -> None:
+        raise HardwareTooSmall("no memory for stage 1: CUDA out of memory")
+
+
+def test_a_second_stage_that_there_is_no_memory_for_is_refused_once_and_the_first_goes_on() -> None:
+    begun: list[int] = []
+    events: list[str] = []
+    said: list[dict[int, str]] = []
+
+    @contextlib.asynccontextmanager
+    async def begin(stage: int) -> AsyncIterator[Slow]:
+        begun.append(stage)
+        yield NoMemory() if stage else Slow()
+
+    async def main() -> None:
+        me = PeerId("me")
+        member = Member(
+            peer=me,
+            roles=frozenset({Role.TRAINER}),
+            stages=(0,),
+            state="online",
+            beat=Beat(stages=(StageBeat(0),), room=1),
+        )
+        view = SwarmView(me, 0.0, (member,))
+        tenure = Tenure(
+            moving_spec(2),
+            view=lambda: view,
+            begin=begin,
+            announce=lambda held: said.append(dict(held)),
+            prefetch=Slow().prefetch,
+            fits=lambda stages: True,
+            event=lambda kind, fields: events.append(kind),
+            rng=random.Random(1),
+            most=2,
+        )
+        living = asyncio.create_task(tenure.run(0))
+        await asyncio.sleep(200.0)
+        assert not living.done()
+        assert tenure.room == 0
+        living.cancel()
+        await asyncio.gather(living, return_exceptions=True)
+
+    run(main)
+    assert begun == [0, 1]
+    assert events.count("take-cut") == 1
+    assert said[-1] == {0: "online"}
 
 
 def test_who_is_leaving_takes_no_other_stage_meanwhile(tmp_path: Path) -> None:

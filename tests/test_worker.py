@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from trainer_world import round_spec
 
 from shoal.compression import kernels
@@ -18,6 +19,7 @@ from shoal.dht.view import SwarmView
 from shoal.node import hardware
 from shoal.node.trainee import Trainee
 from shoal.node.worker import Worker
+from shoal.protocol.errors import HardwareTooSmall, StageEmpty
 from shoal.protocol.identity import PeerId
 from shoal.training.tenure import Tenure
 
@@ -127,3 +129,42 @@ def test_a_stage_that_is_given_back_leaves_the_memory_to_those_that_stay(
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+        ExceptionGroup(
+            "of a download", [StageEmpty("no donor"), torch.OutOfMemoryError("CUDA out of memory")]
+        ),
+    ],
+    ids=["cuda", "cpu", "python", "in a group"],
+)
+def test_an_allocation_that_fails_while_a_stage_begins_is_hardware_that_is_too_small(
+    why: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As whatever else ended the whole peer, with the stages that it had."""
+
+    async def make(_: Trainee) -> Replica:
+        raise why
+
+    monkeypatch.setattr(Trainee, "_made", make)
+
+    async def main() -> None:
+        peer, device = worker(tmp_path), hardware.Device("cpu", "a processor", 1 << 40)
+        async with peer._begin(round_spec(2), 1, device, None) as trainee:
+            with pytest.raises(HardwareTooSmall, match="no memory for stage 1"):
+                await trainee.recover()
+
+    try:
+        asyncio.run(main())
+    finally:
+        gc.unfreeze()
+
+
+def test_other_errors_while_a_stage_begins_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), hardware.within_memory("stage 1"):
+        raise RuntimeError("shapes do not fit")

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from shoal.dht.directory import STAGES_HELD
 from shoal.dht.view import SwarmView
-from shoal.protocol.errors import ShoalError
+from shoal.protocol.errors import HardwareTooSmall, ShoalError
 from shoal.protocol.identity import PeerId, Role
 from shoal.training.decisions import DecisionLog
 from shoal.training.partition import spec_costs
@@ -157,6 +157,8 @@ class Tenure:
         except ShoalError as error:  # of its beginning; the stages that it has are no worse for it
             if not held.besides or held.term is not None:
                 raise
+            if isinstance(error, HardwareTooSmall):
+                self._most = len(self._held) - 1  # the plan said that it fits: it is not asked again
             text = f"not at stage {stage} besides: {error}"
             self._event("take-cut", {"stage": stage, "why": str(error), "text": text})
         finally:
