@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from ballots_world import FIRST, SECOND, ask, leader, offer_of, prepare
-from outer_world import Keeper, Node, World, inline
+from outer_world import Keeper, Node, World, inline, round_spec
 from slow_disk import SlowDisk
 
 from shoal.protocol import wire
@@ -19,6 +19,7 @@ from shoal.protocol.virtual_time import run
 from shoal.training.outer.messages import Go
 from shoal.training.outer.promise import Promise, Promises
 from shoal.training.outer.proposal import draft_of
+from shoal.training.recovery.snapshots import QUEUED
 
 
 async def join(world: World, incarnation: int, directory: Path) -> Node:
@@ -181,5 +182,35 @@ def test_a_promise_whose_leader_went_away_never_comes_after_a_later_one(tmp_path
             await disk.still()
             assert wire.decode(Promise, promise_file(tmp_path).read_bytes()) == promises.current
             assert promises.current.ballot == 5
+
+    run(main)
+
+
+def test_a_switch_of_chains_reaches_a_disk_that_is_behind(tmp_path: Path) -> None:
+    """Else the disk keeps the chain that lost, and a restart takes up whichever snapshot is highest there."""
+
+    async def main() -> None:
+        async with World(0, round_spec(outer={"snapshot_every": 1})) as world:
+            node = world.node(0, directory=tmp_path)
+            await node.start()
+            await world.rounds(3)
+            snapshots, goes_on = node.outer._snapshots, asyncio.Event()
+            await snapshots._writes.join()
+
+            async def stuck(function: Callable[..., Any], *arguments: Any) -> Any:
+                await goes_on.wait()
+                return function(*arguments)
+
+            object.__setattr__(node.outer.context, "offload", stuck)
+            for _ in range(QUEUED + 2):
+                snapshots.write(lambda: None)
+                await asyncio.sleep(0.0)
+            snapshots.switch(snapshots.get(2))
+            goes_on.set()
+            await snapshots._writes.join()
+            directory = snapshots.directory
+            assert directory is not None
+            assert {path.stem for path in directory.glob("snapshot-*")} == {"snapshot-000000000002"}
+            assert [kind for kind, _ in node.events].count("disk-behind")
 
     run(main)

@@ -150,13 +150,19 @@ class Snapshots:
             self.take()
 
     def write(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Run a write off the loop, after those before it; a disk slower than the rounds skips some."""
+        """Run a write off the loop, after those before it; a disk slower than the rounds skips some.
+
+        Not a `rewrite`: without it the disk would keep a chain that was left. What it replaces is skipped.
+        """
         if self._writer is None:
             self._writer = asyncio.create_task(self._write_all())
-        try:
-            self._writes.put_nowait((function, arguments))
-        except asyncio.QueueFull:
+        if self._writes.full():
             self._context.event("disk-behind", {"queued": QUEUED})
+            if function is not rewrite:
+                return
+            self._writes.get_nowait()
+            self._writes.task_done()
+        self._writes.put_nowait((function, arguments))
 
     async def _write_all(self) -> None:
         while True:
