@@ -58,17 +58,29 @@ async def find_rival(context: Context, log: Log, target: Target) -> Rival:
 
 
 async def _rival_of(context: Context, donor: PeerId, log: Log, target: Target) -> Rival:
-    """Back from the lower of both heights in growing strides until a head is the same, then forward."""
-    lowest, back = min(log.height, target.height), 0
+    """Back from the lower of both heights in growing strides until a head is the same, then forward.
+
+    In shrinking ones once that is beyond what the donor keeps: both sides have to find what both still know,
+    or one would compare what was done since and the other totals.
+    """
+    lowest, back, given = min(log.height, target.height), 0, -1
+    refused: int | None = None
     while True:
         height = max(lowest - back, log.oldest_height)
-        chain = await _entries(context, donor, height + 1, target.height)
-        previous = parse(chain[0]).previous if chain else target.head
-        if previous == log.head_at(height):
-            break
-        if height == log.oldest_height:
-            raise NotHere(f"{donor} left this chain below height {height}, the last that is kept here")
-        back = 2 * back or 1
+        try:
+            chain = await _entries(context, donor, height + 1, target.height)
+        except NotHere:
+            refused = back
+            if refused - given <= 1:
+                raise
+        else:
+            given = back
+            previous = parse(chain[0]).previous if chain else target.head
+            if previous == log.head_at(height):
+                break
+            if height == log.oldest_height or refused == given + 1:
+                raise NotHere(f"{donor} left this chain below height {height}, the last that both keep")
+        back = (2 * given or 1) if refused is None else (given + refused) // 2
     _check_links(donor, chain, previous)
     _check_end(donor, chain, previous, target)
     shared = 0
