@@ -40,6 +40,9 @@ def test_who_has_fewer_tokens_switches_from_a_higher_chain_too(tmp_path: Path, l
                 while not world.equal():
                     await asyncio.sleep(0.1)
             assert again.outer._replica.log.head_at(low) == head, "all go on from there"
+            told = [[data["steps"] for kind, data in n.events if kind == "steps-lost"] for n in others]
+            assert told == [[2 * (high - 2)]] * 2, "what is gone with a chain is said"
+            assert not [kind for kind, _ in again.events if kind == "steps-lost"]
             await world.rounds(2)
             assert world.equal()
 
@@ -47,7 +50,7 @@ def test_who_has_fewer_tokens_switches_from_a_higher_chain_too(tmp_path: Path, l
 
 
 def test_both_sides_find_where_they_parted_though_one_keeps_little_before_it(tmp_path: Path) -> None:
-    """Growing strides asked for more than the other keeps: one side compared totals, the other what was done."""
+    """Growing strides asked for more than the other keeps: one side compared totals, the other work."""
 
     async def main() -> None:
         async with World(2, round_spec(outer={"snapshot_every": 8})) as world:

@@ -63,6 +63,7 @@ class Jumping:
             if leaves:
                 if replica.log.head != begun:
                     return False  # the comparison has to be made again
+                self._tell_of_lost_steps(replica, shadow)
             elif fork is None:
                 on_the_way = replica.log.head in (begun, shadow.log.head_at(replica.log.height))
                 if shadow.log.height <= replica.log.height or not on_the_way:
@@ -87,6 +88,16 @@ class Jumping:
 
         await self._member.install(jump)
         return jumped
+
+    def _tell_of_lost_steps(self, replica: Replica, shadow: Replica) -> None:
+        """Own steps in the chain that is left: its anchors go, nobody knows since when, and nothing brings
+        them back. Later contributions name them as well, since steps tile, with no delta in them."""
+        me, context = (self._context.me, self._context.incarnation), self._context
+        ends = zip(replica.log.ends_of(*me), shadow.log.ends_of(*me), strict=True)
+        steps = max(old[0] - new[0] for old, new in ends)
+        if steps > 0:
+            text = f"{steps} inner steps of this peer were in a chain that has lost, and are gone with it"
+            context.event("steps-lost", {"stage": context.stage, "steps": steps, "text": text})
 
     def _leave_chain(self, shadow: Replica, fork: Fork) -> list[Rebase]:
         """What stays behind waits to re-enter; what the switch means for local weights."""
