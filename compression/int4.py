@@ -4,6 +4,9 @@ scale = −v/8.25 to the nearest bfloat16, v the value of largest magnitude (the
 round-half-even(x/scale), cut to −8 … 7; value = code·scale. The scale's sign puts v on the side with the
 sixteenth code, and 8.25 cuts a little off v for finer steps elsewhere: relative error on Gaussian values
 0.101, where max|x|/7 gives 0.118. The deltas of a small transformer liked the same range, 8 to 8.5.
+One-sided values are rounded one way (−0.056 of their deviation on log-normal ones, 1M of them), and feedback
+gives it back: −0.008 a round after three. An offset a block of 256 for the same bytes gives −0.026 at once,
+and errs by 0.109 on Gaussian values; rounding by chance has no bias, and errs by 0.145.
 Layout: scales, then two codes a byte, the first in the low half.
 """
 

@@ -139,6 +139,18 @@ def test_int4_is_within_a_tenth_on_gaussian_values_and_unbiased(path: str) -> No
     assert relative_error(*after_a_round("int4/128", peers(lambda seed: gaussian(1 << 18, seed)))) <= 0.145
 
 
+@pytest.mark.parametrize("draw", [one_sided, narrow, log_normal])
+def test_what_int4_rounds_one_way_on_one_sided_values_comes_back_with_feedback(
+    draw: Callable[[int], torch.Tensor],
+) -> None:
+    """By magnitude: of a mean that is a hundred deviations, as in `one_sided`, more rounds are needed."""
+    codec, residual, rounds = Int4(), torch.zeros(1 << 18), 3
+    for seed in range(rounds):
+        wanted = draw(seed) + residual
+        residual = wanted - codec.decode(codec.encode(wanted), wanted.numel())
+    assert abs(float(residual.double().mean() / rounds / draw(0).square().mean().sqrt())) <= 0.01
+
+
 @every_path
 @pytest.mark.parametrize("count", [256, 1000, 1])
 def test_onebit_keeps_signs_and_the_mean_magnitude_of_each_block(count: int, path: str) -> None:
