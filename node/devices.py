@@ -108,7 +108,8 @@ class Children:
             "answer_s": self._answer_s,
             "threads": torch.get_num_threads(),
         }
-        os.write(writing, json.dumps(setting).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # it is dead already, and `watch` says how it ended
+            os.write(writing, json.dumps(setting).encode() + b"\n")
 
     async def _join(self, meeting: Path) -> Ranks:
         """On a thread of its own, which nobody waits for if a child does not come."""

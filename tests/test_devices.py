@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +25,7 @@ from swarm_world import Swarm, swarm_spec, write_corpus
 from torch.distributed.tensor import DTensor
 from trainer_world import TrainerWorld, round_spec
 
+from shoal.node import devices
 from shoal.node.cli.peer import peer_options
 from shoal.node.devices import Children, several
 from shoal.node.hardware import choose_devices
@@ -282,3 +286,28 @@ def test_a_peer_that_loses_a_device_ends_by_its_name(tmp_path: Path) -> None:
             assert "device cpu (rank 1) of this peer ended with signal 9" in peer.last_words()
 
     asyncio.run(story())
+
+
+def test_a_device_whose_process_dies_at_once_is_lost_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was to do could not be written any more: a BrokenPipeError, and no word of the device."""
+    begin = asyncio.create_subprocess_exec
+
+    async def stillborn(*_: str, **settings: Any) -> asyncio.subprocess.Process:
+        process = await begin(sys.executable, "-c", "raise SystemExit(3)", stdin=settings["stdin"])
+        await process.wait()
+        return process
+
+    over = threading.Event()
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", stillborn)
+    monkeypatch.setattr(devices, "join", lambda *_: over.wait())
+
+    async def main() -> None:
+        async with Children(("cpu", "cpu"), answer_s=5.0):
+            pass
+
+    with pytest.raises(ExceptionGroup) as found:
+        asyncio.run(main())
+    over.set()
+    (lost,) = found.value.exceptions
+    assert isinstance(lost, DeviceLost)
+    assert "device cpu (rank 1) of this peer ended with exit code 3" in str(lost)
