@@ -58,13 +58,15 @@ def state_of(spec: RunSpec, stage: int, layout: StageLayout, height: int) -> tup
     return snapshot, Moments(STEPS, known(layout, MEAN), known(layout, SQUARE))
 
 
-def write_stages(folder: Path, spec: RunSpec, kind: str = "whole", stages: range | None = None) -> Checkpoint:
+def write_stages(
+    folder: Path, spec: RunSpec, kind: str = "whole", stages: range | None = None, height: int = 8
+) -> Checkpoint:
     """A checkpoint of some stages, all of them if not said otherwise."""
     writer, parts = Writer(folder, kind), []
     every = layouts(spec)
     for stage in stages if stages is not None else range(len(every)):
         layout = every[stage]
-        snapshot, moments = state_of(spec, stage, layout, height=8 + stage)
+        snapshot, moments = state_of(spec, stage, layout, height=height + stage)
         add_log(writer, snapshot)
         for slot in layout.slots:
             add_slot(writer, slot, snapshot, moments)

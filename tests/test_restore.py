@@ -5,17 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from checkpoint_world import KINDS, known, layouts, spec_of, write_stages
 
+from shoal.dht.view import SwarmView
 from shoal.protocol import virtual_time
 from shoal.protocol.errors import NotHere
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
-from shoal.training.checkpoint.manifest import DIGEST
+from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, DIGEST
 from shoal.training.checkpoint.read import Checkpoint
+from shoal.training.checkpoint.replica import StageCheckpoints
 from shoal.training.checkpoint.restore import Restored, restore_stage
 from shoal.training.checkpoint.share import Shelf, find
 
@@ -107,3 +110,39 @@ def test_what_cannot_be_read_hides_no_checkpoint_behind_it(tmp_path: Path) -> No
     assert find([tmp_path], wanted.digest) == wanted.path
     with pytest.raises(NotHere):
         find([tmp_path], "0" * 64)
+
+
+def test_an_older_one_of_a_peer_whose_newest_is_damaged_is_found(tmp_path: Path) -> None:
+    """It offered the newest alone, and the stage was lost with a whole checkpoint there."""
+    write_stages(tmp_path / "theirs", SPEC, height=2)
+    damage(write_stages(tmp_path / "theirs", SPEC, height=4))
+    told: list[str] = []
+    require_known(restored(tmp_path / "mine", tmp_path / "theirs", told))
+    assert told == ["checkpoint-refused"]
+
+
+def test_who_looks_again_and_again_tells_of_the_same_damage_once(tmp_path: Path) -> None:
+    """Whoever waits for a lost stage looks every two seconds: its owner kept 1,024 events of that."""
+    damage(write_stages(tmp_path / CHECKPOINTS_FOLDER, SPEC))
+    told: list[str] = []
+    members: Any = SimpleNamespace(view=lambda: SwarmView(ME, 0.0, ()))
+    outer: Any = SimpleNamespace(height=0)
+
+    async def main() -> None:
+        checkpoints = StageCheckpoints(
+            SPEC,
+            STAGE,
+            layouts(SPEC)[STAGE],
+            transport=MemoryNetwork(random.Random(1)).transport(ME, TRAINER),
+            members=members,
+            folder=tmp_path,
+            imported=(),
+            offload=offload,
+            event=lambda kind, _: told.append(kind),
+            rng=random.Random(1),
+        )
+        for _ in range(3):
+            await checkpoints.restore(outer)
+
+    virtual_time.run(main)
+    assert told == ["checkpoint-refused"]

@@ -41,6 +41,7 @@ class NewestOf:
 
     run_id: Digest
     stage: StageIndex
+    below: Count = 0  # that height, for what is there could not be used; 0: whatever there is
 
 
 @wire_message

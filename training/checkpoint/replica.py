@@ -28,6 +28,7 @@ from shoal.training.weights import Weights
 
 _ASKED = 16  # peers besides the owner's, when a stage is empty
 _RESTORED_FOLDER = "restored"
+_TOLD = 64  # events that are not repeated
 
 
 class StageCheckpoints:
@@ -59,6 +60,7 @@ class StageCheckpoints:
         self._event = event
         self._rng = rng
         self._moments: Moments | None = None
+        self._told: set[tuple[str, str]] = set()
         self.keeper: Keeper | None = None
 
     async def start(self) -> StageState | None:
@@ -120,7 +122,7 @@ class StageCheckpoints:
             transport=self._transport,
             peers=self._likely(),
             offload=self._offload,
-            event=self._event,
+            event=self._tell_once,
         )
         await self._offload(shutil.rmtree, fetched, True)
         if found is None or found.snapshot.height <= outer.height:
@@ -129,6 +131,15 @@ class StageCheckpoints:
         self._moments = found.moments
         fields = {"stage": self._stage, "height": outer.height, "checkpoint": found.digest}
         self._event("stage-restored", fields)
+
+    def _tell_once(self, kind: str, fields: dict[str, object]) -> None:
+        """Who waits for a lost stage looks again every few seconds, and finds the same damage."""
+        if (told := (kind, str(fields))) in self._told:
+            return
+        if len(self._told) >= _TOLD:
+            self._told.clear()
+        self._told.add(told)
+        self._event(kind, fields)
 
     def _others(self) -> list[PeerId]:
         return [member.peer for member in self._members.view().here() if member.peer != self._transport.me]

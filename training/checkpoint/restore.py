@@ -30,6 +30,7 @@ from shoal.training.spec import RunSpec
 
 _ASK_S = 3.0
 _FOLDER = "000001-restored"
+_LOOKS = 8  # for something older, where what others offered could not be used
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +59,7 @@ async def restore_stage(
     run_id = spec.run_id()
     own = await offload(held, folders, run_id.hex(), stage)
     offers = await _offers(transport, peers, NewestOf(run_id, stage))
+    looks = 0
 
     def needed(checkpoint: Checkpoint) -> set[str]:
         logs = {p.log_file for p in checkpoint.manifest.parts if p.stage == stage and p.log_file}
@@ -73,13 +75,21 @@ async def restore_stage(
 
     found: list[tuple[int, Checkpoint | bytes]] = [(height, checkpoint) for checkpoint, height in own]
     found += sorted({(height, digest) for digest, height in offers.values()})
-    for _, source in sorted(found, key=lambda one: -one[0]):  # of equal ones the own first
+    while found:
+        height, source = best = max(found, key=lambda one: one[0])  # of equal ones the own, which come first
+        found.remove(best)
         try:
             checkpoint = await fetch(source) if isinstance(source, bytes) else source
             restored: Restored = await offload(_load, checkpoint, spec, stage, layout)
             return restored
         except ShoalError as error:
             event("checkpoint-refused", {"why": str(error)})
+        if isinstance(source, bytes) and height and (looks := looks + 1) <= _LOOKS:
+            who = [peer for peer, (offered, _) in offers.items() if offered == source]
+            older = await _offers(transport, who, NewestOf(run_id, stage, below=height))
+            older = {peer: offer for peer, offer in older.items() if offer[1] < height}
+            offers |= older
+            found += sorted({(height, digest) for digest, height in older.values()})
     return None
 
 

@@ -6,6 +6,7 @@ A digest names a manifest, the manifest names each file's hash: it does not matt
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -49,8 +50,8 @@ class Shelf:
 
     async def _newest(self, stream: Stream) -> None:
         request = (await stream.receive(NewestOf)).header
-        run_id = request.run_id.hex()
-        found = await self._offload(newest, self._folders, run_id, request.stage)
+        run_id, below = request.run_id.hex(), request.below or math.inf
+        found = await self._offload(newest, self._folders, run_id, request.stage, below)
         if found is None:
             raise NotHere(f"no checkpoint of stage {request.stage} is here")
         checkpoint, height = found
@@ -92,9 +93,11 @@ def find(folders: Sequence[Path], digest: str) -> Path:
     raise NotHere(f"checkpoint {digest[:8]} is not here")
 
 
-def newest(folders: Sequence[Path], run_id: str, stage: int) -> tuple[Checkpoint, int] | None:
+def newest(
+    folders: Sequence[Path], run_id: str, stage: int, below: float = math.inf
+) -> tuple[Checkpoint, int] | None:
     """The checkpoint in which a stage of a run is highest, and how high."""
-    return next(iter(held(folders, run_id, stage)), None)
+    return next((found for found in held(folders, run_id, stage) if found[1] < below), None)
 
 
 def held(folders: Sequence[Path], run_id: str, stage: int) -> list[tuple[Checkpoint, int]]:
