@@ -19,7 +19,7 @@ from rich.console import Console
 
 from shoal.node import paths
 from shoal.node.cli.app import app, main
-from shoal.node.cli.status_view import status_view
+from shoal.node.cli.status_view import copies_text, status_view
 from shoal.node.cli.units import duration_s, rate_bytes_per_s, rate_text, size_bytes
 from shoal.node.control import ask, serve_control
 from shoal.node.demo.measure import Figures, Heads, Losses
@@ -363,6 +363,22 @@ def _status(
         loop=LoopMeter().health(),
     )
     return Snapshot(at=NOW, me=own, stages=(Stage(stage=0, replicas=1),))
+
+
+def test_copies_are_told_of_each_stage_that_a_peer_holds() -> None:
+    def report(stage: int, heights: list[int], guards: list[int]) -> dict[str, Any]:
+        return {
+            "stage": stage,
+            "height": 7,
+            "outer": {"guardians": [{"height": height} for height in heights]},
+            "guards": [{"stage": guarded, "behind": 1} for guarded in guards],
+        }
+
+    first, second = report(0, [7, 5], [2]), report(1, [], [])
+    assert copies_text([first]) == "2 elsewhere (0, 2 rounds behind); guarding stage 2 (1 behind)"
+    assert copies_text([first, second]) == (
+        "stage 0: 2 elsewhere (0, 2 rounds behind); stage 1: none elsewhere; guarding stage 2 (1 behind)"
+    )
 
 
 def test_a_round_is_told_in_one_line_with_what_was_sent() -> None:

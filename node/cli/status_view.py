@@ -36,7 +36,7 @@ def _own(status: Mapping[str, Any]) -> RenderableType:
         loss = next(filter(None, losses), None)  # its driver's, where it has one
         table.add_row("training", training_text(training) + (f", loss {loss:.3f}" if loss else ""))
         table.add_row("micro-batches", micro_batches_text(training))
-        table.add_row("copies", copies_text(training))
+        table.add_row("copies", copies_text([report for report in reports if "guards" in report]))
     for report in reports:
         if "inner_steps" in report and report is not training:
             table.add_row(
@@ -84,12 +84,16 @@ def sessions_text(sessions: Mapping[str, Any]) -> str:
     )
 
 
-def copies_text(training: Mapping[str, Any]) -> str:
-    """Which guardians have this peer's stage, and what it guards itself; how far behind each copy is."""
-    theirs = [str(training["height"] - guardian["height"]) for guardian in training["outer"]["guardians"]]
-    mine = [f"stage {copy['stage']} ({copy['behind']} behind)" for copy in training["guards"]]
-    kept = f"{len(theirs)} elsewhere ({', '.join(theirs)} rounds behind)" if theirs else "none elsewhere"
-    return f"{kept}; guarding {', '.join(mine) or 'nothing'}"
+def copies_text(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Which guardians have each stage of this peer, and what it guards itself; how far behind copies are."""
+    kept = []
+    for report in reports:
+        theirs = [str(report["height"] - guardian["height"]) for guardian in report["outer"]["guardians"]]
+        text = f"{len(theirs)} elsewhere ({', '.join(theirs)} rounds behind)" if theirs else "none elsewhere"
+        kept.append(f"stage {report['stage']}: {text}" if len(reports) > 1 else text)
+    guarded = [copy for report in reports for copy in report["guards"]]
+    mine = [f"stage {copy['stage']} ({copy['behind']} behind)" for copy in guarded]
+    return f"{'; '.join(kept)}; guarding {', '.join(mine) or 'nothing'}"
 
 
 def rebuilt_text(rebuilt: Mapping[str, Any]) -> str:
