@@ -146,11 +146,11 @@ class Trainee:
             raise RuntimeError("run comes after recover")
         await self._trainer.run()
 
-    async def permission(self) -> None:
-        """Returns when the group lets this peer go."""
+    async def permission(self, hurry: Callable[[], bool]) -> None:
+        """Returns when the group lets this peer go; `hurry`: whether the next round shall be at once."""
         if self._trainer is None:
             raise RuntimeError("permission comes after recover")
-        await self._trainer.permission()
+        await self._trainer.permission(hurry)
 
     async def drain(self, deadline_s: float) -> None:
         if self._trainer is not None:

@@ -212,7 +212,7 @@ def test_groups_let_go_one_at_a_time_and_never_too_many() -> None:
 def test_of_two_that_ask_the_second_is_let_go_after_the_first_has_gone() -> None:
     async def main() -> None:
         async with World(4, round_spec(stages={"minimum_replicas": 2})) as world:
-            asking = [asyncio.create_task(node.outer.permission()) for node in world.nodes[:3]]
+            asking = [asyncio.create_task(node.outer.permission(lambda: False)) for node in world.nodes[:3]]
             await world.rounds(2)
             granted = [task.done() for task in asking]
             assert sum(granted) == 1
@@ -240,10 +240,10 @@ def test_who_was_let_go_and_stays_holds_the_others_up_for_eight_entries_only() -
     async def main() -> None:
         async with World(3) as world:
             one, other, _ = world.nodes
-            staying = asyncio.create_task(one.outer.permission())
+            staying = asyncio.create_task(one.outer.permission(lambda: False))
             await world.rounds(2)
             assert staying.done()
-            waiting = asyncio.create_task(other.outer.permission())
+            waiting = asyncio.create_task(other.outer.permission(lambda: False))
             await world.rounds(4)
             assert not waiting.done()
             await world.rounds(6)

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import random
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +82,34 @@ def test_a_balanced_swarm_stays_as_it_is(tmp_path: Path) -> None:
     run(main)
 
 
+def test_who_goes_to_an_emptied_stage_need_not_wait_for_a_round_that_nobody_can_make(tmp_path: Path) -> None:
+    """Without that stage nobody makes a step, so no round becomes due, in whose entry it would be let go."""
+
+    async def main() -> None:
+        async with TrainerWorld(moving_spec(2), disk=tmp_path, slower=10.0, spare_bytes=1 << 30) as world:
+            for number in range(3):
+                await world.add(number, 0, moves=True)
+            for number in range(3, 5):
+                await world.add(number, 1)
+            await world.heights(3)
+            stayed = [world.replicas[number] for number in range(3)]
+            async with asyncio.timeout(60.0):
+                while not all(g.trainer.heartbeat().guards for g in stayed[:2]):
+                    await asyncio.sleep(0.1)
+            height = stayed[0].trainer.outer.height
+            await asyncio.gather(*(one.reach(height + 1) for one in stayed))
+            for number in range(3, 5):
+                await world.kill(number)
+            begun_s = asyncio.get_running_loop().time()
+            await at_stages(world, [2, 1])
+            assert asyncio.get_running_loop().time() - begun_s < 30.0
+            await world.heights(height + 3)
+            (mover,) = world.group(1)
+            assert mover.heard("stage-rescued")
+
+    run(main)
+
+
 class Slow:
     """A term whose drain takes as long as it may."""
 
@@ -91,7 +119,7 @@ class Slow:
     async def run(self) -> None:
         await asyncio.Event().wait()
 
-    async def permission(self) -> None:
+    async def permission(self, hurry: Callable[[], bool]) -> None:
         pass
 
     async def drain(self, deadline_s: float) -> None:

@@ -41,8 +41,8 @@ class Term(Protocol):
     async def run(self) -> None:
         """Train until cancelled."""
 
-    async def permission(self) -> None:
-        """Returns when the group lets this replica go."""
+    async def permission(self, hurry: Callable[[], bool]) -> None:
+        """Returns when the group lets this replica go; `hurry`: whether the next round shall be at once."""
 
     async def drain(self, deadline_s: float) -> None:
         """Finish what is held and contribute it, while `run` goes on."""
@@ -238,19 +238,19 @@ class Tenure:
             await self._prefetch(move.target, donors)
         except ShoalError as error:
             return str(error)
-        if why := await self._permission(held):
+        if why := await self._permission(held, lambda: not self._view().online(move.target)):
             return why
         again = self._plan()
         served = again is None or again.target != move.target
         return f"stage {move.target} has been served meanwhile" if served else ""
 
-    async def _permission(self, held: _Held) -> str:
+    async def _permission(self, held: _Held, hurry: Callable[[], bool] = lambda: False) -> str:
         """Ask the group to be let go; why not, empty when it may."""
         if held.term is None:
             return "it is not online"
         try:
             async with asyncio.timeout(_PERMISSION_S):
-                await held.term.permission()
+                await held.term.permission(hurry)
         except TimeoutError:
             return f"the group did not let it go within {_PERMISSION_S:g} s"
         except ShoalError as error:

@@ -20,6 +20,8 @@ import torch
 from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.members import Members
 from shoal.protocol.errors import ShoalError
+from shoal.protocol.faults import define
+from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
 from shoal.training.amended import Amended
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
 
 _EVALUATE_EVERY_S = 5.0  # at most so often, and for at most so much of the time
 _EVALUATE_SHARE = 0.04
+_ENTERING, _ENTERED = define("stage.entering"), define("stage.entered")
+_DRAINING, _EMPTIED, _DRAINED = define("drain.begun"), define("drain.emptied"), define("drain.ended")
 _EVALUATE_AGAIN_S = 1.0  # until the first has been possible
 Offload = Callable[..., Awaitable[Any]]
 
@@ -154,6 +158,7 @@ class Trainer:
 
         Raises StageEmpty when the group has state but no donor answers.
         """
+        await point(self._transport, _ENTERING)
         start = await self._checkpoints.start() if self._checkpoints is not None else None
         if start is not None:
             initial = start.weights
@@ -260,6 +265,7 @@ class Trainer:
             device=self._device,
         ).serve()
         self.outer.serve()
+        await point(self._transport, _ENTERED)
 
     async def _search(self) -> None:
         """Once more for the stage's state, wherever it may have turned up."""
@@ -306,9 +312,9 @@ class Trainer:
         height = await prefetch(context, donors, self._data_dir)
         self._event("prefetched", {"stage": stage, "height": height})
 
-    async def permission(self) -> None:
-        """Returns when the group lets this replica go to another stage."""
-        await self.outer.permission()
+    async def permission(self, hurry: Callable[[], bool]) -> None:
+        """Returns when the group lets this replica go; `hurry`: whether the next round shall be at once."""
+        await self.outer.permission(hurry)
 
     async def stop_guarding(self, stage: int) -> None:
         """This peer is about to hold that stage, too; what it has of it stays on its disk."""
@@ -319,8 +325,11 @@ class Trainer:
         self.station.leave()
         try:
             async with asyncio.timeout(deadline_s):
+                await point(self._transport, _DRAINING)
                 await self.station.drained()
+                await point(self._transport, _EMPTIED)
                 await self.outer.final_round()
+                await point(self._transport, _DRAINED)
         except TimeoutError:
             self._event("drain-cut", {"after_s": deadline_s})
 

@@ -112,8 +112,11 @@ class Leader:
         if not any(results):  # nothing undecided, or nothing left of it: what was sent is sent again
             # ... and as it was encoded: who is in that draft's round does not encode again.
             draft = self._new_draft(like=draft if drafts else self._plain)
-            results = await self._gather_reports(draft, draft.encode())
-        if not any(results):
+            if draft.contributors:
+                results = await self._gather_reports(draft, draft.encode())
+            else:  # it says who may leave, and no more
+                results = [None] * len(self._context.fragments[draft.fragment].parts)
+        if draft.contributors and not any(results):
             raise Stale(
                 f"height {draft.height}: no part arrived anywhere; nothing is lost, the next round has it"
             )
@@ -171,7 +174,11 @@ class Leader:
         self._require_quorum(list(self._group.answers))
 
     def _new_draft(self, like: Entry) -> Entry:
-        """Everybody who answered is present; who has tokens contributes, in the codecs of `like`."""
+        """Everybody who answered is present; who has tokens contributes, in the codecs of `like`.
+
+        Without anybody who does there is a round only for somebody who is let go: to a stage that stands
+        still, perhaps, and without which nobody makes a step.
+        """
         draft = draft_of(
             self._plain,
             self._group.answers,
@@ -179,7 +186,7 @@ class Leader:
             self._log,
             self._context.spec.stages.minimum_replicas,
         )
-        if not draft.contributors:
+        if not draft.contributors and not draft.leaving:
             raise Stale(f"height {draft.height}: nobody has made a step")
         for row in draft.contributors:
             if row.clip < 1.0:

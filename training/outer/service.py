@@ -334,9 +334,9 @@ class Outer:
         """Before a graceful leave: returns when the log holds all inner steps made until now."""
         await self._turns.final_round()
 
-    async def permission(self) -> None:
-        """Returns when an entry lets this replica go to another stage."""
-        await self._turns.permission()
+    async def permission(self, hurry: Callable[[], bool]) -> None:
+        """Returns when an entry lets this replica go to another stage; see `Turns`."""
+        await self._turns.permission(hurry)
 
     def _on_entry(self, entry: Entry, data: bytes, parts: Mapping[int, Published]) -> None:
         figures, now_s = self._figures, asyncio.get_running_loop().time()

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from shoal.protocol.errors import ShoalError
+from shoal.protocol.faults import define
+from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.training.decisions import DecisionLog
 from shoal.training.outer.change import Change
@@ -39,7 +41,12 @@ from shoal.training.recovery.guarded import Guarded
 POLL_S = 0.25  # membership changes and beats are looked at this often
 STOOD_STILL_S = 0.25  # a loop that is later than this was stopped, or starved: others may have gone on
 BACKOFF_S = (0.2, 5.0)
+_ASKING, _GRANTED = define("leave.asking"), define("leave.granted")
 _SWITCHER_S = 0.1  # between those who bring lost entries back: others must not always be first
+
+
+def _never() -> bool:
+    return False
 
 
 class Turns:
@@ -78,6 +85,7 @@ class Turns:
         self._not_before_s = 0.0
         self._failures = 0
         self._urgent = False
+        self._hurry: Callable[[], bool] = _never  # while it asks to be let go
         self._leading = 0  # the height that this replica conducts a round for
         self._ballot = 0  # the highest met at the height to come
         self._brought_back_by: str | None = None  # who led the last entry, if that was a re-entry
@@ -151,17 +159,20 @@ class Turns:
         finally:
             self._urgent = False
 
-    async def permission(self) -> None:
+    async def permission(self, hurry: Callable[[], bool]) -> None:
         """Returns when an entry lets this replica go to another stage (LEAVE, design section 10).
 
-        `run` has to be running; the caller sets the limit, and stays if it cancels.
+        `hurry`: whether that stage stands still, and so perhaps the steps that would make a round due. `run`
+        has to be running; the caller sets the limit, and stays if it cancels.
         """
-        me = self._context.me
-        self._member.leaves = True
+        me, transport = self._context.me, self._context.transport
+        await point(transport, _ASKING)
+        self._member.leaves, self._hurry = True, hurry
         try:
             await self._change.until(lambda: me in self._replica.log.leaving, lambda: None)
         finally:
-            self._member.leaves = False
+            self._member.leaves, self._hurry = False, _never
+        await point(transport, _GRANTED)
 
     async def _act(self, peers: Sequence[GroupMember]) -> Sequence[GroupMember]:
         """What is due, given what the others say of themselves; what they say afterwards."""
@@ -188,12 +199,12 @@ class Turns:
         Who stood still meanwhile hears what was said before it leads anything.
         """
         loop = asyncio.get_running_loop()
-        changed, seen = False, peers
+        changed, seen, hurries = False, peers, self._hurry()
         while not changed and loop.time() < until_s:
             limit_s = min(loop.time() + POLL_S, until_s)
             changed = await self._change.wait(limit_s)
             seen = self._peers()
-            changed = changed or seen != peers
+            changed = changed or seen != peers or self._hurry() != hurries
             if loop.time() - limit_s > STOOD_STILL_S:
                 self._not_before_s = max(self._not_before_s, loop.time() + STOOD_STILL_S)
                 break
@@ -206,6 +217,7 @@ class Turns:
         )
         due = should_open(apart, mine, group).yes or bool(self._replica.lost)
         urgent = self._urgent and not self.all_listed
+        urgent = urgent or self._hurry()
         series = self._brought_back_by  # whoever brings lost entries back goes on, the others let it
         urgent = urgent or (series == me and bool(self._replica.lost))
         undecided_s = self._member.undecided_since_s

@@ -10,11 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shoal.protocol.errors import NotHere
+from shoal.protocol.faults import define
+from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
 from shoal.training.recovery.download import ask_manifest, download
 from shoal.training.recovery.snapshots import stage_directory, store
+
+_STORING, _STORED = define("copy.storing"), define("copy.stored")
 
 
 async def prefetch(context: Context, donors: Sequence[PeerId], directory: Path) -> int:
@@ -27,5 +31,7 @@ async def prefetch(context: Context, donors: Sequence[PeerId], directory: Path) 
     height = offer.manifest.height
     if height:
         snapshot = await download(context, offer, donors)
+        await point(context.transport, _STORING)
         await context.offload(store, stage_directory(context, directory), snapshot, height)
+        await point(context.transport, _STORED)
     return height

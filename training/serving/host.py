@@ -8,7 +8,7 @@ ones, so a mover needs nobody's agreement but that its stage is not left empty.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -142,7 +142,7 @@ class Host:
         if self._spec.checkpoint.start:
             await self._start(stage_layout(self._spec, stage_ranges(self._spec)[stage]), _checked)
 
-    async def permission(self) -> None:
+    async def permission(self, hurry: Callable[[], bool]) -> None:
         """Returns when another replica serves the stage. Two that go at once come back by the plan."""
         me = self._members.view().me
         while all(member.peer == me for member in self._members.view().online(self.stage)):
