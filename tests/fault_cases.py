@@ -158,6 +158,9 @@ async def _scene(group: FaultGroup, case: Case) -> Scene:
         await last.ask("spoil")
         await group.rounds(1)
         return Scene(targets, _nothing, late=last, refetches=True)
+    if case.message == "OrdersRequest":
+        await group.amend([replica for replica in group.members if replica is not last])
+        return Scene(await armed(last if case.strikes_asker else leader), group.step, late=last)
     if case.message == "Gone":
         await group.arm("Contributing.sending kill", last)
         return Scene(await armed(leader if case.sends else first), group.step, lost=last)

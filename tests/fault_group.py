@@ -18,9 +18,11 @@ from pathlib import Path
 import torch
 from fault_ledger import ScalarLedger
 from fault_orders import JsonObject, Order
-from fault_processes import ProcessGroup
+from fault_processes import RUN, ProcessGroup
 from fault_replica import Nursery, Replica
 
+from shoal.protocol.amendments import Amendments, Setting, sign_amendments
+from shoal.protocol.wire import encode
 from shoal.training.outer.entry import Entry, parse
 from shoal.training.outer.policy import succession
 from shoal.training.spec import RunSpec
@@ -54,6 +56,7 @@ class FaultGroup(ProcessGroup[Replica]):
         upload_bytes_per_s: float | None = None,
     ) -> None:
         super().__init__(folder, nursery, range(replicas), seed=seed)
+        self._ordered = Amendments(RUN)
         self.spec = spec or fault_spec()
         self.size = size
         self._durable = durable
@@ -102,6 +105,14 @@ class FaultGroup(ProcessGroup[Replica]):
     async def statuses(self, replicas: Sequence[Replica] | None = None) -> list[JsonObject]:
         """Of each."""
         return list(await asyncio.gather(*(r.ask("status") for r in replicas or self.awake())))
+
+    async def amend(self, replicas: Sequence[Replica]) -> None:
+        """The owner changes a setting, and these hear of it."""
+        version = self._ordered.version + 1
+        setting = Setting(version, "inner.learning_rate", 1e-3 / version)
+        self._ordered = Amendments(RUN, version, settings=(setting,))
+        signed = encode(sign_amendments(self._ordered, self.owner.sign)).hex()
+        await asyncio.gather(*(replica.ask("order", signed=signed) for replica in replicas))
 
     # -- promises
 

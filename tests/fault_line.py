@@ -52,11 +52,13 @@ class LineWorker(ABC):
         self.faults = self._make_faults()
         self.transport = FaultyTransport(self._bare, self.faults)
         self.lane = self._make_lane()
-        self.stage = order.stage or 0
+        self.stages: tuple[int, ...] = (order.stage or 0,)
+        self.states: tuple[str, ...] = ()  # at each of them, where they differ
+        self.incarnation = order.incarnation
         self._state = "joining"
         self._claims: dict[Arming, str] = {}  # the file that one has to be first to make
         self._tasks: set[asyncio.Task[None]] = set()
-        self._membership = membership
+        self.membership = membership
         hub = MemoryDirectoryHub(membership, time.time, self._rng)  # nobody shares it
         self.members = Members(
             transport=self.transport,
@@ -201,15 +203,16 @@ class LineWorker(ABC):
     def _record(self) -> PeerRecord:
         return PeerRecord(
             peer=self.transport.me,
-            incarnation=self.order.incarnation,
+            incarnation=self.incarnation,
             sequence=0,
             issued_unix_s=0.0,
             ttl_s=60.0,
             state=self._state,
-            stages=(self.stage,),
+            stages=self.stages,
+            states=self.states,
             name=f"w{self.order.number}",
             addresses=(f"127.0.0.1:{self._bare.port}",),
-            chain=self._membership.chain,
+            chain=self.membership.chain,
             device="cpu",
             tokens_per_s=0.0,
             version="0",

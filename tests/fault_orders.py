@@ -35,6 +35,7 @@ class Order:
     directory: str | None = None  # of snapshots and journal
     upload_bytes_per_s: float | None = None  # None: no limit
     stage: int | None = None  # of a `pipeline_worker`; None: a `fault_worker`
+    moves: bool = False  # it goes to another stage when the plan says so
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"

@@ -42,8 +42,8 @@ class ProcessGroup(ABC, Generic[R]):
         self._claims = itertools.count()
         self._listening: set[asyncio.Task[None]] = set()
         now = time.time()
-        owner = OwnerKey.create(folder / "owner", RUN, "faults", now)
-        self.token = owner.issue_token([Role.TRAINER], 86_400.0, (), "worker", now).encode()
+        self.owner = OwnerKey.create(folder / "owner", RUN, "faults", now)
+        self.token = self.owner.issue_token([Role.TRAINER], 86_400.0, (), "worker", now).encode()
 
     @abstractmethod
     def order(self, number: int, incarnation: int) -> Order:
@@ -83,22 +83,27 @@ class ProcessGroup(ABC, Generic[R]):
 
     # -- life and death
 
-    async def start(self, *numbers: int, arming: str | None = None) -> list[R]:
-        """Start workers, each as its next incarnation; they have joined when this returns.
+    async def start(self, *numbers: int, arming: str | None = None, **more: str) -> list[R]:
+        """Start workers, each as its next incarnation; they have joined when this returns, and all have met.
 
         Raises ConnectionError for one that what was armed in it has killed.
         """
+        newcomers = await self.enter(*numbers, arming=arming, **more)
+        await self.meet()
+        return newcomers
+
+    async def enter(self, *numbers: int, arming: str | None = None, **more: str) -> list[R]:
+        """The same, whoever else comes and goes meanwhile."""
         newcomers = [await self._fork(number) for number in numbers]
         await self.until(lambda: all(r.pid or r.ended for r in newcomers), "workers to start")
         if arming is not None:
-            await self.arm(arming, *newcomers)
+            await self.arm(arming, *newcomers, **more)
         known = {replica: (await replica.ask("record"))["record"] for replica in self.awake()}
         joining = (
             replica.ask("join", records=[record for of, record in known.items() if of is not replica])
             for replica in newcomers
         )
         await asyncio.gather(*joining)
-        await self.meet()
         return newcomers
 
     async def _fork(self, number: int) -> R:

@@ -13,13 +13,19 @@ from shoal.protocol.faults import PLACES, Action
 from shoal.training.outer import messages
 
 DELAY_S = 3.0
-_ELSEWHERE = ("test.", "checkpoint.", "chain.", "gradient.", "step.")  # checkpoints, `pipeline_table`
+_ELSEWHERE = (  # of checkpoints, `pipeline_table`, `transfer_table`
+    *("test.", "checkpoint.", "chain.", "gradient.", "step."),
+    *("copy.", "leave.", "drain.", "stage."),
+)
 STEPS = [step for step in faults.steps() if not step.startswith(_ELSEWHERE)]
 _LAGGARD = {"EntriesRequest", "EntryItem"}
 _JOINER = {"ManifestRequest", "Manifest", "ChunkRequest", "Chunk", "chunk"}
 _BROKEN = {"StateRequest", "StateDigests", "StatePart"}
 _GUARDIAN = {"Keep", "Kept"}
-_REQUESTS = {"Keep", "EntriesRequest", "ManifestRequest", "ChunkRequest", "PartRequest", "StateRequest"}
+_REQUESTS = {
+    *("Keep", "EntriesRequest", "ManifestRequest", "ChunkRequest", "PartRequest", "StateRequest"),
+    "OrdersRequest",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +70,6 @@ class Case:
     def needs_guardian(self) -> bool:
         """A lone replica has a guardian; `test_guardian_faults`."""
         return self.message in _GUARDIAN
-
-    @property
-    def needs_owner(self) -> bool:
-        """Somebody orders settings; `test_fault_points`."""
-        return self.message == "OrdersRequest"
 
     @property
     def needs_disk(self) -> bool:

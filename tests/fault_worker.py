@@ -19,6 +19,9 @@ from fault_weights import Course, LaneWeights
 
 from shoal.compression.codec import bytes_of
 from shoal.dht.beats import Beat, StageBeat
+from shoal.protocol.amendments import AmendmentBook, SignedAmendments
+from shoal.protocol.wire import decode
+from shoal.training.amended import Amended
 from shoal.training.neighbours import group_members
 from shoal.training.outer.service import Outer
 from shoal.training.spec import RunSpec
@@ -32,8 +35,13 @@ class Worker(LineWorker):
         self._genesis, self._pattern = start_of(order.seed, order.size)
         self.weights = LaneWeights(self._genesis, self.lane, self._change_of)
         self._told = b""  # the head
+        token = self.membership.token
+        self._orders = Amended(
+            spec := RunSpec.model_validate(order.spec),
+            AmendmentBook(token.run_id, token.root_der),  # no heartbeat fills it: who is not told has to ask
+        )
         self.outer = Outer(
-            RunSpec.model_validate(order.spec),
+            spec,
             0,
             me=self.transport.me,
             incarnation=order.incarnation,
@@ -46,6 +54,7 @@ class Worker(LineWorker):
             rng=self._rng,
             event=self._event,
             directory=Path(order.directory) if order.directory else None,
+            amended=self._orders,
         )
 
     def serve(self) -> None:
@@ -69,6 +78,10 @@ class Worker(LineWorker):
     async def do_spoil(self) -> None:
         """A value of the outer momentum changes, as in broken memory."""
         self.outer.momentum[0] += 1.0
+
+    async def do_order(self, signed: str) -> None:
+        """Hear what the owner has ordered."""
+        self._orders.adopt(decode(SignedAmendments, bytes.fromhex(signed)))
 
     async def do_train(self, **course: Any) -> JsonObject:
         """Make the inner steps of a `Course` and tell what it measured."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fault_cases import NotStruck
@@ -17,6 +18,7 @@ from pipeline_audit import Audit
 from pipeline_group import PipelineGroup, PipelineReplica
 from pipeline_table import HARMLESS, Blow, Case
 from pipeline_worker import PACE_S
+from transfer_table import Transfer
 
 from shoal.protocol.faults import Action
 
@@ -32,21 +34,23 @@ LONG_PACE_S = 0.9  # hops that are asked for so much work say that they are at i
 class Played:
     """What a case came to; every promise was kept."""
 
-    case: Case
+    case: Case | Transfer
     struck: str  # which process, or processes
     seconds: float  # from the blow until living drivers had decided all that they had in flight
     reroute_s: float  # the longest of the others' own count: from a failure that they saw to an answer
     back_s: float  # from the blow until everybody was there and at work again
     audit: Audit
     stalled_s: float  # the longest that the machine let somebody stand still meanwhile
+    ended: str = ""  # of a transfer: how
 
     def __str__(self) -> str:
         stalled = f"  (the machine stood still for {self.stalled_s:.1f} s)" if self.stalled_s else ""
         found = self.audit
         return (
-            f"{self.case!s:36} {self.struck:11} {self.seconds:6.2f} s  reroute {self.reroute_s:5.2f} s  back "
+            f"{self.case!s:40} {self.struck:11} {self.seconds:6.2f} s  reroute {self.reroute_s:5.2f} s  back "
             f"{self.back_s:6.2f} s  decided {found.decided:4} applied {found.applied:4} "
             f"lost {found.excused:2} unexplained {len(found.unexplained)}{stalled}"
+            f"{f'  {self.ended}' if self.ended else ''}"
         )
 
 
@@ -61,24 +65,42 @@ async def play(group: PipelineGroup, case: Case) -> Played:
 
 
 async def _play(group: PipelineGroup, case: Case) -> Played:
-    for replica in group.members:
-        replica.blows.clear()
-        replica.stalls.clear()
-        replica.reroutes_s.clear()
+    forget(group)
     clock = asyncio.get_running_loop().time
     victims = await _strike(group, case)
     struck_s = max(victim.blows[case.arming] for victim in victims)
     going = victims if case.blow is Blow.LEAVE else []
     if not any(one.stage == case.stage and one not in going for one in group.awake()):  # nobody to go on with
-        await _gone(group, going)
+        await gone(group, going)
         await _mend(group)
     going_on = [driver for driver in group.drivers() if driver not in victims]
-    seconds = await _decided_again(group, going_on, struck_s)
+    seconds = await decided_again(group, going_on, struck_s)
     reroutes_s = [seconds for replica in group.awake() for seconds in replica.reroutes_s]
-    await _gone(group, going)
+    await gone(group, going)
     await _mend(group)
     await group.at_work(group.members)
     back_s = clock() - struck_s
+    return await conclude(group, case, victims, seconds, reroutes_s, back_s)
+
+
+def forget(group: PipelineGroup) -> None:
+    """What happened in earlier cases."""
+    for replica in group.members:
+        replica.blows.clear()
+        replica.stalls.clear()
+        replica.reroutes_s.clear()
+        replica.told.clear()
+
+
+async def conclude(
+    group: PipelineGroup,
+    case: Case | Transfer,
+    victims: list[PipelineReplica],
+    seconds: float,
+    reroutes_s: list[float],
+    back_s: float,
+) -> Played:
+    """Everybody is back: count. Raises AssertionError when a promise is broken."""
     found = await group.audit()
     assert not found.broken, f"{'; '.join(found.broken)}\n{group.story()}"
     assert case.blow not in HARMLESS or not found.excused, f"{found.excused} are missing\n{group.story()}"
@@ -104,7 +126,7 @@ async def _strike(group: PipelineGroup, case: Case) -> list[PipelineReplica]:
         await group.arm(case.arming, *armed, other=case.blow.other)
     if case.needs_loss:
         await _lose_one(group, "Working.received freeze", group.of_stage(LOST_STAGE)[0])
-    victims = await _struck(group, case.arming, armed, all_of=case.blow is Blow.EMPTY)
+    victims = await struck(group, case.arming, armed, all_of=case.blow is Blow.EMPTY)
     if case.blow.action is Action.KILL:
         await group.until(lambda: all(victim.ended for victim in victims), "end of who was killed")
     if case.blow is Blow.EMPTY:  # with their machines: the stage is what its guardians have
@@ -117,23 +139,36 @@ async def _strike(group: PipelineGroup, case: Case) -> list[PipelineReplica]:
 async def _lose_one(group: PipelineGroup, arming: str, one: PipelineReplica) -> None:
     """It freezes there, until all is mended."""
     await group.arm(arming, one)
-    await _struck(group, arming, [one], all_of=True)
+    await struck(group, arming, [one], all_of=True)
 
 
-async def _struck(
-    group: PipelineGroup, arming: str, armed: list[PipelineReplica], *, all_of: bool
+async def struck(
+    group: PipelineGroup,
+    arming: str,
+    armed: list[PipelineReplica],
+    *,
+    all_of: bool,
+    limit_s: float = STRUCK_S,
+    over: Callable[[], bool] = lambda: False,
 ) -> list[PipelineReplica]:
+    """Who was struck. Raises NotStruck when nobody was until `limit_s`, or until it is `over`."""
     enough = all if all_of else any
+
+    def hit() -> bool:
+        return enough(arming in replica.blows for replica in armed)
+
     try:
-        await group.until(lambda: enough(arming in r.blows for r in armed), f"blow of {arming}", STRUCK_S)
+        await group.until(lambda: hit() or over(), f"blow of {arming}", limit_s)
     except AssertionError as error:
         if not str(error).startswith("no blow"):
             raise
         raise NotStruck(str(error)) from error
+    if not hit():
+        raise NotStruck(f"{arming} was not passed")
     return [replica for replica in armed if arming in replica.blows]
 
 
-async def _decided_again(group: PipelineGroup, drivers: list[PipelineReplica], struck_s: float) -> float:
+async def decided_again(group: PipelineGroup, drivers: list[PipelineReplica], struck_s: float) -> float:
     """Seconds from the blow until these have decided all that they have begun."""
     await group.ask_all("decide", drivers)
     what = "decision of all that was in flight"
@@ -141,13 +176,13 @@ async def _decided_again(group: PipelineGroup, drivers: list[PipelineReplica], s
     return max((driver.decided_s - struck_s for driver in drivers), default=0.0)
 
 
-async def _gone(group: PipelineGroup, leaving: list[PipelineReplica]) -> None:
+async def gone(group: PipelineGroup, leaving: list[PipelineReplica]) -> None:
     """Whoever leaves has left. A driver that stood still has decisions that they wait for."""
-    _thaw(group)
+    thaw(group)
     await group.until(lambda: all(one.ended for one in leaving), "end of who leaves", LEFT_S)
 
 
-def _thaw(group: PipelineGroup) -> None:
+def thaw(group: PipelineGroup) -> None:
     for replica in group.members:
         if replica.frozen:
             replica.signal(signal.SIGCONT)
@@ -155,7 +190,7 @@ def _thaw(group: PipelineGroup) -> None:
 
 async def _mend(group: PipelineGroup) -> None:
     """Nothing armed, nobody frozen or slow, everybody there."""
-    _thaw(group)
+    thaw(group)
     await group.ask_all("disarm")
     await group.ask_all("pace", seconds=PACE_S)
     here = {replica.number for replica in group.members}

@@ -9,7 +9,10 @@ Micro-batches go round all the time; `audit` lets those in flight finish, counts
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +29,16 @@ from shoal.training.recovery.guardians import GUARDIANS
 from shoal.training.spec import RunSpec
 
 REPLICAS = 2
+SPARE = STAGES * REPLICAS  # the number of who moves
 SETTLE_S = 60.0  # the longest that a hop holds what nobody decides is half of it
 LOOK_S = 0.1
+STUTTER_S = 0.1  # of one who is slowed down: a part of it stopped, the rest running
 
 
 def pipeline_spec(**sections: JsonObject) -> RunSpec:
     """A model of a few thousand parameters; an inner step every few micro-batches, a round every few s."""
-    model = {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "feedforward": 48, "sequence": 16}
+    model: JsonObject = {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2}
+    model |= {"feedforward": 48, "sequence": 16}
     inner = {
         "optimizer": "sgd",
         "learning_rate": 0.05,
@@ -45,11 +51,11 @@ def pipeline_spec(**sections: JsonObject) -> RunSpec:
     checkpoint = {"every_s": 0.0}
     return RunSpec.model_validate(
         {
-            "model": model,
+            "model": model | sections.get("model", {}),
             "inner": inner | sections.get("inner", {}),
             "outer": outer | sections.get("outer", {}),
             "checkpoint": checkpoint | sections.get("checkpoint", {}),
-            "stages": {"count": STAGES, "rebalance_window_s": 0.0},
+            "stages": {"count": STAGES, "rebalance_window_s": 0.0} | sections.get("stages", {}),
         }
     )
 
@@ -57,13 +63,14 @@ def pipeline_spec(**sections: JsonObject) -> RunSpec:
 class PipelineReplica(Replica):
     """A worker of a stage, and what it told of its trainer."""
 
-    def __init__(self, number: int, incarnation: int, seed: int) -> None:
+    def __init__(self, number: int, incarnation: int, seed: int, stage: int) -> None:
         super().__init__(number, incarnation, seed)
-        self.stage = number // REPLICAS
+        self.stage = stage  # the last that it came to, or is about to
         self.decided_s = 0.0  # when all that was in flight at the last question was decided
-        self.lost: set[int] = set()
-        self.dropped: set[tuple[str, int]] = set()
+        self.lost: set[tuple[int, int]] = set()  # (own incarnation, micro-batch)
+        self.dropped: set[tuple[int, str, int]] = set()  # (stage, driver, micro-batch)
         self.reroutes_s: list[float] = []
+        self.told: list[tuple[float, str, JsonObject]] = []  # of moves: when, what
         self.left = False
 
     def heard(self, line: JsonObject) -> None:
@@ -73,31 +80,51 @@ class PipelineReplica(Replica):
                 self.decided_s = line["at_s"]
             case "left":
                 self.left = True
-            case "told" if line["kind"] == "lost":
-                self.lost.add(line["data"]["micro_batch"])
-            case "told" if line["kind"] == "dropped":
-                self.dropped.add((line["data"]["driver"], line["data"]["micro_batch"]))
-            case "told" if line["kind"] == "reroute":
-                self.reroutes_s.append(line["data"]["seconds"])
+            case "stage":
+                self.stage = line["stage"]
+            case "told":
+                self._heard_of(line["kind"], line["data"], line["at_s"])
+
+    def _heard_of(self, kind: str, data: JsonObject, at_s: float) -> None:
+        match kind:
+            case "lost":
+                self.lost.add((data["incarnation"], data["micro_batch"]))
+            case "dropped":
+                self.dropped.add((data["stage"], data["driver"], data["micro_batch"]))
+            case "reroute":
+                self.reroutes_s.append(data["seconds"])
+            case "online" | "moving" | "prefetched" | "move-cut":
+                self.told.append((at_s, kind, data))
 
 
 class PipelineGroup(ProcessGroup[PipelineReplica]):
-    """All workers; the number of one says its stage."""
+    """All workers; the number of one says its stage. One more, who moves, is at `spare_stage` at first."""
 
     def __init__(self, folder: Path, nursery: Nursery, spec: RunSpec | None = None, *, seed: int = 1) -> None:
         super().__init__(folder, nursery, range(STAGES * REPLICAS), seed=seed)
         self.spec = spec or pipeline_spec()
+        self.spare_stage = 0
         self._settled: frozenset[Id] = frozenset()
+        self._slow: list[asyncio.Task[None]] = []
 
     def order(self, number: int, incarnation: int) -> Order:
         return replace(
             self.plain_order(number, incarnation, self.spec),
             directory=str(self.disk_of(number)),
-            stage=number // REPLICAS,
+            stage=self._stage_of(number),
+            moves=number == SPARE,
         )
 
     def replica(self, number: int, incarnation: int) -> PipelineReplica:
-        return PipelineReplica(number, incarnation, self.seed)
+        return PipelineReplica(number, incarnation, self.seed, self._stage_of(number))
+
+    def _stage_of(self, number: int) -> int:
+        return self.spare_stage if number == SPARE else number // REPLICAS
+
+    @property
+    def spare(self) -> PipelineReplica | None:
+        """Who moves, while it lives."""
+        return next((replica for replica in self.members if replica.number == SPARE), None)
 
     def disk_of(self, number: int) -> Path:
         """A worker's folder, in all of its lives."""
@@ -118,6 +145,30 @@ class PipelineGroup(ProcessGroup[PipelineReplica]):
         asked = self.awake() if replicas is None else replicas
         await asyncio.gather(*(replica.ask(do, limit_s=COMMAND_S, **named) for replica in asked))
 
+    # -- blows from outside
+
+    async def kill_all(self, replicas: Sequence[PipelineReplica]) -> None:
+        """SIGKILL, after an account of what each did; returns when they are gone."""
+        await asyncio.gather(*(replica.ask("die") for replica in replicas), return_exceptions=True)
+        await self.until(lambda: all(replica.ended for replica in replicas), "end of who was killed")
+
+    async def release(self, held: Sequence[PipelineReplica]) -> None:
+        """Who stood at a point, and seemed frozen, goes on."""
+        for replica in held:
+            replica.frozen = False
+        await self.ask_all("release", held)
+
+    def freeze(self, *replicas: PipelineReplica) -> None:
+        """SIGSTOP."""
+        for replica in replicas:
+            replica.signal(signal.SIGSTOP)
+
+    def throttle(self, *replicas: PipelineReplica) -> None:
+        """Let these run a tenth of the time, whatever they do, and nobody else any more."""
+        for slow in self._slow:
+            slow.cancel()
+        self._slow = [asyncio.create_task(stutter(replica.pid)) for replica in replicas]
+
     # -- promises
 
     async def at_work(self, replicas: Sequence[PipelineReplica], limit_s: float = 60.0) -> None:
@@ -134,14 +185,22 @@ class PipelineGroup(ProcessGroup[PipelineReplica]):
             names = ", ".join(map(str, idle))
             raise AssertionError(f"{names} did nothing for {limit_s:g} s\n{self.story()}") from None
 
+    async def high(self, stage: int, height: int) -> None:
+        """Until a replica of a stage has a log of this height."""
+        while True:
+            said = await self._accounts(self.of_stage(stage))
+            if any(account.get("height", 0) >= height for account in said):
+                return
+            await asyncio.sleep(LOOK_S)
+
     async def guarded(self, stage: int, limit_s: float = 60.0) -> None:
         """Until a stage has its guardians: two peers of other stages with a copy of its log's head."""
         async with asyncio.timeout(limit_s):
             while True:
                 awake = self.awake()
-                said = dict(zip(awake, await self._accounts(awake), strict=True))
-                height = max(account["height"] for life, account in said.items() if life.stage == stage)
-                copies = [account["guards"].get(str(stage), 0) for account in said.values()]
+                said = [account for account in await self._accounts(awake) if account["stage"] is not None]
+                height = max(account["height"] for account in said if account["stage"] == stage)
+                copies = [account["guards"].get(str(stage), 0) for account in said]
                 if sum(copy >= height > 0 for copy in copies) >= GUARDIANS:
                     return
                 await asyncio.sleep(LOOK_S)
@@ -151,7 +210,7 @@ class PipelineGroup(ProcessGroup[PipelineReplica]):
         await self.ask_all("pause", paused=True)
         said = await self._quiet()
         await self._assert_equal(said)
-        accounts = [self._account(life, said.get(life)) for life in self.lives]
+        accounts = [account for life in self.lives for account in self._accounts_of(life, said.get(life))]
         found = audit(accounts, STAGES, self._settled)
         self._settled |= frozenset[Id]().union(*(account.ids() for account in accounts))
         await self.ask_all("pause", paused=False)
@@ -172,6 +231,7 @@ class PipelineGroup(ProcessGroup[PipelineReplica]):
                     awake = self.awake()
                     said = dict(zip(awake, await self._accounts(awake), strict=True))
                     busy = [a for a in said.values() if a["in_flight"] or a["owed"] or a["undecided"]]
+                    busy += [a for a in said.values() if a["stage"] is None or a["state"] != "online"]
                     if not busy and self._common(said):
                         return said
                     await asyncio.sleep(LOOK_S)
@@ -185,28 +245,44 @@ class PipelineGroup(ProcessGroup[PipelineReplica]):
 
     @staticmethod
     def _common(said: dict[PipelineReplica, JsonObject]) -> bool:
-        heads = {(life.stage, account["head"]) for life, account in said.items()}
+        heads = {(account["stage"], account["head"]) for account in said.values()}
         return len(heads) == len({stage for stage, _ in heads})
 
     async def _assert_equal(self, said: dict[PipelineReplica, JsonObject]) -> None:
-        keys = ("height", "head", "state_root", "anchor")
-        states = {(life.stage, *(account[key] for key in keys)) for life, account in said.items()}
+        keys = ("stage", "height", "head", "state_root", "anchor")
+        states = {tuple(account[key] for key in keys) for account in said.values()}
         assert len(states) == STAGES, f"replicas of a stage differ: {states}"
 
-    def _account(self, life: PipelineReplica, said: JsonObject | None) -> Account:
-        """Of a life that is over: the last it wrote."""
+    def _accounts_of(self, life: PipelineReplica, said: JsonObject | None) -> list[Account]:
+        """Of each stage that it had. Of a life that is over: the last it wrote."""
         path = self.folder / f"w{life.number}-{life.incarnation}.account"
         if said is None:
             assert path.exists(), f"{life} ended without an account\n{self.story()}"
             said = json.loads(path.read_text())
-        return Account(
-            str(life),
-            life.stage,
-            said["applied"],
-            frozenset(life.lost),
-            frozenset(life.dropped),
-            f"{life.peer}/{life.incarnation}",
-        )
+        return [
+            Account(
+                f"{life} at {(stage := term['stage'])}",
+                stage,
+                term["applied"],
+                frozenset(number for incarnation, number in life.lost if incarnation == term["incarnation"]),
+                frozenset((driver, number) for at, driver, number in life.dropped if at == stage),
+                f"{life.peer}/{term['incarnation']}",
+            )
+            for term in said["terms"]
+        ]
+
+
+async def stutter(pid: int) -> None:
+    """A process runs a tenth of the time until this is cancelled, or it ends."""
+    with contextlib.suppress(ProcessLookupError):
+        try:
+            while True:
+                os.kill(pid, signal.SIGSTOP)
+                await asyncio.sleep(0.9 * STUTTER_S)
+                os.kill(pid, signal.SIGCONT)
+                await asyncio.sleep(0.1 * STUTTER_S)
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
 
 def _count(account: JsonObject) -> int:
@@ -214,4 +290,4 @@ def _count(account: JsonObject) -> int:
 
 
 def _without_ids(account: JsonObject) -> JsonObject:
-    return {key: value for key, value in account.items() if key not in ("applied", "reroutes_s")}
+    return {key: value for key, value in account.items() if key not in ("terms", "reroutes_s")}

@@ -1,7 +1,7 @@
 """Micro-batches on real processes: whatever is struck, others go on, nothing counts twice, all is counted.
 
-A sample of the matrix, another one each day; `SHOAL_FAULT_SEED=N` plays one again. All of it:
-`soak/pipeline_faults.py`.
+A sample of the matrix, another one each day, and each third day of its downloads and of its moves;
+`SHOAL_FAULT_SEED=N` plays one again. All of it: `soak/pipeline_faults.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,23 @@ from pathlib import Path
 
 import pytest
 from fault_replica import Nursery
+from fault_table import all_cases as of_rounds
 from pipeline_cases import play
-from pipeline_group import PipelineGroup
+from pipeline_group import PipelineGroup, pipeline_spec
 from pipeline_table import Blow, Case, all_cases
+from transfer_cases import SECTIONS, play_transfer
+from transfer_table import Scene, Transfer, all_transfers
+
+from shoal.protocol.faults import steps
 
 DRAWN = (Blow.KILL, Blow.FREEZE, Blow.SLOW, Blow.LEAVE)  # a case of each
+SCENES = (None, Scene.JOIN, Scene.MOVE)  # by turns
+
+
+def transfers(scene: Scene, seed: int) -> list[Transfer]:
+    """One: it takes as long as some cases of the pipeline."""
+    found = [case for case in all_transfers() if case.scene is scene and case.blow in DRAWN]
+    return random.Random(seed).sample(found, 1)
 
 
 def sample(seed: int) -> list[Case]:
@@ -39,14 +51,23 @@ def nursery() -> Iterator[Nursery]:
         yield nursery
 
 
+def test_every_step_is_struck_in_some_matrix() -> None:
+    played = {case.point for case in all_cases()} | {case.point for case in all_transfers()}
+    played |= {case.point for case in of_rounds()}
+    assert [step for step in steps() if step not in played and not step.startswith("test.")] == []
+
+
 def test_a_sample_of_the_matrix_holds(tmp_path: Path, nursery: Nursery) -> None:
     seed = int(os.environ.get("SHOAL_FAULT_SEED") or datetime.date.today().toordinal())
     print(f"seed {seed}")
 
+    scene = SCENES[seed % len(SCENES)]
+    spec = pipeline_spec(**SECTIONS[scene]) if scene is not None else None
+
     async def story() -> None:
-        async with PipelineGroup(tmp_path, nursery) as group:
-            for case in sample(seed):
-                played = await play(group, case)
+        async with PipelineGroup(tmp_path, nursery, spec) as group:
+            for case in sample(seed) if scene is None else transfers(scene, seed):
+                played = await (play(group, case) if isinstance(case, Case) else play_transfer(group, case))
                 print(played)
                 assert played.audit.applied, "micro-batches went through meanwhile"
 

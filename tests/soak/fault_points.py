@@ -51,14 +51,14 @@ class Room:
 def rooms(options: argparse.Namespace) -> list[Room]:
     """Who needs a snapshot may find neither one on its disk nor entries elsewhere.
 
-    Nobody here is a guardian or has an owner who orders: those messages are struck in virtual time alone.
+    Nobody here is a guardian: those messages are struck in virtual time alone.
     """
 
     def wanted(faults: Sequence[Case | Double]) -> list[Case | Double]:
         return [fault for fault in faults if options.only in str(fault)]
 
     joining = [case for case in all_cases() if case.needs_joiner]
-    elsewhere = [case for case in all_cases() if case.needs_joiner or case.needs_guardian or case.needs_owner]
+    elsewhere = [case for case in all_cases() if case.needs_joiner or case.needs_guardian]
     others = [case for case in all_cases() if case not in elsewhere]
     return [
         Room(wanted(joining), options.peers, options.mib, durable=False, outer=FORGETFUL),

@@ -1,5 +1,8 @@
 """Every point of the pipeline times every blow, on real processes: `tests/soak/pipeline_faults.py --json`.
 
+Then downloads of a stage's state by a newcomer, and moves of a replica from one stage to the next, amid all
+that: every point of those times every blow, to who comes, to a donor, to a bystander (`transfer_table`).
+
 Three stages of two replicas (mutual TLS on loopback, real membership, whole trainers with a tiny model) train
 all the time, and play one case after another: the blow, the living drivers decide all that they had in
 flight, everybody comes back and works, then P1 (equal bits), P2 (every applied micro-batch once and decided,
@@ -26,20 +29,23 @@ from fault_sweep import Sweep
 from pipeline_cases import Played, play
 from pipeline_group import PipelineGroup, pipeline_spec
 from pipeline_table import Blow, Case, all_cases
+from transfer_cases import SECTIONS, play_transfer
+from transfer_table import Scene, Transfer, all_transfers
 
 REROUTE_S, EMPTIED_S = 2.0, 15.0
 WRITES: JsonObject = {"outer": {"snapshot_every": 2}, "checkpoint": {"every_s": 1.5}}  # for points on disk
 
 
-class PipelineSweep(Sweep[Case, PipelineGroup, Played]):
+class PipelineSweep(Sweep[Case | Transfer, PipelineGroup, Played]):
     """All of them in groups of one kind."""
 
-    async def play(self, group: PipelineGroup, case: Case) -> Played:
-        played = await play(group, case)
+    async def play(self, group: PipelineGroup, case: Case | Transfer) -> Played:
+        playing = play(group, case) if isinstance(case, Case) else play_transfer(group, case)
+        played = await playing
         print(f"{played}{'  LATE' if is_late(played) else ''}", flush=True)
         return played
 
-    async def run(self, cases: Sequence[Case], **sections: JsonObject) -> None:
+    async def run(self, cases: Sequence[Case | Transfer], **sections: JsonObject) -> None:
         """All of these, under a spec with these sections."""
         await self.through(
             cases, lambda folder: PipelineGroup(folder, self.nursery, pipeline_spec(**sections))
@@ -83,8 +89,11 @@ async def sweep(nursery: Nursery, options: argparse.Namespace) -> PipelineSweep:
     """Everything that was asked for."""
     sweep = PipelineSweep(nursery, verbose=options.verbose)
     cases = [case for case in all_cases() if options.only in str(case)]
+    transfers = [case for case in all_transfers() if options.only in str(case)]
     await sweep.run([case for case in cases if not case.needs_disk])
     await sweep.run([case for case in cases if case.needs_disk], **WRITES)
+    for scene in Scene:
+        await sweep.run([case for case in transfers if case.scene is scene], **SECTIONS[scene])
     return sweep
 
 
