@@ -66,7 +66,8 @@ class Cast:
             return self.of(Role.ASKER)
         if case.asks_to_leave:
             return self.bystanders  # whoever leads
-        return self.of(case.role) if case.message in ("ChunkRequest", "Chunk") else self.donors
+        several = case.scene is Scene.JOIN and case.message in ("ChunkRequest", "Chunk")
+        return self.of(case.role) if several else self.donors
 
 
 async def play_transfer(group: PipelineGroup, case: Transfer) -> Played:
@@ -120,7 +121,7 @@ async def _join(group: PipelineGroup, case: Transfer) -> Cast:
     await asyncio.to_thread(shutil.rmtree, group.disk_of(SPARE), ignore_errors=True)
     await group.high(1, 5)  # a snapshot, and a tail
     forget(group)
-    cast = Cast(1, group.of_stage(1), group.of_stage(0))
+    cast = Cast(1, _in_turn(group, 1), group.of_stage(0))
     first = case.arming if case.asker_passes else None
     if first is None:
         await _arm(group, case, cast)
@@ -145,7 +146,7 @@ async def _move(group: PipelineGroup, case: Transfer) -> Cast:
     if case.blow is Blow.EMPTY:
         await group.guarded(target)
     others = [replica for replica in group.of_stage(mover.stage) if replica is not mover]
-    cast = Cast(target, group.of_stage(target), others, mover)
+    cast = Cast(target, _in_turn(group, target), others, mover)
     if case.asks_to_leave:
         await group.arm(HOLD, mover, other="hold")
     else:
@@ -156,6 +157,11 @@ async def _move(group: PipelineGroup, case: Transfer) -> Cast:
         await _arm(group, case, cast)
         await group.release([mover])
     return cast
+
+
+def _in_turn(group: PipelineGroup, stage: int) -> list[PipelineReplica]:
+    """A stage's replicas in the order in which they are asked."""
+    return sorted(group.of_stage(stage), key=lambda replica: replica.peer)
 
 
 def _other(case: Transfer) -> str:
@@ -235,7 +241,7 @@ async def _mend(group: PipelineGroup, needy: int | None) -> None:
         of = [replica for replica in group.awake() if replica.stage == stage]
         await group.ask_all("pace", of, seconds=PACE_S * (NEEDY if stage == needy else 1.0))
     here = {replica.number for replica in group.members}
-    await group.start(*(number for number in group.numbers if number not in here))
+    await group.enter(*(number for number in group.numbers if number not in here))
 
 
 async def _send_away(group: PipelineGroup, newcomer: PipelineReplica) -> None:
