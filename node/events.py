@@ -106,6 +106,9 @@ _SENTENCES: dict[str, Callable[[Fields], str | None]] = {
     "stage-rescued": lambda fields: (
         f"stage {fields['stage']} had no replica left; its guardians had it, at round {fields['height']}"
     ),
+    "moments-taken": lambda fields: (
+        f"the inner optimizer goes on from {fields['donor']}'s second moments, of {fields['steps']} steps"
+    ),
     "guarding": lambda fields: f"keeping a copy of stage {fields['stage']}, from round {fields['height']}",
     "stage-found": lambda fields: f"stage {fields['stage']} is back, at round {fields['height']}",
     "stage-rebuilt": lambda fields: (

@@ -38,6 +38,7 @@ from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.messages import Link, MicroBatch, Propagate
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.pipeline.replicas import Replica
+from shoal.training.recovery.moments import MomentsDonor
 from shoal.training.spec import RunSpec
 from shoal.training.weights import Weights
 
@@ -126,6 +127,7 @@ class Peer:
             )
             self.driver.serve()
         else:
+            MomentsDonor(stage, self.transport, self.weights, inline).serve()
             self.hop = Hop(
                 spec,
                 stage,

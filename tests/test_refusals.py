@@ -160,6 +160,7 @@ from shoal.training.pipeline.messages import (
     Working,
 )
 from shoal.training.pipeline.settlement import admits
+from shoal.training.recovery.moments import MomentsRequest, SecondMoments
 from shoal.training.spec import RunSection, RunSpec
 
 HOUR = 3600.0
@@ -233,6 +234,7 @@ def test_roles_are_checked_before_any_handler_of_a_replica_runs(tmp_path: Path) 
         doors = [
             (hop.me, at_stage(1, "propagate")),
             (hop.me, at_stage(1, "commit")),
+            (hop.me, at_stage(1, "moments")),
             *((group.me, f"outer.0.{name}") for name in names),
         ]
         observer, client = run.transport(Role.OBSERVER), run.transport(Role.INFERENCE)
@@ -243,7 +245,7 @@ def test_roles_are_checked_before_any_handler_of_a_replica_runs(tmp_path: Path) 
         with pytest.raises(WrongRole, match=r"stage\.1\.infer is for owner, trainer"):
             await call(observer, hop.me, at_stage(1, "infer"), Note(1), Note, timeout_s=10)
         assert (hop.state(), group.state()) == before
-        assert hop.transport.counters().refusals == {"WrongRole": 5}
+        assert hop.transport.counters().refusals == {"WrongRole": 7}
         assert group.transport.counters().refusals == {"WrongRole": 2 * len(names)}
 
     play_run(scene, tmp_path)
@@ -450,6 +452,22 @@ async def ask_hop(caller: Transport, hop: Peer, request: Propagate, payload: byt
         await stream.send(request)
         await stream.send(Activations(), payload)
         return (await stream.receive(Working, Gradient)).header
+
+
+def test_who_asks_for_moments_in_other_words_or_too_early_is_told_so(tmp_path: Path) -> None:
+    async def scene(run: Run) -> None:
+        async with hop_and_caller(run) as (hop, caller):
+            before, method = hop.state(), at_stage(1, "moments")
+            for request, payload, kind, words in (
+                (Note(1), b"", MessageInvalid, "Note"),
+                (MomentsRequest(), b"more", MessageTooLarge, "4 payload bytes"),
+                (MomentsRequest(), b"", NotHere, "no inner step"),
+            ):
+                with pytest.raises(kind, match=words):
+                    await call(caller, hop.me, method, request, SecondMoments, timeout_s=10, payload=payload)
+            assert hop.state() == before
+
+    play_run(scene, tmp_path)
 
 
 def test_malformed_micro_batches_leave_no_trace_at_a_hop(tmp_path: Path) -> None:

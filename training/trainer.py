@@ -43,6 +43,7 @@ from shoal.training.pipeline.station import Station
 from shoal.training.pipeline.successors import Event
 from shoal.training.recovery.guarding import Guarding
 from shoal.training.recovery.lost_stage import LostStage
+from shoal.training.recovery.moments import MomentsDonor, take_moments
 from shoal.training.recovery.prefetch import prefetch
 from shoal.training.serving.form import Form
 from shoal.training.serving.server import SessionServer
@@ -199,8 +200,8 @@ class Trainer:
             await LostStage(
                 self.outer.context, self.layout, initial, self.outer, self._members.view, self._search
             ).resolve()
-            if self._checkpoints is not None:
-                await self._checkpoints.attach(self.outer, self.weights)
+            if self._checkpoints is None or not await self._checkpoints.attach(self.outer, self.weights):
+                await self._take_moments()
             unfinished.pop_all()
         if self._feed is not None:
             self._streams = Streams(
@@ -264,6 +265,7 @@ class Trainer:
             versions=self._versions,
             device=self._device,
         ).serve()
+        MomentsDonor(self.stage, self._transport, self.weights, self._offload).serve()
         self.outer.serve()
         await point(self._transport, _ENTERED)
 
@@ -275,6 +277,15 @@ class Trainer:
     async def _restore(self) -> None:
         if self._checkpoints is not None and self.outer.height == 0:
             await self._checkpoints.restore(self.outer)
+
+    async def _take_moments(self) -> None:
+        """A joiner of a run that has begun: what the others' optimizers know."""
+        if self.spec.inner.optimizer != "adamw" or not self.outer.height:
+            return
+        donors = [m.peer for m in self._members.view().online(self.stage) if m.peer != self._me]
+        moments = await take_moments(self.outer.context, self._rng.sample(donors, len(donors)))
+        if moments is not None:
+            await self.weights.restore(moments)
 
     async def run(self) -> None:
         """Train until cancelled."""

@@ -82,8 +82,11 @@ class StageCheckpoints:
         self._moments = found.moments
         return found
 
-    async def attach(self, outer: Outer, weights: Weights) -> None:
-        """After the replica has found its state: take up the inner moments, and write from now on."""
+    async def attach(self, outer: Outer, weights: Weights) -> bool:
+        """After the replica has found its state: take up the inner moments, and write from now on.
+
+        False where there were none to take up.
+        """
         self.keeper = Keeper(
             self._spec,
             self._stage,
@@ -100,6 +103,7 @@ class StageCheckpoints:
         if moments is not None:
             await weights.restore(moments)
         self._moments = None
+        return moments is not None
 
     async def run(self) -> None:
         """Write from time to time, until cancelled; after `attach`."""
