@@ -206,7 +206,7 @@ def test_each_device_holds_its_share_and_what_is_dropped_is_forgotten(bench: Ben
     whole = weights.read_moments()
     assert whole is not None
     assert whole.mean.numel() == layout.size
-    weights.restore_moments(whole, whole.steps, None)
+    weights.restore_moments(whole, whole.steps)
     again = weights.read_moments()
     assert again is not None
     assert torch.equal(again.square, whole.square)

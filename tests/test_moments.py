@@ -16,17 +16,17 @@ from shoal.protocol.errors import Busy, MessageInvalid, NotHere
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Buffer, call
 from shoal.protocol.virtual_time import run
-from shoal.training.inner import InnerOptimizer, Moments
+from shoal.training.inner import InnerOptimizer
 from shoal.training.methods import at_stage
 from shoal.training.recovery import moments as of_joiners
 from shoal.training.recovery.moments import MomentsRequest, SecondMoments, decode, encode, encoded_bytes
-from shoal.training.spec import InnerSection, RunSpec
+from shoal.training.spec import RunSpec
 
 SIZE = 1000
 
 
-def adam(spec: RunSpec | None = None) -> RunSpec:
-    return spec or round_spec(2, optimizer="adamw", learning_rate=0.01)
+def adam() -> RunSpec:
+    return round_spec(2, optimizer="adamw", learning_rate=0.01)
 
 
 def own(replica: Replica) -> InnerOptimizer:
@@ -66,52 +66,6 @@ def test_scales_that_are_no_squares_are_refused(scale: float) -> None:
     data[:4] = torch.tensor([scale]).numpy().tobytes()
     with pytest.raises(MessageInvalid, match="negative or not finite"):
         decode(memoryview(data), torch.empty(SIZE))
-
-
-def optimizer(weights: torch.Tensor, gradient: torch.Tensor) -> InnerOptimizer:
-    section = InnerSection(optimizer="adamw", clip_norm=0.0, weight_decay=0.1)
-    return InnerOptimizer(section, 1, SIZE // 2, weights, gradient)
-
-
-def stepped(weights: torch.Tensor, inner: InnerOptimizer, gradient: torch.Tensor, seed: int) -> torch.Tensor:
-    gradient.copy_(torch.randn(SIZE, generator=torch.Generator().manual_seed(seed)))
-    before = weights.clone()
-    inner.step(1, 0.01)
-    return weights - before
-
-
-def test_means_that_are_younger_than_the_squares_have_a_correction_of_their_own() -> None:
-    """The formula of Adam with a step count for each moment, decay apart, over the first 30 steps."""
-    weights, gradient = torch.randn(SIZE), torch.zeros(SIZE)
-    inner, section = optimizer(weights, gradient), InnerSection()
-    square, mean, t = torch.rand(SIZE) + 0.5, torch.zeros(SIZE), 400
-    inner.restore(Moments(t, mean, square, mean_steps=0))
-    for k in range(1, 31):
-        before = weights.clone()
-        moved = stepped(weights, inner, gradient, k)
-        g = torch.randn(SIZE, generator=torch.Generator().manual_seed(k))
-        mean = section.beta1 * mean + (1 - section.beta1) * g
-        square = section.beta2 * square + (1 - section.beta2) * g * g
-        root = (square / (1 - section.beta2 ** (t + k))).sqrt() + section.epsilon
-        expected = -0.01 * mean / (1 - section.beta1**k) / root
-        expected[: SIZE // 2] -= 0.01 * 0.1 * before[: SIZE // 2]
-        assert torch.allclose(moved, expected, rtol=1e-4, atol=1e-6), f"step {k}"
-
-
-def test_moments_that_were_taken_go_on_in_a_checkpoint_with_one_count() -> None:
-    """What is written while the means are young gives the same next direction when it is restored."""
-    weights, gradient = torch.randn(SIZE), torch.zeros(SIZE)
-    inner = optimizer(weights, gradient)
-    inner.restore(Moments(400, torch.zeros(SIZE), torch.ones(SIZE), mean_steps=0))
-    for k in range(3):
-        stepped(weights, inner, gradient, k)
-    kept = inner.moments()
-    assert kept is not None
-    assert (kept.steps, kept.mean_steps) == (403, None)
-    section = InnerSection()
-    young = inner._optimizer.state[inner._parameters[0]]["exp_avg"]
-    own_correction = young / (1 - section.beta1**3)
-    assert torch.allclose(kept.mean[: SIZE // 2] / (1 - section.beta1**403), own_correction, rtol=1e-5)
 
 
 def test_a_joiner_steps_with_what_a_replica_has_learned_of_the_gradients() -> None:

@@ -23,15 +23,11 @@ def norm_of(gradient: torch.Tensor) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """AdamW's state after some steps: mean and mean square [size] fp32 CPU, ordered like the weights.
-
-    `mean_steps`: those that the mean has seen, where they are fewer (`recovery.moments`).
-    """
+    """AdamW's state after some steps: mean and mean square [size] fp32 CPU, ordered like the weights."""
 
     steps: int
     mean: torch.Tensor
     square: torch.Tensor
-    mean_steps: int | None = None
 
 
 class InnerOptimizer:
@@ -61,9 +57,6 @@ class InnerOptimizer:
             parameter.grad = gradient[span]
             groups.append({"params": [parameter], "weight_decay": decay})
         self._parameters = [parameter for group in groups for parameter in group["params"]]
-        self._decays = [float(group["weight_decay"]) for group in groups]
-        self._beta1 = inner.beta1
-        self._steps = self._mean_steps = 0  # that the mean squares, and the means, have seen
         self._optimizer: torch.optim.Optimizer
         if inner.optimizer == "adamw":
             self._optimizer = torch.optim.AdamW(
@@ -86,20 +79,11 @@ class InnerOptimizer:
             return norm
         if 0.0 < self._clip_norm < norm:
             self._gradient.mul_(self._clip_norm / norm)
-        self._steps, self._mean_steps = self._steps + 1, self._mean_steps + 1
-        lift = self._lift()
-        for group, decay in zip(self._optimizer.param_groups, self._decays, strict=True):
-            group["lr"], group["weight_decay"] = learning_rate * lift, decay / lift
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
         self._optimizer.step()
         self._gradient.zero_()
         return norm
-
-    def _lift(self) -> float:
-        """What torch's correction of the means lacks where they are younger than the squares: it has one step
-        count for both, (1 - β₁ᵗ) where their own would be (1 - β₁ᵏ) (Adam, arXiv 1412.6980, section 3)."""
-        if self._steps == self._mean_steps or not self._mean_steps:
-            return 1.0
-        return (1.0 - self._beta1**self._steps) / (1.0 - self._beta1**self._mean_steps)
 
     def moments(self) -> Moments | None:
         """A copy on the host; None before the first step and for SGD. No step may be made meanwhile."""
@@ -107,16 +91,13 @@ class InnerOptimizer:
         if not all("exp_avg" in state for state in states):
             return None
         mean, square = (_on_host([state[key] for state in states]) for key in ("exp_avg", "exp_avg_sq"))
-        if (lift := self._lift()) != 1.0:
-            mean *= lift  # as if it had seen all steps
-        return Moments(self._steps, mean, square)
+        return Moments(int(states[0]["step"]), mean, square)
 
     def restore(self, moments: Moments) -> None:
         """Go on from these; SGD has no use for them."""
         if not isinstance(self._optimizer, torch.optim.AdamW):
             return
-        start, self._steps = 0, moments.steps
-        self._mean_steps = moments.steps if moments.mean_steps is None else moments.mean_steps
+        start = 0
         for parameter in self._parameters:
             span = slice(start, start + parameter.numel())
             self._optimizer.state[parameter] = {

@@ -62,7 +62,7 @@ class ShardWeights(Weights):
         return await self._lane.run(Work.UPDATE, self.read_moments)
 
     async def restore(self, moments: Moments) -> None:
-        await self._lane.run(Work.UPDATE, self.restore_moments, moments, moments.steps, moments.mean_steps)
+        await self._lane.run(Work.UPDATE, self.restore_moments, moments, moments.steps)
 
     def read(self, start: int, stop: int, into: torch.Tensor | None) -> None:
         """Master values start..stop, into rank 0's `into`."""
@@ -95,15 +95,17 @@ class ShardWeights(Weights):
             own = self._optimizer.moments()
             if own is None:
                 return None
-            device, whole = self._shards.ranks.device, self._shards.whole
-            return Moments(own.steps, whole(own.mean.to(device)), whole(own.square.to(device)))
+            device = self._shards.ranks.device
+            return Moments(
+                own.steps, *(self._shards.whole(part.to(device)) for part in (own.mean, own.square))
+            )
 
-    def restore_moments(self, moments: Moments | None, steps: int, mean_steps: int | None) -> None:
+    def restore_moments(self, moments: Moments | None, steps: int) -> None:
         """Rank 0 has them whole."""
-        with self._command("restore", steps, mean_steps):
+        with self._command("restore", steps):
             mean, square = (moments.mean, moments.square) if moments is not None else (None, None)
             dealt = self._shards.dealt
-            self._optimizer.restore(Moments(steps, dealt(mean), dealt(square), mean_steps))
+            self._optimizer.restore(Moments(steps, dealt(mean), dealt(square)))
 
     def _copy(self, span: slice, into: torch.Tensor) -> Sent:
         start, stop, _ = span.indices(self.size)

@@ -1,9 +1,11 @@
 """Moments for a joiner: what AdamW has learned of each weight's gradients, from one donor.
 
-A joiner has the group's weights, and would step blindly until its own optimizer has seen enough gradients. So
-it takes the second moments and their step count from a named donor, a byte each; its first moments begin at
-zero and are corrected for that by their own count (design section 10). Inner state is each replica's own:
-nothing is agreed on, and who finds no donor begins without. The trainer asks, and serves.
+A joiner has the group's weights, and would step blindly until its own optimizer has seen enough gradients.
+So it takes the second moments and their step count from a named donor, a byte each; its first moments begin
+at zero. A bias correction of their own (design section 10) was tried and loses what is gained: the first
+gradient alone then makes full steps. Without it steps grow over the first dozen
+(`tests/benchmarks/joiner_moments.py`). Inner state is each replica's own: nothing is agreed on, and who finds
+no donor begins without. The trainer asks, and serves.
 """
 
 from __future__ import annotations
@@ -133,8 +135,8 @@ async def _ask(context: Context, donor: PeerId) -> Moments:
         known = square.max() > 0
     if not known:
         raise NotHere(f"{donor} has seen no gradient yet")
-    await context.offload(_fill_unknown, square)
-    return Moments(steps, torch.zeros_like(square), square, mean_steps=0)
+    await context.offload(fill_unknown, square)
+    return Moments(steps, torch.zeros_like(square), square)
 
 
 def encoded_bytes(count: int) -> int:
@@ -175,6 +177,6 @@ def _blocks(values: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(values, (0, short)).view(-1, BLOCK)
 
 
-def _fill_unknown(square: torch.Tensor) -> None:
+def fill_unknown(square: torch.Tensor) -> None:
     """Of blocks that never had a gradient nothing is known: steps there begin small, and grow."""
     square.masked_fill_(square == 0, float(square.max()))
