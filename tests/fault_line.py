@@ -28,7 +28,7 @@ from shoal.dht.records import RecordBook
 from shoal.dht.view import Member, SwarmView
 from shoal.protocol.admission import JoinToken, Membership
 from shoal.protocol.contacts import ContactBook
-from shoal.protocol.errors import ShoalError
+from shoal.protocol.errors import NetworkError, ShoalError
 from shoal.protocol.faults import Arming, Faults
 from shoal.protocol.faulty_transport import FaultyTransport
 from shoal.protocol.grpc_transport import GrpcTransport
@@ -193,7 +193,13 @@ class LineWorker(ABC):
             here = [m for m in alive if m.peer == view.me or self.is_here(m)]
             return {member.peer for member in here} == wanted
 
-        await self.members.wait_for(met, MEET_S)
+        try:
+            await self.members.wait_for(met, MEET_S)
+        except NetworkError as error:
+            view = self.members.view()
+            seen = {m.name: (m.liveness.value, m.state, m.reason, m.beat is not None) for m in view.members}
+            missing = wanted - {member.peer for member in view.members}
+            raise NetworkError(f"{error}; seen: {seen}; never met: {sorted(missing)}") from error
 
     def announce(self, state: str) -> None:
         """Tell everybody what this peer does from now on."""

@@ -18,7 +18,7 @@ from typing import Any
 from blake3 import blake3
 from fault_line import MEET_S, LineWorker
 from fault_orders import JsonObject, Order
-from pipeline_terms import Terms
+from pipeline_terms import TERMS, Terms
 
 from shoal.compression.codec import bytes_of
 from shoal.dht.beats import Beat
@@ -66,6 +66,7 @@ class PipelineWorker(LineWorker):
         self._living: asyncio.Task[None] | None = None
         self._folder = Path(order.directory or ".")
         super().__init__(order, writer)
+        self.incarnation = order.incarnation * TERMS  # from the start above all of its earlier lives
         self._spec = RunSpec.model_validate(order.spec)
 
     def _make_faults(self) -> WatchedFaults:

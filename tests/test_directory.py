@@ -651,6 +651,12 @@ def test_calls_fail_soon_when_p2pd_is_lost_and_work_again_after_its_restart(
     asyncio.run(scenario())
 
 
+def freeze(pid: int) -> None:
+    """SIGSTOP to a child; returns once it stands still: one of its threads may run on for a moment."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+
+
 def test_who_hears_nobody_because_its_own_p2pd_froze_is_told_so(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -666,7 +672,7 @@ def test_who_hears_nobody_because_its_own_p2pd_froze_is_told_so(
 
             async def find_and_freeze(*keys: Any, **options: Any) -> Any:
                 found = await find(*keys, **options)
-                os.kill(pid, signal.SIGSTOP)
+                freeze(pid)
                 return found
 
             monkeypatch.setattr(second._node, "find_nearest_nodes", find_and_freeze)
