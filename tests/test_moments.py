@@ -95,7 +95,9 @@ def test_a_joiner_steps_with_what_a_replica_has_learned_of_the_gradients() -> No
 
 
 @pytest.mark.parametrize("lie", ["scale", "start", "steps", "short", "silent"])
-def test_a_donor_that_lies_or_is_silent_is_left_for_another_or_the_joiner_begins_without(lie: str) -> None:
+def test_a_donor_that_lies_or_is_silent_is_left_for_another_or_the_joiner_begins_without(
+    lie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     faults = Faults()
 
     async def main() -> None:
@@ -117,7 +119,7 @@ def test_a_donor_that_lies_or_is_silent_is_left_for_another_or_the_joiner_begins
 
             faults.tamper = tamper
             if lie == "silent":
-                liar.trainer.weights.moments = never  # type: ignore[method-assign]
+                monkeypatch.setattr(liar.trainer.weights, "moments", never)
             joiner = await world.add(20, 1, run=False)
             if lie == "steps":  # nothing to check it by: its own steps are small for a while
                 assert joiner.heard("moments-taken")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 from outer_faults import Faults
@@ -210,12 +211,16 @@ def test_weights_that_are_not_finite_stay_at_home() -> None:
 
 
 @pytest.mark.parametrize(
-    "claimed",
-    [{"tokens": COUNT_MOST}, {"from_step": 0}, {"to_step": COUNT_MOST}],
+    "claim",
+    [
+        lambda answer: dataclasses.replace(answer, tokens=COUNT_MOST),
+        lambda answer: dataclasses.replace(answer, from_step=0),
+        lambda answer: dataclasses.replace(answer, to_step=COUNT_MOST),
+    ],
     ids=["tokens", "overlap", "steps"],
 )
 def test_a_member_that_claims_what_no_log_can_hold_fails_no_round_of_the_others(
-    claimed: dict[str, int],
+    claim: Callable[[Answer], Answer],
 ) -> None:
     """Tokens whose sum no entry can carry, or steps that are listed already, failed round after round."""
     faults = Faults()
@@ -227,7 +232,7 @@ def test_a_member_that_claims_what_no_log_can_hold_fails_no_round_of_the_others(
 
             def tamper(peer: PeerId, header: object, payload: Buffer) -> tuple[object, Buffer]:
                 if peer == liar.name and isinstance(header, Answer):
-                    header = dataclasses.replace(header, **claimed)  # type: ignore[arg-type]
+                    header = claim(header)
                 return header, payload
 
             faults.tamper = tamper
