@@ -125,17 +125,14 @@ async def _ask(context: Context, donor: PeerId) -> Moments:
             message = await receive_soon(stream, SecondMoments, limits.FRAME_BYTES)
             header: SecondMoments = message.header
             if (header.start, len(message.payload)) != (start, wanted):
-                raise MessageInvalid(
-                    f"{len(message.payload)} bytes from {header.start}; {wanted} from {start}"
-                )
+                came = f"{len(message.payload)} bytes from {header.start}"
+                raise MessageInvalid(f"{came}, where {wanted} from {start} were due")
             if header.steps != (steps or header.steps):
                 raise MessageInvalid(f"moments of {header.steps} steps follow on those of {steps}")
             steps = header.steps
             await context.offload(decode, message.payload, piece)
-        known = square.max() > 0
-    if not known:
+    if not await context.offload(fill_unknown, square):
         raise NotHere(f"{donor} has seen no gradient yet")
-    await context.offload(fill_unknown, square)
     return Moments(steps, torch.zeros_like(square), square)
 
 
@@ -177,6 +174,9 @@ def _blocks(values: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(values, (0, short)).view(-1, BLOCK)
 
 
-def fill_unknown(square: torch.Tensor) -> None:
-    """Of blocks that never had a gradient nothing is known: steps there begin small, and grow."""
-    square.masked_fill_(square == 0, float(square.max()))
+def fill_unknown(square: torch.Tensor) -> bool:
+    """Of blocks that never had a gradient nothing is known: steps there begin small, and grow. False where
+    that is so of all."""
+    most = float(square.max())
+    square.masked_fill_(square == 0, most)
+    return most > 0.0
