@@ -48,7 +48,7 @@ class Worker(LineWorker):
             transport=self.transport,
             weights=self.weights,
             genesis=self._genesis,
-            peers=lambda: group_members(self.members, order.incarnation, self._beat()),
+            peers=lambda: group_members(self.members.view(), order.incarnation, self._beat()),
             suspect=self.members.suspect,
             offload=asyncio.to_thread,
             rng=self._rng,

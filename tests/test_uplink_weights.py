@@ -75,7 +75,7 @@ def test_a_group_weighs_its_members_by_what_their_beats_say() -> None:
         await swarm.add(0, 1, 2, 3)
         await swarm.meet(range(4))
         own = StageBeat(0, uplink_bytes_per_s=2.0**21)
-        group = group_members(swarm.peers[0], 1, own)
+        group = group_members(swarm.peers[0].view(), 1, own)
         assert {member.peer: member.uplink for member in group} == {
             swarm.peer(0): 2.0**21,
             swarm.peer(1): 2.0**22,

@@ -10,10 +10,13 @@ from shoal.dht.beats import StageBeat
 from shoal.dht.directory import SignedRecord
 from shoal.dht.liveness import Liveness
 from shoal.dht.members import Members
+from shoal.dht.view import Member, SwarmView
+from shoal.protocol import limits
 from shoal.protocol.identity import PeerId
+from shoal.training.outer.entry import Seat
 from shoal.training.outer.policy import GroupMember
 from shoal.training.pipeline.replicas import Replica
-from shoal.training.uplinks import group_uplinks
+from shoal.training.uplinks import UNKNOWN, group_uplinks
 
 _UNMEASURED_RTT_S = 0.05
 SILENT_S = 120.0  # until a peer that stopped talking counts as departed (design section 9, partitions)
@@ -63,29 +66,52 @@ class MemberReplicas:
         await self._members.changed()
 
 
-def group_members(members: Members, incarnation: int, own: StageBeat) -> list[GroupMember]:
+def group_members(
+    view: SwarmView, incarnation: int, own: StageBeat, last: Sequence[Seat] = ()
+) -> list[GroupMember]:
     """The replicas of a stage, this peer among them: the others by their last beat, itself as it is.
 
+    Of a large group a peer hears only its neighbours. Whom it knows by a record alone belongs to the group as
+    well, and where the swarm is known in part so does a stranger who took part in the last round (`last`):
+    else each would lead a group of its own.
     Whoever fell silent without a goodbye or a closed connection stays, marked, for SILENT_S: it may be
     frozen, or on the other side of a cut, and half a group must not go on as if it were the whole.
     Uplinks are what the beats claim, as far as the group believes it (`uplinks`).
     """
-    view = members.view()
+    stage = own.stage
     found = {view.me: _group_member(view.me, incarnation, own)}
-    for member in view.online(own.stage):
-        progress = member.progress(own.stage)
-        if member.peer != view.me and progress is not None:
-            found[member.peer] = _group_member(member.peer, member.incarnation_at(own.stage), progress)
+    for member in view.online(stage):
+        if member.peer != view.me and (known := _as_known(member, stage, view.now_s)) is not None:
+            found[member.peer] = known
+    seats = {seat.peer: seat for seat in last if seat.peer not in found}
     for member in view.members:
-        progress = member.progress(own.stage)
-        if member.peer in found or progress is None or own.stage not in member.stages or member.departed:
+        seat = seats.pop(member.peer, None)
+        if member.peer in found or (seat is None and member.progress(stage) is None) or member.departed:
             continue
-        if member.state_at(own.stage) == "online" and view.now_s - (member.heard_s or 0.0) < SILENT_S:
-            silent = _group_member(member.peer, member.incarnation_at(own.stage), progress)
-            found[member.peer] = dataclasses.replace(silent, silent=True)
+        since_s = member.heard_s or member.gone_s or view.now_s
+        if member.state_at(stage) == "online" and stage in member.stages and view.now_s - since_s < SILENT_S:
+            known = _as_known(member, stage, view.now_s)
+            if known is not None:
+                found[member.peer] = dataclasses.replace(known, silent=True)
+    if view.sampled:
+        found |= {peer: _stranger(peer, seat.incarnation, seat.uplink) for peer, seat in seats.items()}
     group = sorted(found.values(), key=lambda member: member.peer)
     uplinks = group_uplinks([member.uplink for member in group])
     return [dataclasses.replace(member, uplink=uplink) for member, uplink in zip(group, uplinks, strict=True)]
+
+
+def _as_known(member: Member, stage: int, now_s: float) -> GroupMember | None:
+    """By its beat, which says if it is at the stage; of who is no neighbour (any more) nothing told holds."""
+    heard = member.heard_s is not None and now_s - member.heard_s < limits.ABORT_AFTER_S
+    incarnation, progress = member.incarnation_at(stage), member.progress(stage)
+    if progress is not None and heard:
+        return _group_member(member.peer, incarnation, progress)
+    uplink = progress.uplink_bytes_per_s if progress is not None else UNKNOWN
+    return None if heard else _stranger(member.peer, incarnation, uplink)
+
+
+def _stranger(peer: PeerId, incarnation: int, uplink: float) -> GroupMember:
+    return GroupMember(peer=peer, incarnation=incarnation, uplink=uplink, heard=False)
 
 
 def stage_members(members: Members, stage: int) -> list[GroupMember]:

@@ -458,7 +458,8 @@ class Trainer:
         self._event(kind, data)
 
     def _group(self) -> Sequence[GroupMember]:
-        return group_members(self._members, self._incarnation, self.beat()[0])
+        view = self._members.view()
+        return group_members(view, self._incarnation, self.beat()[0], self.outer.last_seats)
 
     async def _evaluate(self) -> None:
         """Score the held-out batch on the anchors; one driver of the swarm does, the one of lowest id."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from shoal.dht.interest import KNOWN, Known
+from shoal.dht.neighbours import SMALL_SWARM
 from shoal.node.simulate.machines import Draws
 
 FULL_PROTOCOL_PEERS = 200  # beyond, every beat and frame of everybody takes too long
@@ -29,6 +31,8 @@ class Options:
     policies_only: bool | None = None  # None: by the number of peers
     router: Router = "shoal"
     recovery: Recovery = "adopt"
+    neighbour_limit: int = SMALL_SWARM  # full protocol: heartbeat streams that a peer holds by its own wish
+    known: Known = KNOWN  # full protocol: whose records a peer of a large swarm keeps
 
     @property
     def mode(self) -> str:

@@ -131,6 +131,8 @@ class Swarm:
             incarnation=number + 1,
             rng=random.Random(f"{self.options.seed}/peer/{number}"),
             planned=self._spec,
+            neighbour_limit=self.options.neighbour_limit,
+            known=self.options.known,
         )
         now = asyncio.get_running_loop().time()
         download_s = max(self.small.stage_bytes) / machine.download_bytes_per_s
@@ -238,6 +240,8 @@ class Swarm:
                     outcome.adopted += 1
                 case "hedge":
                     outcome.hedges += 1
+                case "fork":
+                    outcome.forks += 1
                 case "stage-rebuilt":
                     outcome.setbacks.append((at_s, int(str(data["stage"])), int(str(data["rounds"]))))
         peer.events.clear()

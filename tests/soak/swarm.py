@@ -51,8 +51,9 @@ def main() -> None:
         done += 1
         failed += bool(outcome.broken)
         figures = outcome.to_json()
-        names = ("stages", "micro_batches", "joins", "kills", "leaves", "moves", "retries", "adopted", "lost")
-        told = " ".join(f"{name} {figures[name]}" for name in (*names, "rounds", "setbacks", "cpu_s"))
+        names = ["stages", "micro_batches", "joins", "kills", "leaves", "moves", "retries", "adopted", "lost"]
+        names += ["rounds", "forks", "setbacks", "cpu_s"]
+        told = " ".join(f"{name} {figures[name]}" for name in names)
         print(f"seed {seed}: {told}", flush=True)
         for what in outcome.broken:
             print(f"  BROKEN {what}", flush=True)

@@ -61,7 +61,7 @@ class Leader:
         self._last = list(log.quorum) if log.height else [*here, *silent]
         self._silent = frozenset(silent)
         departed = set(self._last) - set(here) - set(silent)
-        self._group = Attendance(context, self._offer, follow, departed)
+        self._group = Attendance(context, self._offer, follow, departed, log.leader)
         self._change = self._group.change
         self._ran_s = self._now()
 

@@ -131,6 +131,8 @@ class Log:
         self.head = state.head
         self.counted_tokens = state.tokens
         self.quorum = state.quorum
+        self.seats: tuple[Seat, ...] = ()  # of the quorum, and who led it; empty until an entry says
+        self.leader = PeerId("")
         self._leaving = state.leaving
         self.revision = state.revision
         self.rebuilt = state.rebuilt
@@ -239,7 +241,8 @@ class Log:
         self.check(entry)
         self.height, self.head, self.counted_tokens = entry.height, entry_hash(data), entry.tokens
         self.revision = entry.revision
-        self.quorum = tuple(entry.roster[seat].peer for seat in entry.present())
+        self.leader, self.seats = PeerId(entry.leader), tuple(entry.roster[seat] for seat in entry.present())
+        self.quorum = tuple(seat.peer for seat in self.seats)
         self._leaving = tuple(
             leaver
             for leaver in self._leaving

@@ -136,7 +136,18 @@ class Member:
         draft = self.round.data if self.round is not None else b""
         entry = self._unapplied or b""
         from_step, from_tokens = log.end_of(context.me, context.incarnation, log.next_fragment.index)
-        answer = Answer(log.height, from_step, from_step, 0, 0.0, (), 0, len(draft), len(entry), self.leaves)
+        answer = Answer(
+            log.height,
+            from_step,
+            from_step,
+            tokens=0,
+            norm=0.0,
+            positions=(),
+            draft_bytes=len(draft),
+            entry_bytes=len(entry),
+            leaves=self.leaves,
+            incarnation=context.incarnation,
+        )
         if mine is not None:
             if math.isfinite(mine.norm) and mine.norm <= NORM_MOST:
                 answer = dataclasses.replace(

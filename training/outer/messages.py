@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from shoal.protocol import limits
-from shoal.protocol.wire import Bounds, Count, Digest, Items, Length, Seconds, wire_message
+from shoal.protocol.wire import Bounds, Count, Digest, Identifier, Items, Length, Seconds, wire_message
 from shoal.training.outer.entry import ENTRY_BYTES, Norm, SeatIndex, StreamPosition
 
 PartIndex = Annotated[int, Bounds(0, limits.PARTS - 1)]
@@ -48,6 +48,7 @@ class Answer:
     draft_bytes: PayloadBytes = 0
     entry_bytes: PayloadBytes = 0
     leaves: bool = False  # asks to be let go to another stage
+    incarnation: Identifier = 0  # of this replica, if the leader may not have heard of it; 0: as offered
 
 
 @wire_message

@@ -25,7 +25,10 @@ BEHIND_S = 0.5  # a COMMIT already on its way gets this long before the entry is
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupMember:
-    """A live replica of the stage, as its last beat tells; for this peer itself, as it is."""
+    """A live replica of the stage, as its last beat tells; for this peer itself, as it is.
+
+    In a large group a peer hears only some of the others: those it knows otherwise have told nothing.
+    """
 
     peer: PeerId
     incarnation: int
@@ -36,6 +39,7 @@ class GroupMember:
     tokens_since_round: int = 0
     log_tokens: int = 0  # of its whole log
     uplink: float = 1.0  # bytes a second, 1 where nobody's is known; part owners in proportion
+    heard: bool = True  # else nothing is known of its progress, and it is asked all the same
     silent: bool = False  # nothing is heard of it, yet it did not depart: counts for the quorum only
 
 
@@ -142,13 +146,13 @@ def holds_quorum(
 
 
 def should_open(inner_steps: float, mine: GroupMember, group: Sequence[GroupMember]) -> Verdict:
-    """A round is due on work done: H steps a replica on the mean, however they are spread.
+    """A round is due on work done: H steps a replica on the mean of those heard, however they are spread.
 
     Counters that members reported before their last COMMIT say nothing about the round to come.
     """
-    current = [member for member in group if member.height == mine.height]
-    steps = sum(member.steps_since_round for member in current)
-    due = inner_steps * max(len(group), 1)
+    heard = [member for member in group if member.heard]
+    steps = sum(member.steps_since_round for member in heard if member.height == mine.height)
+    due = inner_steps * max(len(heard), 1)
     return Verdict(steps >= due, f"{steps} of {due} inner steps")
 
 

@@ -6,7 +6,7 @@ A plain round synchronises the fragment that is due; a re-entry brings back what
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.codecs import round_codecs
@@ -64,9 +64,15 @@ def reentry_offer(offer: Entry, lost: LostEntry) -> Entry:
     )
 
 
-def with_present(roster: Sequence[Seat], here: Collection[PeerId]) -> tuple[Seat, ...]:
-    """The roster, with those present who answered."""
-    return tuple(dataclasses.replace(seat, present=seat.peer in here) for seat in roster)
+def with_present(roster: Sequence[Seat], answers: Mapping[PeerId, Answer]) -> tuple[Seat, ...]:
+    """The roster, with those present who answered, in the incarnation that they say."""
+    return tuple(_taken(seat, answers.get(PeerId(seat.peer))) for seat in roster)
+
+
+def _taken(seat: Seat, answer: Answer | None) -> Seat:
+    if answer is None:
+        return dataclasses.replace(seat, present=False)
+    return dataclasses.replace(seat, present=True, incarnation=answer.incarnation or seat.incarnation)
 
 
 def draft_of(
@@ -81,9 +87,10 @@ def draft_of(
     Whose steps do not go on from those in the log is not listed: all would refuse the entry. Nobody
     contributes where nobody has made a step.
     """
-    given = [(i, answers[seat.peer]) for i, seat in enumerate(offer.roster) if seat.peer in answers]
+    roster = with_present(offer.roster, answers)
+    given = [(i, answers[seat.peer]) for i, seat in enumerate(roster) if seat.peer in answers]
     given = [(i, answer) for i, answer in given if answer.tokens and answer.to_step > answer.from_step]
-    ends = [log.end_of(PeerId(seat.peer), seat.incarnation, offer.fragment)[0] for seat in offer.roster]
+    ends = [log.end_of(PeerId(seat.peer), seat.incarnation, offer.fragment)[0] for seat in roster]
     given = [(i, answer) for i, answer in given if answer.from_step == ends[i]]
     clips = clip_factors([answer.norm for _, answer in given], [answer.tokens for _, answer in given])
     rows = tuple(
@@ -93,7 +100,7 @@ def draft_of(
     asking = [peer for peer, answer in answers.items() if answer.leaves]
     return dataclasses.replace(
         offer,
-        roster=with_present(offer.roster, answers),
+        roster=roster,
         contributors=rows,
         leaving=may_leave(asking, list(answers), log.leaving, minimum_replicas),
         contribution=like.contribution,

@@ -17,7 +17,7 @@ from shoal.training.amended import Amended
 from shoal.training.decisions import DecisionLog
 from shoal.training.outer.change import Change
 from shoal.training.outer.context import Context, Event, Meet, Offload
-from shoal.training.outer.entry import SKIP, Entry, parse
+from shoal.training.outer.entry import SKIP, Entry, Seat, parse
 from shoal.training.outer.figures import Figures
 from shoal.training.outer.follow import Services
 from shoal.training.outer.local import LocalWeights
@@ -131,6 +131,11 @@ class Outer:
     def head(self) -> bytes:
         """Hash of the log's last entry."""
         return self._replica.log.head
+
+    @property
+    def last_seats(self) -> Sequence[Seat]:
+        """Who took part in the last round; empty after a snapshot, until the next."""
+        return self._replica.log.seats
 
     @property
     def tokens(self) -> int:
@@ -281,7 +286,7 @@ class Outer:
             group = self._turns.group()
             ahead = self._catching_up.ahead(group)
             if not ahead or await self._turns.catch_up(group):
-                if len(group) == 1:
+                if sum(member.heard for member in group) == 1:  # records may outlive those they speak of
                     await self._reach_guardians()
                 return
             if loop.time() >= limit_s:

@@ -1,0 +1,114 @@
+"""A stage with more replicas than anybody has neighbours is one group: one leader, one log, nobody left out.
+
+What was: a leader's roster were those whose beats it heard, so a large group met in overlapping parts, each
+of which went on as if the others were gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import pytest
+
+from shoal.dht.beats import Beat, StageBeat
+from shoal.dht.liveness import Liveness
+from shoal.dht.view import Member, SwarmView
+from shoal.node.simulate.options import Options
+from shoal.node.simulate.run import simulate_run
+from shoal.protocol.identity import PeerId
+from shoal.training.neighbours import group_members
+from shoal.training.outer.entry import Seat
+from shoal.training.outer.policy import GroupMember, should_open
+from shoal.training.spec import RunSpec
+from shoal.training.templates import TEMPLATES
+
+NOW_S = 1000.0
+ME, HEARD, KNOWN_BY_RECORD, STRANGER = (
+    PeerId(f"{name:>046}") for name in ("me", "heard", "record", "stranger")
+)
+OWN = StageBeat(0, height=4, steps_since_round=3, uplink_bytes_per_s=2.0**20)
+
+
+def one_stage() -> RunSpec:
+    values = TEMPLATES["small"].model_dump()
+    values["stages"] |= {"count": 1}
+    values["inner"] |= {"in_flight": 4, "optimizer": "sgd", "inner_tokens": 2048}
+    values["outer"] |= {"inner_steps": 4}
+    return RunSpec.model_validate(values)
+
+
+@pytest.mark.parametrize(("seed", "session_s"), [(1, 1e6), (2, 60.0)])
+def test_peers_with_few_neighbours_keep_one_log(seed: int, session_s: float) -> None:
+    """Fifteen replicas, of whom each has streams with five or so; calm, and under churn."""
+    options = Options(
+        peers=15,
+        duration_s=30.0,
+        warmup_s=15.0,
+        seed=seed,
+        session_s=session_s,
+        micro_batch_s=2.0,
+        neighbour_limit=4,
+    )
+    outcome = simulate_run(one_stage(), options)
+    print("seed", seed, outcome.to_json())
+    assert outcome.forks == 0
+    assert outcome.broken == []
+    assert outcome.rounds[0] >= 3
+
+
+def group(*members: Member, last: tuple[Seat, ...] = (), sampled: bool = False) -> Mapping[str, GroupMember]:
+    sizes = {0: 300.0} if sampled else {}
+    view = SwarmView(ME, NOW_S, tuple(sorted(members, key=lambda m: m.peer)), sizes, sampled)
+    return {member.peer: member for member in group_members(view, 7, OWN, last)}
+
+
+def heard(peer: PeerId, at_s: float, steps: int = 2) -> Member:
+    told = StageBeat(0, height=4, steps_since_round=steps, uplink_bytes_per_s=2.0**22)
+    beat = Beat(incarnation=5, number=1, stages=(told,))
+    return Member(peer=peer, stages=(0,), incarnation=5, heard_s=at_s, beat=beat)
+
+
+def known(peer: PeerId) -> Member:
+    return Member(peer=peer, stages=(0,), incarnation=5)
+
+
+def test_who_is_known_by_a_record_alone_belongs_to_the_group() -> None:
+    found = group(heard(HEARD, NOW_S - 1.0), known(KNOWN_BY_RECORD))
+    assert found.keys() == {ME, HEARD, KNOWN_BY_RECORD}
+    assert [found[peer].heard for peer in (ME, HEARD, KNOWN_BY_RECORD)] == [True, True, False]
+    assert found[KNOWN_BY_RECORD].incarnation == 5
+    assert found[KNOWN_BY_RECORD].uplink in (2.0**20, 2.0**22)  # as much as others, for a start
+
+
+def test_what_a_neighbour_told_long_ago_says_nothing_about_the_round_to_come() -> None:
+    found = group(heard(HEARD, NOW_S - 60.0, steps=0))
+    assert not found[HEARD].heard
+    assert should_open(3, found[ME], list(found.values())).yes  # the own three steps, of one who is heard
+    lazy = group(heard(HEARD, NOW_S - 1.0, steps=0))
+    assert not should_open(3, lazy[ME], list(lazy.values())).yes
+
+
+def test_who_is_on_the_way_to_the_stage_does_not_belong_to_it_yet() -> None:
+    joining = dataclasses.replace(known(KNOWN_BY_RECORD), state="joining")
+    silent_on_it = dataclasses.replace(heard(HEARD, NOW_S - 1.0), beat=Beat(incarnation=5, number=1))
+    assert group(joining, silent_on_it).keys() == {ME}
+
+
+def test_a_stranger_of_the_last_round_belongs_to_a_swarm_known_in_part() -> None:
+    last = (Seat(STRANGER, 9, 2.0**21, present=True), Seat(HEARD, 5, 2.0**22, present=True))
+    found = group(heard(HEARD, NOW_S - 1.0), last=last, sampled=True)
+    assert found[STRANGER] == GroupMember(peer=STRANGER, incarnation=9, uplink=2.0**21, heard=False)
+    assert found[HEARD].heard
+    assert STRANGER not in group(heard(HEARD, NOW_S - 1.0), last=last)  # where everybody is known, it is gone
+
+
+def test_who_took_part_and_cannot_be_reached_counts_for_the_quorum_for_a_while() -> None:
+    last = (Seat(KNOWN_BY_RECORD, 5, 2.0**21, present=True),)
+    failing = dataclasses.replace(known(KNOWN_BY_RECORD), liveness=Liveness.SUSPECT)
+    assert group(failing, last=last)[KNOWN_BY_RECORD].silent
+    assert KNOWN_BY_RECORD not in group(failing)
+    for gone_s, counts in ((NOW_S - 100.0, True), (NOW_S - 130.0, False)):
+        lapsed = dataclasses.replace(failing, liveness=Liveness.GONE, gone_s=gone_s)
+        assert (KNOWN_BY_RECORD in group(lapsed, last=last)) is counts
+    assert KNOWN_BY_RECORD not in group(dataclasses.replace(failing, departed=True), last=last)
