@@ -53,6 +53,7 @@ def test_peers_with_few_neighbours_keep_one_log(seed: int, session_s: float) -> 
     outcome = simulate_run(one_stage(), options)
     print("seed", seed, outcome.to_json())
     assert outcome.forks == 0
+    assert outcome.joins or outcome.adopted_streams == 0, "nobody is gone, so nobody's data is an orphan"
     assert outcome.broken == []
     assert outcome.rounds[0] >= 3
 

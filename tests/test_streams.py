@@ -142,12 +142,25 @@ def test_streams_of_the_silent_are_theirs_until_they_are_given_up() -> None:
     view = SwarmView(
         PeerId("me"),
         20.0,
-        (member("a", 1), member("b", 2, **silent), member("c", 3, departed=True, **silent)),
+        (member("a", 1, heard_s=19.0), member("b", 2, **silent), member("c", 3, departed=True, **silent)),
     )
     logged = {1: 10, 2: 20, 3: 30, 4: 40}
-    assert orphans(logged, readers(view), ()) == [3, 4]
-    later = SwarmView(PeerId("me"), 200.0, view.members)
-    assert orphans(logged, readers(later), (4,)) == [2, 3]
+    assert orphans(logged, readers(view, {}), ()) == [3, 4]
+    later = SwarmView(PeerId("me"), 200.0, (member("a", 1, heard_s=199.0), *view.members[1:]))
+    assert orphans(logged, readers(later, {}), (4,)) == [2, 3]
+
+
+def test_who_is_no_neighbour_reads_what_it_read_in_the_log() -> None:
+    """What was: it had no beat here, so its stream was taken for an orphan, and read twice."""
+    logged_by = {n: PeerId(name) for n, name in enumerate(["known", "stale", "moved", "stranger", "dead"], 1)}
+    stale = Member(peer=PeerId("stale"), stages=(0,), beat=Beat(streams=(9,)), heard_s=50.0)
+    dead = Member(peer=PeerId("dead"), stages=(0,), liveness=Liveness.GONE, gone_s=90.0)
+    known, moved = Member(peer=PeerId("known"), stages=(0,)), Member(peer=PeerId("moved"), stages=(1,))
+    logged = dict.fromkeys(range(1, 6), 10)
+    view = SwarmView(PeerId("me"), 100.0, (dead, known, moved, stale))
+    assert orphans(logged, readers(view, logged_by, list(logged_by.values())), ()) == [3, 4, 5]
+    sampled = SwarmView(PeerId("me"), 100.0, view.members, {0: 300.0}, sampled=True)
+    assert orphans(logged, readers(sampled, logged_by, list(logged_by.values())), ()) == [3, 5]
 
 
 def test_an_orphan_has_one_heir_and_nobody_reads_more_than_an_entry_can_name() -> None:

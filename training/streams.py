@@ -1,19 +1,22 @@
 """Which data streams a driver reads: its own, and those whose driver is gone.
 
-The first stage's log knows each stream's position, beats say who reads which. A joiner takes an orphaned
-stream instead of beginning one; what no joiner takes, one of the drivers reads in turns with its own. Who
-claims a stream tells it first, and reads after a while in which nobody with a lower id has claimed it, too.
+The first stage's log knows each stream's position and who moved it last, beats say who reads which now; of
+drivers that are no neighbours the log has to do. A joiner takes an orphaned stream instead of beginning one;
+what no joiner takes, one of the drivers reads in turns with its own. Who claims a stream tells it first, and
+reads after a while in which nobody with a lower id has claimed it, too.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
 
 from shoal.dht.view import SwarmView
+from shoal.protocol import limits
 from shoal.protocol.identity import PeerId
 from shoal.training.neighbours import SILENT_S
 
@@ -31,16 +34,30 @@ class Reader:
     streams: tuple[int, ...]
 
 
-def readers(view: SwarmView) -> list[Reader]:
-    """The other drivers; who is silent may thaw, and keeps its streams for a while."""
-    found = []
+def readers(view: SwarmView, logged_by: Mapping[int, PeerId], last: Collection[PeerId] = ()) -> list[Reader]:
+    """The other drivers; who is silent may thaw, and keeps its streams for a while.
+
+    Who is not heard reads what it read as the log has it (`logged_by`); in a swarm known in part so does a
+    stranger among the `last` round's members.
+    """
+    by_log: dict[PeerId, list[int]] = {}
+    for stream, peer in logged_by.items():
+        by_log.setdefault(peer, []).append(stream)
+    found = {}
     for member in view.members:
-        silent = member.gone_s is not None and (
-            member.departed or view.now_s - (member.heard_s or 0.0) >= SILENT_S
-        )
-        if member.peer != view.me and member.beat is not None and member.beat.streams and not silent:
-            found.append(Reader(member.peer, member.beat.streams))
-    return found
+        if member.gone_s is None:
+            heard = member.heard_s is not None and view.now_s - member.heard_s < limits.ABORT_AFTER_S
+        else:
+            heard = not member.departed and view.now_s - (member.heard_s or -math.inf) < SILENT_S
+        if heard:
+            found[member.peer] = member.beat.streams if member.beat is not None else ()
+        elif member.gone_s is None and 0 in member.stages:
+            found[member.peer] = tuple(by_log.get(member.peer, ()))
+    if view.sampled:
+        strangers = [peer for peer in last if view.get(peer) is None]
+        found |= {peer: tuple(by_log.get(peer, ())) for peer in strangers}
+    found.pop(view.me, None)
+    return [Reader(peer, streams) for peer, streams in found.items() if streams]
 
 
 def orphans(logged: Mapping[int, int], others: Sequence[Reader], mine: Sequence[int]) -> list[int]:
@@ -76,15 +93,16 @@ class Streams:
         self,
         me: PeerId,
         own: int,
-        view: Callable[[], SwarmView],
+        others: Callable[[], Sequence[Reader]],
         logged: Callable[[], Mapping[int, int]],
         read: Callable[[Mapping[int, int]], None],
         event: Callable[[str, dict[str, object]], None],
     ) -> None:
-        """`own`: the stream that it would begin; `logged`: the log's positions; `read`: from now on these."""
+        """`own`: the stream that it would begin; `others`: the other readers; `logged`: the log's positions;
+        `read`: from now on these."""
         self._me = me
         self._own = own
-        self._view = view
+        self._others = others
         self._logged = logged
         self._read = read
         self._event = event
@@ -99,7 +117,7 @@ class Streams:
 
     def begin(self) -> None:
         """Before this driver is online: its own stream if it has been here before, else an orphan."""
-        logged, others = self._logged(), readers(self._view())
+        logged, others = self._logged(), self._others()
         taken = {stream: None for reader in others for stream in reader.streams}
         free = orphans(logged, others, ())
         if self._own in logged and self._own not in taken:
@@ -118,7 +136,7 @@ class Streams:
             await asyncio.sleep(LOOK_S)
 
     def _look(self) -> None:
-        now_s, others = asyncio.get_running_loop().time(), readers(self._view())
+        now_s, others = asyncio.get_running_loop().time(), self._others()
         for reader in others:
             for stream in set(reader.streams) & self._claimed_s.keys():
                 if reader.peer < self._me:

@@ -50,7 +50,7 @@ from shoal.training.serving.server import SessionServer
 from shoal.training.serving.tuning import TuningServer
 from shoal.training.serving.versions import Versions
 from shoal.training.spec import RunSpec
-from shoal.training.streams import Streams
+from shoal.training.streams import Reader, Streams, readers
 from shoal.training.uplinks import UNKNOWN, claimed_uplink
 from shoal.training.weights import Weights, learning_rate
 
@@ -207,7 +207,7 @@ class Trainer:
             self._streams = Streams(
                 self._me,
                 self._feed.own,
-                self._members.view,
+                self._other_readers,
                 self.outer.positions,
                 self._read,
                 self._event,
@@ -433,6 +433,10 @@ class Trainer:
     def _positions(self, step: int) -> tuple[tuple[int, int], ...]:
         """Of its data streams, as of an inner step."""
         return self._book.at(step)
+
+    def _other_readers(self) -> list[Reader]:
+        last = [PeerId(seat.peer) for seat in self.outer.last_seats]
+        return readers(self._members.view(), self.outer.readers(), last)
 
     def _read(self, positions: Mapping[int, int]) -> None:
         if self._feed is not None:

@@ -61,6 +61,7 @@ class Outcome:
     retries: int = 0
     adopted: int = 0  # of their micro-batches, where what stood behind was taken over (full protocol)
     hedges: int = 0
+    adopted_streams: int = 0  # data streams that a driver went on with (full protocol)
     forks: int = 0  # times that a peer met another chain of its stage (full protocol)
     lost: int = 0  # decided, but missing at a hop that is gone, or whose driver is
     unexplained: int = 0  # decided, not applied, and both are there
@@ -181,6 +182,7 @@ class Outcome:
             "retries": self.retries,
             "adopted": self.adopted,
             "hedges": self.hedges,
+            "adopted_streams": self.adopted_streams,
             "forks": self.forks,
             "reroutes": len(seconds),
             "reroute_p50_s": round(_quantile(seconds, 0.5), 3),

@@ -240,6 +240,8 @@ class Swarm:
                     outcome.adopted += 1
                 case "hedge":
                     outcome.hedges += 1
+                case "stream-adopted":
+                    outcome.adopted_streams += 1
                 case "fork":
                     outcome.forks += 1
                 case "stage-rebuilt":

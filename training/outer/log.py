@@ -18,7 +18,7 @@ from shoal.dht.directory import PeerIdText, StageIndex
 from shoal.protocol import limits, wire
 from shoal.protocol.errors import MessageInvalid, Stale
 from shoal.protocol.identity import PeerId
-from shoal.protocol.wire import Count, Digest, Identifier, Items, OneOf, wire_message
+from shoal.protocol.wire import Count, Digest, Identifier, Items, Length, OneOf, wire_message
 from shoal.training.outer.codecs import codecs_of
 from shoal.training.outer.entry import (
     SKIP,
@@ -98,6 +98,7 @@ class LogState:
     leaving: Annotated[tuple[Leaver, ...], Items(LEAVE_HEIGHTS)] = ()
     revision: Count = 0  # of the spec, that the last entry named
     rebuilt: Rebuilt | None = None  # the log's first entry, where the stage was lost before
+    readers: Annotated[tuple[Annotated[str, Length(0, 64)], ...], Items(STREAMS_KEPT)] = ()  # of `positions`
 
 
 def check_beginning(run_id: bytes, state: LogState) -> None:
@@ -139,6 +140,8 @@ class Log:
         self._fragments = fragments
         self._ends = OrderedDict(((end.peer, end.incarnation), end) for end in state.ends)
         self._positions = OrderedDict((p.stream, p.samples) for p in state.positions)
+        read = zip(self._positions, state.readers, strict=False)  # nobody's, where a checkpoint begins
+        self._readers = {stream: PeerId(reader) for stream, reader in read if reader}
         self._entries: OrderedDict[int, bytes] = OrderedDict()
         self._entries_bytes = 0
 
@@ -169,6 +172,7 @@ class Log:
             self._leaving,
             self.revision,
             self.rebuilt,
+            tuple(self._readers.get(stream, "") for stream in self._positions),
         )
 
     @property
@@ -194,6 +198,10 @@ class Log:
     def positions(self) -> dict[int, int]:
         """Samples read of each data stream, as far as the log holds their deltas."""
         return dict(self._positions)
+
+    def readers(self) -> dict[int, PeerId]:
+        """Who moved each data stream last; of several in one round the lowest."""
+        return dict(self._readers)
 
     def entry(self, height: int) -> bytes | None:
         """The bytes of an entry that is still kept."""
@@ -250,6 +258,7 @@ class Log:
         )
         if entry.leaving:
             self._leaving += (Leaver(PeerId(entry.leaving), entry.height),)
+        moved: dict[int, PeerId] = {}
         for seat, row, tokens in self._news_of(entry):
             key = (seat.peer, seat.incarnation)
             ends = self.ends_of(*key)
@@ -260,9 +269,12 @@ class Log:
                 before = self._positions.get(position.stream, 0) if entry.lost else 0
                 self._positions[position.stream] = max(position.samples, before)
                 self._positions.move_to_end(position.stream)
+                moved.setdefault(position.stream, PeerId(seat.peer))
+        self._readers |= moved
         for kept, most in ((self._ends, ENDS_KEPT), (self._positions, STREAMS_KEPT)):
             while len(kept) > most:
                 kept.popitem(last=False)
+        self._readers = {stream: peer for stream, peer in self._readers.items() if stream in self._positions}
         self._entries[entry.height] = data
         self._entries_bytes += len(data)
         return entry

@@ -217,6 +217,10 @@ class Outer:
         """Samples read of each data stream as far as the log holds them (first stage)."""
         return self._replica.log.positions()
 
+    def readers(self) -> dict[int, PeerId]:
+        """Who moved each of those last (first stage)."""
+        return self._replica.log.readers()
+
     def status(self) -> dict[str, object]:
         """Figures for `shoal status`, JSON-able, keys stable."""
         self._figures.refused = {str(peer): count for peer, count in self._context.refused.items()}
