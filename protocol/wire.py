@@ -24,7 +24,6 @@ import math
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -32,6 +31,11 @@ from google.protobuf.message import DecodeError, Message
 
 from shoal.protocol.errors import MessageInvalid, MessageTooLarge
 from shoal.protocol.limits import HEADER_BYTES
+from shoal.protocol.wire_code import Bounds as Bounds
+from shoal.protocol.wire_code import FieldType, Fill, Read, filler, reader
+from shoal.protocol.wire_code import Items as Items
+from shoal.protocol.wire_code import Length as Length
+from shoal.protocol.wire_code import OneOf as OneOf
 
 _Field = descriptor_pb2.FieldDescriptorProto
 _PACKAGE = "shoal.wire"
@@ -42,37 +46,6 @@ _SCALARS: dict[type, _Field.Type.ValueType] = {
     str: _Field.TYPE_STRING,
     bytes: _Field.TYPE_BYTES,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Smallest and largest value of a number."""
-
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True)
-class Length:
-    """Fewest and most bytes (of bytes) or characters (of str)."""
-
-    low: int
-    high: int
-
-
-@dataclass(frozen=True, slots=True)
-class Items:
-    """Most elements of a tuple."""
-
-    high: int
-
-
-@dataclass(frozen=True, slots=True)
-class OneOf:
-    """The closed set a str belongs to."""
-
-    values: frozenset[str]
-
 
 COUNT_MOST = 2**53  # what JSON and floats carry exactly
 Count = Annotated[int, Bounds(0, COUNT_MOST)]
@@ -114,7 +87,8 @@ def decode(cls: type[T], data: bytes, max_bytes: int = HEADER_BYTES) -> T:
         parsed.ParseFromString(data)
     except DecodeError as error:
         raise MessageInvalid(f"{cls.__name__}: not protobuf ({len(data)} bytes)") from error
-    return _from_protobuf(cls, parsed)
+    message: T = _reader(cls)(parsed)
+    return message
 
 
 def is_message(name: str) -> bool:
@@ -142,17 +116,6 @@ def schema() -> str:
     return "\n".join(lines) + "\n"
 
 
-@dataclass(frozen=True, slots=True)
-class _FieldType:
-    name: str
-    kind: type  # a scalar type or a wire message class
-    repeated: bool
-    optional: bool
-    checks: tuple[object, ...]  # of one value
-    most: int  # elements, where repeated
-    passes: Callable[[Any], bool]  # True only for values that pass all checks: the usual ones, at less cost
-
-
 def _cached(build: Callable[[type], T]) -> Callable[[type], T]:
     """functools.cache for functions of a class; that one's Hashable parameter does not admit `type`."""
     known: dict[type, T] = {}
@@ -166,12 +129,12 @@ def _cached(build: Callable[[type], T]) -> Callable[[type], T]:
 
 
 @_cached
-def _fields(cls: type) -> tuple[_FieldType, ...]:
+def _fields(cls: type) -> tuple[FieldType, ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return tuple(_field_type(f.name, hints[f.name]) for f in dataclasses.fields(cls))
 
 
-def _field_type(name: str, hint: Any) -> _FieldType:
+def _field_type(name: str, hint: Any) -> FieldType:
     hint, outer = _split(hint)
     optional = False
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
@@ -185,21 +148,7 @@ def _field_type(name: str, hint: Any) -> _FieldType:
         hint, checks = _split(typing.get_args(hint)[0])
     if hint not in _SCALARS and hint.__name__ not in _registry:
         raise TypeError(f"{name}: {hint!r} cannot cross the wire")
-    return _FieldType(name, hint, repeated, optional, checks, most, _shortcut(hint, checks))
-
-
-def _shortcut(kind: type, checks: tuple[object, ...]) -> Callable[[Any], bool]:
-    """For `_FieldType.passes`: a single comparison where there is at most one check, of the usual sort."""
-    match kind.__name__, [check for check in checks if isinstance(check, Bounds | Length | OneOf)]:
-        case "int", [Bounds(low, high)]:
-            return lambda value: type(value) is int and low <= value <= high
-        case "float", [Bounds(low, high)] if math.isfinite(low) and math.isfinite(high):
-            return lambda value: type(value) is float and low <= value <= high
-        case (("str" | "bytes"), [Length(least, most)]):
-            return lambda value: type(value) is kind and least <= len(value) <= most  # type: ignore[arg-type]
-        case (("int" | "str" | "bytes" | "bool"), []):
-            return lambda value: type(value) is kind
-    return lambda value: False
+    return FieldType(name, hint, hint in _SCALARS, repeated, optional, checks, most)
 
 
 def _split(hint: Any) -> tuple[Any, tuple[object, ...]]:
@@ -237,73 +186,23 @@ def _protobuf_class(cls: type) -> type[Message]:
 
 
 def _to_protobuf(message: object) -> Message:
-    target = _protobuf_class(type(message))()
-    _fill(target, message)
+    cls = type(message)
+    target = _protobuf_class(cls)()
+    _filler(cls)(target, message)
     return target
 
 
-def _fill(target: Message, message: object) -> None:
-    """In place: messages within messages are made where they belong, not copied there."""
-    cls = type(message)
-    for field in _fields(cls):
-        value = getattr(message, field.name)
-        if field.repeated:
-            if len(value) > field.most:
-                raise MessageInvalid(f"{cls.__name__}.{field.name}: {len(value)} elements")
-            elements = getattr(target, field.name)
-            for element in value:
-                if not field.passes(element):
-                    _check(cls, field, element)
-                if field.kind in _SCALARS:
-                    elements.append(element)
-                else:
-                    _fill(elements.add(), element)
-        elif value is not None or not field.optional:
-            if not field.passes(value):
-                _check(cls, field, value)
-            if field.kind in _SCALARS:
-                setattr(target, field.name, value)
-            else:
-                inner = getattr(target, field.name)
-                inner.SetInParent()  # though all its fields may be zero
-                _fill(inner, value)
+@_cached
+def _filler(cls: type) -> Fill:
+    return filler(cls, _fields(cls), lambda *found: _check(*found), _filler)
 
 
-def _from_protobuf(cls: type[T], parsed: Message) -> T:
-    values: dict[str, object] = {}
-    for field in _fields(cls):
-        raw = getattr(parsed, field.name)
-        if field.repeated:
-            if len(raw) > field.most:
-                raise MessageInvalid(
-                    f"{cls.__name__}.{field.name}: {len(raw)} elements, {field.most} allowed"
-                )
-            values[field.name] = tuple(_value(cls, field, element) for element in raw)
-        elif field.kind in _SCALARS:
-            if not field.passes(raw):
-                _check(cls, field, raw)
-            values[field.name] = raw
-        elif parsed.HasField(field.name):
-            values[field.name] = _from_protobuf(field.kind, raw)
-        elif field.optional:
-            values[field.name] = None
-        else:
-            raise MessageInvalid(f"{cls.__name__}.{field.name}: missing")
-    try:
-        return cls(**values)
-    except ValueError as error:  # a __post_init__ that relates fields to each other
-        raise MessageInvalid(f"{cls.__name__}: {error}") from error
+@_cached
+def _reader(cls: type) -> Read:
+    return reader(cls, _fields(cls), lambda *found: _check(*found), _reader)
 
 
-def _value(cls: type, field: _FieldType, raw: object) -> object:
-    if field.kind not in _SCALARS:
-        return _from_protobuf(field.kind, typing.cast(Message, raw))
-    if not field.passes(raw):
-        _check(cls, field, raw)
-    return raw
-
-
-def _check(cls: type, field: _FieldType, value: object) -> None:
+def _check(cls: type, field: FieldType, value: object) -> None:
     for check in field.checks:
         match check:
             case Bounds(low, high):

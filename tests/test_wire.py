@@ -51,12 +51,41 @@ class ProbeOuter:
     inner: ProbeInner
 
 
+@wire_message
+@dataclass(frozen=True, slots=True)
+class ProbeEmpty:
+    pass
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class ProbePair:
+    low: Count
+    high: Count
+
+    def __post_init__(self) -> None:
+        if self.high < self.low:
+            raise ValueError("high is below low")
+
+
 GOOD = Probe(bytes(32), 0.5, -1.0, "yes", ProbeInner(7), None, (ProbeInner(1),), ("ab",), True)
 
 
 def test_a_message_survives_the_trip() -> None:
     assert wire.decode(Probe, wire.encode(GOOD)) == GOOD
     assert wire.decode_named("Probe", wire.encode(GOOD)) == GOOD
+
+
+def test_a_message_without_fields_survives_the_trip() -> None:
+    assert wire.decode(ProbeEmpty, wire.encode(ProbeEmpty())) == ProbeEmpty()
+
+
+def test_fields_that_do_not_fit_each_other_are_refused() -> None:
+    data = bytearray(wire.encode(ProbePair(1, 2)))
+    assert wire.decode(ProbePair, bytes(data)) == ProbePair(1, 2)
+    data[-1] = 0
+    with pytest.raises(MessageInvalid, match="high is below low"):
+        wire.decode(ProbePair, bytes(data))
 
 
 @pytest.mark.parametrize(
