@@ -67,8 +67,11 @@ class Member:
 
     def progress(self, stage: int) -> StageBeat | None:
         """What its last beat said of a stage."""
-        stages = self.beat.stages if self.beat else ()
-        return next((beat for beat in stages if beat.stage == stage), None)
+        if self.beat is not None:
+            for beat in self.beat.stages:
+                if beat.stage == stage:
+                    return beat
+        return None
 
 
 @dataclass(frozen=True, slots=True)

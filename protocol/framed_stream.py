@@ -116,10 +116,11 @@ class FramedStream(Stream):
         self._require_usable()
         if self._said_end:
             raise UsageError("this side has already said END; open another stream to send more")
+        place = Place.WHOLE if memoryview(payload).nbytes <= self._frame_bytes() else Place.OPENING
         try:
             for frame in self._encoder.message(header, payload, self._frame_bytes):
-                await self._outlet.turn(len(frame), self._place_of(frame, payload))
-                went_out = False
+                await self._outlet.turn(len(frame), place)
+                place, went_out = Place.INSIDE, False
                 try:
                     await self._write(frame)
                     went_out = True
@@ -201,12 +202,6 @@ class FramedStream(Stream):
 
     def _frame_bytes(self) -> int:
         return min(self._pulse.frame_bytes, self._outlet.frame_bytes)
-
-    def _place_of(self, frame: bytes, payload: Buffer) -> Place:
-        """Of a frame that was just made."""
-        if kind_of(frame) is not FrameKind.HEAD:
-            return Place.INSIDE
-        return Place.WHOLE if memoryview(payload).nbytes <= self._frame_bytes() else Place.OPENING
 
     async def _write(self, frame: bytes) -> None:
         since_s = asyncio.get_running_loop().time()

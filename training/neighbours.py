@@ -85,8 +85,9 @@ def group_members(
             found[member.peer] = known
     seats = {seat.peer: seat for seat in last if seat.peer not in found}
     for member in view.members:
-        seat = seats.pop(member.peer, None)
-        if member.peer in found or (seat is None and member.progress(stage) is None) or member.departed:
+        if member.peer in found or member.departed:
+            continue
+        if member.progress(stage) is None and member.peer not in seats:
             continue
         since_s = member.heard_s or member.gone_s or view.now_s
         if member.state_at(stage) == "online" and stage in member.stages and view.now_s - since_s < SILENT_S:
@@ -94,10 +95,17 @@ def group_members(
             if known is not None:
                 found[member.peer] = dataclasses.replace(known, silent=True)
     if view.sampled:
-        found |= {peer: _stranger(peer, seat.incarnation, seat.uplink) for peer, seat in seats.items()}
+        found |= {
+            peer: _stranger(peer, seat.incarnation, seat.uplink)
+            for peer, seat in seats.items()
+            if view.get(peer) is None
+        }
     group = sorted(found.values(), key=lambda member: member.peer)
     uplinks = group_uplinks([member.uplink for member in group])
-    return [dataclasses.replace(member, uplink=uplink) for member, uplink in zip(group, uplinks, strict=True)]
+    return [
+        member if member.uplink == uplink else dataclasses.replace(member, uplink=uplink)
+        for member, uplink in zip(group, uplinks, strict=True)
+    ]
 
 
 def _as_known(member: Member, stage: int, now_s: float) -> GroupMember | None:

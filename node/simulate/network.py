@@ -21,22 +21,28 @@ class DrawnNetwork(MemoryNetwork):
         super().__init__(seed, Link(latency_s=0.0, bytes_per_s=math.inf))
         self._miniature = miniature
         self._machines: dict[PeerId, Machine] = {}
+        self._drawn: dict[tuple[PeerId, PeerId], Link] = {}  # between two machines, while both are there
         self.bytes_by_method: dict[str, float] = {}
 
     def place(self, peer: PeerId, machine: Machine) -> None:
         """This peer runs on this machine."""
         self._machines[peer] = machine
+        self._drawn.clear()
 
     def remove_machine(self, peer: PeerId) -> None:
         """It is gone for good; what is still under way to it arrives over a link without limits."""
         self._machines.pop(peer, None)
+        self._drawn.clear()
 
     def link(self, sender: PeerId, receiver: PeerId) -> Link:
+        if (drawn := self._drawn.get((sender, receiver))) is not None:
+            return drawn
         one, other = self._machines.get(sender), self._machines.get(receiver)
         if one is None or other is None or one is other:
             return super().link(sender, receiver)
         bytes_per_s = min(one.upload_bytes_per_s, other.download_bytes_per_s)
-        return Link(one.latency_s + other.latency_s, bytes_per_s, LOSS)
+        drawn = self._drawn[sender, receiver] = Link(one.latency_s + other.latency_s, bytes_per_s, LOSS)
+        return drawn
 
     def pieces(self, sender: PeerId, receiver: PeerId, method: str, frame: bytes) -> tuple[int, ...]:
         payload = payload_bytes_of(frame)
@@ -44,5 +50,7 @@ class DrawnNetwork(MemoryNetwork):
         self.bytes_by_method[method] = self.bytes_by_method.get(method, 0) + weight
         bytes_per_s = self.link(sender, receiver).bytes_per_s
         count = max(1, math.ceil(weight / (bytes_per_s * _PIECE_S)))
+        if count == 1:
+            return (weight,)
         each = weight // count
         return (each,) * (count - 1) + (weight - each * (count - 1),)
