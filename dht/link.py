@@ -218,9 +218,9 @@ class Link:
             self._repeated += REPEATED_OFFERS
             found += table.some(self._repeated, REPEATED_OFFERS)
         entries = tuple(
-            RosterEntry(entry.record.peer, *entry.version)
+            entry.offer
             for entry in found
-            if entry.record.peer != self.peer
+            if entry.offer.peer != self.peer
             and entry.gone_s is None
             and self._home.concerns(self.peer, entry)
         )

@@ -115,7 +115,7 @@ class Members:
         self._tasks: set[asyncio.Task[None]] = set()
         self._view: SwarmView | None = None
         self._viewed_s = 0.0
-        self._changed = asyncio.Event()
+        self._changed: asyncio.Event | None = None  # while somebody waits for it
         transport.serve(METHOD, self._answer, frozenset(Role))
         transport.on_trouble = lambda peer, error: self.suspect(peer, str(error))
 
@@ -197,6 +197,8 @@ class Members:
 
     async def changed(self) -> None:
         """Returns after the next change of the view, beats included."""
+        if self._changed is None:
+            self._changed = asyncio.Event()
         await self._changed.wait()
 
     def on_event(self, listener: Callable[[Event], None]) -> None:
@@ -282,8 +284,9 @@ class Members:
 
     def _view_changed(self) -> None:
         self._view = None
-        self._changed.set()
-        self._changed = asyncio.Event()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
     # --- work
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
-from shoal.dht.beats import Beat
+from shoal.dht.beats import Beat, RosterEntry
 from shoal.dht.directory import PeerRecord, SignedRecord
 from shoal.dht.liveness import Evidence, Liveness, Verdict, judge
 from shoal.dht.view import Member
@@ -47,9 +47,10 @@ class Event:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """What is known of one peer."""
+    """What is known of one peer. `offer` is what others are told of its record."""
 
     record: PeerRecord
+    offer: RosterEntry
     signed: SignedRecord
     owner: VerifiedPeer
     record_until_s: float
@@ -74,7 +75,7 @@ class Entry:
     @property
     def version(self) -> tuple[int, int]:
         """A newer record has a higher one."""
-        return self.record.incarnation, self.record.sequence
+        return self.offer.incarnation, self.offer.sequence
 
     def lapsed(self, now: float) -> bool:
         """Only its record spoke for it, and does no more."""
@@ -143,6 +144,7 @@ class MemberTable:
             return False
         if held is not None and (record.incarnation, record.sequence) <= held.version:
             return False
+        offer = RosterEntry(peer, record.incarnation, record.sequence)
         until_s = now + record.ttl_s - min(max(age_s, 0.0), record.ttl_s)
         news = (
             held is None
@@ -153,12 +155,12 @@ class MemberTable:
             if len(self._entries) >= limits.RECORDS_HELD:
                 log.warning("member table is full", extra={"peer": peer, "held": len(self._entries)})
                 return False
-            held = Entry(record, signed, owner, until_s, Verdict(Liveness.SUSPECT, "new"))
+            held = Entry(record, offer, signed, owner, until_s, Verdict(Liveness.SUSPECT, "new"))
             held.watched_since_s = now if watch else None
             self._entries[peer] = held
         elif record.incarnation > held.record.incarnation:
             self._restarted(held, now)
-        held.record, held.signed, held.owner = record, signed, owner
+        held.record, held.offer, held.signed, held.owner = record, offer, signed, owner
         held.record_until_s = max(held.record_until_s, until_s)
         if news:
             self._learned_count += 1

@@ -99,6 +99,8 @@ class _Durations:
         self._share = share
         self._credit_s = 0.0  # share · (all that ran) − serving
         self.usual_s = [0.0] * len(Work)
+        self._assumed_s = [0.0] * len(Work)  # where nothing is known, what a piece of a micro-batch takes
+        self._whole_s = [0.0] * len(Work)  # with what follows: the backward and the weight gradient
         self._recent: tuple[deque[float], ...] = tuple(deque(maxlen=_RECENT) for _ in Work)
         self._weight_ratios: deque[float] = deque(maxlen=_RECENT)  # to a backward: weights may wait for long
         self.finished = 0
@@ -112,6 +114,7 @@ class _Durations:
             self._weight_ratios.append(seconds / backward_s)
         if self._weight_ratios:
             self.usual_s[Work.WEIGHT] = statistics.median_low(self._weight_ratios) * backward_s
+        self._assume()
         self.finished += 1
         self.busy_s += seconds
         self.served_s += seconds if kind is Work.SERVE else 0.0
@@ -129,21 +132,23 @@ class _Durations:
         known = [self.usual_s[kind] for kind in _OF_MICRO_BATCH if self.usual_s[kind]]
         return sum(known) / len(known) if known else 0.0
 
-    def load(self, waiting: Sequence[int], running: tuple[Work, float] | None) -> LaneLoad:
-        """`running`: the kind of what runs, and since how many seconds."""
+    def _assume(self) -> None:
         typical_s = self._typical_s()
-        usual_s = [
+        self._assumed_s = [
             usual or (typical_s if kind in _OF_MICRO_BATCH else 0.0)
             for kind, usual in enumerate(self.usual_s)
         ]
-        weight_s = usual_s[Work.WEIGHT]
-        whole_s = [*usual_s]  # with what follows: the backward and the weight gradient
-        whole_s[Work.BACKWARD] += weight_s
+        whole_s = self._whole_s = [*self._assumed_s]
+        whole_s[Work.BACKWARD] += whole_s[Work.WEIGHT]
         whole_s[Work.FORWARD] += whole_s[Work.BACKWARD]
+
+    def load(self, waiting: Sequence[int], running: tuple[Work, float] | None) -> LaneLoad:
+        """`running`: the kind of what runs, and since how many seconds."""
+        whole_s = self._whole_s
         backlog_s = sum(count * seconds for count, seconds in zip(waiting, whole_s, strict=True))
         if running is not None:  # never zero: a lane that hangs in a piece of work has a backlog
             kind, since_s = running
-            backlog_s += whole_s[kind] - min(since_s, (1 - _LEAST_LEFT) * usual_s[kind])
+            backlog_s += whole_s[kind] - min(since_s, (1 - _LEAST_LEFT) * self._assumed_s[kind])
         service_s = whole_s[Work.FORWARD]
         return LaneLoad(sum(waiting), backlog_s, self.finished, self.busy_s, service_s, self.served_s)
 

@@ -11,7 +11,6 @@ import contextlib
 import math
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -344,7 +343,7 @@ class Trainer:
         except TimeoutError:
             self._event("drain-cut", {"after_s": deadline_s})
 
-    def beat(self) -> tuple[StageBeat, ...]:
+    def beat(self, tokens_per_s: float = 0.0) -> tuple[StageBeat, ...]:
         """What heartbeats say of this stage."""
         outer, weights = self.outer, self.weights
         measured = self._transport.uplink_bytes_per_s()
@@ -365,6 +364,7 @@ class Trainer:
                 fixed=self._fixed,
                 step_s=self._step_s(),
                 incarnation=self._incarnation,
+                tokens_per_s=tokens_per_s,
             ),
         )
 
@@ -375,7 +375,7 @@ class Trainer:
             backlog_s=load.backlog_s,
             tokens_per_s=rate,
             finished_work=load.finished,
-            stages=tuple(replace(stage, tokens_per_s=rate) for stage in self.beat()),
+            stages=self.beat(rate),
             guards=self._guarding.beats(),
             spare_bytes=self._guarding.spare_bytes,
             streams=self._streams.claims if self._streams is not None else (),

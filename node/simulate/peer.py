@@ -299,7 +299,8 @@ class SimulatedPeer:
             stage for stage, state in zip(self.stages, self.states, strict=False) if state == "joining"
         }
         beats = [trainer.heartbeat() for stage, trainer in self.trainers.items() if stage not in joining]
-        return dataclasses.replace(together(beats), room=self.tenure.room if self.tenure is not None else 0)
+        beat, room = together(beats), self.tenure.room if self.tenure is not None else 0
+        return beat if beat.room == room else dataclasses.replace(beat, room=room)
 
     def _record(self) -> PeerRecord:
         return PeerRecord(
