@@ -7,6 +7,7 @@ equal input gives equal bytes on every machine, because each step rounds once. F
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 
@@ -76,6 +77,21 @@ class Codec(ABC):
         norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
         total.add_(values.mul_(weight))
         return norm * norm
+
+    def weighted_sum(
+        self, encoded: Sequence[tuple[Buffer, float]], count: int
+    ) -> tuple[torch.Tensor, list[float | CodecError]]:
+        """Σ weight·decoded [count] fp32, added up as by `add_decoded` in this order, from zeros.
+
+        And of each what that returns; or what it raises: then it is not in the sum.
+        """
+        total, found = torch.zeros(count), list[float | CodecError]()
+        for data, weight in encoded:
+            try:
+                found.append(self.add_decoded(data, count, weight, total))
+            except CodecError as error:
+                found.append(error)
+        return total, found
 
     def subtract_decoded(self, data: Buffer, base: torch.Tensor, rate: float, result: torch.Tensor) -> None:
         """result ← base − fp32(rate)·decoded, each operation rounding once; [count] fp32 CPU both.

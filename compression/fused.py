@@ -7,7 +7,7 @@ as soon as `kernels.warm` has built them. The portable path serves until then, a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -19,6 +19,7 @@ from shoal.compression.codec import Buffer, Codec, CodecError, require_total, re
 
 _NONE = np.empty(0, np.float32)  # what a kernel takes for an array that is not wanted
 _ONE = np.float32(1.0)
+_PIECE = 1 << 15  # values that stay in a core's cache; a multiple of all blocks
 
 
 class Fault(IntEnum):
@@ -93,7 +94,31 @@ class FusedCodec(Codec):
             return super().add_decoded(data, count, weight, total)
         require_total(total, count)
         self.check(data, count)
-        return float(kernel(np.frombuffer(data, np.uint8), self.block, np.float32(weight), total.numpy()))
+        flat = np.frombuffer(data, np.uint8)
+        return float(kernel(flat, count, self.block, 0, np.float32(weight), total.numpy()))
+
+    def weighted_sum(
+        self, encoded: Sequence[tuple[Buffer, float]], count: int
+    ) -> tuple[torch.Tensor, list[float | CodecError]]:
+        """Piece by piece, so that a piece of the sum stays in a core's cache for all that is added to it."""
+        kernel = self._kernel("add")
+        if kernel is None:
+            return super().weighted_sum(encoded, count)
+        faults: dict[int, float | CodecError] = {}
+        squares, total = [0.0] * len(encoded), np.empty(count, np.float32)
+        for place, (data, _) in enumerate(encoded):
+            try:
+                self.check(data, count)
+            except CodecError as error:
+                faults[place] = error
+        flat = [(np.frombuffer(data, np.uint8), np.float32(weight)) for data, weight in encoded]
+        for start in range(0, count, _PIECE):
+            piece = total[start : start + _PIECE]
+            piece.fill(0.0)
+            for place, (codes, weight) in enumerate(flat):
+                if place not in faults:
+                    squares[place] += kernel(codes, count, self.block, start // self.block, weight, piece)
+        return torch.from_numpy(total), [faults.get(place, square) for place, square in enumerate(squares)]
 
     def subtract_decoded(self, data: Buffer, base: torch.Tensor, rate: float, result: torch.Tensor) -> None:
         kernel = self._kernel("decode")

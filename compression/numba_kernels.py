@@ -21,7 +21,6 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int32]
-Eights = NDArray[np.uint64]
 
 if getattr(config, "DISABLE_JIT", False) or sys.byteorder != "little":
     raise ImportError("kernels are for little-endian machines, and compiled ones")
@@ -44,6 +43,11 @@ def _inline(function: _F) -> _F:
     return cast(_F, njit(nogil=True)(function))
 
 
+def _any_order(function: _F) -> _F:
+    """Inlined, its additions in whatever order is fastest: for norms, whose last bits nobody compares."""
+    return cast(_F, njit(nogil=True, fastmath={"reassoc"})(function))
+
+
 # Signatures: values in, values out, bytes in, bytes out, numbers.
 _VALUES = types.Array(types.float32, 1, "C", readonly=True)
 _RESULT = types.float32[::1]
@@ -56,6 +60,9 @@ _VOID, _F32, _F64 = types.void, types.float32, types.float64
 _ENCODE = (_F64, _VALUES, _VALUES, _VALUES, _INT, _F32, _ENCODED, _RESULT)
 # decode(data, block, base, rate, result): base − rate·values; the values themselves where base is empty.
 _DECODE = (_VOID, _DATA, _INT, _VALUES, _F32, _RESULT)
+# add(data, count, block, first, weight, total): total += weight·values, for the values of the `count` in data
+# that begin with block `first`; their squared norm.
+_ADD = (_F64, _DATA, _INT, _INT, _INT, _F32, _RESULT)
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
@@ -67,7 +74,6 @@ _PART = np.float32(1 / 256)
 _INVERSE_127 = np.float32(1 / 127)
 _INVERSE_RANGE = np.float32(1 / 8.25)
 _ZERO, _ONE, _HALF = np.float32(0.0), np.float32(1.0), np.float32(0.5)
-_CHUNK = 4096  # values that stay in the nearest cache with what is made of them; a multiple of all blocks
 _SCALE, _CODE, _PADDING = 1, 2, 3  # fused.Fault
 
 
@@ -163,18 +169,13 @@ def _take_delta(x: Floats, start: int, anchor: Floats, sent: Floats, carried: Fl
             x[i] += e[i]
 
 
-@_inline
-def _square(x: Floats, squares: Floats) -> float:
-    """Σx² by halves; `squares` [_CHUNK] is scratch."""
+@_any_order
+def _square(x: Floats) -> float:
+    """Σx² of a block."""
+    total = _ZERO
     for i in range(x.size):
-        squares[i] = x[i] * x[i]
-    for i in range(x.size, _CHUNK):
-        squares[i] = _ZERO
-    half = _CHUNK // 2
-    while half > 0:
-        _fold(squares, half)
-        half //= 2
-    return np.float64(squares[0])
+        total += x[i] * x[i]
+    return np.float64(total)
 
 
 @_inline
@@ -236,17 +237,16 @@ def int8_encode(
     remainder: Floats,
 ) -> float:
     blocks, square = -(-anchor.size // block), 0.0
-    scratch, decoded = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
-    for start in range(0, anchor.size, _CHUNK):
-        x = scratch[: min(_CHUNK, anchor.size - start)]
+    scratch, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
+    for b in range(blocks):
+        start = b * block
+        x = scratch[: min(block, anchor.size - start)]
         _take_delta(x, start, anchor, sent, carried)
-        for i in range(0, x.size, block):
-            if not _int8_put(x[i : i + block], (start + i) // block, blocks, block, result):
-                return -1.0
-        square += _square(x, decoded)
+        if not _int8_put(x, b, blocks, block, result):
+            return -1.0
+        square += _square(x)
         if remainder.size > 0:
-            for i in range(0, x.size, block):
-                _int8_take(result, (start + i) // block, blocks, block, decoded[i : min(i + block, x.size)])
+            _int8_take(result, b, blocks, block, decoded[: x.size])
             _leave(x, decoded, start, decay, remainder)
     return square
 
@@ -273,22 +273,29 @@ def int8_check(data: Bytes, count: int, block: int) -> int:
 
 @_kernel(*_DECODE)
 def int8_decode(data: Bytes, block: int, base: Floats, rate: np.float32, result: Floats) -> None:
-    blocks, scratch = -(-result.size // block), np.empty(_CHUNK, np.float32)
-    for start in range(0, result.size, _CHUNK):
-        x = scratch[: min(_CHUNK, result.size - start)]
-        for i in range(0, x.size, block):
-            _int8_take(data, (start + i) // block, blocks, block, x[i : i + block])
-        _put(x, start, base, rate, result)
-
-
-@_kernel(_F64, _DATA, _INT, _F32, _RESULT)
-def int8_add(data: Bytes, block: int, weight: np.float32, total: Floats) -> float:
-    blocks = -(-total.size // block)
+    blocks = -(-result.size // block)
     codes = data[4 * blocks :].view(np.int8)
-    squares = 0.0
     for b in range(blocks):
         scale, offset = _scale(data, b), _scale(data, blocks + b)
-        piece, x = codes[b * block : (b + 1) * block], total[b * block :]
+        y, c = result[b * block : (b + 1) * block], codes[b * block : (b + 1) * block]
+        if base.size > 0:
+            a = base[b * block : (b + 1) * block]
+            for i in range(y.size):
+                y[i] = a[i] - np.float32((np.float32(c[i]) * scale + offset) * rate)
+        else:
+            for i in range(y.size):
+                y[i] = np.float32(c[i]) * scale + offset
+
+
+@_kernel(*_ADD)
+def int8_add(data: Bytes, count: int, block: int, first: int, weight: np.float32, total: Floats) -> float:
+    blocks = -(-count // block)
+    codes = data[4 * blocks + first * block :].view(np.int8)
+    squares = 0.0
+    for b in range(-(-total.size // block)):
+        scale, offset = _scale(data, first + b), _scale(data, blocks + first + b)
+        x = total[b * block : (b + 1) * block]
+        piece = codes[b * block : b * block + x.size]
         sum_1, sum_2 = np.int32(0), np.int32(0)
         for i in range(piece.size):
             code = np.int32(piece[i])
@@ -371,38 +378,36 @@ def int4_encode(
     remainder: Floats,
 ) -> float:
     blocks, square = -(-anchor.size // block), 0.0
-    scratch, decoded = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
-    for start in range(0, anchor.size, _CHUNK):
-        x = scratch[: min(_CHUNK, anchor.size - start)]
+    scratch, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
+    for b in range(blocks):
+        start = b * block
+        x = scratch[: min(block, anchor.size - start)]
         _take_delta(x, start, anchor, sent, carried)
-        for i in range(0, x.size, block):
-            if not _int4_put(x[i : i + block], (start + i) // block, blocks, block, result):
-                return -1.0
-        square += _square(x, decoded)
+        if not _int4_put(x, b, blocks, block, result):
+            return -1.0
+        square += _square(x)
         if remainder.size > 0:
-            for i in range(0, x.size, block):
-                _int4_take(result, (start + i) // block, blocks, block, decoded[i : min(i + block, x.size)])
+            _int4_take(result, b, blocks, block, decoded[: x.size])
             _leave(x, decoded, start, decay, remainder)
     return square
 
 
 @_kernel(*_DECODE)
 def int4_decode(data: Bytes, block: int, base: Floats, rate: np.float32, result: Floats) -> None:
-    blocks, scratch = -(-result.size // block), np.empty(_CHUNK, np.float32)
-    for start in range(0, result.size, _CHUNK):
-        x = scratch[: min(_CHUNK, result.size - start)]
-        for i in range(0, x.size, block):
-            _int4_take(data, (start + i) // block, blocks, block, x[i : i + block])
-        _put(x, start, base, rate, result)
-
-
-@_kernel(_F64, _DATA, _INT, _F32, _RESULT)
-def int4_add(data: Bytes, block: int, weight: np.float32, total: Floats) -> float:
-    blocks = -(-total.size // block)
-    squares = 0.0
+    blocks, scratch = -(-result.size // block), np.empty(block, np.float32)
     for b in range(blocks):
-        scale = _scale(data, b)
-        x, pairs = total[b * block : (b + 1) * block], data[2 * blocks + b * block // 2 :]
+        x = scratch[: min(block, result.size - b * block)]
+        _int4_take(data, b, blocks, block, x)
+        _put(x, b * block, base, rate, result)
+
+
+@_kernel(*_ADD)
+def int4_add(data: Bytes, count: int, block: int, first: int, weight: np.float32, total: Floats) -> float:
+    blocks = -(-count // block)
+    squares = 0.0
+    for b in range(-(-total.size // block)):
+        scale = _scale(data, first + b)
+        x, pairs = total[b * block : (b + 1) * block], data[2 * blocks + (first + b) * block // 2 :]
         square = np.int32(0)
         for i in range(x.size // 2):
             low, high = _low4(pairs[i]), _high4(pairs[i])
@@ -432,9 +437,7 @@ def _mean(x: Floats, sums: Floats) -> np.float32:
 
 
 @_inline
-def _onebit_put(
-    x: Floats, b: int, blocks: int, sums: Floats, last: Floats, eights: Eights, result: Bytes
-) -> bool:
+def _onebit_put(x: Floats, b: int, blocks: int, sums: Floats, last: Floats, result: Bytes) -> bool:
     if x.size == last.size:
         mean = _mean(x, sums)
     else:
@@ -445,14 +448,20 @@ def _onebit_put(
     if not scale < np.inf:
         return False
     _put_scale(result, b, scale)
-    negative = eights.view(np.uint8)
-    negative[x.size :] = 0
-    for i in range(x.size):
-        negative[i] = np.uint8(x[i] < _ZERO) & np.uint8(scale > _ZERO)
     bits = result[2 * blocks + b * last.size // 8 :]
-    for i in range(-(-x.size // 8)):
-        # The product brings the low bits of eight bytes together in its highest.
-        bits[i] = np.uint8((eights[i] * np.uint64(0x0102040810204080)) >> np.uint64(56))
+    if scale == _ZERO:
+        bits[: -(-x.size // 8)] = 0
+        return True
+    for j in range(x.size // 8):
+        eight = np.uint32(0)
+        for place in range(8):
+            eight |= np.uint32(x[8 * j + place] < _ZERO) << np.uint32(place)
+        bits[j] = np.uint8(eight)
+    if x.size % 8:
+        rest = np.uint32(0)
+        for place in range(x.size % 8):
+            rest |= np.uint32(x[x.size // 8 * 8 + place] < _ZERO) << np.uint32(place)
+        bits[x.size // 8] = np.uint8(rest)
     return True
 
 
@@ -475,14 +484,17 @@ def onebit_check(data: Bytes, count: int, block: int) -> int:
 @_inline
 def _flipped(magnitude: np.uint32, bits: np.uint8, place: int) -> np.float32:
     """The float with these bits, its sign changed where bit `place` is set."""
-    return _float(magnitude ^ ((np.uint32(bits) >> np.uint32(place)) & np.uint32(1)) << np.uint32(31))
+    return _float(magnitude ^ (np.uint32(bits) << np.uint32(31 - place) & np.uint32(0x80000000)))
 
 
 @_inline
 def _onebit_take(data: Bytes, b: int, blocks: int, block: int, x: Floats) -> None:
     magnitude = np.float32(_scale(data, b)).view(np.uint32)
     bits = data[2 * blocks + b * block // 8 :]
-    for i in range(x.size):
+    for j in range(x.size // 8):
+        for place in range(8):
+            x[8 * j + place] = _flipped(magnitude, bits[j], place)
+    for i in range(x.size // 8 * 8, x.size):
         x[i] = _flipped(magnitude, bits[i // 8], i % 8)
 
 
@@ -497,43 +509,51 @@ def onebit_encode(
     remainder: Floats,
 ) -> float:
     blocks, square = -(-anchor.size // block), 0.0
-    scratch, decoded = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
+    scratch, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
     sums, last = np.empty(block // 2, np.float32), np.empty(block, np.float32)
-    eights = np.zeros(block // 8, np.uint64)
-    for start in range(0, anchor.size, _CHUNK):
-        x = scratch[: min(_CHUNK, anchor.size - start)]
+    for b in range(blocks):
+        start = b * block
+        x = scratch[: min(block, anchor.size - start)]
         _take_delta(x, start, anchor, sent, carried)
-        for i in range(0, x.size, block):
-            if not _onebit_put(x[i : i + block], (start + i) // block, blocks, sums, last, eights, result):
-                return -1.0
-        square += _square(x, decoded)
+        if not _onebit_put(x, b, blocks, sums, last, result):
+            return -1.0
+        square += _square(x)
         if remainder.size > 0:
-            for i in range(0, x.size, block):
-                _onebit_take(result, (start + i) // block, blocks, block, decoded[i : min(i + block, x.size)])
+            _onebit_take(result, b, blocks, block, decoded[: x.size])
             _leave(x, decoded, start, decay, remainder)
     return square
 
 
 @_kernel(*_DECODE)
 def onebit_decode(data: Bytes, block: int, base: Floats, rate: np.float32, result: Floats) -> None:
-    blocks, scratch = -(-result.size // block), np.empty(_CHUNK, np.float32)
-    for start in range(0, result.size, _CHUNK):
-        x = scratch[: min(_CHUNK, result.size - start)]
-        for i in range(0, x.size, block):
-            _onebit_take(data, (start + i) // block, blocks, block, x[i : i + block])
-        _put(x, start, base, rate, result)
-
-
-@_kernel(_F64, _DATA, _INT, _F32, _RESULT)
-def onebit_add(data: Bytes, block: int, weight: np.float32, total: Floats) -> float:
-    blocks = -(-total.size // block)
-    squares = 0.0
+    blocks = -(-result.size // block)
     for b in range(blocks):
-        scale = _scale(data, b)
+        y, bits = result[b * block : (b + 1) * block], data[2 * blocks + b * block // 8 :]
+        if base.size == 0:
+            _onebit_take(data, b, blocks, block, y)
+            continue
+        a = base[b * block : b * block + y.size]
+        magnitude = np.float32(_scale(data, b) * rate).view(np.uint32)
+        for j in range(y.size // 8):
+            for place in range(8):
+                y[8 * j + place] = a[8 * j + place] - _flipped(magnitude, bits[j], place)
+        for i in range(y.size // 8 * 8, y.size):
+            y[i] = a[i] - _flipped(magnitude, bits[i // 8], i % 8)
+
+
+@_kernel(*_ADD)
+def onebit_add(data: Bytes, count: int, block: int, first: int, weight: np.float32, total: Floats) -> float:
+    blocks = -(-count // block)
+    squares = 0.0
+    for b in range(-(-total.size // block)):
+        scale = _scale(data, first + b)
         # One product for the block: a sign changes nothing in its rounding.
         magnitude = np.float32(scale * weight).view(np.uint32)
-        x, bits = total[b * block : (b + 1) * block], data[2 * blocks + b * block // 8 :]
-        for i in range(x.size):
+        x, bits = total[b * block : (b + 1) * block], data[2 * blocks + (first + b) * block // 8 :]
+        for j in range(x.size // 8):
+            for place in range(8):
+                x[8 * j + place] += _flipped(magnitude, bits[j], place)
+        for i in range(x.size // 8 * 8, x.size):
             x[i] += _flipped(magnitude, bits[i // 8], i % 8)
         squares += x.size * np.float64(scale) * np.float64(scale)
     return squares

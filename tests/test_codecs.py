@@ -99,6 +99,30 @@ def test_refused_bytes_leave_the_total_alone(codec: Codec, path: str) -> None:
 
 @every_path
 @every_codec
+@pytest.mark.parametrize("count", [0, 300, 70_001])
+def test_a_weighted_sum_is_adding_one_by_one_and_leaves_out_what_is_refused(
+    codec: Codec, count: int, path: str
+) -> None:
+    weights = [0.5, 0.2, 0.3, 1e-30]
+    with on(path):
+        encoded = [codec.encode(gaussian(count, seed)) for seed in range(4)]
+        expected, squares = torch.zeros(count), []
+        for data, weight in zip(encoded, weights, strict=True):
+            squares.append(codec.add_decoded(data, count, weight, expected))
+        bad = bytes(encoded[0]) + b"\x00"
+        given = [
+            *zip(encoded[:2], weights[:2], strict=True),
+            (bad, 1.0),
+            *zip(encoded[2:], weights[2:], strict=True),
+        ]
+        total, found = codec.weighted_sum(given, count)
+    assert same_bits(total, expected)
+    assert isinstance(found.pop(2), CodecError)
+    assert found == pytest.approx(squares, rel=1e-6)
+
+
+@every_path
+@every_codec
 def test_a_total_of_another_shape_is_refused(codec: Codec, path: str) -> None:
     encoded = codec.encode(gaussian(300))
     with on(path):

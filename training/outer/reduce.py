@@ -65,9 +65,10 @@ def weighted_mean(
     """
     refused: dict[int, str] = {}
     while accepted := [(row, data) for row, data in contributions if row.seat not in refused]:
-        total = torch.zeros(count, dtype=torch.float32)
         tokens = sum(row.tokens for row, _ in accepted)
-        found = {row.seat: _add(incoming, row, data, tokens, total) for row, data in accepted}
+        weighted = [(data, row.clip * row.tokens / tokens) for row, data in accepted]
+        total, squares = incoming.weighted_sum(weighted, count)
+        found = {row.seat: _fault(row, square) for (row, _), square in zip(accepted, squares, strict=True)}
         wrong = {seat: reason for seat, reason in found.items() if reason is not None}
         refused |= wrong
         if not wrong:
@@ -81,12 +82,10 @@ def weighted_mean(
     return Mean(publish(listed, encoded), refused, remainder)
 
 
-def _add(codec: Codec, row: Contributor, data: Buffer, tokens: int, total: torch.Tensor) -> str | None:
-    """Add one contribution to the sum; why it has to be refused, if so."""
-    try:
-        square = codec.add_decoded(data, total.numel(), row.clip * row.tokens / tokens, total)
-    except CodecError as error:
-        return str(error)
+def _fault(row: Contributor, square: float | CodecError) -> str | None:
+    """Why a contribution has to be refused, given its squared norm or what is wrong with its bytes."""
+    if isinstance(square, CodecError):
+        return str(square)
     norm = math.sqrt(square)
     if norm > _NORM_TOLERANCE * row.norm:
         return f"a part's norm is {norm:.3g}, {row.norm:.3g} was declared for all"
