@@ -43,19 +43,19 @@ class Codec(ABC):
         plus: torch.Tensor | None = None,
         remainder: torch.Tensor | None = None,
         decay: float = 1.0,
-    ) -> tuple[Buffer, float]:
-        """The bytes of x = values − minus + plus, all [count] fp32 CPU, and ‖x‖² (to 1e-6 of itself).
+    ) -> tuple[Buffer, float, float]:
+        """The bytes of x = values − minus + plus, all [count] fp32 CPU, ‖x‖² (to 1e-6 of it), ‖remainder‖².
 
         `remainder` becomes decay·(x − decoded); it may be `plus` itself. Raises what `encode` raises.
         """
         delta = values.clone() if minus is None else values - minus
         if plus is not None:
             delta.add_(plus)
-        norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-        data = self.encode(delta)
-        if remainder is not None:
-            torch.sub(delta, self.decode(data, delta.numel()), out=remainder).mul_(decay)
-        return data, norm * norm
+        square, data = _square(delta), self.encode(delta)
+        if remainder is None:
+            return data, square, 0.0
+        torch.sub(delta, self.decode(data, delta.numel()), out=remainder).mul_(decay)
+        return data, square, _square(remainder)
 
     @abstractmethod
     def check(self, data: Buffer, count: int) -> None:
@@ -74,9 +74,9 @@ class Codec(ABC):
         """
         require_total(total, count)
         values = self.decode(data, count)
-        norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+        square = _square(values)
         total.add_(values.mul_(weight))
-        return norm * norm
+        return square
 
     def weighted_sum(
         self, encoded: Sequence[tuple[Buffer, float]], count: int
@@ -105,6 +105,11 @@ class Codec(ABC):
         found = memoryview(data).nbytes
         if found != expected:
             raise CodecError(f"{self.tag}: {found} bytes for {count} values, {expected} expected")
+
+
+def _square(values: torch.Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    return norm * norm
 
 
 def bytes_of(values: torch.Tensor) -> memoryview:

@@ -57,7 +57,7 @@ class FusedCodec(Codec):
         plus: torch.Tensor | None = None,
         remainder: torch.Tensor | None = None,
         decay: float = 1.0,
-    ) -> tuple[Buffer, float]:
+    ) -> tuple[Buffer, float, float]:
         kernel = self._kernel("encode")
         if kernel is None:
             return super().encode_difference(values, minus, plus, remainder, decay)
@@ -65,10 +65,10 @@ class FusedCodec(Codec):
         result = np.empty(self.encoded_bytes(values.numel()), np.uint8)
         arrays = [_NONE if each is None else each.numpy() for each in (minus, plus)]
         left = _NONE if remainder is None else remainder.numpy()
-        square = float(kernel(values.numpy(), *arrays, self.block, np.float32(decay), result, left))
+        square, lost = kernel(values.numpy(), *arrays, self.block, np.float32(decay), result, left)
         if square < 0.0:
             raise self.not_finite()
-        return result.data, square
+        return result.data, square, lost
 
     def check(self, data: Buffer, count: int) -> None:
         self._check_size(data, count)

@@ -55,9 +55,9 @@ _DATA = types.Array(types.uint8, 1, "C", readonly=True)
 _ENCODED = types.uint8[::1]
 _INT = types.int64
 _VOID, _F32, _F64 = types.void, types.float32, types.float64
-# encode(anchor, sent, carried, block, decay, result, remainder): the codes of anchor − sent + carried, its
-# squared norm (−1: not finite), and (what the codes leave out)·decay; arrays that are not wanted are empty.
-_ENCODE = (_F64, _VALUES, _VALUES, _VALUES, _INT, _F32, _ENCODED, _RESULT)
+# encode(anchor, sent, carried, block, decay, result, remainder): the codes of anchor − sent + carried, and
+# what they leave out, times decay; returns the squares of both norms (−1: not finite). Empty: not wanted.
+_ENCODE = (cast(Any, types).UniTuple(_F64, 2), _VALUES, _VALUES, _VALUES, _INT, _F32, _ENCODED, _RESULT)
 # decode(data, block, base, rate, result): base − rate·values; the values themselves where base is empty.
 _DECODE = (_VOID, _DATA, _INT, _VALUES, _F32, _RESULT)
 # add(data, count, block, first, weight, total): total += weight·values, for the values of the `count` in data
@@ -179,11 +179,12 @@ def _square(x: Floats) -> float:
 
 
 @_inline
-def _leave(x: Floats, decoded: Floats, start: int, decay: np.float32, remainder: Floats) -> None:
-    """remainder = (x − decoded)·decay from `start` on."""
+def _leave(x: Floats, decoded: Floats, start: int, decay: np.float32, remainder: Floats) -> float:
+    """remainder = (x − decoded)·decay from `start` on; its squared norm."""
     r = remainder[start : start + x.size]
     for i in range(x.size):
         r[i] = (x[i] - decoded[i]) * decay
+    return _square(r)
 
 
 @_inline
@@ -235,20 +236,20 @@ def int8_encode(
     decay: np.float32,
     result: Bytes,
     remainder: Floats,
-) -> float:
-    blocks, square = -(-anchor.size // block), 0.0
+) -> tuple[float, float]:
+    blocks, square, left = -(-anchor.size // block), 0.0, 0.0
     scratch, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
     for b in range(blocks):
         start = b * block
         x = scratch[: min(block, anchor.size - start)]
         _take_delta(x, start, anchor, sent, carried)
         if not _int8_put(x, b, blocks, block, result):
-            return -1.0
+            return -1.0, 0.0
         square += _square(x)
         if remainder.size > 0:
             _int8_take(result, b, blocks, block, decoded[: x.size])
-            _leave(x, decoded, start, decay, remainder)
-    return square
+            left += _leave(x, decoded, start, decay, remainder)
+    return square, left
 
 
 @_kernel(_INT, _DATA, _INT, _INT)
@@ -376,20 +377,20 @@ def int4_encode(
     decay: np.float32,
     result: Bytes,
     remainder: Floats,
-) -> float:
-    blocks, square = -(-anchor.size // block), 0.0
+) -> tuple[float, float]:
+    blocks, square, left = -(-anchor.size // block), 0.0, 0.0
     scratch, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
     for b in range(blocks):
         start = b * block
         x = scratch[: min(block, anchor.size - start)]
         _take_delta(x, start, anchor, sent, carried)
         if not _int4_put(x, b, blocks, block, result):
-            return -1.0
+            return -1.0, 0.0
         square += _square(x)
         if remainder.size > 0:
             _int4_take(result, b, blocks, block, decoded[: x.size])
-            _leave(x, decoded, start, decay, remainder)
-    return square
+            left += _leave(x, decoded, start, decay, remainder)
+    return square, left
 
 
 @_kernel(*_DECODE)
@@ -507,8 +508,8 @@ def onebit_encode(
     decay: np.float32,
     result: Bytes,
     remainder: Floats,
-) -> float:
-    blocks, square = -(-anchor.size // block), 0.0
+) -> tuple[float, float]:
+    blocks, square, left = -(-anchor.size // block), 0.0, 0.0
     scratch, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
     sums, last = np.empty(block // 2, np.float32), np.empty(block, np.float32)
     for b in range(blocks):
@@ -516,12 +517,12 @@ def onebit_encode(
         x = scratch[: min(block, anchor.size - start)]
         _take_delta(x, start, anchor, sent, carried)
         if not _onebit_put(x, b, blocks, sums, last, result):
-            return -1.0
+            return -1.0, 0.0
         square += _square(x)
         if remainder.size > 0:
             _onebit_take(result, b, blocks, block, decoded[: x.size])
-            _leave(x, decoded, start, decay, remainder)
-    return square
+            left += _leave(x, decoded, start, decay, remainder)
+    return square, left
 
 
 @_kernel(*_DECODE)

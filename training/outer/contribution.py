@@ -72,17 +72,17 @@ async def contribute(
         for part in parts:
             span, codec = fragment.within(part), codecs.contribution(part.index - first)
             left = torch.empty(part.count) if codec.needs_feedback and section.feedback else None
-            encoded[part.index], norm2 = codec.encode_difference(
+            encoded[part.index], here, lost = codec.encode_difference(
                 anchor[span],
                 sent.weights[span],
                 residuals.contributed(part),
                 left,
                 section.feedback_decay,
             )
-            square += norm2
+            square += here
+            left_square += lost
             if left is not None:
                 remainders[part.index] = left
-                left_square += float(torch.dot(left, left))
             if section.contribution == LAYERS:
                 delta = sample(anchor[span]) - sample(sent.weights[span])
                 if (carried := residuals.contributed(part)) is not None:
