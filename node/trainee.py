@@ -77,6 +77,7 @@ class Trainee:
         self._gang = gang
         self._trainer: Trainer | Host | None = None
         self._done: dict[str, object] = {}  # of one that has ended
+        self._applied: dict[str, list[tuple[int, int]]] = {}  # likewise
 
     async def __aenter__(self) -> Self:
         self._lane = self._bench.take()
@@ -85,7 +86,8 @@ class Trainee:
     async def __aexit__(self, *_: object) -> None:
         transport = self._presence.transport
         transport.withdraw(of_stage(transport.methods, self.stage))
-        self._done, self._trainer = self.status(), None  # with its weights
+        self._done, self._applied = self.status(), self.ledger()
+        self._trainer = None  # with its weights
         await self._bench.release()
 
     async def recover(self) -> None:
@@ -180,7 +182,7 @@ class Trainee:
         return self._trainer.status() if self._trainer is not None else self._done
 
     def ledger(self) -> dict[str, list[tuple[int, int]]]:
-        return self._trainer.ledger() if self._trainer is not None else {}
+        return self._trainer.ledger() if self._trainer is not None else self._applied
 
     def heads(self) -> dict[str, object]:
         """Height and head of the stage's log, for events."""

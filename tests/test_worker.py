@@ -42,6 +42,9 @@ class Replica:
     def status(self) -> dict[str, object]:
         return {"inner_steps": 1}
 
+    def ledger(self) -> dict[str, list[tuple[int, int]]]:
+        return {"driver/1": [(0, 7)]}
+
 
 class Bench:
     def take(self) -> None:
@@ -84,6 +87,7 @@ def test_of_the_stages_that_a_peer_left_none_is_in_memory_when_it_begins_another
             async with peer._begin(round_spec(2), stage, device, None) as trainee:
                 await trainee.recover()
         assert peer.trainee.status() == {"inner_steps": 1}, "what the farewell tells"
+        assert peer.trainee.ledger() == {"driver/1": [(0, 7)]}, "who asks while it closes counts on it"
         assert peer.done()["inner_steps"] == 4, "of all stages that it has had"
 
     asyncio.run(main())
