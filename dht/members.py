@@ -169,6 +169,11 @@ class Members:
         """Between `start` and `close`; only then there is a view."""
         return self._roster is not None
 
+    @property
+    def looked(self) -> bool:
+        """Whether the directory has told who is there, or that it cannot."""
+        return self._roster is not None and self._roster.health.lookups > 0
+
     def view(self) -> SwarmView:
         """The swarm now, this peer included."""
         now = self._now()

@@ -1,8 +1,9 @@
 """Keeps heartbeat streams: dials the neighbours it is given, answers those who dial, looks into suspicions.
 
-Of a pair, the lower id dials at once and the higher one only if nothing came within INBOUND_WAIT_S; if both
-dialled, the higher one's stream is ended. A stream that breaks is dialled again at once by both: a
-machine that refuses at once says that the process is gone, long before silence could. `members` owns one.
+Of a pair, the lower id dials at once and the higher one only if nothing came within INBOUND_WAIT_S, or sooner
+if it is new to a small swarm: it may not be known yet, and has to know who lives. If both dialled, the higher
+one's stream is ended. A stream that breaks is dialled again at once by both: a machine that refuses at once
+says that the process is gone, long before silence could. `members` owns one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Stream, Transport
 
 INBOUND_WAIT_S = 1.0  # below SUSPECT_SILENCE_S: else every one-sided wish would raise a suspicion
+NEW_S, NEWCOMERS_WAIT_S = 1.0, 0.4  # for so long after it met the first; two first looks into the directory
 REFUSED_WITHIN_S = 1.0  # a dial that took longer met silence too, at some other address of the peer
 REDIAL_S = 0.1  # doubled by each failure ...
 REDIAL_MOST_S = 15.0  # ... up to this; a peer that returns without a directory is met again this soon
@@ -55,6 +57,7 @@ class Neighbourhood:
         self._watched: frozenset[PeerId] = frozenset()
         self._wanted: frozenset[PeerId] = frozenset()
         self._closing = False
+        self._begun_s: float | None = None  # when it was given its first neighbours
         self.failed_dials = 0
         self.last_failure = ""
 
@@ -68,6 +71,8 @@ class Neighbourhood:
     def keep(self, watched: frozenset[PeerId], sought: frozenset[PeerId]) -> None:
         """Hold streams to `watched`, from whom beats are due; dial `sought`, who are gone, now and then."""
         self._watched, self._wanted = watched, watched | sought
+        if self._wanted and self._begun_s is None:
+            self._begun_s = self._now()
         for peer in sorted(watched):
             self._home.table.watch(peer, True, self._now())
         for peer in self._home.table:
@@ -128,7 +133,9 @@ class Neighbourhood:
         door = self._door(peer)
         failures = 0
         if self._home.me > peer and not door.links:
-            await self._change(door, INBOUND_WAIT_S)
+            await self._change(door, NEWCOMERS_WAIT_S)
+            if not door.links and not self._is_new():
+                await self._change(door, INBOUND_WAIT_S - NEWCOMERS_WAIT_S)
         while peer in self._wanted and self._present(peer):
             if door.links:
                 await self._change(door, None)
@@ -232,6 +239,11 @@ class Neighbourhood:
                 await door.changed.wait()
         except TimeoutError:
             return
+
+    def _is_new(self) -> bool:
+        """To a small swarm; of a large one it meets a part only, and most of what it knows are records."""
+        since_s = self._now() if self._begun_s is None else self._begun_s
+        return self._now() - since_s < NEW_S and all(peer in self._wanted for peer in self._home.table)
 
     def _present(self, peer: PeerId) -> bool:
         entry = self._home.table.get(peer)

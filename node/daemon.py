@@ -35,6 +35,7 @@ from shoal.node.owner.actions import OwnerActions
 from shoal.node.owner.home import OwnerHome
 from shoal.node.owner.invitations import keep_addresses
 from shoal.node.paths import PeerFolder, checkpoint_store, run_folder
+from shoal.node.preparing import preparing
 from shoal.node.presence import Presence, present
 from shoal.node.progress import Show, show_progress
 from shoal.node.revoked import leave_when_revoked
@@ -67,7 +68,7 @@ def run_daemon(
 ) -> int:
     """Run a peer to its end; the exit code. `show` draws what is under way. Raises what ended it."""
     keep_freed_memory()
-    gc.disable()  # `warm_up` turns it on again
+    gc.disable()  # `freeze` turns it on again
     meter = LoopMeter()
     daemon = Daemon(token, folder, options, events, meter, owner, show)
     with asyncio.Runner(loop_factory=lambda: new_loop(meter)) as runner:
@@ -133,6 +134,7 @@ class Daemon:
         self._events("starting", {"peer": key.peer, "pid": os.getpid(), "data_dir": str(self._folder)})
         control = self._folder / "control.sock"
         async with (
+            preparing(options) as device,
             dashboard(options.dashboard, control, self._events) as self._dashboard,
             present(
                 self._token,
@@ -158,7 +160,7 @@ class Daemon:
             serve_tokenizer(presence.transport, lambda: presence.spec)
             self._gathering = Gathering(presence, self._folder, self._store, self._events)
             presence.members.on_event(self._member_changed)
-            worker = Worker(presence, options, self._folder, self._store, self._events)
+            worker = Worker(presence, options, self._folder, self._store, self._events, device)
             self._worker, presence.make_beat = worker, worker.beat
             with ThreadPoolExecutor(1, thread_name_prefix="history") as disk:
                 async with telling(options.sinks, self._events) as tell:

@@ -104,14 +104,20 @@ def choose_devices(
 
 
 def warm_up() -> None:
-    """Do now, off the loop, what would else stall it later.
-
-    torch imports its compiler with the first optimizer (0.9 s). A full garbage collection walks
-    everything that torch and hivemind brought (0.2 s); frozen, those objects are not walked again.
-    Until here `run_daemon` keeps collection off, since it strikes whichever thread allocates: the loop's too.
-    """
+    """Do now, off the loop, what would else stall it later: torch imports its compiler with the first
+    optimizer (0.9 s)."""
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)
-    _freeze()
+
+
+def freeze() -> None:
+    """Once everything is imported: a full garbage collection walks what torch and hivemind brought (0.2 s).
+
+    Frozen, those objects are not walked again. Until here `run_daemon` keeps collection off, since it strikes
+    whichever thread allocates: the loop's too.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def warm_up_codecs(stages: Sequence[StagePlan]) -> None:
@@ -123,13 +129,7 @@ def warm_up_codecs(stages: Sequence[StagePlan]) -> None:
     if max(stage.parameters for stage in stages) >= _COMPILED_FROM:
         gc.disable()
         kernels.warm()
-        _freeze()
-
-
-def _freeze() -> None:
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+        freeze()
 
 
 def check_memory(device: Device, stage: StagePlan) -> None:

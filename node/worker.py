@@ -12,7 +12,7 @@ import gc
 import importlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,14 +23,14 @@ from shoal.node.events import Events
 from shoal.node.hardware import (
     Device,
     check_memory,
-    choose_devices,
+    freeze,
     session_bytes,
     spare_bytes,
     warm_up,
     warm_up_codecs,
 )
 from shoal.node.options import PeerOptions
-from shoal.node.placing import take_stage
+from shoal.node.placing import meet, take_stage
 from shoal.node.presence import Presence
 from shoal.node.reachability import Reach, find_reach
 from shoal.node.trainee import Trainee
@@ -53,9 +53,16 @@ class Worker:
     """`run` until cancelled; `drain` before that to leave in order."""
 
     def __init__(
-        self, presence: Presence, options: PeerOptions, folder: Path, store: Path, events: Events
+        self,
+        presence: Presence,
+        options: PeerOptions,
+        folder: Path,
+        store: Path,
+        events: Events,
+        device: Awaitable[Device] | None,
     ) -> None:
-        """`folder` takes what is written of the run, `store` has the imported checkpoints."""
+        """`folder` takes what is written of the run, `store` has the imported checkpoints. `device`: what is
+        trained on, as `preparing` finds out; None for a peer that watches."""
         self.device: Device | None = None
         self.trainees: dict[int, Trainee] = {}  # by stage, in the order in which it came to them
         self._last: Trainee | None = None
@@ -66,15 +73,17 @@ class Worker:
         self._folder = folder
         self._store = store
         self._events = events
+        self._found_device = device
         self._tenure: Tenure | None = None
         self._decisions = DecisionLog(options.decisions, events) if options.decisions else None
 
     async def run(self) -> None:
         """Learn the run, take a stage, train."""
-        if not self._options.train:
+        if self._found_device is None:
             await self._watch()
+            return
         async with asyncio.TaskGroup() as tasks:
-            preparing = tasks.create_task(self._prepare_device(), name="prepare the device")
+            preparing = tasks.create_task(self._take_device(self._found_device), name="take the device")
             choosing = tasks.create_task(self._find_place(), name="find a place")
         device, (spec, stage) = preparing.result(), choosing.result()
         if others := self._others():
@@ -183,34 +192,37 @@ class Worker:
 
     async def _watch(self) -> None:
         """Take part without a stage, until cancelled."""
-        spec = (self._presence.spec or await self._presence.learn_spec(self._folder)).spec
+        spec = await self._learn_spec()
         self._presence.announce("observing", ())
         await asyncio.to_thread(warm_up)
+        await asyncio.to_thread(freeze)
         self._events("observing", {"text": f"watching run {spec.run.name}; this peer does not train"})
         await asyncio.Event().wait()
 
-    async def _prepare_device(self) -> Device:
-        options = self._options
-        device = await asyncio.to_thread(
-            choose_devices, options.devices, options.memory_bytes, options.threads, options.host_optimizer
-        )
+    async def _take_device(self, found: Awaitable[Device]) -> Device:
+        device = await found
         self.device, self._presence.device = device, device.title
-        await asyncio.to_thread(warm_up)
+        await asyncio.to_thread(freeze)
         return device
 
     async def _find_place(self) -> tuple[RunSpec, int]:
-        spec = (self._presence.spec or await self._presence.learn_spec(self._folder)).spec
-        wanted = self._options.stage
+        presence, wanted = self._presence, self._options.stage
+        async with asyncio.TaskGroup() as tasks:
+            learning = tasks.create_task(self._learn_spec(), name="learn the run")
+            if wanted is None and presence.token.bootstrap:  # else there is nobody to meet
+                tasks.create_task(meet(presence.members), name="look around")
+        spec = learning.result()
         if wanted is None:
-            presence = self._presence
-            first = not presence.token.bootstrap
-            return spec, await take_stage(presence.members, presence.announce, spec_costs(spec), first=first)
+            return spec, await take_stage(presence.members, presence.announce, spec_costs(spec))
         if wanted >= spec.stages.count:
             raise UsageError(
                 f"the run has the stages 0 to {spec.stages.count - 1}, so --stage {wanted} is none"
             )
-        self._presence.announce("joining", (wanted,))
+        presence.announce("joining", (wanted,))
         return spec, wanted
+
+    async def _learn_spec(self) -> RunSpec:
+        return (self._presence.spec or await self._presence.learn_spec(self._folder)).spec
 
     async def drain(self) -> None:
         """Finish what is held and contribute it."""

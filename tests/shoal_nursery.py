@@ -93,5 +93,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in _MODULES:
         importlib.import_module(name)
+    warm_up = importlib.import_module("shoal.node.hardware").warm_up
+    warm_up()  # imports torch's compiler, which each fork did for itself: 0.9 s of CPU
     gc.freeze()  # what all share is not written to
     nursery(socket.socket(fileno=int(sys.argv[1])))

@@ -70,6 +70,24 @@ def test_a_killed_peer_is_gone_at_once_and_for_good() -> None:
     play(swarm, story())
 
 
+def test_a_newcomer_knows_at_once_who_lives_and_who_was_killed_just_before() -> None:
+    """Of a pair it is the lower id that dials; but nobody may know of who is new, and the dead dial not."""
+    swarm = Swarm(2)
+
+    async def story() -> None:
+        await swarm.add(*FIVE)
+        await swarm.meet(FIVE)
+        lowest, *living = sorted(FIVE, key=swarm.peer)
+        await swarm.kill(lowest)
+        newcomer = max(range(5, 25), key=swarm.peer)
+        await swarm.add(newcomer)
+        await swarm.peers[newcomer].wait_for(
+            lambda view: view.is_gone(swarm.peer(lowest)) and swarm.sees(newcomer, ALIVE) == set(living), 0.6
+        )
+
+    play(swarm, story())
+
+
 def test_a_freeze_of_one_second_costs_nobody_its_place() -> None:
     swarm = Swarm(3)
 

@@ -210,7 +210,7 @@ def test_who_is_leaving_takes_no_other_stage_meanwhile(tmp_path: Path) -> None:
         )
         options: Any = SimpleNamespace(decisions=None)
         presence: Any = SimpleNamespace()
-        worker: Any = Worker(presence, options, tmp_path, tmp_path, lambda *_: None)
+        worker: Any = Worker(presence, options, tmp_path, tmp_path, lambda *_: None, None)
         worker._tenure = tenure
         living = asyncio.create_task(tenure.run(0))
         while not tenure.terms:

@@ -59,7 +59,7 @@ def worker(folder: Path, stages_most: int = 1) -> Any:
     transport = SimpleNamespace(methods=frozenset(), withdraw=lambda _: None)
     presence: Any = SimpleNamespace(incarnation=1, transport=transport)
     options: Any = SimpleNamespace(decisions=None, stage=None, stages_most=stages_most)
-    peer: Any = Worker(presence, options, folder, folder, lambda *_: None)
+    peer: Any = Worker(presence, options, folder, folder, lambda *_: None, None)
     peer._tell_plan, peer._bench = lambda *_: None, Bench()
     return peer
 

@@ -76,23 +76,7 @@ class TrainerWorld:
     ) -> Replica:
         """Start a peer: join, recover, train. `imported`: a folder of checkpoints that only it has; `moves`:
         it goes to another stage when the plan says so, and holds up to `most` at once."""
-        self._starts += 1
-        member = membership(number)
-        member.revocations = RevocationBook(RUN, member.token.root_der)
-        member.amendments = AmendmentBook(RUN, member.token.root_der)
-        member.renewed.clear()
-        replica = Replica(
-            self.spec,
-            number,
-            membership=member,
-            network=self.network,
-            hub=self.hub,
-            incarnation=self._starts,
-            rng=random.Random(self.seed * 1000 + number),
-            clock=wall,
-            wrap=self.wrap,
-            spare_bytes=self.spare_bytes,
-        )
+        replica = self.make(number)
         others = {known.peer for known in self.replicas.values()}
         await replica.start(stage)
         await replica.members.wait_for(lambda view: others <= {m.peer for m in view.here() if m.beat}, 15.0)
@@ -111,6 +95,26 @@ class TrainerWorld:
         if run:
             replica.task = asyncio.create_task(replica.run())
         return replica
+
+    def make(self, number: int) -> Replica:
+        """A peer that was not started yet."""
+        self._starts += 1
+        member = membership(number)
+        member.revocations = RevocationBook(RUN, member.token.root_der)
+        member.amendments = AmendmentBook(RUN, member.token.root_der)
+        member.renewed.clear()
+        return Replica(
+            self.spec,
+            number,
+            membership=member,
+            network=self.network,
+            hub=self.hub,
+            incarnation=self._starts,
+            rng=random.Random(self.seed * 1000 + number),
+            clock=wall,
+            wrap=self.wrap,
+            spare_bytes=self.spare_bytes,
+        )
 
     def _duration_s(self, kind: Work) -> float:
         return SECONDS[kind] * self.slower

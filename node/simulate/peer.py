@@ -21,7 +21,7 @@ from shoal.dht.members import Members
 from shoal.dht.memory_directory import MemoryDirectoryHub
 from shoal.dht.neighbours import SMALL_SWARM
 from shoal.dht.records import RecordBook
-from shoal.node.placing import take_stage
+from shoal.node.placing import meet, take_stage
 from shoal.protocol.admission import Membership
 from shoal.protocol.contacts import ContactBook
 from shoal.protocol.limits import RECORD_TTL_S
@@ -138,9 +138,10 @@ class SimulatedPeer:
         await self.transport.start()
         await self.members.start()
 
-    async def settle(self, *, first: bool) -> int:
+    async def settle(self) -> int:
         """Find the stage that needs it most."""
-        return await take_stage(self.members, self.announce, spec_costs(self._planned), first=first)
+        await meet(self.members)
+        return await take_stage(self.members, self.announce, spec_costs(self._planned))
 
     async def train_at(
         self,

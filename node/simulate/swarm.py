@@ -147,7 +147,7 @@ class Swarm:
         """A peer's whole life; ends early only if it cannot join."""
         try:
             await peer.start()
-            stage = await peer.settle(first=False)
+            stage = await peer.settle()
             feed = RandomFeed(self.small.spec, peer.number)
             await peer.live_at(stage, lambda at: paced(self._service_s(machine, at)), feed)
         except ShoalError as error:
