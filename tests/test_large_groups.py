@@ -19,6 +19,8 @@ from shoal.node.simulate.run import simulate_run
 from shoal.protocol.identity import PeerId
 from shoal.training.neighbours import group_members
 from shoal.training.outer.entry import Seat
+from shoal.training.outer.log import Log, genesis_state
+from shoal.training.outer.parts import cut
 from shoal.training.outer.policy import GroupMember, should_open
 from shoal.training.spec import RunSpec
 from shoal.training.templates import TEMPLATES
@@ -113,3 +115,25 @@ def test_who_took_part_and_cannot_be_reached_counts_for_the_quorum_for_a_while()
         lapsed = dataclasses.replace(failing, liveness=Liveness.GONE, gone_s=gone_s)
         assert (KNOWN_BY_RECORD in group(lapsed, last=last)) is counts
     assert KNOWN_BY_RECORD not in group(dataclasses.replace(failing, departed=True), last=last)
+
+
+def test_the_silence_of_an_old_neighbour_does_not_begin_with_its_last_beat() -> None:
+    """What was: whoever had been a neighbour before departed with the first call to it that failed, so that
+    a part of a cut group went on at once."""
+    before = heard(HEARD, NOW_S - 500.0)
+    last = (Seat(HEARD, 5, 2.0**21, present=True),)
+    for liveness, gone_s in ((Liveness.SUSPECT, None), (Liveness.GONE, NOW_S - 100.0)):
+        failing = dataclasses.replace(before, liveness=liveness, gone_s=gone_s)
+        assert group(failing, last=last)[HEARD].silent
+    failing = dataclasses.replace(before, liveness=Liveness.GONE, gone_s=NOW_S - 130.0)
+    assert HEARD not in group(failing, last=last)
+
+
+def test_who_comes_by_a_snapshot_knows_the_last_round() -> None:
+    """What was: all of it whom a newcomer to a large swarm did not know counted as departed."""
+    quorum = tuple(sorted((STRANGER, HEARD)))
+    log = Log(dataclasses.replace(genesis_state(bytes(32), 0), height=8, quorum=quorum), cut(256, 1024, 1))
+    found = group(heard(HEARD, NOW_S - 1.0), last=log.seats, sampled=True)
+    assert found.keys() == {ME, HEARD, STRANGER}
+    assert found[HEARD].incarnation == 5
+    assert not found[STRANGER].heard

@@ -84,6 +84,17 @@ def test_a_state_carries_on_where_the_log_was() -> None:
     assert again.state() == chain.state()
 
 
+def test_a_state_that_tells_no_readers_stays_what_it_was() -> None:
+    """Of a checkpoint, or of an older snapshot. What was: names without letters for all of its streams came
+    in, and so the state of the same log had another root."""
+    state = dataclasses.replace(genesis_state(bytes(32), 2), positions=(StreamPosition(4, 9),))
+    assert Log(state, FRAGMENTS).state() == state
+    chain = Log(state, FRAGMENTS)
+    chain.append(entry(chain, row(0, 0, 2), row(1, 0, 1)).encode())
+    assert chain.state().readers == ("", A, B)
+    assert Log(chain.state(), FRAGMENTS).state() == chain.state()
+
+
 @pytest.mark.parametrize(("first", "word"), [(1, "overlap"), (3, "gap"), (0, "overlap")])
 def test_intervals_must_tile(first: int, word: str) -> None:
     chain = log()

@@ -89,8 +89,8 @@ def group_members(
             continue
         if member.progress(stage) is None and member.peer not in seats:
             continue
-        since_s = member.heard_s or member.gone_s or view.now_s
-        if member.state_at(stage) == "online" and stage in member.stages and view.now_s - since_s < SILENT_S:
+        silent = view.now_s - silent_since_s(member, view.now_s) < SILENT_S
+        if member.state_at(stage) == "online" and stage in member.stages and silent:
             known = _as_known(member, stage, view.now_s)
             if known is not None:
                 found[member.peer] = dataclasses.replace(known, silent=True)
@@ -106,6 +106,13 @@ def group_members(
         member if member.uplink == uplink else dataclasses.replace(member, uplink=uplink)
         for member, uplink in zip(group, uplinks, strict=True)
     ]
+
+
+def silent_since_s(member: Member, now_s: float) -> float:
+    """Since when nothing is known of the life of one that is suspect or gone: its last beat, or just before
+    it counted as gone. Of an old neighbour the last beat may be old, and no sign of anything."""
+    gone_s = member.gone_s if member.gone_s is not None else now_s
+    return max(member.heard_s or 0.0, gone_s - limits.ABORT_AFTER_S)
 
 
 def _as_known(member: Member, stage: int, now_s: float) -> GroupMember | None:

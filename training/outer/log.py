@@ -132,7 +132,8 @@ class Log:
         self.head = state.head
         self.counted_tokens = state.tokens
         self.quorum = state.quorum
-        self.seats: tuple[Seat, ...] = ()  # of the quorum, and who led it; empty until an entry says
+        # Of the quorum, and who led it; a snapshot tells neither processes nor uplinks, and no leader.
+        self.seats = tuple(Seat(peer, 0, 0.0, present=True) for peer in state.quorum)
         self.leader = PeerId("")
         self._leaving = state.leaving
         self.revision = state.revision
@@ -161,6 +162,7 @@ class Log:
 
     def state(self) -> LogState:
         """What a snapshot at this height carries."""
+        readers = tuple(self._readers.get(stream, "") for stream in self._positions)
         return LogState(
             self.stage,
             self.height,
@@ -172,7 +174,7 @@ class Log:
             self._leaving,
             self.revision,
             self.rebuilt,
-            tuple(self._readers.get(stream, "") for stream in self._positions),
+            readers if self._readers else (),  # as a log began that knows none: the root goes by it
         )
 
     @property

@@ -134,7 +134,7 @@ class Outer:
 
     @property
     def last_seats(self) -> Sequence[Seat]:
-        """Who took part in the last round; empty after a snapshot, until the next."""
+        """Who took part in the last round; after a snapshot only by name."""
         return self._replica.log.seats
 
     @property
