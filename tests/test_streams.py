@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import torch
 from trainer_world import RandomFeed, Replica, TrainerWorld, round_spec
@@ -154,13 +155,23 @@ def test_who_is_no_neighbour_reads_what_it_read_in_the_log() -> None:
     """What was: it had no beat here, so its stream was taken for an orphan, and read twice."""
     logged_by = {n: PeerId(name) for n, name in enumerate(["known", "stale", "moved", "stranger", "dead"], 1)}
     stale = Member(peer=PeerId("stale"), stages=(0,), beat=Beat(streams=(9,)), heard_s=50.0)
-    dead = Member(peer=PeerId("dead"), stages=(0,), liveness=Liveness.GONE, gone_s=90.0)
+    dead = Member(peer=PeerId("dead"), stages=(0,), liveness=Liveness.GONE, gone_s=90.0, departed=True)
     known, moved = Member(peer=PeerId("known"), stages=(0,)), Member(peer=PeerId("moved"), stages=(1,))
     logged = dict.fromkeys(range(1, 6), 10)
     view = SwarmView(PeerId("me"), 100.0, (dead, known, moved, stale))
     assert orphans(logged, readers(view, logged_by, list(logged_by.values())), ()) == [3, 4, 5]
     sampled = SwarmView(PeerId("me"), 100.0, view.members, {0: 300.0}, sampled=True)
     assert orphans(logged, readers(sampled, logged_by, list(logged_by.values())), ()) == [3, 5]
+
+
+def test_an_unheard_driver_that_falls_silent_may_thaw_as_well() -> None:
+    """What was: one whose record lapsed, or whom a call did not reach, lost its streams at once."""
+    logged_by = {1: PeerId("known"), 2: PeerId("stale")}
+    known = Member(peer=PeerId("known"), stages=(0,), liveness=Liveness.GONE, gone_s=90.0)
+    stale = dataclasses.replace(known, peer=PeerId("stale"), beat=Beat(streams=(9,)), heard_s=5.0)
+    for now_s, left in ((200.0, []), (220.0, [1, 2])):
+        view = SwarmView(PeerId("me"), now_s, (known, stale))
+        assert orphans({1: 10, 2: 10}, readers(view, logged_by), ()) == left
 
 
 def test_an_orphan_has_one_heir_and_nobody_reads_more_than_an_entry_can_name() -> None:

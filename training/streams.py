@@ -9,7 +9,6 @@ reads after a while in which nobody with a lower id has claimed it, too.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from blake3 import blake3
 from shoal.dht.view import SwarmView
 from shoal.protocol import limits
 from shoal.protocol.identity import PeerId
-from shoal.training.neighbours import SILENT_S
+from shoal.training.neighbours import SILENT_S, silent_since_s
 
 STREAMS_MOST = 8  # of one driver, as many as a contributor may name in an entry
 CLAIM_S = 2.5  # from telling to reading: two beats
@@ -37,21 +36,22 @@ class Reader:
 def readers(view: SwarmView, logged_by: Mapping[int, PeerId], last: Collection[PeerId] = ()) -> list[Reader]:
     """The other drivers; who is silent may thaw, and keeps its streams for a while.
 
-    Who is not heard reads what it read as the log has it (`logged_by`); in a swarm known in part so does a
-    stranger among the `last` round's members.
+    Who is not heard, or was not when it went, reads what it read as the log has it (`logged_by`); in a swarm
+    known in part so does a stranger among the `last` round's members.
     """
     by_log: dict[PeerId, list[int]] = {}
     for stream, peer in logged_by.items():
         by_log.setdefault(peer, []).append(stream)
-    found = {}
+    found: dict[PeerId, tuple[int, ...]] = {}
     for member in view.members:
-        if member.gone_s is None:
-            heard = member.heard_s is not None and view.now_s - member.heard_s < limits.ABORT_AFTER_S
-        else:
-            heard = not member.departed and view.now_s - (member.heard_s or -math.inf) < SILENT_S
+        here = member.gone_s is None or view.now_s - silent_since_s(member, view.now_s) < SILENT_S
+        until_s = member.gone_s if member.gone_s is not None else view.now_s
+        heard = member.heard_s is not None and until_s - member.heard_s <= 2 * limits.ABORT_AFTER_S
+        if member.departed or not here:
+            continue
         if heard:
             found[member.peer] = member.beat.streams if member.beat is not None else ()
-        elif member.gone_s is None and 0 in member.stages:
+        elif 0 in member.stages:
             found[member.peer] = tuple(by_log.get(member.peer, ()))
     if view.sampled:
         strangers = [peer for peer in last if view.get(peer) is None]
