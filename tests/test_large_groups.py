@@ -6,25 +6,32 @@ of which went on as if the others were gone.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
+from outer_world import World, round_spec
+from partition_world import PartitionWorld
 
 from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.liveness import Liveness
 from shoal.dht.view import Member, SwarmView
 from shoal.node.simulate.options import Options
 from shoal.node.simulate.run import simulate_run
-from shoal.protocol.identity import PeerId
+from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.transport import Stream
+from shoal.protocol.virtual_time import run
 from shoal.training.neighbours import group_members
 from shoal.training.outer.entry import Seat
 from shoal.training.outer.log import Log, genesis_state
+from shoal.training.outer.messages import Tick, method
 from shoal.training.outer.parts import cut
 from shoal.training.outer.policy import GroupMember, should_open
 from shoal.training.spec import RunSpec
 from shoal.training.templates import TEMPLATES
 
+SIZE = 6 * 256
 NOW_S = 1000.0
 ME, HEARD, KNOWN_BY_RECORD, STRANGER = (
     PeerId(f"{name:>046}") for name in ("me", "heard", "record", "stranger")
@@ -137,3 +144,60 @@ def test_who_comes_by_a_snapshot_knows_the_last_round() -> None:
     assert found.keys() == {ME, HEARD, STRANGER}
     assert found[HEARD].incarnation == 5
     assert not found[STRANGER].heard
+
+
+class KnownInPart(PartitionWorld):
+    """Of the group each hears those that it can reach; the others of its last round are strangers to it."""
+
+    def group(self, seen_by: PeerId) -> Sequence[GroupMember]:
+        heard = [member for member in super().group(seen_by) if not member.silent]
+        strangers = {PeerId(seat.peer) for seat in self.processes[seen_by, 1].outer.last_seats}
+        strangers -= {member.peer for member in heard}
+        return [*heard, *(GroupMember(peer=peer, incarnation=1, heard=False) for peer in sorted(strangers))]
+
+
+def test_strangers_that_cannot_be_reached_hold_a_group_up_for_a_while_only() -> None:
+    """What was: no record of theirs lapsed and nobody heard them, so where more than half of a large group
+    died at once the others never opened a round again."""
+
+    async def main() -> None:
+        async with KnownInPart(
+            5, round_spec(outer={"inner_steps": 10, "part_bytes": 1024}), size=SIZE
+        ) as world:
+            await world.train(25)
+            for node in world.nodes[2:]:
+                world.kill(node)
+            await world.train(5)  # what was under way comes to its end
+            before = max(node.outer.height for node in world.live.values())
+            await world.train(100)
+            assert {node.outer.height for node in world.live.values()} <= {before - 1, before}
+            await world.train(60)
+            assert min(node.outer.height for node in world.live.values()) > before
+            await world.settle()
+            world.prove()
+
+    run(main)
+
+
+def test_who_does_not_answer_and_is_not_heard_is_looked_into() -> None:
+    """What was: a peer that takes the stream and says nothing was waited for in every round anew."""
+
+    class Ghost(World):
+        def group(self, seen_by: PeerId) -> Sequence[GroupMember]:
+            return [*super().group(seen_by), GroupMember(peer=STRANGER, incarnation=1, heard=False)]
+
+    async def stay(stream: Stream) -> None:
+        while True:
+            await stream.send(Tick())
+            await asyncio.sleep(0.25)
+
+    async def main() -> None:
+        async with Ghost(3, size=SIZE) as world:
+            transport = world.network.transport(STRANGER, frozenset({Role.TRAINER}))
+            transport.serve(method(0, "round"), stay, frozenset(Role))
+            await transport.start()
+            await world.rounds(2)
+            assert STRANGER in {peer for node in world.nodes for peer, _ in node.suspected}
+            await transport.close()
+
+    run(main)

@@ -44,6 +44,7 @@ class Attendance:
         self.reports: dict[int, bytes] = {}  # seat of the draft -> payload
         self.done: set[PeerId] = set()
         self.lost: dict[PeerId, str] = {}
+        self.unreached: set[PeerId] = set()  # those of them who may not be there at all
         # ... and later whose connection closes; never those merely silent: they may be going on without us.
         self.departed = set(departed)
         self.contested = False  # somebody is in another leader's round
@@ -77,6 +78,11 @@ class Attendance:
     def commit(self, data: bytes) -> None:
         """COMMIT to all who can be heard."""
         self._post_to_all(Commit(), data)
+
+    def miss(self, peer: PeerId) -> None:
+        """It has not answered in time, and nobody heard of it: the next round shall not wait for it, too."""
+        self.unreached.add(peer)
+        self._context.suspect(peer, "no answer to PREPARE")
 
     # -- one member each
 
@@ -164,6 +170,7 @@ class Attendance:
         self._context.event("member-lost", {"peer": peer, "height": self._offer.height, "why": str(error)})
         if isinstance(error, NetworkError):
             self._context.suspect(peer, str(error))
+            self.unreached.add(peer)
         if isinstance(error, StreamBroken):
             self.departed.add(peer)
         if isinstance(error, Busy):

@@ -60,6 +60,7 @@ class Leader:
         # Before the first entry all who are known count: else each of them could begin alone.
         self._last = list(log.quorum) if log.height else [*here, *silent]
         self._silent = frozenset(silent)
+        self._unheard = frozenset(member.peer for member in group if not member.heard)
         departed = set(self._last) - set(here) - set(silent)
         self._group = Attendance(context, self._offer, follow, departed, log.leader)
         self._change = self._group.change
@@ -69,6 +70,16 @@ class Leader:
     def highest_ballot(self) -> int:
         """Met; the next attempt has to exceed it."""
         return self._group.highest_ballot
+
+    @property
+    def reached(self) -> set[PeerId]:
+        """Members who are there, whatever they said."""
+        return {*self._group.answers} | {*self._group.lost} - self._group.unreached
+
+    @property
+    def unreached(self) -> set[PeerId]:
+        """Members who told nothing before this attempt, and could not be reached by it."""
+        return {*self._unheard & self._group.unreached - self._group.answers.keys()}
 
     async def lead(self) -> Entry:
         """Returns the entry once this process has applied it. Raises Stale when the round cannot go on."""
@@ -168,6 +179,8 @@ class Leader:
         await self._change.until(complete, lambda: closes_at(opened_s, quorum_s, self._deadline_s))
         if self._ahead():
             raise Stale(f"height {self._offer.height} has been decided without this peer; catch up")
+        for peer in sorted(self._unheard - self._group.answers.keys() - self._group.lost.keys()):
+            self._group.miss(peer)
         if self._context.me not in self._group.answers:
             reason = self._group.lost.get(self._context.me, "its weights are busy")
             raise Stale(f"this peer cannot lead: {reason}")

@@ -14,6 +14,7 @@ from shoal.protocol.faults import define
 from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.training.decisions import DecisionLog
+from shoal.training.neighbours import SILENT_S
 from shoal.training.outer.change import Change
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import Entry
@@ -89,6 +90,8 @@ class Turns:
         self._leading = 0  # the height that this replica conducts a round for
         self._ballot = 0  # the highest met at the height to come
         self._brought_back_by: str | None = None  # who led the last entry, if that was a re-entry
+        self._unreached_s: dict[PeerId, float] = {}  # by no attempt at the height to come, since when
+        self._departed: set[PeerId] = set()  # those of them that were asked in vain for so long
 
     # -- what is due
 
@@ -127,7 +130,8 @@ class Turns:
             log_tokens=log.tokens,
             uplink=next((member.uplink for member in peers if member.peer == me), 1.0),
         )
-        return [mine, *[member for member in peers if member.peer != me and not member.silent]]
+        others = (member for member in peers if member.peer != me and not member.silent)
+        return [mine, *(member for member in others if member.heard or member.peer not in self._departed)]
 
     # -- the loop
 
@@ -140,6 +144,8 @@ class Turns:
     def entered(self, entry: Entry) -> None:
         """The log has a new entry: whatever was wanted, or tried, was for the one before."""
         self._wanted_since_s, self._ballot = None, 0
+        self._unreached_s.clear()
+        self._departed.clear()
         self._brought_back_by = entry.leader if entry.lost else None
 
     async def final_round(self) -> None:
@@ -205,7 +211,8 @@ class Turns:
             changed = await self._change.wait(limit_s)
             seen = self._peers()
             changed = changed or seen != peers or self._hurry() != hurries
-            if loop.time() - limit_s > STOOD_STILL_S:
+            if (late_s := loop.time() - limit_s) > STOOD_STILL_S:
+                self._unreached_s = {peer: s + late_s for peer, s in self._unreached_s.items()}
                 self._not_before_s = max(self._not_before_s, loop.time() + STOOD_STILL_S)
                 break
         return seen
@@ -267,10 +274,20 @@ class Turns:
             self._failures = 0
         except ShoalError as error:
             self._ballot = leader.highest_ballot
+            self._note_unreached(leader)
             self._back_off(f"round {height} not committed: {error}")
         finally:
             self._leading = 0
             self._change.notify()
+
+    def _note_unreached(self, leader: Leader) -> None:
+        """Nobody hears of them, so nothing else tells when they have been silent for long enough."""
+        now_s = asyncio.get_running_loop().time()
+        for peer in leader.reached:
+            self._unreached_s.pop(peer, None)
+        for peer in leader.unreached:
+            if now_s - self._unreached_s.setdefault(peer, now_s) >= SILENT_S:
+                self._departed.add(peer)
 
     def _leader(self, group: Sequence[GroupMember], silent: Sequence[PeerId]) -> Leader:
         """Raises MessageInvalid for an offer that no entry can hold: of a group that is too large, say."""
