@@ -12,7 +12,6 @@ import logging
 import random
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Protocol
 
 from shoal.dht.beats import (
@@ -32,6 +31,7 @@ from shoal.protocol.errors import PeerSilent, RecordInvalid, StorageError, Strea
 from shoal.protocol.identity import PeerId
 from shoal.protocol.revocation import ENTRIES_BYTES, RevocationBook, RevocationNotice, SignedRevocations
 from shoal.protocol.transport import Stream
+from shoal.protocol.wire import changed
 
 SILENT_LINK_S = 15.0  # a stream without a beat for this long is given up, even if nobody closed it
 FINISH_S = 2.0  # for the other side to end its half
@@ -195,7 +195,7 @@ class Link:
         self._sent_s[self._number] = now
         if len(self._sent_s) > _SENT_KEPT:
             self._sent_s.popitem(last=False)
-        beat = replace(
+        beat = changed(
             self._home.own_beat(),
             number=self._number,
             heard_number=self._heard_number,

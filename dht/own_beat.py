@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 
 from shoal.dht.beats import Beat
 from shoal.dht.directory import PeerRecord
 from shoal.dht.view import Member
 from shoal.protocol.admission import Membership
+from shoal.protocol.wire import changed
 
 BEAT_KEPT_S = 0.05  # a beat that was put together serves all links for so long
 ANNOUNCE_S = 0.2  # at least, between two rounds of beats for news
@@ -79,7 +79,7 @@ class OwnBeat:
 
     def _fresh(self) -> Beat:
         record, beat = self._record(), self._make_beat()
-        return replace(
+        return changed(
             beat,
             incarnation=record.incarnation,
             record_sequence=record.sequence,

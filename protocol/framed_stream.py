@@ -101,6 +101,7 @@ class FramedStream(Stream):
         self._pulse = pulse
         self._outlet = outlet
         self._trouble = trouble
+        self._loop = asyncio.get_running_loop()
         self._encoder = FrameEncoder()
         self._decoder = FrameDecoder()
         self._writing = Watchdog(pulse, self._suspect, self._silent)
@@ -204,14 +205,14 @@ class FramedStream(Stream):
         return min(self._pulse.frame_bytes, self._outlet.frame_bytes)
 
     async def _write(self, frame: bytes) -> None:
-        since_s = asyncio.get_running_loop().time()
+        since_s = self._loop.time()
         self._require_listener()
         try:
             with self._writing:
                 await self._pipe.write(frame)
         except StreamBroken as broken:
             raise await self._reason(broken) from broken
-        self._pulse.wrote(len(frame), since_s)
+        self._pulse.wrote(len(frame), since_s, self._loop.time())
         self._traffic.bytes_out += len(frame)
 
     async def _next_frame(self) -> bytes:
@@ -235,7 +236,7 @@ class FramedStream(Stream):
     async def _read(self) -> bytes | None:
         frame = await self._pipe.read()
         if frame is not None:
-            self._pulse.moved()
+            self._pulse.moved_s = self._loop.time()
             self._traffic.bytes_in += len(frame)
         return frame
 

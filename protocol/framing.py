@@ -134,7 +134,8 @@ class FrameDecoder:
         self._sequence = 0
         self._messages = 0
         self._payload_bytes = 0
-        self._kinds: dict[str, type[Any]] = {}
+        self._admitted: tuple[type[Any], ...] = ()
+        self._kinds: dict[str, type[Any]] = {}  # the same by their names
         self._max_payload_bytes = 0
         self._header: object | None = None  # of the message that is coming in
         self._pieces: list[memoryview] = []  # of its payload, in the frames that brought them
@@ -148,7 +149,8 @@ class FrameDecoder:
 
     def admit(self, kinds: tuple[type[Any], ...], max_payload_bytes: int) -> None:
         """What the receiver takes next. Inside a message, the begun one is judged by it at once."""
-        self._kinds = {kind.__name__: kind for kind in kinds}
+        if kinds != self._admitted:
+            self._admitted, self._kinds = kinds, {kind.__name__: kind for kind in kinds}
         self._max_payload_bytes = max_payload_bytes
         if self._header is not None:
             self._require_admitted(type(self._header).__name__, self._total)

@@ -143,11 +143,12 @@ class Route:
         self._last_s = 0.0
         self._blocked = False
         self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
         self._keepalive: asyncio.TimerHandle | None = None
 
     def push(self, size: int, deliver: Callable[[], None]) -> float:
         """Call `deliver` when `size` bytes have crossed. Returns when the last one leaves (loop time)."""
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         sending_s, travelling_s = self._delay(size)
         self._free_s = max(now, self._free_s) + sending_s
         self._last_s = max(self._free_s + travelling_s, self._last_s)
@@ -160,27 +161,26 @@ class Route:
         if blocked == self._blocked:
             return
         self._blocked = blocked
-        loop = asyncio.get_running_loop()
         if blocked:
-            self._keepalive = loop.call_later(KEEPALIVE_S + KEEPALIVE_ANSWER_S, self._lose)
+            self._keepalive = self._loop.call_later(KEEPALIVE_S + KEEPALIVE_ANSWER_S, self._lose)
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
         else:
             if self._keepalive is not None:
                 self._keepalive.cancel()
-            earliest_s = loop.time() + self._delay(0)[1]
+            earliest_s = self._loop.time() + self._delay(0)[1]
             self._queue = deque((max(due_s, earliest_s), deliver) for due_s, deliver in self._queue)
             self._last_s = max(self._last_s, earliest_s)
             self._arm()
 
     def _arm(self) -> None:
         if self._queue and self._timer is None and not self._blocked:
-            self._timer = asyncio.get_running_loop().call_at(self._queue[0][0], self._fire)
+            self._timer = self._loop.call_at(self._queue[0][0], self._fire)
 
     def _fire(self) -> None:
         self._timer = None
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         while self._queue and self._queue[0][0] <= now and not self._blocked:
             self._queue.popleft()[1]()
         self._arm()

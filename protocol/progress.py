@@ -36,12 +36,12 @@ class Pulse:
         """A frame came in."""
         self.moved_s = asyncio.get_running_loop().time()
 
-    def wrote(self, frame_bytes: int, since_s: float) -> None:
+    def wrote(self, frame_bytes: int, since_s: float, now: float) -> None:
         """A frame went out that was handed over at `since_s`. Double the size where that was quick."""
-        self.moved()
-        if self.moved_s - since_s > _SLOW_FRAME_S:
+        self.moved_s = now
+        if now - since_s > _SLOW_FRAME_S:
             self.frame_bytes = max(LEAST_FRAME_BYTES, self.frame_bytes // 2)
-        elif self.moved_s - since_s < _QUICK_FRAME_S and frame_bytes >= self.frame_bytes:
+        elif now - since_s < _QUICK_FRAME_S and frame_bytes >= self.frame_bytes:
             self.frame_bytes = min(FRAME_BYTES, self.frame_bytes * 2)
 
 

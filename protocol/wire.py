@@ -32,7 +32,7 @@ from google.protobuf.message import DecodeError, Message
 from shoal.protocol.errors import MessageInvalid, MessageTooLarge
 from shoal.protocol.limits import HEADER_BYTES
 from shoal.protocol.wire_code import Bounds as Bounds
-from shoal.protocol.wire_code import FieldType, Fill, Read, filler, reader
+from shoal.protocol.wire_code import FieldType, Fill, Read, copier, filler, reader
 from shoal.protocol.wire_code import Items as Items
 from shoal.protocol.wire_code import Length as Length
 from shoal.protocol.wire_code import OneOf as OneOf
@@ -89,6 +89,16 @@ def decode(cls: type[T], data: bytes, max_bytes: int = HEADER_BYTES) -> T:
         raise MessageInvalid(f"{cls.__name__}: not protobuf ({len(data)} bytes)") from error
     message: T = _reader(cls)(parsed)
     return message
+
+
+def changed(message: T, **values: object) -> T:
+    """`dataclasses.replace` of a wire message, at a third of its cost; fields are not related to each other.
+
+    Whatever is sent is checked by `encode`."""
+    other: T = _copier(type(message))(message)
+    for name, value in values.items():
+        object.__setattr__(other, name, value)
+    return other
 
 
 def is_message(name: str) -> bool:
@@ -162,6 +172,11 @@ def _split(hint: Any) -> tuple[Any, tuple[object, ...]]:
             hint = hint.__supertype__
         else:
             return hint, checks
+
+
+@_cached
+def _copier(cls: type) -> Callable[[Any], Any]:
+    return copier(cls)
 
 
 @_cached

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -65,10 +65,10 @@ class FieldType:
     most: int  # elements, where repeated
 
 
-def filler(cls: type, fields: Sequence[FieldType], check: Check, inner: Callable[[type], Fill]) -> Fill:
+def filler(cls: type, shape: Sequence[FieldType], check: Check, inner: Callable[[type], Fill]) -> Fill:
     """The function that puts a message into its protobuf form. `inner(kind)`: that of a message within."""
-    lines, names = ["def made(target, message):", " pass"], _names(cls, fields, check)
-    for at, field in enumerate(fields):
+    lines, names = ["def made(target, message):", " pass"], _names(cls, shape, check)
+    for at, field in enumerate(shape):
         name, good = field.name, partial(_good, field, at, names)
         lines.append(f" value = message.{name}")
         if not field.scalar:
@@ -97,10 +97,10 @@ def filler(cls: type, fields: Sequence[FieldType], check: Check, inner: Callable
     return fill
 
 
-def reader(cls: type, fields: Sequence[FieldType], check: Check, inner: Callable[[type], Read]) -> Read:
+def reader(cls: type, shape: Sequence[FieldType], check: Check, inner: Callable[[type], Read]) -> Read:
     """The function that makes a message of its protobuf form, every field checked."""
-    lines, names = ["def made(parsed):"], _names(cls, fields, check)
-    for at, field in enumerate(fields):
+    lines, names = ["def made(parsed):"], _names(cls, shape, check)
+    for at, field in enumerate(shape):
         name, good = field.name, partial(_good, field, at, names)
         if not field.scalar:
             names[f"inner{at}"] = inner(field.kind)
@@ -120,7 +120,7 @@ def reader(cls: type, fields: Sequence[FieldType], check: Check, inner: Callable
             absent = "None" if field.optional else f"missing(cls, field{at})"
             lines.append(f" value{at} = inner{at}(parsed.{name}) if parsed.HasField('{name}') else {absent}")
     lines.append(" message = new(cls)")  # not `cls(...)`: the __init__ of a frozen one takes twice as long
-    for at, field in enumerate(fields):
+    for at, field in enumerate(shape):
         names[f"set{at}"] = getattr(cls, field.name).__set__
         lines.append(f" set{at}(message, value{at})")
     if hasattr(cls, "__post_init__"):  # relates fields to each other
@@ -131,6 +131,17 @@ def reader(cls: type, fields: Sequence[FieldType], check: Check, inner: Callable
     lines.append(" return message")
     read: Read = _made(lines, names)
     return read
+
+
+def copier(cls: type) -> Callable[[Any], Any]:
+    """The function that makes another message of the same values: for `wire.changed`."""
+    names: dict[str, Any] = {"cls": cls, "new": object.__new__}
+    lines = ["def made(message):", " other = new(cls)"]
+    for at, field in enumerate(fields(cls)):
+        names[f"set{at}"] = getattr(cls, field.name).__set__
+        lines.append(f" set{at}(other, message.{field.name})")
+    copy: Callable[[Any], Any] = _made([*lines, " return other"], names)
+    return copy
 
 
 def _good(field: FieldType, at: int, names: dict[str, Any], value: str) -> str:
@@ -150,9 +161,9 @@ def _good(field: FieldType, at: int, names: dict[str, Any], value: str) -> str:
     return "False"
 
 
-def _names(cls: type, fields: Sequence[FieldType], check: Check) -> dict[str, Any]:
+def _names(cls: type, shape: Sequence[FieldType], check: Check) -> dict[str, Any]:
     names = {"cls": cls, "check": check, "too_many": _too_many, "missing": _missing, "unfit": _unfit}
-    return names | {"new": object.__new__} | {f"field{at}": field for at, field in enumerate(fields)}
+    return names | {"new": object.__new__} | {f"field{at}": field for at, field in enumerate(shape)}
 
 
 def _made(lines: Sequence[str], names: dict[str, Any]) -> Any:

@@ -76,6 +76,14 @@ def test_a_message_survives_the_trip() -> None:
     assert wire.decode_named("Probe", wire.encode(GOOD)) == GOOD
 
 
+def test_a_changed_message_is_another_one() -> None:
+    other = wire.changed(GOOD, share=0.25, names=("cd",))
+    assert (other.share, other.names, other.inner) == (0.25, ("cd",), GOOD.inner)
+    assert GOOD.share == 0.5
+    with pytest.raises(AttributeError):
+        wire.changed(GOOD, no_such_field=1)
+
+
 def test_a_message_without_fields_survives_the_trip() -> None:
     assert wire.decode(ProbeEmpty, wire.encode(ProbeEmpty())) == ProbeEmpty()
 

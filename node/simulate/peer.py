@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from shoal.protocol.contacts import ContactBook
 from shoal.protocol.limits import RECORD_TTL_S
 from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.protocol.transport import Transport
+from shoal.protocol.wire import changed
 from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, START_FOLDER
 from shoal.training.checkpoint.share import Shelf
 from shoal.training.feed import Feed
@@ -301,7 +301,7 @@ class SimulatedPeer:
         }
         beats = [trainer.heartbeat() for stage, trainer in self.trainers.items() if stage not in joining]
         beat, room = together(beats), self.tenure.room if self.tenure is not None else 0
-        return beat if beat.room == room else dataclasses.replace(beat, room=room)
+        return beat if beat.room == room else changed(beat, room=room)
 
     def _record(self) -> PeerRecord:
         return PeerRecord(
