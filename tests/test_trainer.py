@@ -238,6 +238,27 @@ def test_a_leaver_drains_and_loses_nothing() -> None:
     virtual_time.run(main)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_last_two_of_a_stage_that_leave_at_once_leave_one_log(seed: int) -> None:
+    """Each left the other out of its last round, and the stage had two of the same height."""
+
+    async def main() -> None:
+        async with TrainerWorld(round_spec(2, outer={"inner_steps": 40}), seed=seed) as world:
+            for number in range(4):
+                await world.add(number, number % 2)
+            await world.heights(1)
+            last = world.group(1)
+            while not all(leaver.trainer.outer.steps_since_round for leaver in last):
+                await asyncio.sleep(0.1)
+            await asyncio.gather(*(leaver.leave(20.0) for leaver in last))
+            one, other = sorted(leaver.trainer.outer.height for leaver in last)
+            logs = [leaver.trainer.outer._replica.log for leaver in last]
+            assert logs[0].head_at(one) == logs[1].head_at(one), f"of heights {one} and {other}"
+            assert not any(leaver.trainer.outer.steps_since_round for leaver in last), "nothing is lost"
+
+    virtual_time.run(main)
+
+
 def test_a_driver_whose_next_stage_is_gone_leaves_at_once() -> None:
     """It used to wait out its whole drain for a replica that would never come."""
 

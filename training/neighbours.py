@@ -76,11 +76,14 @@ def group_members(
     else each would lead a group of its own.
     Whoever fell silent without a goodbye or a closed connection stays, marked, for SILENT_S: it may be
     frozen, or on the other side of a cut, and half a group must not go on as if it were the whole.
-    Uplinks are what the beats claim, as far as the group believes it (`uplinks`).
+    Who leaves makes its last round with those that stay. Where nobody stays, those that leave are the group:
+    each by itself would make a log of its own. Uplinks are what the beats claim, as far as the group believes
+    it (`uplinks`).
     """
     stage = own.stage
     found = {view.me: _group_member(view.me, incarnation, own)}
-    for member in view.online(stage):
+    staying = [member for member in view.online(stage) if member.peer != view.me]
+    for member in staying or [m for m in view.group(stage, "draining") if m.liveness is Liveness.ALIVE]:
         if member.peer != view.me and (known := _as_known(member, stage, view.now_s)) is not None:
             found[member.peer] = known
     seats = {seat.peer: seat for seat in last if seat.peer not in found}
