@@ -170,9 +170,9 @@ class Members:
         return self._roster is not None
 
     @property
-    def looked(self) -> bool:
-        """Whether the directory has told who is there, or that it cannot."""
-        return self._roster is not None and self._roster.health.lookups > 0
+    def lookups(self) -> int:
+        """How often the directory has told who is there, or that it cannot."""
+        return self._roster.health.lookups if self._roster is not None else 0
 
     def view(self) -> SwarmView:
         """The swarm now, this peer included."""

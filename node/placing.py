@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 
 from shoal.dht.liveness import Liveness
 from shoal.dht.members import Members
+from shoal.dht.view import SwarmView
 from shoal.training.placement import place
 
 _MEET_S = 1.0  # a new peer looks around this long at most before it chooses a stage: ...
 _QUIET_S = 0.3  # ... until nobody new came for so long, and all are heard or known to be gone
+_LOOKUPS = 2  # of the directory: one that meets a peer that was just killed may show a part
 _LOOK_S = 0.05  # between two looks, beats or not
 _SETTLE_S = 0.6  # and it looks again after each choice while others may be choosing at the same time
 _SETTLE_LOOKS = 6
@@ -31,11 +33,11 @@ async def meet(members: Members) -> None:
     known: frozenset[str] = frozenset()
     quiet_since_s = loop.time()
     while (now_s := loop.time()) < until_s:
-        others = [member for member in members.view().members if member.peer != members.me]
-        if (names := frozenset(member.peer for member in others)) != known:
+        view = members.view()
+        if (names := frozenset(member.peer for member in view.members)) != known:
             known, quiet_since_s = names, now_s
-        judged = all(m.heard_s is not None or m.liveness is Liveness.GONE for m in others)
-        if known and judged and members.looked and now_s - quiet_since_s >= _QUIET_S:
+        looked = members.lookups >= _LOOKUPS and len(known) > 1
+        if looked and not _strangers(view) and now_s - quiet_since_s >= _QUIET_S:
             return
         await asyncio.sleep(min(_LOOK_S, until_s - now_s))
 
@@ -49,17 +51,37 @@ async def take_stage(
     stage = place(members.view(), members.me, costs)
     announce("joining", (stage,))
     for _ in range(_SETTLE_LOOKS):
-        if not _others_join(members):
+        if not _is_open(members.view()):
             break
         await asyncio.sleep(_SETTLE_S)
-        again = place(members.view(), members.me, costs)
-        if again == stage:
+        again = look_again(members, announce, costs, stage)
+        if again == stage and not _strangers(members.view()):
             break
         stage = again
-        announce("joining", (stage,))
     return stage
 
 
-def _others_join(members: Members) -> bool:
-    """Whoever is not known to join yet sees what was announced here before it chooses."""
-    return any(other.state == "joining" and other.peer != members.me for other in members.view().here())
+def look_again(
+    members: Members, announce: Callable[[str, tuple[int, ...]], None], costs: Sequence[float], stage: int
+) -> int:
+    """Where it is needed now; for as long as nothing was fetched for the stage that it has chosen."""
+    again = place(members.view(), members.me, costs)
+    if again != stage:
+        announce("joining", (again,))
+    return again
+
+
+def _is_open(view: SwarmView) -> bool:
+    """Whether a second look may show something else: others join, too, or may not be here any more.
+
+    Whoever is not known to join yet sees what was announced here before it chooses.
+    """
+    others_join = any(other.state == "joining" and other.peer != view.me for other in view.here())
+    return others_join or _strangers(view)
+
+
+def _strangers(view: SwarmView) -> bool:
+    """Whether there is somebody of whom nothing was heard; of a large swarm that says nothing."""
+    return not view.sizes and any(
+        member.heard_s is None and member.liveness is not Liveness.GONE for member in view.members
+    )

@@ -30,7 +30,7 @@ from shoal.node.hardware import (
     warm_up_codecs,
 )
 from shoal.node.options import PeerOptions
-from shoal.node.placing import meet, take_stage
+from shoal.node.placing import look_again, meet, take_stage
 from shoal.node.presence import Presence
 from shoal.node.reachability import Reach, find_reach
 from shoal.node.trainee import Trainee
@@ -88,6 +88,9 @@ class Worker:
         device, (spec, stage) = preparing.result(), choosing.result()
         if others := self._others():
             self.reach = await find_reach(self._presence.transport, others, self._presence.rng)
+        if self._options.stage is None and others:
+            presence = self._presence
+            stage = look_again(presence.members, presence.announce, spec_costs(spec), stage)
         if not device.others:
             await self._serve(spec, stage, device, None)
             return

@@ -21,6 +21,7 @@ async def placed(world: TrainerWorld, *numbers: int) -> tuple[list[int], float]:
         world.replicas[joiner.number] = joiner
         await joiner.start()
     stages = await asyncio.gather(*(joiner.settle() for joiner in joiners))
+    assert all(joiner.members.lookups > 1 for joiner in joiners), "one look may show a part"
     return [*stages], loop.time() - begun_s
 
 

@@ -53,13 +53,18 @@ def churn_spec(corpus: Path) -> RunSpec:
     return RunSpec.model_validate(values)
 
 
+def all_decided(swarm: Swarm) -> frozenset[Id]:
+    """What any ledger shows: the last of a killed driver's are in those of the hops that it told."""
+    return frozenset[Id]().union(*(swarm.ledger(stage) for stage in range(STAGES)))
+
+
 class Meter:
     """Committed micro-batches and peers alive, between two moments."""
 
     def __init__(self, swarm: Swarm) -> None:
         self._swarm = swarm
         self._begun_s = self._now_s = time.monotonic()
-        self._decided = len(swarm.ledger(0))
+        self._decided = len(all_decided(swarm))
         self._alive_s = self._online_s = 0.0
 
     async def watch(self, until_s: float) -> None:
@@ -73,7 +78,7 @@ class Meter:
 
     def figures(self) -> dict[str, float]:
         seconds = self._now_s - self._begun_s
-        tokens = (len(self._swarm.ledger(0)) - self._decided) * self._swarm.spec.micro_batch_tokens
+        tokens = (len(all_decided(self._swarm)) - self._decided) * self._swarm.spec.micro_batch_tokens
         alive, online = self._alive_s / seconds, self._online_s / seconds
         return {
             "seconds": round(seconds, 1),
