@@ -19,7 +19,7 @@ _QUIET_S = 0.3  # ... until nobody new came for so long, and all are heard or kn
 _LOOKUPS = 2  # of the directory: one that meets a peer that was just killed may show a part
 _LOOK_S = 0.05  # between two looks, beats or not
 _SETTLE_S = 0.6  # and it looks again after each choice while others may be choosing at the same time
-_SETTLE_LOOKS = 6
+_SETTLE_LOOKS = 8  # by then who never answers is gone
 
 
 async def meet(members: Members) -> None:

@@ -42,6 +42,22 @@ def test_a_joiner_takes_the_place_of_one_that_was_killed_just_before(number: int
     run(main)
 
 
+@pytest.mark.parametrize("number", range(5, 9))
+def test_a_joiner_waits_until_it_knows_of_a_silent_one_that_it_is_gone(number: int) -> None:
+    """A machine without power refuses no connection; its record looks as those of the others do."""
+
+    async def main() -> None:
+        async with TrainerWorld(round_spec(2), seed=number, latency_s=0.02) as world:
+            for old in range(4):
+                await world.add(old, old % 2)
+            silent = number % 4
+            world.network.freeze(world.replicas[silent].peer)
+            stages, _ = await placed(world, number)
+            assert stages == [silent % 2]
+
+    run(main)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_two_that_join_at_once_take_a_place_each(seed: int) -> None:
     async def main() -> None:
