@@ -138,9 +138,10 @@ class _Durations:
             usual or (typical_s if kind in _OF_MICRO_BATCH else 0.0)
             for kind, usual in enumerate(self.usual_s)
         ]
-        whole_s = self._whole_s = [*self._assumed_s]
+        whole_s = [*self._assumed_s]
         whole_s[Work.BACKWARD] += whole_s[Work.WEIGHT]
         whole_s[Work.FORWARD] += whole_s[Work.BACKWARD]
+        self._whole_s = whole_s  # at once: the loop reads it while the lane's thread records
 
     def load(self, waiting: Sequence[int], running: tuple[Work, float] | None) -> LaneLoad:
         """`running`: the kind of what runs, and since how many seconds."""
