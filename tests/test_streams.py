@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
+import pytest
 import torch
 from trainer_world import RandomFeed, Replica, TrainerWorld, round_spec
 
@@ -14,7 +15,7 @@ from shoal.dht.view import Member, SwarmView
 from shoal.protocol import virtual_time
 from shoal.protocol.identity import PeerId
 from shoal.training.data.stream_book import Drawn, StreamBook
-from shoal.training.streams import ORPHAN_S, STREAMS_MOST, Reader, heir, orphans, own_stream, readers
+from shoal.training.streams import ORPHAN_S, STREAMS_MOST, Reader, Streams, heir, orphans, own_stream, readers
 
 SLOWER = 10.0
 
@@ -182,3 +183,28 @@ def test_an_orphan_has_one_heir_and_nobody_reads_more_than_an_entry_can_name() -
     assert not heir(9, [full])
     own = own_stream(PeerId("a"), {})
     assert own_stream(PeerId("a"), {own: 1}) != own
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c", "d"])
+def test_who_moved_an_orphan_last_takes_it_back(name: str) -> None:
+    """A driver that had adopted a stream comes back and claims its own. What was: another one was the heir,
+    one that does not hear it and so took it for the reader still, and nobody read the stream."""
+    me, claimed = PeerId(name), list[tuple[int, ...]]()
+
+    async def main() -> None:
+        streams = Streams(
+            me,
+            1,
+            lambda: [Reader(PeerId(other), (number,)) for number, other in enumerate("wxyz", 10)],
+            lambda: {1: 100, 2: 50},
+            lambda: {1: me, 2: me},
+            lambda positions: claimed.append(tuple(positions)),
+            lambda kind, data: None,
+        )
+        streams.begin()
+        task = asyncio.create_task(streams.run())
+        await asyncio.sleep(ORPHAN_S + 10.0)
+        task.cancel()
+
+    virtual_time.run(main)
+    assert claimed == [(1,), (1, 2)]

@@ -66,9 +66,11 @@ def orphans(logged: Mapping[int, int], others: Sequence[Reader], mine: Sequence[
     return sorted(logged.keys() - claimed)
 
 
-def heir(stream: int, drivers: Sequence[Reader]) -> PeerId | None:
-    """Which driver takes an orphan: of those with the fewest streams the lowest hash."""
+def heir(stream: int, drivers: Sequence[Reader], last: PeerId | None = None) -> PeerId | None:
+    """Which driver takes an orphan: who moved it `last`, since whoever does not hear that one takes it for
+    the reader, or of those with the fewest streams the lowest hash."""
     able = [reader for reader in drivers if len(reader.streams) < STREAMS_MOST]
+    able = [reader for reader in able if reader.peer == last] or able
     return min(
         able, key=lambda r: (len(r.streams), _hash(r.peer, stream)), default=Reader(PeerId(""), ())
     ).peer
@@ -95,15 +97,17 @@ class Streams:
         own: int,
         others: Callable[[], Sequence[Reader]],
         logged: Callable[[], Mapping[int, int]],
+        logged_by: Callable[[], Mapping[int, PeerId]],
         read: Callable[[Mapping[int, int]], None],
         event: Callable[[str, dict[str, object]], None],
     ) -> None:
-        """`own`: the stream that it would begin; `others`: the other readers; `logged`: the log's positions;
-        `read`: from now on these."""
+        """`own`: the stream that it would begin; `others`: the other readers; `logged`: the log's positions,
+        `logged_by`: who moved them; `read`: from now on these."""
         self._me = me
         self._own = own
         self._others = others
         self._logged = logged
+        self._logged_by = logged_by
         self._read = read
         self._event = event
         self._claimed_s: dict[int, float] = {}  # stream -> since when
@@ -144,11 +148,11 @@ class Streams:
                     self._event("stream-given-up", {"stream": stream, "to": reader.peer})
         if not self._claimed_s:
             self._claim_new()
-        left = orphans(self._logged(), others, self.claims)
+        left, last = orphans(self._logged(), others, self.claims), self._logged_by()
         self._orphaned_s = {stream: self._orphaned_s.get(stream, now_s) for stream in left}
         for stream, since_s in self._orphaned_s.items():
             drivers = [*others, Reader(self._me, self.claims)]
-            if now_s - since_s >= ORPHAN_S and heir(stream, drivers) == self._me:
+            if now_s - since_s >= ORPHAN_S and heir(stream, drivers, last.get(stream)) == self._me:
                 self._claim(stream)
 
     def _claim_new(self) -> None:

@@ -208,6 +208,7 @@ class Trainer:
                 self._feed.own,
                 self._other_readers,
                 self.outer.positions,
+                self.outer.readers,
                 self._read,
                 self._event,
             )
