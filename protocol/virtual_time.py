@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from contextvars import Context, copy_context
+from contextvars import Context
 from typing import Any, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def call_soon(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
-        handle = _Handle(callback, args, self, context)
+        handle = asyncio.Handle(callback, args, self, context)
         self._ready.append(handle)  # type: ignore[attr-defined]
         return handle
 
@@ -92,7 +92,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def call_at(
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        timer = _Timer(when, callback, args, self, context)
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self.orders), timer))
         return timer
 
@@ -127,43 +127,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         if self._now_s > self._end_s:
             end_s, self._end_s = self._end_s, float("inf")  # let cleaning up take its time
             raise TimeLimit(f"not done at {end_s:g} virtual seconds:\n" + _waiting(self))
-
-
-class _Handle(asyncio.Handle):
-    """Millions are made: without what a loop in debug mode would note."""
-
-    __slots__ = ()
-
-    def __init__(
-        self, callback: Any, args: tuple[Any, ...], loop: VirtualTimeLoop, context: Context | None
-    ) -> None:
-        self._callback = callback
-        self._args = args
-        self._loop = loop
-        self._context = copy_context() if context is None else context
-        self._cancelled = False
-        self._repr = self._source_traceback = None
-
-
-class _Timer(asyncio.TimerHandle):
-    __slots__ = ()
-
-    def __init__(
-        self,
-        when: float,
-        callback: Any,
-        args: tuple[Any, ...],
-        loop: VirtualTimeLoop,
-        context: Context | None,
-    ) -> None:
-        self._callback = callback
-        self._args = args
-        self._loop = loop
-        self._context = copy_context() if context is None else context
-        self._cancelled = False
-        self._repr = self._source_traceback = None
-        self._when = when
-        self._scheduled = False
 
 
 class _OrderedFuture(asyncio.Future[Any]):
