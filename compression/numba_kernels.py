@@ -200,16 +200,6 @@ def _put(x: Floats, start: int, base: Floats, rate: np.float32, result: Floats) 
             y[i] = x[i]
 
 
-@_kernel(_F64, _VALUES, _VALUES, _VALUES)
-def squared_norm(anchor: Floats, sent: Floats, carried: Floats) -> float:
-    scratch, total = np.empty(256, np.float32), 0.0
-    for start in range(0, anchor.size, 256):
-        x = scratch[: min(256, anchor.size - start)]
-        _take_delta(x, start, anchor, sent, carried)
-        total += _square(x)
-    return total
-
-
 @_inline
 def _int8_put(x: Floats, b: int, blocks: int, block: int, result: Bytes) -> bool:
     low_bits, high_bits = _extremes(x.view(np.int32))

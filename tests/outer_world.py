@@ -115,7 +115,7 @@ class Node:
             steps_since_round=outer.steps_since_round,
             tokens_since_round=outer.tokens_since_round,
             log_tokens=outer.tokens,
-            uplink=self.world.uplinks.get(self.name, self.world.usual_uplink),
+            uplink=self.world.uplinks.get(self.name, 1.0),
         )
 
     async def stop(self) -> None:
@@ -204,8 +204,7 @@ class World:
         self.live: dict[PeerId, Node] = {}
         self.keepers: list[Keeper] = []
         self.frozen: dict[PeerId, GroupMember] = {}  # what their last beat said
-        self.uplinks: dict[PeerId, float] = {}  # bytes a second, where they are known ...
-        self.usual_uplink = 1.0  # ... and of the others
+        self.uplinks: dict[PeerId, float] = {}  # bytes a second, where they are known
         self.sides: dict[PeerId, list[Node]] = {}  # whom a peer sees while the group is cut
         self.processes: dict[tuple[str, int], Node] = {}
         self.nodes = [self.node(n) for n in range(replicas)]

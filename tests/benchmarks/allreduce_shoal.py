@@ -190,7 +190,6 @@ class Shoal(System):
                     state_root=root,
                     steps_since_round=steps,
                     tokens_since_round=TOKENS * steps,
-                    uplink=self.config.get("upload") or 1.0,  # as beats of peers tell that have measured it
                 )
             )
         return members

@@ -32,7 +32,6 @@ COMMITS_S = 60.0  # a connected majority commits again within this, whatever hap
 SETTLES_S = 300.0  # after the last heal: forks are resolved, lost entries are back
 MEMORY = next((path for path in ("/dev/shm",) if os.path.isdir(path)), None)  # no story outlives the machine
 SILENT_S = 20.0  # until a silent peer counts as departed; 120 outside, which is only longer
-SLOW_LINK = 10e6  # bytes a second, as everybody tells of its uplink
 STEP_S = 2.0
 PEERS = (*[3] * 6, *[4] * 6, *[5] * 4, 6, 6, 7, 7, 8, 8, 9, 10, 11, 12)
 CODECS = (
@@ -95,8 +94,6 @@ class Story:
             wrap=self.faults.wrap,
             silent_s=SILENT_S,
         )
-        if self.seed % 2:
-            world.usual_uplink = SLOW_LINK  # so parts are encoded when they are sent
         self._note(f"{count} peers, {spec.outer.fragments} fragments, {spec.compression.contribution}")
         if durable:
             self.folder = Path(tempfile.mkdtemp(prefix="soak-", dir=MEMORY))

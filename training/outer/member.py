@@ -121,7 +121,6 @@ class Member:
     async def _contribute(self, offer: Entry) -> Contribution:
         fragment = self.replica.log.next_fragment
         sent = await self._local.sent(fragment.span, self._context.buffers.take(fragment.count))
-        seat = offer.seat_of(self._context.me)
         return await contribute(
             fragment,
             codecs_of(offer, len(fragment.parts)),
@@ -130,7 +129,6 @@ class Member:
             sent,
             self.replica.residuals,
             self._context.offload,
-            0.0 if seat is None else offer.roster[seat].uplink,
         )
 
     def _answer(self) -> tuple[Answer, bytes]:

@@ -136,7 +136,7 @@ class Offered:
         ]
 
     def _add(self, offer: Offer) -> None:
-        offer.mine = dataclasses.replace(offer.mine, carried={}, encoded={}, remainders={})
+        offer.mine = dataclasses.replace(offer.mine, encoded={}, remainders={})
         self._offers.append(offer)
         each = [8 * kept.mine.fragment.count for kept in self._offers]  # anchor and sent, fp32
         while self._offers and (len(self._offers) > MOST or sum(each) > self._budget_bytes):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
 
 import torch
 
@@ -200,39 +199,26 @@ class Round:
     async def _contribute(self, owner: int) -> None:
         """Send the owner its parts; nothing but END when this peer has nothing that the draft could list."""
         self._phases.begin("send")
+        mine = self.contribution.encoded if self.contribution is not None else {}
+        owned = [part for part, seat in enumerate(self._owner_of) if seat == owner]
+        parts = [(part, mine[index]) for part in owned if (index := self._parts[part].index) in mine]
+        if owner == self._mine:
+            for part, data in parts:
+                self._received[part][owner] = data
+            self.end_contributions(owner)
+            return
+        peer = self.draft.roster[owner].peer
+        method = self._context.method("contribute")
+        await self._meet(peer)
         try:
-            await (self._keep(owner) if owner == self._mine else self._send(owner))
-        except (ShoalError, CodecError) as error:  # not listed then: the delta stays in the local weights
-            peer = self.draft.roster[owner].peer
+            async with self._context.transport.open(peer, method, Channel.BULK) as stream:
+                await stream.send(Contributing(self.id))
+                for part, data in parts:
+                    await stream.send(ContributedPart(part), data)
+                    self.bytes_out += memoryview(data).nbytes
+        except ShoalError as error:  # not listed then: the delta stays in the local weights
             self._context.event("contribution-cut", {"owner": peer, "why": str(error)})
         self._phases.end("send")
-
-    async def _keep(self, seat: int) -> None:
-        """What this peer contributes to its own parts."""
-        try:
-            async for part, data in self._contributed(seat):
-                if part in self._to_reduce:
-                    self._received[part][seat] = data
-                    self._change.notify()
-        finally:
-            self.end_contributions(seat)
-
-    async def _send(self, owner: int) -> None:
-        peer = self.draft.roster[owner].peer
-        await self._meet(peer)
-        method = self._context.method("contribute")
-        async with self._context.transport.open(peer, method, Channel.BULK) as stream:
-            await stream.send(Contributing(self.id))
-            async for part, data in self._contributed(owner):
-                await stream.send(ContributedPart(part), data)
-                self.bytes_out += memoryview(data).nbytes
-
-    async def _contributed(self, owner: int) -> AsyncIterator[tuple[int, Buffer]]:
-        """Own contributions to an owner's parts, as they are encoded. Raises CodecError."""
-        if self.contribution is not None:
-            for part, seat in enumerate(self._owner_of):
-                if seat == owner:
-                    yield part, await self.contribution.part(self._parts[part])
 
     async def _reduce(self) -> None:
         """Close each part when all who still can have contributed, or the rest at the deadline or grace."""
