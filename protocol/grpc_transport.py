@@ -156,6 +156,8 @@ class GrpcTransport(Transport):
             self._service.refused(refusal)
             await context.write(FrameEncoder().abort(refusal))
             return
+        # Else the first frame brings it along, and `abort` amid that sends it again, which fails.
+        await context.send_initial_metadata(())
         pulse = self._pulses.setdefault(context.peer(), Pulse())
         pipe = ServerPipe(f"{method} from {caller.peer}", context)
         trouble = partial(self._tell_of_caller, caller.peer)

@@ -154,6 +154,29 @@ def test_a_revoked_peer_is_refused_in_words_and_its_streams_end(tmp_path: Path) 
     play_run(scene, tmp_path)
 
 
+def test_a_stream_that_is_broken_off_amid_its_first_answer_ends_for_the_caller(tmp_path: Path) -> None:
+    """gRPC's abort failed then, since the first answer also says that one begins; the caller waited on."""
+
+    async def scene(run: Run) -> None:
+        caller, server = await run.started(), await run.started()
+
+        async def answer(stream: Stream) -> None:
+            await stream.receive(Note)
+            breaking.append(asyncio.create_task(server.disconnect(caller.me)))  # amid what follows
+            await stream.send(Note(2))
+
+        breaking: list[asyncio.Task[None]] = []
+        server.serve("answer", answer, ANYBODY)
+        async with caller.open(server.me, "answer") as stream:
+            await stream.send(Note(1))
+            with pytest.raises(StreamBroken):
+                while True:  # the answer may have come before the end
+                    await stream.receive(Note)
+        await asyncio.gather(*breaking)
+
+    play_run(scene, tmp_path)
+
+
 def test_renewed_leaves_are_used_at_once_on_both_sides_and_open_streams_stay(tmp_path: Path) -> None:
     async def scene(run: Run) -> None:
         caller, server = await run.started(), await run.started()
