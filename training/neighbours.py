@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from shoal.dht.beats import StageBeat
 from shoal.dht.directory import SignedRecord
@@ -14,12 +14,11 @@ from shoal.dht.view import Member, SwarmView
 from shoal.protocol import limits
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.entry import Seat
-from shoal.training.outer.policy import GroupMember
+from shoal.training.outer.policy import SILENT_S, GroupMember
 from shoal.training.pipeline.replicas import Replica
 from shoal.training.uplinks import UNKNOWN, group_uplinks
 
 _UNMEASURED_RTT_S = 0.05
-SILENT_S = 120.0  # until a peer that stopped talking counts as departed (design section 9, partitions)
 
 
 class MemberReplicas:
@@ -81,34 +80,46 @@ def group_members(
     it (`uplinks`).
     """
     stage = own.stage
-    found = {view.me: _group_member(view.me, incarnation, own)}
-    staying = [member for member in view.online(stage) if member.peer != view.me]
-    for member in staying or [m for m in view.group(stage, "draining") if m.liveness is Liveness.ALIVE]:
-        if member.peer != view.me and (known := _as_known(member, stage, view.now_s)) is not None:
-            found[member.peer] = known
+    found = {view.me: _group_member(view.me, incarnation, own)} | _living(view, stage)
     seats = {seat.peer: seat for seat in last if seat.peer not in found}
-    for member in view.members:
-        if member.peer in found or member.departed:
-            continue
-        if member.progress(stage) is None and member.peer not in seats:
-            continue
-        silent = view.now_s - silent_since_s(member, view.now_s) < SILENT_S
-        if member.state_at(stage) == "online" and stage in member.stages and silent:
-            known = _as_known(member, stage, view.now_s)
-            if known is not None:
-                found[member.peer] = dataclasses.replace(known, silent=True)
+    found |= _silent(view, stage, found.keys(), seats.keys())
     if view.sampled:
-        found |= {
-            peer: _stranger(peer, seat.incarnation, seat.uplink)
-            for peer, seat in seats.items()
-            if view.get(peer) is None
-        }
+        strangers = [seat for seat in seats.values() if view.get(seat.peer) is None]
+        found |= {seat.peer: _stranger(seat.peer, seat.incarnation, seat.uplink) for seat in strangers}
     group = sorted(found.values(), key=lambda member: member.peer)
     uplinks = group_uplinks([member.uplink for member in group])
     return [
         member if member.uplink == uplink else dataclasses.replace(member, uplink=uplink)
         for member, uplink in zip(group, uplinks, strict=True)
     ]
+
+
+def _living(view: SwarmView, stage: int) -> dict[PeerId, GroupMember]:
+    """The others that stay; those that leave where nobody stays."""
+    found = {}
+    staying = [member for member in view.online(stage) if member.peer != view.me]
+    for member in staying or [m for m in view.group(stage, "draining") if m.liveness is Liveness.ALIVE]:
+        if member.peer != view.me and (known := _as_known(member, stage, view.now_s)) is not None:
+            found[member.peer] = known
+    return found
+
+
+def _silent(
+    view: SwarmView, stage: int, living: Collection[PeerId], took_part: Collection[PeerId]
+) -> dict[PeerId, GroupMember]:
+    """Others of whom nothing is heard for less than SILENT_S, and whose beat or last round tells of them."""
+    found = {}
+    for member in view.members:
+        if member.peer in living or member.departed:
+            continue
+        if member.progress(stage) is None and member.peer not in took_part:
+            continue
+        silent = view.now_s - silent_since_s(member, view.now_s) < SILENT_S
+        if member.state_at(stage) == "online" and stage in member.stages and silent:
+            known = _as_known(member, stage, view.now_s)
+            if known is not None:
+                found[member.peer] = dataclasses.replace(known, silent=True)
+    return found
 
 
 def silent_since_s(member: Member, now_s: float) -> float:

@@ -17,7 +17,8 @@ from blake3 import blake3
 from shoal.dht.view import SwarmView
 from shoal.protocol import limits
 from shoal.protocol.identity import PeerId
-from shoal.training.neighbours import SILENT_S, silent_since_s
+from shoal.training.neighbours import silent_since_s
+from shoal.training.outer.policy import SILENT_S
 
 STREAMS_MOST = 8  # of one driver, as many as a contributor may name in an entry
 CLAIM_S = 2.5  # from telling to reading: two beats

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shoal.dht.interest import KNOWN, Known
 from shoal.dht.neighbours import SMALL_SWARM
 from shoal.node.simulate.machines import Draws
 
@@ -32,7 +31,6 @@ class Options:
     router: Router = "shoal"
     recovery: Recovery = "adopt"
     neighbour_limit: int = SMALL_SWARM  # full protocol: heartbeat streams that a peer holds by its own wish
-    known: Known = KNOWN  # full protocol: whose records a peer of a large swarm keeps
 
     @property
     def mode(self) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 from shoal.dht.beats import Beat, together
 from shoal.dht.directory import PeerRecord
-from shoal.dht.interest import KNOWN, Known
 from shoal.dht.members import Members
 from shoal.dht.memory_directory import MemoryDirectoryHub
 from shoal.dht.neighbours import SMALL_SWARM
@@ -72,7 +71,6 @@ class SimulatedPeer:
         clock: Callable[[], float] = wall,
         wrap: Callable[[Transport], Transport] = same_transport,
         neighbour_limit: int = SMALL_SWARM,
-        known: Known = KNOWN,
         spare_bytes: int = 0,
         planned: RunSpec | None = None,
     ) -> None:
@@ -110,7 +108,6 @@ class SimulatedPeer:
             clock=clock,
             rng=random.Random(rng.getrandbits(64)),
             neighbour_limit=neighbour_limit,
-            known=known,
         )
 
     @property

@@ -132,7 +132,6 @@ class Swarm:
             rng=random.Random(f"{self.options.seed}/peer/{number}"),
             planned=self._spec,
             neighbour_limit=self.options.neighbour_limit,
-            known=self.options.known,
         )
         now = asyncio.get_running_loop().time()
         download_s = max(self.small.stage_bytes) / machine.download_bytes_per_s

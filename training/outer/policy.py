@@ -20,6 +20,7 @@ CLIP_FACTOR = 3.0  # times the group's median (notes: verification B2, "robust r
 TAKEOVER_S = 1.0  # silence after which the next in order acts (design section 9)
 GRACE_FACTOR = 1.0  # after quorum, as long again as the quorum took
 GRACE_MIN_S = 1.0  # a scheduler hiccup must not cost a contribution
+SILENT_S = 120.0  # until a peer that stopped talking counts as departed (design section 9, partitions)
 BEHIND_S = 0.5  # a COMMIT already on its way gets this long before the entry is fetched instead
 
 

@@ -14,7 +14,6 @@ from shoal.protocol.faults import define
 from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.training.decisions import DecisionLog
-from shoal.training.neighbours import SILENT_S
 from shoal.training.outer.change import Change
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import Entry
@@ -24,6 +23,7 @@ from shoal.training.outer.leader import Leader
 from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.member import Member
 from shoal.training.outer.policy import (
+    SILENT_S,
     TAKEOVER_S,
     CatchUp,
     GroupMember,

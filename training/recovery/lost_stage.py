@@ -22,11 +22,10 @@ from shoal.dht.liveness import Liveness
 from shoal.dht.view import SwarmView
 from shoal.protocol.errors import NotHere, ShoalError
 from shoal.training.model.layout import StageLayout, stage_layout
-from shoal.training.neighbours import SILENT_S
 from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
 from shoal.training.outer.log import LogState, Rebuilt
-from shoal.training.outer.policy import succession
+from shoal.training.outer.policy import SILENT_S, succession
 from shoal.training.outer.service import Outer
 from shoal.training.outer.snapshot import Snapshot, snapshot_of
 from shoal.training.partition import stage_ranges
