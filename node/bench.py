@@ -10,7 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeVar
 
-from shoal.training.lane import ThreadLane, paced
+from shoal.training.lane import ThreadLane
+from shoal.training.work import paced
 
 _OFFLOAD_THREADS = 2  # codecs and hashing beside the lane; more would only contend with it
 _SERVED = 16  # of a paced micro-batch: a batch of inference takes a sixteenth of it

@@ -8,7 +8,7 @@ from pathlib import Path
 from shoal.node.dashboard.address import DashboardOptions
 from shoal.node.presence import Listening
 from shoal.node.sinks.telling import Sink
-from shoal.training.lane import SHARE
+from shoal.training.work import SHARE
 
 ALL_THREADS: int | None = None
 
@@ -27,7 +27,7 @@ class PeerOptions:
     stages_most: int = 1  # that it holds at once
     train: bool = True
     inference_share: float = SHARE  # of the lane's time while training would use all of it
-    pace_s: float = 0.0  # a micro-batch takes at least so long, for speed tests: `training.lane.paced`
+    pace_s: float = 0.0  # a micro-batch takes at least so long, for speed tests: `training.work.paced`
     decisions: Path | None = None  # where to write what the policies decide: `training.decisions`
     metrics: tuple[str, int] | None = None  # where /metrics is served
     listening: Listening = field(default_factory=Listening)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.training.lane import ThreadLane, Work
+from shoal.training.lane import ThreadLane
 from shoal.training.outer.local import MemoryWeights, Rebase, Sent
+from shoal.training.work import Work
 
 Change = Callable[[int], tuple[torch.Tensor, int]]  # of an inner step: what it adds [size], and its tokens
 _WAITING = 2  # pieces, so that the lane never waits for the loop

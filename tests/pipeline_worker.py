@@ -26,10 +26,11 @@ from shoal.dht.view import Member
 from shoal.protocol.faults import Action, Arming, Faults
 from shoal.protocol.faults import freeze_this_process as freeze
 from shoal.protocol.identity import PeerId
-from shoal.training.lane import ThreadLane, Work, paced
+from shoal.training.lane import ThreadLane
 from shoal.training.spec import RunSpec
 from shoal.training.tenure import announced
 from shoal.training.trainer import Trainer
+from shoal.training.work import Work, paced
 
 PACE_S = 0.06  # of a micro-batch on the lane of one replica
 SLOW = 10.0  # times, of one that is slowed down

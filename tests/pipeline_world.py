@@ -13,7 +13,7 @@ from shoal.dht.directory import SignedRecord
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.protocol.transport import Transport
-from shoal.training.lane import InlineLane, Lane, Work, paced
+from shoal.training.lane import InlineLane, Lane
 from shoal.training.model.layout import StageLayout, genesis, stage_layout
 from shoal.training.model.stage import StageModel
 from shoal.training.partition import stage_ranges
@@ -25,6 +25,7 @@ from shoal.training.pipeline.replicas import Replica
 from shoal.training.pipeline.station import Station
 from shoal.training.spec import RunSpec
 from shoal.training.weights import Weights
+from shoal.training.work import Work, paced
 
 torch.set_num_threads(1)
 SECONDS = {Work.UPDATE: 0.001, Work.BACKWARD: 0.02, Work.FORWARD: 0.01, Work.WEIGHT: 0.01, Work.SERVE: 0.01}

@@ -15,7 +15,7 @@ from pipeline_world import Peer, World, batches, small_spec
 
 from shoal.protocol import virtual_time
 from shoal.protocol.faults import Action, Arming
-from shoal.training.lane import InlineLane, Work
+from shoal.training.lane import InlineLane
 from shoal.training.pipeline.attempt import Answer, Attempt, Journey
 from shoal.training.pipeline.compute import Boundary, Passage
 from shoal.training.pipeline.downstream import Errand
@@ -23,6 +23,7 @@ from shoal.training.pipeline.messages import Link, MicroBatch
 from shoal.training.pipeline.routing import HEDGE_PRIOR_LEAST_S, LANE_STALL_S
 from shoal.training.pipeline.standing import STALE_S, STALE_SERVICES, Report
 from shoal.training.spec import RunSpec
+from shoal.training.work import Work
 
 SERVICE_S = 0.03
 STUCK = 1e5  # times slower: a piece of work takes longer than the test

@@ -9,7 +9,8 @@ import threading
 import pytest
 
 from shoal.protocol import virtual_time
-from shoal.training.lane import InlineLane, Lane, ThreadLane, Work, next_kind, weights_in_stock
+from shoal.training.lane import InlineLane, Lane, ThreadLane
+from shoal.training.work import Work, next_kind, weights_in_stock
 
 
 async def in_order(lane: Lane, kinds: list[Work], hold: threading.Event | None = None) -> list[Work]:
@@ -53,6 +54,37 @@ def test_a_driver_with_much_in_flight_has_a_stock_of_weight_gradients_for_gaps()
     assert next_kind(waiting, weights_waiting=12) is Work.FORWARD
     assert next_kind([0, 0, 1, 12, 0], weights_waiting=12) is Work.WEIGHT
     assert next_kind([0, 1, 1, 12, 0], weights_waiting=12) is Work.BACKWARD
+
+
+async def oldest_first(lane: Lane, hold: threading.Event | None = None) -> tuple[list[float], int]:
+    """The order in which forwards are served that began to wait at other times; how many go before 2.0."""
+    served: list[float] = []
+    first = asyncio.create_task(lane.run(Work.BACKWARD, hold.wait if hold else lambda: None))
+    await asyncio.sleep(0)
+    others = [
+        asyncio.create_task(lane.run(Work.FORWARD, served.append, since, since=since))
+        for since in (3.0, 1.0, 2.0, 0.0, 1.0)
+    ]
+    await asyncio.sleep(0)
+    others[3].cancel()  # withdrawn
+    await asyncio.wait([others[3]])
+    before = lane.load(before=2.0).queued
+    if hold:
+        hold.set()
+    await asyncio.gather(first, *others, return_exceptions=True)
+    await lane.close()
+    return served, before
+
+
+def test_of_a_kind_the_oldest_goes_first() -> None:
+    async def real() -> tuple[list[float], int]:
+        return await oldest_first(ThreadLane(share=0.0), threading.Event())
+
+    async def twin() -> tuple[list[float], int]:
+        return await oldest_first(InlineLane(share=0.0))
+
+    assert asyncio.run(real())[0] == [1.0, 1.0, 2.0, 3.0]
+    assert virtual_time.run(twin) == ([1.0, 1.0, 2.0, 3.0], 3)
 
 
 async def busy_with_both(share: float, seconds: float, training: bool = True) -> dict[Work, float]:

@@ -13,11 +13,12 @@ from pipeline_world import small_spec
 
 from shoal.protocol import virtual_time
 from shoal.training.inner import Moments
-from shoal.training.lane import InlineLane, ThreadLane, Work
+from shoal.training.lane import InlineLane, ThreadLane
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.outer.local import Rebase
 from shoal.training.spec import RunSpec
 from shoal.training.weights import Weights, learning_rate
+from shoal.training.work import Work
 
 
 def weights(spec: RunSpec, host_optimizer: bool = False) -> Weights:

@@ -19,8 +19,8 @@ from shoal.protocol.memory_transport import Link, MemoryNetwork
 from shoal.protocol.revocation import RevocationBook
 from shoal.protocol.transport import Transport
 from shoal.training.feed import Feed
-from shoal.training.lane import Work
 from shoal.training.spec import RunSpec
+from shoal.training.work import Work
 
 torch.set_num_threads(1)
 __all__ = ["RandomFeed", "Replica", "TrainerWorld", "round_spec"]

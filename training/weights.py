@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from shoal.training.inner import InnerOptimizer, Moments, norm_of
-from shoal.training.lane import Lane, Work
+from shoal.training.lane import Lane
 from shoal.training.model.layout import StageLayout
 from shoal.training.model.split import Tape
 from shoal.training.outer.local import Rebase, Sent
 from shoal.training.spec import RunSpec
+from shoal.training.work import Work
 
 
 @dataclass(slots=True, eq=False)

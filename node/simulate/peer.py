@@ -29,13 +29,14 @@ from shoal.protocol.wire import changed
 from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, START_FOLDER
 from shoal.training.checkpoint.share import Shelf
 from shoal.training.feed import Feed
-from shoal.training.lane import InlineLane, Work
+from shoal.training.lane import InlineLane
 from shoal.training.methods import of_stage
 from shoal.training.partition import spec_costs
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.spec import RunSpec
 from shoal.training.tenure import Tenure, announced
 from shoal.training.trainer import Trainer
+from shoal.training.work import Work
 
 _TERMS = 1_000_000  # added to the incarnation at each move: more than a world starts processes
 EPOCH = 1_800_000_000.0  # Unix time at which virtual time begins

@@ -29,9 +29,9 @@ from shoal.node.simulate.placers import Placer, ShoalPlacer, SwarmPlacer
 from shoal.node.simulate.places import Places
 from shoal.node.simulate.tables import Rules
 from shoal.protocol.identity import PeerId
-from shoal.training.lane import weights_in_stock
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.spec import RunSpec
+from shoal.training.work import weights_in_stock
 
 _LOOK_S = 1.6  # a joiner looks around, and once more: `placing`
 COMPILED_FROM = 15_000.0  # peers times virtual seconds: below, it is sooner done as it stands

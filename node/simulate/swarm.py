@@ -26,8 +26,8 @@ from shoal.node.simulate.promises import Promises
 from shoal.protocol import virtual_time
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
-from shoal.training.lane import paced
 from shoal.training.spec import RunSpec
+from shoal.training.work import paced
 
 _ACCOUNT_S = 5.0
 _DRAIN_S = 20.0  # as the daemon's

@@ -30,7 +30,7 @@ from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.training.checkpoint.keeper import Keeper
 from shoal.training.checkpoint.read import Checkpoint
-from shoal.training.lane import ThreadLane, Work
+from shoal.training.lane import ThreadLane
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.model.stage import StageModel
 from shoal.training.outer.parts import cut
@@ -39,6 +39,7 @@ from shoal.training.pipeline.compute import Passage, StageCompute
 from shoal.training.spec import RunSpec
 from shoal.training.templates import TEMPLATES
 from shoal.training.weights import Weights
+from shoal.training.work import Work
 
 PLAIN_S = 2.0  # of training without a checkpoint, before and after each
 
@@ -59,8 +60,10 @@ class NotedLane(ThreadLane):
         self.spans: list[Span] = []
         super().__init__()
 
-    async def run(self, kind: Work, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await super().run(kind, self._noted, function, arguments)
+    async def run(
+        self, kind: Work, function: Callable[..., Any], *arguments: Any, since: float | None = None
+    ) -> Any:
+        return await super().run(kind, self._noted, function, arguments, since=since)
 
     def post(self, function: Callable[..., object], *arguments: Any) -> None:
         super().post(self._noted, function, arguments)

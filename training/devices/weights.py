@@ -17,12 +17,13 @@ import torch
 from shoal.training.devices.shards import Shards
 from shoal.training.devices.stage import ShardedStage
 from shoal.training.inner import Moments, norm_of
-from shoal.training.lane import Lane, Work
+from shoal.training.lane import Lane
 from shoal.training.model.layout import StageLayout
 from shoal.training.model.split import Tape
 from shoal.training.outer.local import Rebase, Sent
 from shoal.training.spec import RunSpec
 from shoal.training.weights import Version, Weights
+from shoal.training.work import Work
 
 Command = Callable[..., AbstractContextManager[None]]  # (what, *numbers): the others do it meanwhile
 

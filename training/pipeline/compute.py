@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shoal.training.lane import Lane, Work
+from shoal.training.lane import Lane
 from shoal.training.model.split import Tape, note_embedding
 from shoal.training.model.stage import StageModel
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.spec import RunSpec
 from shoal.training.weights import Version, Weights
+from shoal.training.work import Work
 
 
 def _nothing() -> torch.Tensor:

@@ -101,10 +101,7 @@ class Downstream:
                 raise PeerSilent(f"stage {self.stage} gave no gradient of {number} in time")
             runner, adopting = self._adopt(errand) if adopting else None, False
             if runner is None:
-                pick = self.successors.pick(errand.sequences)
-                if pick is None:
-                    await self.successors.room(now, errand.deadline)
-                    continue
+                pick = await self.successors.room(errand.sequences, errand.deadline)
                 runner = self._start(errand, pick, await errand.boundary.payload(pick.codec), behind)
             try:
                 winner, answer = await self._race(errand, runner)

@@ -21,7 +21,7 @@ from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream, Transport
 from shoal.training.activation import held_most
-from shoal.training.lane import Lane, Work
+from shoal.training.lane import Lane
 from shoal.training.methods import at_stage
 from shoal.training.pipeline.attempt import Answer, Journey
 from shoal.training.pipeline.commits import Commits
@@ -42,6 +42,7 @@ from shoal.training.pipeline.messages import (
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.pipeline.successors import Event
 from shoal.training.spec import RunSpec
+from shoal.training.work import Work
 
 _DECIDED = define("chain.decided")
 _SMOOTHING = 0.05

@@ -17,7 +17,7 @@ from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.training.activation import held_most
-from shoal.training.lane import Lane, Work
+from shoal.training.lane import Lane
 from shoal.training.methods import at_stage
 from shoal.training.pipeline.answering import Answering
 from shoal.training.pipeline.attempt import Answer, Journey
@@ -37,11 +37,12 @@ from shoal.training.pipeline.messages import (
     spans,
 )
 from shoal.training.pipeline.replicas import Replicas
-from shoal.training.pipeline.routing import busy_for_s
+from shoal.training.pipeline.routing import busy_for_s, waiting_since
 from shoal.training.pipeline.settlement import admits
 from shoal.training.pipeline.successors import Event
 from shoal.training.pipeline.undecided import Undecided
 from shoal.training.spec import RunSpec
+from shoal.training.work import Work
 
 TRAINERS = frozenset({Role.TRAINER, Role.OWNER})
 ADDING, STEPPED = define("gradient.adding"), define("step.made")
@@ -141,8 +142,10 @@ class Hop:
 
     async def _take_on(self, stream: Stream, request: Propagate, caller: PeerId) -> Job:
         """Take the activations, and begin to work on them."""
-        self._admit(request, caller)
         begun = asyncio.get_running_loop().time()
+        age_s = self._limits.hop_timeout_s - request.deadline_s  # of the whole chain's time
+        since = waiting_since(begun, age_s, self._lane.load().service_s)
+        self._admit(request, caller, since)
         journey = Journey(self.stage, request.hedged)
         form, sequences = self._compute.format, request.sequences
         size = form.token_bytes(sequences) + form.hidden_bytes(sequences, request.codec)
@@ -152,7 +155,8 @@ class Hop:
         try:
             await self._answering.while_working(stream, journey, arrival)
             payload = arrival.result().payload
-            return self.jobs.begin(request, caller, journey, self._work(request, payload, journey, begun))
+            work = self._work(request, payload, journey, begun, since)
+            return self.jobs.begin(request, caller, journey, work)
         except BaseException:
             arrival.cancel()
             await asyncio.gather(arrival, return_exceptions=True)
@@ -181,7 +185,7 @@ class Hop:
         if all(replica.peer != caller for replica in self._replicas.of_stage(self.stage - 1)):
             raise NotHere(f"{caller} is not known here as a replica of stage {self.stage - 1}")
 
-    def _admit(self, request: Propagate, caller: PeerId) -> None:
+    def _admit(self, request: Propagate, caller: PeerId, since: float) -> None:
         """Refuse what does not fit this run, or the memory and the queue here."""
         if request.sequences > self._largest_micro_batch:
             raise MessageInvalid(
@@ -192,10 +196,11 @@ class Hop:
                 f"hops to adopt must be of stages {self.stage + 1}, {self.stage + 2} and so on"
             )
         self._admit_memory(caller)
-        load = self._lane.load()
+        load = self._lane.load(before=since)
+        younger_s = self._lane.load().backlog_s - load.backlog_s
         queued = load.queued + len(self._arriving)
         backlog_s = load.backlog_s + len(self._arriving) * load.service_s
-        if (busy_s := busy_for_s(queued, backlog_s, load.service_s)) > 0.0:
+        if (busy_s := busy_for_s(queued, backlog_s, load.service_s, younger_s)) > 0.0:
             raise Busy(f"has {backlog_s:.1f} s of work queued", retry_after_s=busy_s)
 
     def _admit_memory(self, caller: PeerId) -> None:
@@ -207,7 +212,9 @@ class Hop:
                 retry_after_s=min(max(self._lane.load().backlog_s / 2, 0.05), 5.0),
             )
 
-    async def _work(self, request: Propagate, payload: memoryview, journey: Journey, begun: float) -> Done:
+    async def _work(
+        self, request: Propagate, payload: memoryview, journey: Journey, begun: float, since: float
+    ) -> Done:
         """Forward, the next stage, input gradient. Gives back everything if it fails or is cancelled."""
         loop, sequences = asyncio.get_running_loop(), request.sequences
         received = loop.time()
@@ -230,7 +237,7 @@ class Hop:
             )
 
         try:
-            await self._lane.run(Work.FORWARD, forward, payload)
+            await self._lane.run(Work.FORWARD, forward, payload, since=since)
             del payload
             forwarded = loop.time()
             if self._downstream is None:

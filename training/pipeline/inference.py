@@ -15,13 +15,14 @@ import torch
 from shoal.protocol.errors import MessageInvalid, ShoalError, StageEmpty, Stale
 from shoal.protocol.identity import Role
 from shoal.protocol.transport import Channel, Stream, Transport, call
-from shoal.training.lane import Lane, Work
+from shoal.training.lane import Lane
 from shoal.training.methods import at_stage
 from shoal.training.model.stage import StageModel
 from shoal.training.pipeline.messages import Infer, Inferred
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.spec import RunSpec
+from shoal.training.work import Work
 
 _ROLES = frozenset({Role.TRAINER, Role.OWNER})
 _HOP_TIMEOUT_S = 20.0

@@ -31,6 +31,8 @@ from typing import NamedTuple, Protocol
 SAMPLED = 3
 OWN_WORK_OFF = 0.5
 BUSY_SERVICES = 4.0  # micro-batches queued, weight gradients that fill gaps included
+HEAD_START_SERVICES = 32.0  # a micro-batch's age is its caller's claim: it gets nobody further ahead
+YOUNGER_SERVICES = 2.0  # of these, besides, for who is older than what is queued
 UNKNOWN_BUSY_S = 0.5  # until a lane has finished its first piece of work, ask so often
 HEDGE_QUANTILE = 0.95
 HEDGE_SAMPLES = 20  # fewer say nothing about a 95th percentile, and until then ...
@@ -119,19 +121,28 @@ def is_full(candidate: Candidate) -> bool:
     return busy_for_s(0, backlog_s, candidate.service_s) > 0.0
 
 
-def busy_for_s(queued: int, backlog_s: float, service_s: float) -> float:
+def busy_for_s(queued: int, backlog_s: float, service_s: float, younger_s: float = 0.0) -> float:
     """What a replica answers that is full: seconds until its queue is shorter again; 0: it takes more.
 
     The queue keeps a lane busy until the next micro-batch comes; what waits longer had better wait where it
     can still go elsewhere. (Virtual time, 1,000 peers, 24 stages, 10 s a micro-batch, sessions of 30 min,
     mean of seeds 1 to 3: 0.877 of the ideal rate with queues of two micro-batches, 0.906 with four, of which
     weight gradients, that nobody waits for, are a good part.)
-    `queued`: pieces of work, which count while its speed is unknown.
+    `queued`: pieces of work, which count while its speed is unknown. `younger_s`: work queued besides, that
+    this micro-batch would go ahead of; there is some room more for those who are older than the rest.
     """
     if service_s == 0.0:
         return UNKNOWN_BUSY_S if queued >= BUSY_SERVICES else 0.0
-    excess_s = backlog_s - BUSY_SERVICES * service_s
+    excess_s = backlog_s + max(0.0, younger_s - YOUNGER_SERVICES * service_s) - BUSY_SERVICES * service_s
     return excess_s + service_s / 2 if excess_s > 0.0 else 0.0
+
+
+def waiting_since(now: float, age_s: float, service_s: float) -> float:
+    """From when on a micro-batch counts as waiting in a queue where the oldest goes first.
+
+    `age_s`: since its driver began it, as the caller says. What went round trouble is older than the rest.
+    """
+    return now - min(max(age_s, 0.0), HEAD_START_SERVICES * service_s)
 
 
 def hedge_after_s(expected_s: float, ratios: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ import torch
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport
 from shoal.training.decisions import DecisionLog
-from shoal.training.lane import Lane, weights_in_stock
+from shoal.training.lane import Lane
 from shoal.training.pipeline.compute import StageCompute
 from shoal.training.pipeline.downstream import Downstream
 from shoal.training.pipeline.driver import Driver
@@ -26,6 +26,7 @@ from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.replicas import Replicas
 from shoal.training.pipeline.successors import Event
 from shoal.training.spec import RunSpec
+from shoal.training.work import weights_in_stock
 
 _RATE_WINDOW_S = 20.0
 _REROUTES_TOLD = 100

@@ -18,6 +18,7 @@ from shoal.protocol.identity import PeerId
 from shoal.training.decisions import DecisionLog
 from shoal.training.lane import Lane
 from shoal.training.pipeline.attempt import Answer, Attempt, Pick
+from shoal.training.pipeline.line import Line
 from shoal.training.pipeline.link_codec import LinkCodec, widest_in_time
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.pipeline.replicas import Replica, Replicas
@@ -72,6 +73,7 @@ class Successors:
         self._known: dict[PeerId, _Known] = {}
         self._ratios: deque[float] = deque(maxlen=RATIOS_KEPT)
         self._leaving = asyncio.Event()
+        self._line = Line()
         self._freed = asyncio.Event()  # pulsed when an attempt ends or a window grows
         self.usual_codec = form.widest  # the last one picked
         self.retries = 0
@@ -178,13 +180,26 @@ class Successors:
         self._replicas.suspect(attempt.peer, f"propagate: {error}")
         self._event("retry", {"stage": self.stage, "peer": attempt.peer, "reason": str(error)})
 
-    async def room(self, now: float, deadline: float) -> None:
-        """Until a replica appears, one has room, a breaker half-opens, or StageEmpty at the deadline."""
+    async def room(self, sequences: int, deadline: float) -> Pick:
+        """Whom to ask, once somebody has room; the oldest micro-batch first. Raises StageEmpty."""
+        try:
+            async with asyncio.timeout_at(deadline), self._line.turn(deadline):
+                while (found := self.pick(sequences)) is None:
+                    await self._change()
+                return found
+        except TimeoutError as error:
+            listed = len(self._replicas.of_stage(self.stage))
+            raise StageEmpty(
+                f"stage {self.stage} has no replica to ask ({listed} known); waiting for one to join"
+            ) from error
+
+    async def _change(self) -> None:
+        """Until a replica appears, one may have room, or a breaker half-opens."""
+        now = asyncio.get_running_loop().time()
         listed = [self._known[replica.peer] for replica in self._look(now)]
         if self._leaving.is_set() and not listed:
             raise StageEmpty(f"stage {self.stage} has no replica, and this peer is leaving")
-        openings = [k.standing.closed_until_s for k in listed if k.standing.closed_until_s > now]
-        until = min([deadline, *openings])
+        openings = [k.standing.closed_until_s - now for k in listed if k.standing.closed_until_s > now]
         reasons: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._replicas.changed()),
             asyncio.create_task(self._freed.wait()),
@@ -192,16 +207,13 @@ class Successors:
         if not self._leaving.is_set():
             reasons.append(asyncio.create_task(self._leaving.wait()))
         try:
-            wait_s = max(until - now, 0.001)
-            woken, _ = await asyncio.wait(reasons, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                reasons, timeout=min(openings, default=None), return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
             for reason in reasons:
                 reason.cancel()
             await asyncio.gather(*reasons, return_exceptions=True)
-        if not woken and until >= deadline:
-            raise StageEmpty(
-                f"stage {self.stage} has no replica to ask ({len(listed)} known); waiting for one to join"
-            )
 
     def _wake(self) -> None:
         self._freed.set()

@@ -16,13 +16,14 @@ import torch
 from shoal.protocol.errors import UsageError
 from shoal.training.checkpoint.hf_import import import_hf
 from shoal.training.checkpoint.reshape import load_stage
-from shoal.training.lane import Lane, Work
+from shoal.training.lane import Lane
 from shoal.training.model.layout import stage_layout
 from shoal.training.serving.ahead import alike
 from shoal.training.serving.cached_stage import CachedStage, Span
 from shoal.training.serving.messages import SamplingOptions
 from shoal.training.serving.sampling import next_token
 from shoal.training.spec import RunSpec
+from shoal.training.work import Work
 
 _CHUNK_ROWS = 256  # of a prompt, at once
 

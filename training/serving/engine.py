@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.protocol.errors import ShoalError
-from shoal.training.lane import Lane, Work
+from shoal.training.lane import Lane
 from shoal.training.serving.batching import (
     STEP_ROWS,
     Away,
@@ -31,6 +31,7 @@ from shoal.training.serving.cached_stage import CachedStage, Span
 from shoal.training.serving.hosted import HostedSession, smoothed
 from shoal.training.serving.sampling import next_token
 from shoal.training.serving.versions import ServingVersion
+from shoal.training.work import Work
 
 _log = logging.getLogger(__name__)
 _WARM_STEPS = 3  # the first ones allocate

@@ -15,7 +15,7 @@ from shoal.compression.codec import bytes_of
 from shoal.protocol import limits
 from shoal.protocol.errors import Busy, MessageInvalid, Stale
 from shoal.protocol.transport import Channel, Message, Stream, Transport
-from shoal.training.lane import Lane, Work
+from shoal.training.lane import Lane
 from shoal.training.methods import at_stage
 from shoal.training.model.layout import StageLayout
 from shoal.training.model.lowrank import PROMPT, AdapterForm, LowRank
@@ -24,6 +24,7 @@ from shoal.training.serving.messages import HIDDEN, LOSS, TUNE, TunedSpan, TuneS
 from shoal.training.serving.server import CLIENTS
 from shoal.training.serving.versions import ServingVersion, Versions
 from shoal.training.spec import RunSpec
+from shoal.training.work import Work
 
 _AT_ONCE = 4  # requests in memory; the lane takes one at a time
 _RETRY_S = 0.5

@@ -1,0 +1,52 @@
+"""A line in which the oldest goes first: micro-batches that wait for room at the next stage.
+
+`Successors` lets one of them at a time look for a replica with room. Were all free to try, who comes just
+when somebody is done would get the place, and one that is unlucky could wait for a minute while hundreds that
+began after it go through, its activations held at every stage before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class Line:
+    """Who holds the turn, and who waits for it."""
+
+    def __init__(self) -> None:
+        self._taken = False
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._arrivals = itertools.count()
+
+    @asynccontextmanager
+    async def turn(self, deadline: float) -> AsyncIterator[None]:
+        """Hold the turn: of those who wait, whose deadline is the earliest gets it next."""
+        if self._taken:
+            await self._wait(deadline)
+        self._taken = True
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    async def _wait(self, deadline: float) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (deadline, next(self._arrivals), turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # it came in the same moment
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            _, _, turn = heapq.heappop(self._waiting)
+            if not turn.done():
+                turn.set_result(None)
+                return  # stays taken
+        self._taken = False
