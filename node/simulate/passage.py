@@ -359,7 +359,7 @@ def _decided(w: World, number: int, now: float) -> None:
 
 
 def _work(w: World, node: int, now: float) -> None:
-    """Give an idle lane its next piece, in the order of `lane.next_kind`."""
+    """Give an idle lane its next piece, in the order of `work.next_kind`."""
     one = w.nodes[node]
     if one.busy:
         return
