@@ -53,6 +53,23 @@ def test_a_joiner_reaches_equal_bits_and_contributes(rounds: int) -> None:
     run(main)
 
 
+def test_a_joiner_asks_its_donors_before_those_who_may_be_gone() -> None:
+    """What was: everybody who had been in a round was asked for its parts in random order, and each who did
+    not answer any more took a moment, for every part."""
+
+    async def main() -> None:
+        async with World(5) as world:
+            await world.rounds(3)
+            for node in world.nodes[1:4]:
+                world.freeze(node)
+            await asyncio.sleep(5.0)
+            async with asyncio.timeout(1.0):
+                joiner = await join(world, 5)
+            assert joiner.outer.height == 3
+
+    run(main)
+
+
 @pytest.mark.parametrize("rounds", [3, 5, 9, 13])
 def test_a_joiner_has_the_newest_snapshot_of_the_others_and_so_serves_their_version(rounds: int) -> None:
     async def main() -> None:

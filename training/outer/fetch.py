@@ -20,9 +20,13 @@ AT_A_TIME = 4  # parts of an entry
 
 
 async def fetch_parts(
-    context: Context, entry: Entry, held: dict[int, Published], holders: Sequence[PeerId]
+    context: Context,
+    entry: Entry,
+    held: dict[int, Published],
+    holders: Sequence[PeerId],
+    others: Sequence[PeerId] = (),
 ) -> dict[int, Published]:
-    """All parts that the entry names: those held already, the others from `holders`. Raises NotHere."""
+    """All parts that the entry names: those held already, the rest as `fetch_part`. Raises NotHere."""
     found: dict[int, Published] = {}
     missing: list[int] = []
     for part in range(entry.parts):
@@ -41,7 +45,7 @@ async def fetch_parts(
         while missing and not failures:
             part = missing.pop()
             try:
-                found[part] = await fetch_part(context, entry, part, holders)
+                found[part] = await fetch_part(context, entry, part, holders, others)
             except ShoalError as error:
                 failures.append(error)
 
@@ -53,8 +57,13 @@ async def fetch_parts(
     return found
 
 
-async def fetch_part(context: Context, entry: Entry, part: int, holders: Sequence[PeerId]) -> Published:
-    """A part of an entry from the first holder that gives it, asked in random order. Raises NotHere."""
+async def fetch_part(
+    context: Context, entry: Entry, part: int, holders: Sequence[PeerId], others: Sequence[PeerId] = ()
+) -> Published:
+    """A part of an entry from the first of `holders`, then `others`, that gives it; each in random order.
+
+    Raises NotHere.
+    """
     digest, codec = entry.digest(part), codecs_of(entry, entry.parts).published(part)
     count = context.fragments[entry.fragment].parts[part].count
 
@@ -77,7 +86,8 @@ async def fetch_part(context: Context, entry: Entry, part: int, holders: Sequenc
             raise ProtocolViolation(f"part {part}: other bytes than digest {digest.hex()[:8]} names")
         return published
 
-    found, failures = await ask_around(context, context.rng.sample(holders, len(holders)), ask)
+    order = [peer for peers in (holders, others) for peer in context.rng.sample(peers, len(peers))]
+    found, failures = await ask_around(context, order, ask)
     if found is None:
         raise NotHere(f"part {part} ({digest.hex()[:8]}) found nowhere: {reasons(failures)}")
     return found

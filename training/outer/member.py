@@ -216,13 +216,14 @@ class Member:
             self.phases,
         )
 
-    async def commit(self, data: bytes, holders: Sequence[PeerId] = ()) -> None:
+    async def commit(self, data: bytes, holders: Sequence[PeerId] = (), *, replayed: bool = False) -> None:
         """Apply an entry, from a leader's COMMIT or from a donor. Goes on when its caller is cancelled.
 
+        `replayed`: it is of some time ago; the holders are here, those who were in its round need not be.
         Raises Stale or MessageInvalid from the log's rules, NotHere when a part is found nowhere, Busy for an
         entry under settings that are not known here yet.
         """
-        task: asyncio.Task[object] = asyncio.create_task(self._commit(data, holders))
+        task: asyncio.Task[object] = asyncio.create_task(self._commit(data, holders, replayed))
         self._tasks.add(task)
         task.add_done_callback(self._finished)
         await asyncio.shield(task)
@@ -232,7 +233,7 @@ class Member:
         if not task.cancelled():
             task.exception()  # the caller has it, or went away and will learn from the next PREPARE
 
-    async def _commit(self, data: bytes, holders: Sequence[PeerId]) -> None:
+    async def _commit(self, data: bytes, holders: Sequence[PeerId], replayed: bool) -> None:
         entry = parse(data)
         if entry.height > self.replica.log.height and not await knows(self._context, entry.revision, holders):
             # Once in the log, a revision that the owner never made would be in the way of all later rounds.
@@ -246,10 +247,12 @@ class Member:
             log.check(entry)
             self._unapplied = data
             held = self.round.held if self.round is not None else {}
-            present = [entry.roster[seat].peer for seat in entry.present()]
+            present = (PeerId(entry.roster[seat].peer) for seat in entry.present())
             asked = dict.fromkeys(p for p in (*holders, *present) if p != self._context.me)
+            first = [peer for peer in asked if not replayed or peer in holders]
+            others = [peer for peer in asked if peer not in first]
             try:
-                published = await fetch_parts(self._context, entry, held, list(asked))
+                published = await fetch_parts(self._context, entry, held, first, others)
             except NotHere:
                 # Nobody alive can apply this entry: a new leader may decide the height anew (section 9).
                 self._unapplied = None

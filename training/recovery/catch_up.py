@@ -89,7 +89,7 @@ class CatchingUp:
                 chain = await fetch_chain(self._context, log.height, log.head, target)
                 known = True
                 for data in chain:
-                    await self._member.commit(data, target.donors)
+                    await self._member.commit(data, target.donors, replayed=True)
                     self.entries += 1
                 return True
             except Stale as error:

@@ -199,4 +199,4 @@ class Guard:
         log = self._member.replica.log
         target = Target(entry.height - 1, entry.previous, b"", (replica,))
         for data in await fetch_chain(self._context, log.height, log.head, target):
-            await self._member.commit(data, (replica,))
+            await self._member.commit(data, (replica,), replayed=True)
