@@ -110,7 +110,16 @@ def test_a_stranger_of_the_last_round_belongs_to_a_swarm_known_in_part() -> None
     found = group(heard(HEARD, NOW_S - 1.0), last=last, sampled=True)
     assert found[STRANGER] == GroupMember(peer=STRANGER, incarnation=9, uplink=2.0**21, heard=False)
     assert found[HEARD].heard
-    assert STRANGER not in group(heard(HEARD, NOW_S - 1.0), last=last)  # where everybody is known, it is gone
+    mine = Seat(ME, 7, 2.0**20, present=True)  # where everybody is known, and was met there, it is gone
+    assert STRANGER not in group(heard(HEARD, NOW_S - 1.0), last=(*last, mine))
+
+
+def test_a_newcomer_leaves_it_to_those_it_meets_who_of_the_last_round_departed() -> None:
+    last = (Seat(STRANGER, 9, 2.0**21, present=True), Seat(HEARD, 5, 2.0**22, present=True))
+    before = Seat(ME, 6, 2.0**20, present=True)  # an earlier process
+    assert STRANGER in group(heard(HEARD, NOW_S - 1.0), last=last)
+    assert STRANGER in group(heard(HEARD, NOW_S - 1.0), last=(*last, before))
+    assert STRANGER not in group(last=(*last, before))  # nobody is here who could tell
 
 
 def test_who_took_part_and_cannot_be_reached_counts_for_the_quorum_for_a_while() -> None:

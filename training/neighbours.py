@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from shoal.dht.beats import StageBeat
 from shoal.dht.directory import SignedRecord
@@ -72,7 +72,8 @@ def group_members(
 
     Of a large group a peer hears only its neighbours. Whom it knows by a record alone belongs to the group as
     well, and where the swarm is known in part so does a stranger who took part in the last round (`last`):
-    else each would lead a group of its own.
+    else each would lead a group of its own. So it does for a newcomer to any swarm, which may have come to
+    one side of a cut, while others are here who were in that round: they know who departed.
     Whoever fell silent without a goodbye or a closed connection stays, marked, for SILENT_S: it may be
     frozen, or on the other side of a cut, and half a group must not go on as if it were the whole.
     Who leaves makes its last round with those that stay. Where nobody stays, those that leave are the group:
@@ -83,7 +84,7 @@ def group_members(
     found = {view.me: _group_member(view.me, incarnation, own)} | _living(view, stage)
     seats = {seat.peer: seat for seat in last if seat.peer not in found}
     found |= _silent(view, stage, found.keys(), seats.keys())
-    if view.sampled:
+    if view.sampled or _is_newcomer(view.me, incarnation, last, found):
         strangers = [seat for seat in seats.values() if view.get(seat.peer) is None]
         found |= {seat.peer: _stranger(seat.peer, seat.incarnation, seat.uplink) for seat in strangers}
     group = sorted(found.values(), key=lambda member: member.peer)
@@ -92,6 +93,15 @@ def group_members(
         member if member.uplink == uplink else dataclasses.replace(member, uplink=uplink)
         for member, uplink in zip(group, uplinks, strict=True)
     ]
+
+
+def _is_newcomer(
+    me: PeerId, incarnation: int, last: Sequence[Seat], here: Mapping[PeerId, GroupMember]
+) -> bool:
+    """Whether this process was not in the last round, and others were that are here."""
+    if any((seat.peer, seat.incarnation) == (me, incarnation) for seat in last):
+        return False
+    return any(seat.peer != me and seat.peer in here and here[seat.peer].heard for seat in last)
 
 
 def _living(view: SwarmView, stage: int) -> dict[PeerId, GroupMember]:
