@@ -5,8 +5,8 @@ was called by the one before it, and a round's members and owners are named by i
 stranger asks along such a chain, from itself outwards; a session's client sends the next server's record
 along with its name. What is heard is verified as any record, and serves to dial, not to judge who is alive.
 That costs a record for each stranger one works with, in a swarm of any size. Who asks too much is refused
-(Busy), for somebody unknown too (NotHere); whom nobody introduced is not asked for again at once. `Members`
-owns one.
+(Busy), for somebody unknown too (NotHere); who did not introduce somebody is not asked for the same again at
+once. `Members` owns one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from shoal.dht.directory import PeerIdText, PeerRecord, SignedRecord
@@ -33,11 +34,12 @@ METHOD = "introduce"
 ASK_S = 2.0
 MEET_S = 6.0  # for all who stand between
 MET_S = 600.0  # an introduction serves so long; addresses and certificates change
-UNKNOWN_S = 5.0  # somebody whom nobody knew is not asked for again so soon
+UNKNOWN_S = 5.0  # whom a peer did not know, it is not asked for again so soon
 ANSWERS_PER_S = 32.0  # to one peer, after a first ANSWERS_AT_ONCE
 ANSWERS_AT_ONCE = 256
 _ASKERS = 4096  # of whom it is remembered how much they asked
 
+K = TypeVar("K")
 log = logging.getLogger(__name__)
 
 
@@ -87,7 +89,8 @@ class Introductions:
         self._table = table
         self._clock = clock
         self._met: OrderedDict[PeerId, float] = OrderedDict()  # until when it serves, in Unix time
-        self._unknown: OrderedDict[PeerId, float] = OrderedDict()  # until when it is not asked for again
+        # Who did not know whom, and until when that one is not asked for it again.
+        self._unknown: OrderedDict[tuple[PeerId, PeerId], float] = OrderedDict()
         self._asking: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
         self._asked: OrderedDict[PeerId, float] = OrderedDict()  # when an asker's answers are paid off
         transport.serve(METHOD, self._answer, frozenset(Role))
@@ -104,8 +107,8 @@ class Introductions:
                 for nearer, stranger in pairwise(way):
                     lock = self._asking.setdefault(stranger, asyncio.Lock())
                     async with lock:  # one question serves all who wait
-                        asked = self._knows(stranger) or self._unknown.get(stranger, 0.0) > self._clock()
-                        if nearer != me and not asked:
+                        asked = self._unknown.get((nearer, stranger), 0.0) > self._clock()
+                        if nearer != me and not asked and not self._knows(stranger):
                             await self._ask(nearer, stranger)
         except TimeoutError:
             log.info("nobody introduced %s within %g s", peer, MEET_S)
@@ -143,7 +146,7 @@ class Introductions:
         except ShoalError as error:
             forged = isinstance(error, ProtocolViolation | AccessError)
             self._count(unmet=1, forged=int(forged))
-            _note(self._unknown, peer, self._clock() + UNKNOWN_S)
+            _note(self._unknown, (other, peer), self._clock() + UNKNOWN_S)
             log.info("%s did not introduce %s: %s", other, peer, error)
 
     async def _answer(self, stream: Stream) -> None:
@@ -170,10 +173,8 @@ def _serves(record: PeerRecord, now: float) -> bool:
     return record.issued_unix_s + record.ttl_s > now
 
 
-def _note(
-    held: OrderedDict[PeerId, float], peer: PeerId, until: float, most: int = limits.RECORDS_HELD
-) -> None:
-    held[peer] = until
-    held.move_to_end(peer)
+def _note(held: OrderedDict[K, float], key: K, until: float, most: int = limits.RECORDS_HELD) -> None:
+    held[key] = until
+    held.move_to_end(key)
     if len(held) > most:
         held.popitem(last=False)

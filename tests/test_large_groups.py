@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import ClassVar
 
 import pytest
 from outer_world import World, round_spec
@@ -19,10 +21,12 @@ from shoal.dht.liveness import Liveness
 from shoal.dht.view import Member, SwarmView
 from shoal.node.simulate.options import Options
 from shoal.node.simulate.run import simulate_run
+from shoal.protocol.errors import PeerUnreachable
 from shoal.protocol.identity import PeerId, Role
-from shoal.protocol.transport import Stream
+from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.protocol.virtual_time import run
 from shoal.training.neighbours import group_members
+from shoal.training.outer.context import Meet
 from shoal.training.outer.entry import Seat
 from shoal.training.outer.log import Log, genesis_state
 from shoal.training.outer.messages import Tick, method
@@ -208,5 +212,68 @@ def test_who_does_not_answer_and_is_not_heard_is_looked_into() -> None:
             await world.rounds(2)
             assert STRANGER in {peer for node in world.nodes for peer, _ in node.suspected}
             await transport.close()
+
+    run(main)
+
+
+def test_who_is_here_introduces_where_the_last_leader_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was: only the last round's leader was asked, and a group that had lost it waited for 120 s."""
+
+    class Ring(World):
+        """Once `open` is False each hears the one before it and the one after it."""
+
+        open = True
+        met: ClassVar[set[tuple[PeerId, PeerId]]] = set()
+
+        def group(self, seen_by: PeerId) -> Sequence[GroupMember]:
+            others = super().group(seen_by)
+            if self.open:
+                return others
+            here = [m for m in others if m.peer == seen_by or self.beside(seen_by, m.peer)]
+            strangers = {PeerId(seat.peer) for seat in self.processes[seen_by, 1].outer.last_seats}
+            strangers -= {m.peer for m in here}
+            return [*here, *(GroupMember(peer=peer, incarnation=1, heard=False) for peer in strangers)]
+
+        def beside(self, one: PeerId, other: PeerId) -> bool:
+            apart = abs(int(one[9:11]) - int(other[9:11]))
+            return apart in (1, len(self.nodes) - 1)
+
+        def knows(self, one: PeerId, other: PeerId) -> bool:
+            return self.open or self.beside(one, other) or (one, other) in self.met
+
+    def meet_for(me: PeerId) -> Meet:
+        async def meet(stranger: PeerId, chain: Sequence[PeerId]) -> None:
+            _, introducer, _ = chain
+            if introducer in world.live and world.knows(me, introducer) and world.knows(introducer, stranger):
+                world.met.add((me, stranger))
+
+        return meet
+
+    def wrap(inner: Transport) -> Transport:
+        dial = inner.open
+
+        def dial_known(
+            stranger: PeerId, method: str, channel: Channel = Channel.CONTROL
+        ) -> AbstractAsyncContextManager[Stream]:
+            if not world.knows(inner.me, stranger):
+                raise PeerUnreachable(f"{inner.me} does not know {stranger}")
+            return dial(stranger, method, channel)
+
+        monkeypatch.setattr(inner, "open", dial_known)
+        return inner
+
+    world: Ring
+
+    async def main() -> None:
+        nonlocal world
+        world = Ring(7, size=SIZE, wrap=wrap, meet_for=meet_for)
+        async with world:
+            await world.rounds(1)
+            first = world.nodes[0].outer.entry(1)
+            assert first is not None
+            world.kill(next(node for node in world.nodes if node.name == first.leader))
+            world.open = False
+            world.met.clear()
+            await world.rounds(1)
 
     run(main)

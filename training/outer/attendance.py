@@ -33,10 +33,10 @@ class Attendance:
         offer: Entry,
         follow: Follow,
         departed: Collection[PeerId],
-        introducer: PeerId,
+        introducers: Sequence[PeerId],
     ) -> None:
-        """`follow` is this process's own part in its round; `departed` have left before it; `introducer`
-        knows those of the last one."""
+        """`follow` is this process's own part in its round; `departed` have left before it; `introducers`
+        may know those of the last one."""
         self.change = Change()
         self.answers: dict[PeerId, Answer] = {}
         self.undecided: list[tuple[Entry, bytes]] = []  # entries that somebody saw and nobody told us applied
@@ -53,7 +53,7 @@ class Attendance:
         self._offer = offer
         self._offer_data = offer.encode()
         self._follow = follow
-        self._introducer = introducer
+        self._introducers = introducers
         self._lines: dict[PeerId, Line] = {}
         self._draft: Entry | None = None
         self._report_of = b""  # the draft's id
@@ -92,7 +92,8 @@ class Attendance:
                 await self._attend_here()
                 return
             transport, method = self._context.transport, self._context.method("round")
-            await self._context.meet(peer, (self._context.me, self._introducer, peer))
+            for introducer in self._introducers:
+                await self._context.meet(peer, (self._context.me, introducer, peer))
             async with transport.open(peer, method) as stream, lifeline(stream, MEMBER_SILENCE_S) as line:
                 await self._converse(line)
         except ShoalError as error:

@@ -19,7 +19,7 @@ from shoal.training.outer.entry import SKIP, Entry
 from shoal.training.outer.line import LEADER_SILENCE_S, TICK_S
 from shoal.training.outer.log import Log
 from shoal.training.outer.lost import LostEntry
-from shoal.training.outer.policy import GroupMember, closes_at, holds_quorum
+from shoal.training.outer.policy import GroupMember, closes_at, holds_quorum, introducers
 from shoal.training.outer.proposal import draft_of, plain_offer, reentry_offer, with_present
 from shoal.training.outer.report import Decided, most_held
 
@@ -62,7 +62,8 @@ class Leader:
         self._silent = frozenset(silent)
         self._unheard = frozenset(member.peer for member in group if not member.heard)
         departed = set(self._last) - set(here) - set(silent)
-        self._group = Attendance(context, self._offer, follow, departed, log.leader)
+        knowing = introducers(context.me, log.leader, log.quorum, group)
+        self._group = Attendance(context, self._offer, follow, departed, knowing)
         self._change = self._group.change
         self._ran_s = self._now()
 

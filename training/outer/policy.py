@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ TAKEOVER_S = 1.0  # silence after which the next in order acts (design section 9
 GRACE_FACTOR = 1.0  # after quorum, as long again as the quorum took
 GRACE_MIN_S = 1.0  # a scheduler hiccup must not cost a contribution
 SILENT_S = 120.0  # until a peer that stopped talking counts as departed (design section 9, partitions)
+INTRODUCERS = 4  # asked for a stranger, one after another
 BEHIND_S = 0.5  # a COMMIT already on its way gets this long before the entry is fetched instead
 
 
@@ -144,6 +145,16 @@ def holds_quorum(
     if 2 * count == len(last) and lowest in here:
         return Verdict(True, f"half of {len(last)}, with the lowest hash")
     return Verdict(False, f"only {count} of the last round's {len(last)} answered")
+
+
+def introducers(
+    me: PeerId, leader: PeerId, last: Collection[PeerId], group: Sequence[GroupMember]
+) -> list[PeerId]:
+    """Who may tell how the others of the last round are dialled: who led it, for it has met them all, and
+    those of it that are heard, where that one is gone."""
+    led = [member.peer for member in group if member.peer == leader != me]
+    others = [m.peer for m in group if m.heard and m.peer in last and m.peer not in (me, leader)]
+    return [*led, *others][:INTRODUCERS]
 
 
 def should_open(inner_steps: float, mine: GroupMember, group: Sequence[GroupMember]) -> Verdict:
