@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import ClassVar
 
 import pytest
+from outer_faults import Faults
 from outer_world import World, round_spec
 from partition_world import PartitionWorld
 
@@ -23,13 +25,14 @@ from shoal.node.simulate.options import Options
 from shoal.node.simulate.run import simulate_run
 from shoal.protocol.errors import PeerUnreachable
 from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.memory_transport import Link
 from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.protocol.virtual_time import run
 from shoal.training.neighbours import group_members
 from shoal.training.outer.context import Meet
 from shoal.training.outer.entry import Seat
 from shoal.training.outer.log import Log, genesis_state
-from shoal.training.outer.messages import Tick, method
+from shoal.training.outer.messages import Commit, ContributedPart, PublishedPart, Tick, method
 from shoal.training.outer.parts import cut
 from shoal.training.outer.policy import GroupMember, should_open
 from shoal.training.spec import RunSpec
@@ -275,5 +278,34 @@ def test_who_is_here_introduces_where_the_last_leader_is_gone(monkeypatch: pytes
             world.open = False
             world.met.clear()
             await world.rounds(1)
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", [ContributedPart, PublishedPart, Commit], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_cut_amid_a_round_of_strangers_leaves_each_step_in_once(kind: type, count: int) -> None:
+    """What was: whoever vanished without having been heard was taken for dead, and so for one that had
+    decided nothing."""
+    faults = Faults()
+    faults.hangs = False
+
+    async def main() -> None:
+        spec = round_spec(outer={"inner_steps": 4, "part_bytes": 1024, "fragments": 2})
+        async with KnownInPart(4, spec, size=SIZE, wrap=faults.wrap) as world:
+            for one, other in itertools.permutations(world.nodes, 2):
+                world.network.set_link(one.name, other.name, Link(latency_s=0.02, bytes_per_s=1e5))
+            await world.train(15)
+            sides = world.nodes[:2], world.nodes[2:]
+            faults.arm(kind, "receiving", lambda peer: world.cut(*sides), count=count)
+            await world.train(180)
+            assert faults.hit is not None
+            world.heal()
+            await world.settle(120)
+            world.prove()
+            await world.train(20)
+            await world.settle()
+            world.prove()
+            world.assert_nothing_is_lost()
 
     run(main)

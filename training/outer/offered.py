@@ -45,7 +45,7 @@ class Offered:
         self._incarnation = incarnation
         self._budget_bytes = budget_bytes
         self._offers: list[Offer] = []
-        self._fell_silent: dict[PeerId, float] = {}  # and has not spoken since; when it was last so
+        self._fell_silent: dict[PeerId, float] = {}  # or was never heard; when it was last so
 
     def __len__(self) -> int:
         return len(self._offers)
@@ -102,16 +102,16 @@ class Offered:
     def hear(
         self, peers: Sequence[GroupMember], head_at: Callable[[int], bytes | None], now_s: float
     ) -> None:
-        """What membership knows now: who is on this chain, and whose connection closed without a silence.
+        """What membership knows now: who is on this chain, and who went while it was heard.
 
         `head_at` is the own chain's head at a height.
         """
         here = {member.peer: member for member in peers}
         for peer, known in here.items():
-            if known.silent:
-                self._fell_silent[peer] = now_s
-            else:
+            if known.heard and not known.silent:
                 self._fell_silent.pop(peer, None)
+            else:  # a fresh record is no word of its own
+                self._fell_silent[peer] = now_s
         for peer in [p for p, at_s in self._fell_silent.items() if now_s - at_s > UNCERTAIN_S]:
             del self._fell_silent[peer]
         for offer in self._offers:
