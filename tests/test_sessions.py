@@ -535,7 +535,7 @@ def kept(world: TrainerWorld, stage: int, name: bytes) -> torch.Tensor:
     found = []
     for replica in world.group(stage):
         with contextlib.suppress(VersionRetired):
-            weights = replica.trainer.sessions.versions.get(name).weights(torch.float32, "cpu")
+            weights = replica.trainer.serving.versions.get(name).weights(torch.float32, "cpu")
             found.append(dense(weights, stage_layout(world.spec, stage_ranges(world.spec)[stage])))
     assert all(torch.equal(found[0], other) for other in found)
     return found[0]

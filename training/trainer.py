@@ -18,7 +18,6 @@ import torch
 
 from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.members import Members
-from shoal.protocol.errors import ShoalError
 from shoal.protocol.faults import define
 from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
@@ -28,6 +27,7 @@ from shoal.training.checkpoint.replica import StageCheckpoints
 from shoal.training.data.stream_book import StreamBook
 from shoal.training.decisions import DecisionLog
 from shoal.training.feed import Feed
+from shoal.training.held_out import HeldOut
 from shoal.training.lane import Lane
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.model.stage import StageModel
@@ -44,10 +44,7 @@ from shoal.training.recovery.guarding import Guarding
 from shoal.training.recovery.lost_stage import LostStage
 from shoal.training.recovery.moments import MomentsDonor, take_moments
 from shoal.training.recovery.prefetch import prefetch
-from shoal.training.serving.form import Form
-from shoal.training.serving.server import SessionServer
-from shoal.training.serving.tuning import TuningServer
-from shoal.training.serving.versions import Versions
+from shoal.training.serving.replica import ServedStage
 from shoal.training.spec import RunSpec
 from shoal.training.streams import Reader, Streams, readers
 from shoal.training.uplinks import UNKNOWN, claimed_uplink
@@ -56,11 +53,8 @@ from shoal.training.weights import Weights, learning_rate
 if TYPE_CHECKING:
     from shoal.training.devices.gang import Gang
 
-_EVALUATE_EVERY_S = 5.0  # at most so often, and for at most so much of the time
-_EVALUATE_SHARE = 0.04
 _ENTERING, _ENTERED = define("stage.entering"), define("stage.entered")
 _DRAINING, _EMPTIED, _DRAINED = define("drain.begun"), define("drain.emptied"), define("drain.ended")
-_EVALUATE_AGAIN_S = 1.0  # until the first has been possible
 Offload = Callable[..., Awaitable[Any]]
 
 
@@ -113,7 +107,6 @@ class Trainer:
         self._spare_bytes = spare_bytes
         self._guards = guards
         self._stages_most = stages_most
-        self._session_bytes = session_bytes
         self._replicas = MemberReplicas(members)
         self._amended = Amended(spec, members.amendments)
         self.layout = stage_layout(spec, stage_ranges(spec)[stage])
@@ -131,12 +124,20 @@ class Trainer:
                 event=event,
                 rng=random.Random(rng.getrandbits(64)),
             )
-        self._versions = Versions(Form.of(spec, self.layout))
-        self._step_s: Callable[[], float] = lambda: 0.0  # of serving
+        self.serving = ServedStage(
+            spec,
+            stage,
+            self.layout,
+            transport=transport,
+            lane=lane,
+            device=device,
+            session_bytes=session_bytes,
+            introduced=members.introduced,
+        )
         self._ledger = Ledger()
         self._book = StreamBook()
         self._streams: Streams | None = None  # of a driver
-        self._held_out_loss = math.nan
+        self._held_out: HeldOut | None = None  # of a driver
         self._uplink_bytes_per_s = UNKNOWN  # as this peer claims it
 
     @property
@@ -231,7 +232,7 @@ class Trainer:
             stages=self._stages_most,
         )
         self.station.serve()
-        self._inference = InferenceHop(
+        inference = InferenceHop(
             self.spec,
             self.stage,
             transport=self._transport,
@@ -241,30 +242,18 @@ class Trainer:
             anchor=self.outer.whole_anchor,
             rng=self._rng,
         )
-        self._inference.serve()
-        self.sessions = SessionServer(
-            self.spec,
-            self.stage,
-            self.layout,
-            transport=self._transport,
-            lane=self._lane,
-            versions=self._versions,
-            device=self._device,
-            budget_bytes=self._session_bytes,
-            introduced=self._members.introduced,
-        )
-        self._step_s = self.sessions.engine.claimed_step_s
-        self.outer.watch_snapshots(lambda kept: self._versions.publish(kept.state.head, kept.anchor))
-        self.sessions.serve()
-        TuningServer(
-            self.spec,
-            self.stage,
-            self.layout,
-            transport=self._transport,
-            lane=self._lane,
-            versions=self._versions,
-            device=self._device,
-        ).serve()
+        inference.serve()
+        if self._feed is not None:
+            self._held_out = HeldOut(
+                self._feed.held_out(),
+                inference.score,
+                self._is_scorer,
+                lambda: self.outer.tokens,
+                self._event,
+                self._rng,
+            )
+        self.outer.watch_snapshots(lambda kept: self.serving.versions.publish(kept.state.head, kept.anchor))
+        self.serving.serve()
         MomentsDonor(self.stage, self._transport, self.weights, self._offload).serve()
         self.outer.serve()
         await point(self._transport, _ENTERED)
@@ -292,15 +281,15 @@ class Trainer:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.outer.run())
             tasks.create_task(self._guarding.run())
-            tasks.create_task(self.sessions.run())
+            tasks.create_task(self.serving.sessions.run())
             tasks.create_task(self._obey())
             if self._checkpoints is not None:
                 tasks.create_task(self._checkpoints.run())
             if self._streams is not None:
                 tasks.create_task(self._streams.run())
             tasks.create_task(self.station.run(self._next_batch if self._feed is not None else None))
-            if self._feed is not None:
-                tasks.create_task(self._evaluate())
+            if self._held_out is not None:
+                tasks.create_task(self._held_out.run())
 
     async def _obey(self) -> None:
         """A driver begins nothing while the run is paused; what is in flight finishes, rounds go quiet."""
@@ -363,7 +352,7 @@ class Trainer:
                 uplink_bytes_per_s=self._uplink_bytes_per_s,
                 service_s=self._lane.load().service_s,
                 fixed=self._fixed,
-                step_s=self._step_s(),
+                step_s=self.serving.claimed_step_s(),
                 incarnation=self._incarnation,
                 tokens_per_s=tokens_per_s,
             ),
@@ -418,8 +407,8 @@ class Trainer:
             "lane_served_s": load.served_s,
             "lane_service_s": load.service_s,
             "lane_finished": load.finished,
-            "sessions": self.sessions.status(),
-            "held_out_loss": _number(self._held_out_loss),
+            "sessions": self.serving.sessions.status(),
+            "held_out_loss": _number(self._held_out.loss) if self._held_out is not None else None,
             "outer": outer.status(),
             "guards": self._guarding.status(),
             "checkpoint": self._checkpoints.status() if self._checkpoints is not None else {},
@@ -466,27 +455,10 @@ class Trainer:
         view = self._members.view()
         return group_members(view, self._incarnation, self.beat()[0], self.outer.last_seats)
 
-    async def _evaluate(self) -> None:
-        """Score the held-out batch on the anchors; one driver of the swarm does, the one of lowest id."""
-        if self._feed is None:
-            return
-        tokens = self._feed.held_out()
-        loop = asyncio.get_running_loop()
-        pause_s, warm = _EVALUATE_AGAIN_S, False  # the curve begins with the weights that the run begins with
-        while True:
-            await asyncio.sleep(pause_s * self._rng.uniform(0.9, 1.1))
-            view = self._members.view()
-            drivers = [member.peer for member in view.online(0)]
-            if self._amended.paused or (drivers and min(drivers) != self._me):
-                continue
-            begun_s = loop.time()
-            try:
-                self._held_out_loss = await self._inference.score(tokens)
-            except ShoalError:  # a stage is empty for now
-                continue
-            self._event("held-out", {"loss": self._held_out_loss, "log_tokens": self.outer.tokens})
-            took_s = loop.time() - begun_s if warm else 0.0  # the first waits for a swarm that starts up
-            pause_s, warm = max(_EVALUATE_EVERY_S, took_s / _EVALUATE_SHARE), True
+    def _is_scorer(self) -> bool:
+        """Of all drivers the one of lowest id."""
+        drivers = [member.peer for member in self._members.view().online(0)]
+        return not self._amended.paused and self._me == min(drivers, default=self._me)
 
 
 def _number(value: float) -> float | None:
