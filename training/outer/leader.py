@@ -82,6 +82,12 @@ class Leader:
         """Members who told nothing before this attempt, and could not be reached by it."""
         return {*self._unheard & self._group.unreached - self._group.answers.keys()}
 
+    @property
+    def ahead(self) -> set[PeerId]:
+        """Members who say that they have the entry already that this attempt was to make."""
+        answers = self._group.answers.items()
+        return {peer for peer, answer in answers if answer.height >= self._offer.height}
+
     async def lead(self) -> Entry:
         """Returns the entry once this process has applied it. Raises Stale when the round cannot go on."""
         attending = self._group.begin()
@@ -175,10 +181,10 @@ class Leader:
                 and len(self._group.answers) * 2 > len(everybody)
             ):
                 quorum_s = self._now()
-            return self._ahead() or everybody <= self._group.answers.keys() | self._group.lost.keys()
+            return bool(self.ahead) or everybody <= self._group.answers.keys() | self._group.lost.keys()
 
         await self._change.until(complete, lambda: closes_at(opened_s, quorum_s, self._deadline_s))
-        if self._ahead():
+        if self.ahead:
             raise Stale(f"height {self._offer.height} has been decided without this peer; catch up")
         for peer in sorted(self._unheard - self._group.answers.keys() - self._group.lost.keys()):
             self._group.miss(peer)
@@ -262,9 +268,6 @@ class Leader:
         return entry
 
     # -- views
-
-    def _ahead(self) -> bool:
-        return any(answer.height >= self._offer.height for answer in self._group.answers.values())
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.faults import define
@@ -15,6 +15,7 @@ from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.training.decisions import DecisionLog
 from shoal.training.outer.change import Change
+from shoal.training.outer.claims import Claims
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import Entry
 from shoal.training.outer.figures import Figures
@@ -38,6 +39,7 @@ from shoal.training.outer.promise import Promises
 from shoal.training.outer.replica import Replica
 from shoal.training.recovery.catch_up import CatchingUp
 from shoal.training.recovery.guarded import Guarded
+from shoal.training.recovery.policy import choose_target
 
 POLL_S = 0.25  # membership changes and beats are looked at this often
 STOOD_STILL_S = 0.25  # a loop that is later than this was stopped, or starved: others may have gone on
@@ -92,6 +94,7 @@ class Turns:
         self._brought_back_by: str | None = None  # who led the last entry, if that was a re-entry
         self._unreached_s: dict[PeerId, float] = {}  # by no attempt at the height to come, since when
         self._departed: set[PeerId] = set()  # those of them that were asked in vain for so long
+        self._claims = Claims()
 
     # -- what is due
 
@@ -130,8 +133,14 @@ class Turns:
             log_tokens=log.tokens,
             uplink=next((member.uplink for member in peers if member.peer == me), 1.0),
         )
-        others = (member for member in peers if member.peer != me and not member.silent)
+        silent = self._silent(peers)
+        others = (member for member in peers if member.peer != me and member.peer not in silent)
         return [mine, *(member for member in others if member.heard or member.peer not in self._departed)]
+
+    def _silent(self, peers: Sequence[GroupMember]) -> set[PeerId]:
+        """Who counts for the quorum only."""
+        aside = self._claims.aside(asyncio.get_running_loop().time())
+        return {member.peer for member in peers if member.silent or member.peer in aside}
 
     # -- the loop
 
@@ -146,6 +155,7 @@ class Turns:
         self._wanted_since_s, self._ballot = None, 0
         self._unreached_s.clear()
         self._departed.clear()
+        self._claims.next_height()
         self._brought_back_by = entry.leader if entry.lost else None
 
     async def final_round(self) -> None:
@@ -196,7 +206,7 @@ class Turns:
             case CatchUp():
                 await self.catch_up(group)
             case Lead():
-                await self._lead(group, [member.peer for member in peers if member.silent])
+                await self._lead(group, sorted(self._silent(peers)))
         return self._peers()
 
     async def _wait(self, peers: Sequence[GroupMember], until_s: float) -> Sequence[GroupMember]:
@@ -275,6 +285,7 @@ class Turns:
         except ShoalError as error:
             self._ballot = leader.highest_ballot
             self._note_unreached(leader)
+            self._note_claims(leader.ahead, group)
             self._back_off(f"round {height} not committed: {error}")
         finally:
             self._leading = 0
@@ -307,13 +318,23 @@ class Turns:
         )
 
     async def catch_up(self, group: Sequence[GroupMember]) -> bool:
+        target = choose_target(self._catching_up.ahead(group))
+        donors = target.donors if target is not None else ()
         try:
             await self._catching_up.run(group)
             self._failures = 0
+            self._claims.kept(donors)
             return True
         except ShoalError as error:
+            self._note_claims(donors, group)
             self._back_off(f"not caught up: {error}")
             return False
+
+    def _note_claims(self, peers: Collection[PeerId], group: Sequence[GroupMember]) -> None:
+        """They say that they are ahead, and this peer is still where it was."""
+        heard = sum(member.heard for member in group)
+        for peer in self._claims.failed(peers, heard, asyncio.get_running_loop().time()):
+            self._context.event("set-aside", {"peer": peer, "height": self._replica.log.height})
 
     def _back_off(self, reason: str) -> None:
         """Wait a random while, longer after each failure in a row."""

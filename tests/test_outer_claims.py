@@ -1,0 +1,67 @@
+"""Who says that it is ahead and hands nothing over holds the others up for seconds, not for ever (P3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+from outer_world import World
+
+from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.transport import Stream
+from shoal.protocol.virtual_time import run
+from shoal.training.outer.entry import ENTRY_BYTES
+from shoal.training.outer.line import LEADER_SILENCE_S, lifeline
+from shoal.training.outer.messages import Answer, Prepare, method
+from shoal.training.outer.policy import GroupMember
+
+BOASTER = PeerId("12D3KooWboaster".ljust(52, "z"))
+
+
+class Boasting(World):
+    """One more member, of whom only a beat is known."""
+
+    boast = GroupMember(peer=BOASTER, incarnation=1, uplink=1.0)
+
+    def group(self, seen_by: PeerId) -> Sequence[GroupMember]:
+        return [*super().group(seen_by), self.boast]
+
+
+@pytest.mark.parametrize("varies", [False, True])
+def test_a_beat_that_tells_of_entries_nobody_can_have(varies: bool) -> None:
+    async def main() -> None:
+        async with Boasting(3) as world:
+            transport = world.network.transport(BOASTER, frozenset({Role.TRAINER}))
+            await transport.start()
+            await world.rounds(2, each=3)
+            world.boast = dataclasses.replace(world.boast, height=99, head=bytes([7]) * 32, log_tokens=10**15)
+            for number in range(6):
+                await world.rounds(1, each=3)
+                if varies:
+                    world.boast = dataclasses.replace(world.boast, head=bytes([number]) * 32)
+            assert world.equal()
+            await transport.close()
+
+    run(main)
+
+
+def test_an_answer_that_tells_of_entries_nobody_can_have() -> None:
+    async def boast(stream: Stream) -> None:
+        async with lifeline(stream, LEADER_SILENCE_S) as line:
+            await line.receive(Prepare, max_payload_bytes=ENTRY_BYTES)
+            line.post(Answer(99, 0, 0, 0, 0.0, ()), b"")
+            await line.receive(Prepare)
+
+    async def main() -> None:
+        async with Boasting(3) as world:
+            transport = world.network.transport(BOASTER, frozenset({Role.TRAINER}))
+            await transport.start()
+            await world.rounds(2, each=3)
+            transport.serve(method(0, "round"), boast, frozenset(Role))
+            for _ in range(6):
+                await world.rounds(1, each=3)
+            assert world.equal()
+            await transport.close()
+
+    run(main)
