@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from checkpoint_world import KINDS, known, layouts, spec_of, write_stages
 
-from shoal.dht.view import SwarmView
+from shoal.dht.view import Member, SwarmView
 from shoal.protocol import virtual_time
 from shoal.protocol.errors import NotHere
 from shoal.protocol.identity import PeerId, Role
@@ -19,8 +20,9 @@ from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, DIGEST
 from shoal.training.checkpoint.read import Checkpoint
 from shoal.training.checkpoint.replica import StageCheckpoints
-from shoal.training.checkpoint.restore import Restored, restore_stage
+from shoal.training.checkpoint.restore import Refused, Restored, restore_stage
 from shoal.training.checkpoint.share import Shelf, find
+from shoal.training.outer.snapshot import Snapshot
 
 TRAINER = frozenset({Role.TRAINER})
 ME, OTHER = PeerId("me".ljust(52, "1")), PeerId("other".ljust(52, "1"))
@@ -61,6 +63,7 @@ def restored(mine: Path, others: Path, told: list[str]) -> Restored | None:
                 peers=[OTHER],
                 offload=offload,
                 event=lambda kind, _: told.append(kind),
+                refused=Refused(),
             )
         )
         await here.close()
@@ -146,3 +149,59 @@ def test_who_looks_again_and_again_tells_of_the_same_damage_once(tmp_path: Path)
 
     virtual_time.run(main)
     assert told == ["checkpoint-refused"]
+
+
+def test_who_looks_again_and_again_reads_the_same_damage_ever_more_rarely(tmp_path: Path) -> None:
+    """Every two seconds all of a damaged checkpoint was read again, and fetched again where a peer had it."""
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    own = write_stages(mine / CHECKPOINTS_FOLDER, SPEC, height=4)
+    whole = {path: path.read_bytes() for path in own.path.glob("*")}
+    damage(own)
+    damage(write_stages(theirs, SPEC, height=2))
+    loads: list[str] = []
+    resumed: list[int] = []
+
+    async def counting(function: Callable[..., Any], *arguments: object) -> Any:
+        if function.__name__ in ("_load", "_begin"):
+            loads.append(function.__name__)
+        return function(*arguments)
+
+    async def resume(snapshot: Snapshot) -> None:
+        resumed.append(snapshot.height)
+
+    members: Any = SimpleNamespace(view=lambda: SwarmView(ME, 0.0, (Member(peer=OTHER),)))
+    outer: Any = SimpleNamespace(height=0, resume=resume)
+
+    async def main() -> None:
+        network = MemoryNetwork(random.Random(1))
+        here, there = network.transport(ME, TRAINER), network.transport(OTHER, TRAINER)
+        Shelf([theirs], offload).serve(there)
+        await here.start()
+        await there.start()
+        checkpoints = StageCheckpoints(
+            SPEC,
+            STAGE,
+            layouts(SPEC)[STAGE],
+            transport=here,
+            members=members,
+            folder=mine,
+            imported=(),
+            offload=counting,
+            event=lambda kind, data: None,
+            rng=random.Random(1),
+        )
+        for _ in range(300):
+            await checkpoints.restore(outer)
+            await asyncio.sleep(2.0)
+        assert loads.count("_load") <= 10
+        assert loads.count("_begin") <= 10
+        for path, data in whole.items():  # somebody mends it
+            path.write_bytes(data)
+        for _ in range(150):
+            await checkpoints.restore(outer)
+            await asyncio.sleep(2.0)
+        assert resumed
+        await here.close()
+        await there.close()
+
+    virtual_time.run(main)

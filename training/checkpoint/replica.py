@@ -17,7 +17,7 @@ from shoal.training.checkpoint.gather import serve_take
 from shoal.training.checkpoint.keeper import Keeper
 from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, START_FOLDER
 from shoal.training.checkpoint.reshape import StageState, load_stage
-from shoal.training.checkpoint.restore import restore_stage
+from shoal.training.checkpoint.restore import Refused, restore_stage
 from shoal.training.checkpoint.start import start_state
 from shoal.training.inner import Moments
 from shoal.training.model.layout import StageLayout
@@ -61,6 +61,7 @@ class StageCheckpoints:
         self._rng = rng
         self._moments: Moments | None = None
         self._told: set[tuple[str, str]] = set()
+        self._refused = Refused()
         self.keeper: Keeper | None = None
 
     async def start(self) -> StageState | None:
@@ -127,6 +128,7 @@ class StageCheckpoints:
             peers=self._likely(),
             offload=self._offload,
             event=self._tell_once,
+            refused=self._refused,
         )
         await self._offload(shutil.rmtree, fetched, True)
         if found is None or found.snapshot.height <= outer.height:

@@ -31,6 +31,8 @@ from shoal.training.spec import RunSpec
 _ASK_S = 3.0
 _FOLDER = "000001-restored"
 _LOOKS = 8  # for something older, where what others offered could not be used
+_AGAIN_S, _AGAIN_MOST_S = 2.0, 300.0  # until what was refused is read again, doubled each time
+_REFUSED_MOST = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +42,28 @@ class Restored:
     snapshot: Snapshot
     moments: Moments | None
     digest: str
+
+
+class Refused:
+    """What could not be used, for who looks again and again: to read it takes the disk, or somebody's uplink.
+
+    It may be mended, so it is not given up.
+    """
+
+    def __init__(self) -> None:
+        self._until_s: dict[object, tuple[float, float]] = {}  # ... and how long the next time
+
+    def waits(self, source: object) -> bool:
+        """Whether it is too early to try this again."""
+        return asyncio.get_running_loop().time() < self._until_s.get(source, (0.0, 0.0))[0]
+
+    def note(self, source: object) -> None:
+        """It was tried in vain."""
+        wait_s = self._until_s.get(source, (0.0, _AGAIN_S))[1]
+        if len(self._until_s) >= _REFUSED_MOST:
+            self._until_s.clear()
+        until_s = asyncio.get_running_loop().time() + wait_s
+        self._until_s[source] = until_s, min(2.0 * wait_s, _AGAIN_MOST_S)
 
 
 async def restore_stage(
@@ -53,9 +77,11 @@ async def restore_stage(
     peers: Sequence[PeerId],
     offload: Offload,
     event: Event,
+    refused: Refused,
 ) -> Restored | None:
     """The highest that `folders` or `peers` have whole; None if there is none. `fetched`: takes what peers
-    give. What turns out to be damaged, or is not handed over, is told, and the next one tried."""
+    give. What turns out to be damaged, or is not handed over, is told and noted in `refused`, and the next
+    one tried."""
     run_id = spec.run_id()
     own = await offload(held, folders, run_id.hex(), stage)
     offers = await _offers(transport, peers, NewestOf(run_id, stage))
@@ -78,14 +104,17 @@ async def restore_stage(
     while found:
         height, source = best = max(found, key=lambda one: one[0])  # of equal ones the own, which come first
         found.remove(best)
-        try:
-            checkpoint = await fetch(source) if isinstance(source, bytes) else source
-            restored: Restored = await offload(_load, checkpoint, spec, stage, layout)
-            return restored
-        except ShoalError as error:
-            event("checkpoint-refused", {"why": str(error)})
+        who = [peer for peer, (offered, _) in offers.items() if offered == source]
+        name = (source, *sorted(who)) if isinstance(source, bytes) else source.path
+        if not refused.waits(name):
+            try:
+                checkpoint = await fetch(source) if isinstance(source, bytes) else source
+                restored: Restored = await offload(_load, checkpoint, spec, stage, layout)
+                return restored
+            except ShoalError as error:
+                refused.note(name)
+                event("checkpoint-refused", {"why": str(error)})
         if isinstance(source, bytes) and height and (looks := looks + 1) <= _LOOKS:
-            who = [peer for peer, (offered, _) in offers.items() if offered == source]
             older = await _offers(transport, who, NewestOf(run_id, stage, below=height))
             older = {peer: offer for peer, offer in older.items() if offer[1] < height}
             offers |= older
