@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from shoal.dht.beats import Beat
+from shoal.dht.view import Member, SwarmView
 from shoal.node.view.diagnosis import WINDOW, Timings, diagnose, limiting
 from shoal.node.view.parts import Finding, Stage
+from shoal.node.view.watching import Watch
+from shoal.protocol.identity import PeerId
 
 STAGES, PEERS, ROUNDS = 3, 24, 500
 COSTS = (1.2, 1.0, 1.4)
@@ -127,3 +131,33 @@ def test_the_stage_that_the_others_wait_for_is_named_with_its_figures() -> None:
     assert limiting([stage(0, 1000.0), stage(1, 950.0)]) is None, "in balance"
     assert limiting([stage(0, 1000.0), stage(1, None)]) is None, "not measured yet"
     assert limiting([stage(0, 1000.0)]) is None
+
+
+def test_who_holds_several_stages_is_judged_by_the_work_of_all_of_them() -> None:
+    """What was: its lane times were held against what its first stage costs."""
+    costs = (1.0, 1.0, 9.0)
+    peers = [
+        Timings(peer=str(n), name=str(n), stage=n % 3, service_s=(costs[n % 3],) * WINDOW) for n in range(6)
+    ]
+    both = Timings(peer="both", name="both", stage=0, besides=(2,), service_s=(5.0,) * WINDOW)
+    assert diagnose([*peers, both], costs) == ()
+    slow = Timings(peer="slow", name="slow", stage=0, besides=(2,), service_s=(20.0,) * WINDOW)
+    (found,) = diagnose([*peers, slow], costs)
+    assert (found.kind, found.peer) == ("slow-compute", "slow")
+    assert "stages 0, 2" in found.text
+
+
+def test_lane_times_of_a_stage_that_a_peer_has_left_say_nothing_of_the_next() -> None:
+    def seen(stages: tuple[int, ...]) -> SwarmView:
+        beat = Beat(incarnation=1, number=1)
+        one = Member(peer=PeerId("one"), stages=stages, incarnation=1, service_s=3.0, beat=beat)
+        return SwarmView(PeerId("me"), 0.0, (one,))
+
+    watch = Watch()
+    for _ in range(WINDOW):
+        watch.look(seen((2,)))
+        watch.sample(seen((2,)))
+    assert len(watch.timings(seen((2,)), (), {})[0].service_s) == WINDOW
+    watch.look(seen((0, 2)))
+    (timings,) = watch.timings(seen((0, 2)), (), {})
+    assert (timings.stage, timings.besides, timings.service_s) == (0, (2,), ())

@@ -31,6 +31,7 @@ class Timings:
     peer: str
     name: str
     stage: int
+    besides: tuple[int, ...] = ()  # more stages that it holds, on the same lane
     service_s: tuple[float, ...] = ()  # lane time of a micro-batch, a sample a round
     sends: tuple[tuple[float, float], ...] = ()  # bytes and seconds, of each of the last rounds
     stalled_s: float = 0.0  # with work queued, since its lane finished something
@@ -69,10 +70,9 @@ def _hung(peers: Sequence[Timings]) -> list[Finding]:
 
 
 def _slow_compute(peers: Sequence[Timings], costs: Sequence[float]) -> list[Finding]:
+    work = {one.peer: _work(one, costs) for one in peers if len(one.service_s) >= ENOUGH}
     usual = {
-        one.peer: statistics.median(one.service_s) / costs[one.stage]
-        for one in peers
-        if len(one.service_s) >= ENOUGH and one.stage < len(costs) and costs[one.stage] > 0
+        one.peer: statistics.median(one.service_s) / work[one.peer] for one in peers if work.get(one.peer)
     }
     others = _medians_of_others(usual)
     found = []
@@ -81,11 +81,17 @@ def _slow_compute(peers: Sequence[Timings], costs: Sequence[float]) -> list[Find
             continue
         times = usual[one.peer] / others[one.peer] if others[one.peer] > 0 else 0.0
         if times >= SLOW_COMPUTE:
-            text = f"{one.name} computes {times:.1f} times slower than its peers (stage {one.stage})."
+            text = f"{one.name} computes {times:.1f} times slower than its peers ({_where(one)})."
             found.append(
                 Finding(kind="slow-compute", text=text, peer=one.peer, name=one.name, stage=one.stage)
             )
     return found
+
+
+def _work(one: Timings, costs: Sequence[float]) -> float:
+    """What a micro-batch costs on its lane, of whichever of its stages; 0: not known."""
+    held = [costs[stage] for stage in (one.stage, *one.besides) if stage < len(costs)]
+    return statistics.fmean(held) if held else 0.0
 
 
 def _slow_links(peers: Sequence[Timings]) -> list[Finding]:
@@ -104,10 +110,16 @@ def _slow_links(peers: Sequence[Timings]) -> list[Finding]:
         if times >= SLOW_LINK and seconds >= SLOW_SEND_S:
             text = (
                 f"{one.name} sends {times:.1f} times slower than its peers: {seconds:.1f} s of each round "
-                f"of stage {one.stage}."
+                f"of {_where(one)}."
             )
             found.append(Finding(kind="slow-link", text=text, peer=one.peer, name=one.name, stage=one.stage))
     return found
+
+
+def _where(one: Timings) -> str:
+    if not one.besides:
+        return f"stage {one.stage}"
+    return f"stages {', '.join(map(str, (one.stage, *one.besides)))}"
 
 
 def _medians_of_others(values: Mapping[str, float]) -> dict[str, float]:

@@ -18,6 +18,7 @@ _SMOOTHING = 0.2
 @dataclass(slots=True)
 class _Watched:
     incarnation: int
+    stages: tuple[int, ...]
     finished: int = -1
     moved_s: float = 0.0  # when its lane finished something, or had nothing to do
     gap_s: float = 0.0
@@ -37,8 +38,9 @@ class Watch:
             del self._watched[peer]
         for peer, member in here.items():
             known = self._watched.get(peer)
-            if known is None or known.incarnation != member.incarnation:
-                known = self._watched[peer] = _Watched(member.incarnation, moved_s=view.now_s)
+            if known is None or (known.incarnation, known.stages) != (member.incarnation, member.stages):
+                known = _Watched(member.incarnation, member.stages, moved_s=view.now_s)
+                self._watched[peer] = known
             finished = member.beat.finished_work if member.beat else 0
             if finished != known.finished:
                 if known.finished >= 0 and finished > known.finished:
@@ -71,7 +73,8 @@ class Watch:
                 Timings(
                     peer=peer,
                     name=names.get(peer, peer),
-                    stage=member.stages[0],
+                    stage=known.stages[0],
+                    besides=known.stages[1:],
                     service_s=tuple(known.service_s),
                     sends=tuple(sends.get(peer, ())),
                     stalled_s=view.now_s - known.moved_s,
