@@ -309,3 +309,27 @@ def test_a_cut_amid_a_round_of_strangers_leaves_each_step_in_once(kind: type, co
             world.assert_nothing_is_lost()
 
     run(main)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (4, 1)], ids=str)
+def test_a_connection_that_dies_of_silence_is_no_departure(sizes: tuple[int, int]) -> None:
+    """What was: the streams on which a leader waited for strangers ended when the connection was given up,
+    after some seconds of silence, and they counted as departed: the smaller side went on at once."""
+
+    async def main() -> None:
+        spec = round_spec(outer={"inner_steps": 10, "part_bytes": 1024})
+        async with KnownInPart(sum(sizes), spec, size=SIZE) as world:
+            await world.train(25)
+            sides = world.nodes[: sizes[0]], world.nodes[sizes[0] :]
+            world.cut(*sides)
+            await world.train(4)  # what was under way comes to its end
+            before = [max(node.outer.height for node in side) for side in sides]
+            await world.train(56)
+            after = [max(node.outer.height for node in side) for side in sides]
+            assert after[0] > before[0]
+            assert after[1] == before[1]
+            world.heal()
+            await world.settle()
+            world.prove()
+
+    run(main)

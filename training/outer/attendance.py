@@ -45,7 +45,8 @@ class Attendance:
         self.done: set[PeerId] = set()
         self.lost: dict[PeerId, str] = {}
         self.unreached: set[PeerId] = set()  # those of them who may not be there at all
-        # ... and later whose connection closes; never those merely silent: they may be going on without us.
+        # ... and later whose connection closes amid it; never the merely silent: they may be going on without
+        # us. A stream that brought nothing may have ended because of the silence.
         self.departed = set(departed)
         self.contested = False  # somebody is in another leader's round
         self.highest_ballot = offer.ballot  # met; the next attempt has to exceed it
@@ -172,7 +173,7 @@ class Attendance:
         if isinstance(error, NetworkError):
             self._context.suspect(peer, str(error))
             self.unreached.add(peer)
-        if isinstance(error, StreamBroken):
+        if isinstance(error, StreamBroken) and peer in self.answers:  # else nobody knows that it was there
             self.departed.add(peer)
         if isinstance(error, Busy):
             self.contested = True
