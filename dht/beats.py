@@ -1,9 +1,9 @@
 """What two neighbours say to each other on their heartbeat stream, method "beat", control channel.
 
-Each side first sends its own record (`RosterRecords`), then a `Beat` every second and at every change. In
-between, either may offer records it learned, ask for those it lacks, hand over a newer revocation
-list or newer amendments (`protocol.revocation`, `protocol.amendments`), and say goodbye. `link` speaks it;
-all readers of a `SwarmView` read the beats.
+Each side first sends its own record (`RosterRecords`), then a `Beat` every second and at every change, in
+which it offers records it learned. In between, either may ask for those it lacks, hand over a newer
+revocation list or newer amendments (`protocol.revocation`, `protocol.amendments`), and say goodbye. `link`
+speaks it; all readers of a `SwarmView` read the beats.
 """
 
 from __future__ import annotations
@@ -48,6 +48,16 @@ class StageBeat:
 
 @wire_message
 @dataclass(frozen=True, slots=True)
+class RosterEntry:
+    """The version of a peer's record that the sender holds."""
+
+    peer: PeerIdText
+    incarnation: Identifier
+    sequence: Count
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
 class Beat:
     """One heartbeat. The first six fields are filled in by `Members`, the others by the trainer."""
 
@@ -67,6 +77,7 @@ class Beat:
     streams: Annotated[tuple[Identifier, ...], Items(STREAMS_CLAIMED)] = ()  # of data, that it claims
     amendment_version: Count = 0  # of the owner's orders that the sender holds; filled in by `Members`
     room: Count = 0  # for more stages beside those it holds, should nobody else have them
+    offers: Annotated[tuple[RosterEntry, ...], Items(NAMES_IN_MESSAGE)] = ()  # learned; ask for what you want
 
     @property
     def service_s(self) -> float:
@@ -96,24 +107,6 @@ class RosterRecords:
     """Records, the sender's own first where it is among them."""
 
     records: Annotated[tuple[SignedRecord, ...], Items(RECORDS_IN_MESSAGE)]
-
-
-@wire_message
-@dataclass(frozen=True, slots=True)
-class RosterEntry:
-    """The version of a peer's record that the sender holds."""
-
-    peer: PeerIdText
-    incarnation: Identifier
-    sequence: Count
-
-
-@wire_message
-@dataclass(frozen=True, slots=True)
-class RosterOffer:
-    """Records the sender has learned; the receiver asks for those it wants."""
-
-    entries: Annotated[tuple[RosterEntry, ...], Items(NAMES_IN_MESSAGE)]
 
 
 @wire_message

@@ -1,7 +1,7 @@
 """One heartbeat stream between two neighbours, the same code at both ends.
 
-`speak` sends what is due: own record, beats, offers of records, wanted records, newer lists of the owner's,
-goodbye. `listen` feeds what comes into the table. Nothing is queued: a link remembers what the
+`speak` sends what is due: own record, beats with offers of records, wanted records, newer lists of the
+owner's, goodbye. `listen` feeds what comes into the table. Nothing is queued: a link remembers what the
 other side lacks (bounded), and sends that when its turn comes, so a slow neighbour costs no memory.
 """
 
@@ -20,7 +20,6 @@ from shoal.dht.beats import (
     Beat,
     Goodbye,
     RosterEntry,
-    RosterOffer,
     RosterRecords,
     RosterWant,
 )
@@ -36,11 +35,11 @@ from shoal.protocol.wire import changed
 SILENT_LINK_S = 15.0  # a stream without a beat for this long is given up, even if nobody closed it
 FINISH_S = 2.0  # for the other side to end its half
 REPEATED_OFFERS = 4  # records offered again: an answer may have been lost with another stream
-REPEATED_EVERY = 4  # beats of a link: there are many links, and a message costs more than what is in it ...
+REPEATED_EVERY = 4  # beats of a link: there are many links ...
 REPEATED_AT_FIRST_S = 10.0  # ... but at every beat so long, while streams are opened twice and ended again
 _SENT_KEPT = 16  # own beats whose echo may still come
 _ASKED_MOST = 1024  # names held of what one link wants, or owes
-_KINDS = (Beat, RosterRecords, RosterOffer, RosterWant, RevocationNotice, SignedAmendments, Goodbye)
+_KINDS = (Beat, RosterRecords, RosterWant, RevocationNotice, SignedAmendments, Goodbye)
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +103,7 @@ class Link:
         self._echoed = 0
         self._offered = 0
         self._repeated = 0
+        self._told: dict[PeerId, RosterEntry] = {}  # offered by the other side since our last beat
         self._wanted: dict[PeerId, None] = {}
         self._owed: dict[PeerId, None] = {}
 
@@ -163,7 +163,6 @@ class Link:
                 self._beat_now = False
                 next_beat_s = loop.time() + self._home.heartbeat_s * self._home.rng.uniform(0.8, 1.0)
                 await self._send_beat(loop.time())
-                await self._send_offers()
             await self._send_wants()
             await self._send_owed()
             timer = loop.call_at(max(next_beat_s, loop.time() + 0.1), self._wake.set)
@@ -200,6 +199,7 @@ class Link:
             number=self._number,
             heard_number=self._heard_number,
             held_s=now - self._heard_s if self._heard_number else 0.0,
+            offers=self._offers(now),
         )
         await self._stream.send(beat)
 
@@ -209,23 +209,24 @@ class Link:
                 f"{self.peer} sent no beat for {now - self._heard_s:.1f} s; the stream is given up"
             )
 
-    async def _send_offers(self) -> None:
-        """Once per beat: what was learned since the last offer, and at times a few others in turn."""
+    def _offers(self, now: float) -> tuple[RosterEntry, ...]:
+        """What was learned since the last beat, and at times a few others in turn; not what we were told."""
         table = self._home.table
         found, self._offered = table.learned_after(self._offered, NAMES_IN_MESSAGE - REPEATED_OFFERS)
-        age_s = asyncio.get_running_loop().time() - self._begun_s
-        if age_s < REPEATED_AT_FIRST_S or self._number % REPEATED_EVERY == 0:
+        if now - self._begun_s < REPEATED_AT_FIRST_S or self._number % REPEATED_EVERY == 0:
             self._repeated += REPEATED_OFFERS
             found += table.some(self._repeated, REPEATED_OFFERS)
-        entries = tuple(
-            entry.offer
-            for entry in found
-            if entry.offer.peer != self.peer
-            and entry.gone_s is None
-            and self._home.concerns(self.peer, entry)
+        told, self._told = self._told, {}
+        return tuple(
+            [
+                entry.offer
+                for entry in found
+                if entry.offer.peer != self.peer
+                and entry.gone_s is None
+                and told.get(entry.offer.peer) != entry.offer
+                and self._home.concerns(self.peer, entry)
+            ]
         )
-        if entries:
-            await self._stream.send(RosterOffer(entries))
 
     async def _send_wants(self) -> None:
         while self._wanted:
@@ -261,8 +262,6 @@ class Link:
             case RosterRecords(records):
                 await self._home.learn(records, f"{self.peer}'s heartbeat stream")
                 self._wake.set()
-            case RosterOffer(entries):
-                self._remember(self._wanted, self._home.lacking(entries))
             case RosterWant(peers):
                 if self._home.me in peers:
                     self._sent_sequence = -1
@@ -297,6 +296,10 @@ class Link:
         self._told_amendments = max(self._told_amendments, beat.amendment_version)
         if beat.record_sequence > entry.record.sequence:
             self._remember(self._wanted, (self.peer,))
+        if beat.offers:
+            if len(self._told) < _ASKED_MOST:
+                self._told.update((offer.peer, offer) for offer in beat.offers)
+            self._remember(self._wanted, self._home.lacking(beat.offers))
         revocations, amendments = self._home.revocations.version, self._home.amendments.version
         if revocations > self._told_revocations or amendments > self._told_amendments:
             self._wake.set()

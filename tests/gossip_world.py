@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shoal.dht.beats import METHOD, Beat, Goodbye, RosterOffer, RosterRecords, RosterWant, StageBeat
+from shoal.dht.beats import METHOD, Beat, Goodbye, RosterRecords, RosterWant, StageBeat
 from shoal.dht.directory import PeerRecord
 from shoal.dht.interest import KNOWN, Known
 from shoal.dht.members import Members
@@ -30,7 +30,7 @@ RUN = bytes(range(32))
 EPOCH = 1_800_000_000.0
 JOIN_S = 10.0  # in which the first ones come
 NEAR = Link(latency_s=0.02, bytes_per_s=1e7)
-_KINDS = [kind.__name__.encode() for kind in (Beat, RosterRecords, RosterOffer, RosterWant, Goodbye)]
+_KINDS = [kind.__name__.encode() for kind in (Beat, RosterRecords, RosterWant, Goodbye)]
 _NAME_WITHIN = 96  # bytes of a frame, in which its message is named
 
 
