@@ -106,14 +106,20 @@ class SwarmView:
 
     def here(self) -> tuple[Member, ...]:
         """Everybody who is not gone."""
-        return tuple(member for member in self.members if member.liveness is not Liveness.GONE)
+        return tuple([member for member in self.members if member.liveness is not Liveness.GONE])
 
     def group(self, stage: int, *states: str) -> tuple[Member, ...]:
         """Who is not gone and holds (or joins) a stage in one of `states`; by default all states."""
         return tuple(
-            m for m in self.here() if stage in m.stages and (not states or m.state_at(stage) in states)
+            [
+                m
+                for m in self.members
+                if stage in m.stages
+                and m.liveness is not Liveness.GONE
+                and (not states or m.state_at(stage) in states)
+            ]
         )
 
     def online(self, stage: int) -> tuple[Member, ...]:
         """Replicas of a stage that take work now: online and alive."""
-        return tuple(m for m in self.group(stage, "online") if m.liveness is Liveness.ALIVE)
+        return tuple([m for m in self.group(stage, "online") if m.liveness is Liveness.ALIVE])

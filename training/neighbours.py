@@ -120,12 +120,12 @@ def _silent(
     """Others of whom nothing is heard for less than SILENT_S, and whose beat or last round tells of them."""
     found = {}
     for member in view.members:
-        if member.peer in living or member.departed:
+        if stage not in member.stages or member.peer in living or member.departed:
             continue
         if member.progress(stage) is None and member.peer not in took_part:
             continue
         silent = view.now_s - silent_since_s(member, view.now_s) < SILENT_S
-        if member.state_at(stage) == "online" and stage in member.stages and silent:
+        if member.state_at(stage) == "online" and silent:
             known = _as_known(member, stage, view.now_s)
             if known is not None:
                 found[member.peer] = dataclasses.replace(known, silent=True)
