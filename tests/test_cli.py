@@ -321,7 +321,7 @@ def test_the_uplink_is_the_same_for_people_and_programs(
 
 
 def test_what_keeps_a_peer_from_work_is_shown_with_what_to_do() -> None:
-    text = told(1, "halt", Loss(height=12, log_tokens=1, certain=True))
+    text = told(1, "halt", Loss(height=12, log_tokens=1, certain=True, known=True))
     answer = json.loads(json.dumps(_status(None, None, text).brief()))
     assert answer["trouble"] == text
     console = Console(width=200, file=io.StringIO(), record=True)

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_world import Replica, TrainerWorld, round_spec
+from trainer_world import RandomFeed, Replica, TrainerWorld, round_spec
 
 from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.liveness import Liveness
 from shoal.dht.view import Member, SwarmView
-from shoal.protocol import virtual_time, wire
+from shoal.protocol import limits, virtual_time, wire
 from shoal.protocol.errors import MessageInvalid
 from shoal.protocol.identity import PeerId
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.outer.log import LogState, Rebuilt, check_beginning
+from shoal.training.outer.policy import SILENT_S
 from shoal.training.partition import stage_ranges
 from shoal.training.recovery.lost_stage import loss_of, rebuilt
 from shoal.training.spec import RunSpec
@@ -95,6 +96,34 @@ def test_a_lost_stage_is_rebuilt_as_the_spec_says_once_for_all_who_come(policy: 
     virtual_time.run(main)
 
 
+def test_who_joins_amid_a_cut_does_not_rebuild_a_stage_that_the_other_side_holds() -> None:
+    """What was: nothing told of its replicas once their records had lapsed, and after ten seconds it did."""
+
+    async def main() -> None:
+        async with TrainerWorld(spec_of(2, "mean"), slower=30.0) as world:
+            await trained(world, 2, 1)
+            first, other, joiner = world.replicas[0], world.replicas[1], world.make(5)
+            for one in (first, joiner):
+                world.network.cut(one.peer, other.peer)
+            world.hub.cut(other.peer)
+            await asyncio.sleep(limits.RECORD_TTL_S + 5.0)
+            await joiner.start(1)
+            met = {first.peer}
+            await joiner.members.wait_for(lambda view: met <= {m.peer for m in view.here() if m.beat}, 15.0)
+            recovering = asyncio.create_task(joiner.train_at(1, world._duration_s, RandomFeed(world.spec, 5)))
+            await asyncio.sleep(SILENT_S - 20.0)
+            assert not joiner.heard("stage-rebuilt")
+            for one in (first, joiner):
+                world.network.heal(one.peer, other.peer)
+            world.hub.heal()
+            await recovering
+            assert not joiner.heard("stage-rebuilt")
+            assert joiner.heard("stage-found")
+            await joiner.kill()
+
+    virtual_time.run(main)
+
+
 def test_a_log_that_says_it_was_rebuilt_is_believed_only_under_its_own_head() -> None:
     run, digest = bytes(32), bytes(range(32))
     entry = Rebuilt(2, 8, "mean", 5, PeerId("p" * 46), (digest, digest), digest)
@@ -144,7 +173,7 @@ def test_a_stage_counts_as_lost_only_while_nobody_holds_it_and_the_run_has_entri
         loss = loss_of(SwarmView(me, now_s, (member("me", 1, 0, state="joining"), *members)), 1)
         return loss.certain if loss is not None else None
 
-    silent = {"liveness": Liveness.GONE, "heard_s": 5.0}
+    silent = {"liveness": Liveness.GONE, "heard_s": 5.0, "gone_s": 10.0}
     assert lost() is None
     assert lost(member("a", 0, 0)) is None
     assert lost(member("a", 0, 3)) is True
@@ -153,6 +182,8 @@ def test_a_stage_counts_as_lost_only_while_nobody_holds_it_and_the_run_has_entri
     assert lost(member("a", 0, 3), member("b", 1, 3, **silent)) is False, "it may thaw"
     assert lost(member("a", 0, 3), member("b", 1, 3, **silent), now_s=200.0) is True
     assert lost(member("b", 1, 3, departed=True, **silent)) is True
+    never_heard = {"liveness": Liveness.GONE, "gone_s": 9.0, "beat": None}
+    assert lost(member("a", 0, 3), member("b", 1, 3, **never_heard)) is False, "its record told of it"
 
     guards = Beat(stages=(StageBeat(0, height=3),), guards=(StageBeat(1, height=3),))
     guardian = member("g", 0, 3, beat=guards)

@@ -22,6 +22,7 @@ from shoal.dht.liveness import Liveness
 from shoal.dht.view import SwarmView
 from shoal.protocol.errors import NotHere, ShoalError
 from shoal.training.model.layout import StageLayout, stage_layout
+from shoal.training.neighbours import silent_since_s
 from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
 from shoal.training.outer.log import LogState, Rebuilt
@@ -43,6 +44,7 @@ class Loss:
     height: int  # of the highest log
     log_tokens: int  # of the longest
     certain: bool  # whoever held or guarded the stage is gone for good; else it may yet come from somebody
+    known: bool  # who held it; a newcomer on one side of a cut has never met those on the other
 
 
 def loss_of(view: SwarmView, stage: int) -> Loss | None:
@@ -63,10 +65,10 @@ def loss_of(view: SwarmView, stage: int) -> Loss | None:
     guardians = [m for m in others if m.beat is not None and any(g.stage == stage for g in m.beat.guards)]
     hoped_for = any(
         member.liveness is not Liveness.GONE
-        or (not member.departed and member.heard_s is not None and view.now_s - member.heard_s < SILENT_S)
+        or (not member.departed and view.now_s - silent_since_s(member, view.now_s) < SILENT_S)
         for member in (*holders, *guardians)
     )
-    return Loss(height, max(beat.log_tokens for beat in beats), not hoped_for)
+    return Loss(height, max(beat.log_tokens for beat in beats), not hoped_for, bool(holders))
 
 
 def told(stage: int, policy: str, loss: Loss) -> str:
@@ -114,7 +116,8 @@ class LostStage:
                 text = told(context.stage, policy, loss)
                 context.event("stage-lost", {"stage": context.stage, "policy": policy, "text": text})
                 heard = True
-            patient = loss.certain and loop.time() - begun_s >= PATIENCE_S
+            patience_s = PATIENCE_S if loss.known else SILENT_S
+            patient = loss.certain and loop.time() - begun_s >= patience_s
             if policy != "halt" and patient and self._is_first():
                 try:
                     await self._rebuild(policy, loss)
