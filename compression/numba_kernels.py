@@ -14,7 +14,8 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 from numba import njit, types
-from numba.core import config
+from numba.core import cgutils, config
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -48,6 +49,56 @@ def _any_order(function: _F) -> _F:
     return cast(_F, njit(nogil=True, fastmath={"reassoc"})(function))
 
 
+def _generated(function: Callable[..., Any]) -> Any:
+    """An instruction that Python has no words for: the function types it and writes LLVM's code."""
+    return cast(Any, intrinsic)(function)
+
+
+_utils: Any = cgutils
+ir = _utils.ir  # llvmlite's
+_Typed = tuple[Any, Callable[..., Any]]
+_LINE = 16  # floats in a line of the cache
+_AHEAD = 32 * _LINE
+
+
+def _pointer(context: Any, builder: Any, to: Any, kind: Any, array: Any, index: Any) -> Any:
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), to.as_pointer())
+
+
+@_generated
+def _fetch(_: Any, values: Any, index: Any) -> _Typed:
+    """_fetch(values, index): have that line brought into the cache; beyond the end, nothing happens."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, number = ir.IntType(8), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), number, number, number])
+        prefetch = _utils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        at = _pointer(context, builder, byte, signature.args[0], *arguments)
+        builder.call(prefetch, [at, number(0), number(3), number(1)])  # for reading, all levels, data
+        return context.get_dummy_value()
+
+    return types.void(values, index), code
+
+
+@_generated
+def _stream(_: Any, source: Any, i: Any, result: Any, j: Any) -> _Typed:
+    """_stream(source, i, result, j): a line of values, written past the cache; result[j] begins a line.
+
+    Other threads see it once this one has let go of a lock, as it does before Python tells them of anything.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        line, (first, _, second, _) = ir.VectorType(ir.FloatType(), _LINE), signature.args
+        values = builder.load(_pointer(context, builder, line, first, *arguments[:2]), align=4)
+        at = _pointer(context, builder, line, second, *arguments[2:])
+        written = builder.store(values, at, align=4 * _LINE)
+        written.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(source, i, result, j), code
+
+
 # Signatures: values in, values out, bytes in, bytes out, numbers.
 _VALUES = types.Array(types.float32, 1, "C", readonly=True)
 _RESULT = types.float32[::1]
@@ -63,6 +114,8 @@ _DECODE = (_VOID, _DATA, _INT, _VALUES, _F32, _RESULT)
 # add(data, count, block, first, weight, total): total += weight·values, for the values of the `count` in data
 # that begin with block `first`; their squared norm.
 _ADD = (_F64, _DATA, _INT, _INT, _INT, _F32, _RESULT)
+# copy(source, result): of equal size.
+_COPY = (_VOID, _VALUES, _RESULT)
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
@@ -153,11 +206,39 @@ def _fold(sums: Floats, half: int) -> None:
 
 
 @_inline
+def _near(values: Floats, start: int, count: int) -> None:
+    """Ask memory for what comes next: else it is waited for at every block."""
+    for i in range(start, start + count, _LINE):
+        _fetch(values, i)
+
+
+@_inline
+def _in_lines(result: Floats) -> bool:
+    """Whether a line of the cache begins with the first value."""
+    return bool(result.ctypes.data % (4 * _LINE) == 0)
+
+
+@_inline
+def _write(x: Floats, count: int, result: Floats, start: int, in_lines: bool) -> None:
+    """result = x[:count] from `start`, a multiple of _LINE, on; past the cache, which has no use for it.
+
+    Without slices: numba would count references to them, and that waits for all that is being written.
+    """
+    lines = count // _LINE if in_lines else 0
+    for i in range(0, lines * _LINE, _LINE):
+        _stream(x, i, result, start + i)
+    for i in range(lines * _LINE, count):
+        result[start + i] = x[i]
+
+
+@_inline
 def _take_delta(x: Floats, start: int, anchor: Floats, sent: Floats, carried: Floats) -> None:
     """x = anchor − sent + carried from `start` on; the last two may be empty."""
     a = anchor[start : start + x.size]
+    _near(anchor, start + x.size, x.size)
     if sent.size > 0:
         s = sent[start : start + x.size]
+        _near(sent, start + x.size, x.size)
         for i in range(x.size):
             x[i] = a[i] - s[i]
     else:
@@ -165,6 +246,7 @@ def _take_delta(x: Floats, start: int, anchor: Floats, sent: Floats, carried: Fl
             x[i] = a[i]
     if carried.size > 0:
         e = carried[start : start + x.size]
+        _near(carried, start + x.size, x.size)
         for i in range(x.size):
             x[i] += e[i]
 
@@ -252,6 +334,16 @@ def int8_encode(
     return square, left
 
 
+@_kernel(*_COPY)
+def copy(source: Floats, result: Floats) -> None:
+    lines = source.size // _LINE if _in_lines(result) else 0
+    for i in range(0, lines * _LINE, _LINE):
+        _fetch(source, i + _AHEAD)
+        _stream(source, i, result, i)
+    for i in range(lines * _LINE, source.size):
+        result[i] = source[i]
+
+
 @_kernel(_INT, _DATA, _INT, _INT)
 def int8_check(data: Bytes, count: int, block: int) -> int:
     blocks = -(-count // block)
@@ -274,15 +366,17 @@ def int8_check(data: Bytes, count: int, block: int) -> int:
 
 @_kernel(*_DECODE)
 def int8_decode(data: Bytes, block: int, base: Floats, rate: np.float32, result: Floats) -> None:
-    blocks = -(-result.size // block)
-    codes = data[4 * blocks :].view(np.int8)
+    blocks, in_lines = -(-result.size // block), _in_lines(result)
+    codes, x = data[4 * blocks :].view(np.int8), np.empty(block, np.float32)
     for b in range(blocks):
         scale, offset = _scale(data, b), _scale(data, blocks + b)
         y, c = result[b * block : (b + 1) * block], codes[b * block : (b + 1) * block]
         if base.size > 0:
             a = base[b * block : (b + 1) * block]
             for i in range(y.size):
-                y[i] = a[i] - np.float32((np.float32(c[i]) * scale + offset) * rate)
+                x[i] = a[i] - np.float32((np.float32(c[i]) * scale + offset) * rate)
+            _near(base, (b + 1) * block, block)
+            _write(x, y.size, result, b * block, in_lines)
         else:
             for i in range(y.size):
                 y[i] = np.float32(c[i]) * scale + offset

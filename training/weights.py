@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from shoal.compression.copying import copy
 from shoal.training.inner import InnerOptimizer, Moments, norm_of
 from shoal.training.lane import Lane
 from shoal.training.model.layout import StageLayout
@@ -162,7 +163,7 @@ class Weights:
         self._readers += more
 
     def _copy(self, span: slice, into: torch.Tensor) -> Sent:
-        return Sent(into.copy_(self._master[span]), self.inner_steps, self.tokens, self._moves)
+        return Sent(copy(self._master[span], into), self.inner_steps, self.tokens, self._moves)
 
     def _rebase(self, changes: Sequence[Rebase]) -> None:
         for change in changes:

@@ -12,6 +12,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
+_LINE = 16  # floats in a line of the cache
 _KEPT = 3  # free buffers of one size: a copy of local weights, an anchor, a momentum
 
 
@@ -27,10 +28,17 @@ class Buffers:
         try:
             memory = free.pop()
         except IndexError:
-            memory = np.empty(count, np.float32)
+            memory = _in_lines(count)
         lent = memory[:]
         weakref.finalize(lent, _give_back, free, memory).atexit = False
         return torch.from_numpy(lent)
+
+
+def _in_lines(count: int) -> np.ndarray:
+    """So that whole lines can be written without being read first (`compression.copying`)."""
+    memory = np.empty(count + _LINE, np.float32)
+    first = -memory.ctypes.data // 4 % _LINE
+    return memory[first : first + count]
 
 
 def _give_back(free: list[np.ndarray], memory: np.ndarray) -> None:

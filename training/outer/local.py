@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from shoal.compression.copying import copy
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sent:
@@ -43,7 +45,7 @@ class Rebase:
         if (
             self.alpha is None and moves == self.moves
         ):  # a round shorter than an inner step: half of the memory traffic
-            span.copy_(self.new)
+            copy(self.new, span)
             return
         pieces = (torch.split(tensor, _PIECE) for tensor in (span, self.old, self.new))
         for weight, old, new in zip(*pieces, strict=True):
@@ -90,7 +92,7 @@ class MemoryWeights:
         self._moves += 1
 
     async def sent(self, span: slice, into: torch.Tensor) -> Sent:
-        return Sent(into.copy_(self.weights[span]), self.inner_steps, self.tokens, self._moves)
+        return Sent(copy(self.weights[span], into), self.inner_steps, self.tokens, self._moves)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
         for change in changes:

@@ -1,0 +1,56 @@
+"""Copies past the cache: the same values as any copy, nothing beside them touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from codecs_world import on, same_bits
+
+from shoal.compression import copying
+from shoal.compression.copying import copy
+from shoal.compression.registry import codec_by_tag
+from shoal.training.outer.buffers import Buffers
+
+
+@pytest.mark.parametrize("path", ["compiled", "portable"])
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 255, 4096, 5003])
+@pytest.mark.parametrize("at", [0, 1, 4, 16])
+def test_a_copy_is_a_copy_wherever_it_begins(
+    path: str, count: int, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "_LEAST", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    source, into = torch.randn(count + 5)[3 : 3 + count], torch.full((count + 48,), -1.0)
+    source[0] = torch.nan
+    with on(path):
+        result = copy(source, into[at : at + count])
+    assert same_bits(into[at : at + count], source)
+    assert result.data_ptr() == into[at:].data_ptr()
+    assert bool((into[:at] == -1.0).all()) and bool((into[at + count :] == -1.0).all())
+
+
+def test_other_types_and_strides_are_copied_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "_LEAST", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    source = torch.randn(64)
+    with on("compiled"):
+        assert torch.equal(copy(source, torch.empty(64, dtype=torch.bfloat16)), source.to(torch.bfloat16))
+        assert torch.equal(copy(source[::2], torch.empty(32)), source[::2])
+        assert torch.equal(copy(source[:32], torch.zeros(64)[::2]), source[:32])
+
+
+def test_vectors_of_rounds_begin_a_line_of_the_cache() -> None:
+    buffers = Buffers()
+    assert [buffers.take(count).data_ptr() % 64 for count in (1, 100, 5000, 1 << 20)] == [0] * 4
+
+
+@pytest.mark.parametrize("at", [0, 1, 16])
+def test_a_step_gives_the_same_bits_wherever_its_result_begins(at: int) -> None:
+    codec, base, into = codec_by_tag("int8/256"), torch.randn(5003), torch.full((5051,), -1.0)
+    encoded = codec.encode(torch.randn(5003))
+    with on("portable"):
+        codec.subtract_decoded(encoded, base, 0.7, expected := torch.empty(5003))
+    with on("compiled"):
+        codec.subtract_decoded(encoded, base, 0.7, into[at : at + 5003])
+    assert same_bits(into[at : at + 5003], expected)
+    assert bool((into[:at] == -1.0).all()) and bool((into[at + 5003 :] == -1.0).all())
