@@ -87,11 +87,15 @@ async def serve_metrics(host: str, port: int, snapshot: Callable[[], Snapshot]) 
     slots = asyncio.Semaphore(CONNECTIONS)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(TimeoutError, OSError, ValueError, asyncio.IncompleteReadError):
-            async with slots, asyncio.timeout(REQUEST_S):
-                writer.write(_response(registry, await reader.readuntil(b"\r\n\r\n")))
-                await writer.drain()
-        writer.close()
+        try:
+            with contextlib.suppress(
+                TimeoutError, OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError
+            ):
+                async with slots, asyncio.timeout(REQUEST_S):
+                    writer.write(_response(registry, await reader.readuntil(b"\r\n\r\n")))
+                    await writer.drain()
+        finally:  # asyncio of Python 3.11.2 leaves a connection open whose callback failed
+            writer.close()
 
     try:
         server = await asyncio.start_server(connected, host, port, limit=REQUEST_BYTES)
