@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from outer_faults import Faults
 from outer_ledger import Ledger
 from outer_world import Node, World
 
 from shoal.protocol.identity import PeerId
+from shoal.protocol.memory_transport import Link
 from shoal.training.outer.entry import Entry
 from shoal.training.outer.service import GroupMember
 
@@ -100,6 +103,23 @@ class PartitionWorld(World):
                     for b in other:
                         self._lose_sight(a, b)
                         self.network.cut(a.name, b.name)
+
+    async def part_amid_a_round(self, faults: Faults, kind: type, count: int, *sides: Sequence[Node]) -> None:
+        """On slow links they part as a message of that kind arrives, and meet again; no step may be lost."""
+        faults.hangs = False
+        for one, other in itertools.permutations(self.nodes, 2):
+            self.network.set_link(one.name, other.name, Link(latency_s=0.02, bytes_per_s=1e5))
+        await self.train(15)
+        faults.arm(kind, "receiving", lambda peer: self.cut(*sides), count=count)
+        await self.train(180)
+        assert faults.hit is not None
+        self.heal()
+        await self.settle(120)
+        self.prove()
+        await self.train(20)
+        await self.settle()
+        self.prove()
+        self.assert_nothing_is_lost()
 
     def heal(self) -> None:
         """Everything passes again; what is frozen, once it is thawed."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import ClassVar
@@ -25,7 +24,6 @@ from shoal.node.simulate.options import Options
 from shoal.node.simulate.run import simulate_run
 from shoal.protocol.errors import PeerUnreachable
 from shoal.protocol.identity import PeerId, Role
-from shoal.protocol.memory_transport import Link
 from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.protocol.virtual_time import run
 from shoal.training.neighbours import group_members
@@ -288,25 +286,11 @@ def test_a_cut_amid_a_round_of_strangers_leaves_each_step_in_once(kind: type, co
     """What was: whoever vanished without having been heard was taken for dead, and so for one that had
     decided nothing."""
     faults = Faults()
-    faults.hangs = False
 
     async def main() -> None:
         spec = round_spec(outer={"inner_steps": 4, "part_bytes": 1024, "fragments": 2})
         async with KnownInPart(4, spec, size=SIZE, wrap=faults.wrap) as world:
-            for one, other in itertools.permutations(world.nodes, 2):
-                world.network.set_link(one.name, other.name, Link(latency_s=0.02, bytes_per_s=1e5))
-            await world.train(15)
-            sides = world.nodes[:2], world.nodes[2:]
-            faults.arm(kind, "receiving", lambda peer: world.cut(*sides), count=count)
-            await world.train(180)
-            assert faults.hit is not None
-            world.heal()
-            await world.settle(120)
-            world.prove()
-            await world.train(20)
-            await world.settle()
-            world.prove()
-            world.assert_nothing_is_lost()
+            await world.part_amid_a_round(faults, kind, count, world.nodes[:2], world.nodes[2:])
 
     run(main)
 

@@ -168,27 +168,11 @@ def test_what_only_a_slow_switcher_holds_re_enters_too(seed: int) -> None:
 def test_a_cut_amid_a_round_leaves_each_step_in_once(kind: type, count: int) -> None:
     """Both sides may end that round, each with what it has: part by part the chains list different steps."""
     faults = Faults()
-    faults.hangs = False
 
     async def main() -> None:
         spec = partition_spec(inner_steps=4, fragments=2)
         async with PartitionWorld(4, spec, size=SIZE, wrap=faults.wrap) as world:
-            for one in world.nodes:
-                for other in world.nodes:
-                    if one is not other:
-                        world.network.set_link(one.name, other.name, Link(latency_s=0.02, bytes_per_s=1e5))
-            await world.train(15)
-            sides = sides_of(world, 2, 2)
-            faults.arm(kind, "receiving", lambda peer: world.cut(*sides), count=count)
-            await world.train(170)
-            assert faults.hit is not None
-            world.heal()
-            await world.settle(120)
-            world.prove()
-            await world.train(20)
-            await world.settle()
-            world.prove()
-            world.assert_nothing_is_lost()
+            await world.part_amid_a_round(faults, kind, count, *sides_of(world, 2, 2))
 
     run(main)
 
