@@ -121,7 +121,7 @@ async def fetch_files(
             async with asyncio.TaskGroup() as tasks:
                 for donor in now:
                     tasks.create_task(work(donor))
-        except* StorageError as group:
+        except ExceptionGroup as group:  # not `except*`: Python 3.11.2 wraps what is raised there
             raise group.exceptions[0] from None
     if missing:
         raise NotHere(

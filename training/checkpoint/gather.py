@@ -119,7 +119,7 @@ class Gatherer:
                     tasks.create_task(self._stage(stage, layers, writer, fetching, counted))
                     for stage, layers in enumerate(stage_ranges(self._spec))
                 ]
-        except* ShoalError as group:
+        except ExceptionGroup as group:  # not `except*`: Python 3.11.2 wraps what is raised there
             raise group.exceptions[0] from None
         await self._offload(writer.finish, self._spec, [job.result() for job in jobs])
         found: Checkpoint = await self._offload(open_checkpoint, writer.path)
