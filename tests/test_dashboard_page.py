@@ -46,6 +46,7 @@ class World:
         )
         self.page = await sign_in(self.context, link)
         self.daemon.recorded, self.moments = await recorded(folder, time.time())
+        self._stack.push_async_callback(self.daemon.recorded.close)
 
     @asynccontextmanager
     async def fresh(self) -> AsyncIterator[Page]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ from shoal.protocol import virtual_time
 from shoal.protocol.errors import StorageError, UsageError
 
 Scene = Callable[[World], Awaitable[None]]
+
+
+@pytest.fixture
+def archive(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Archive]:
+    """One of its own, closed in the end; with limits where a test names them."""
+    with contextlib.closing(Archive(tmp_path / "history.sqlite", **getattr(request, "param", {}))) as archive:
+        yield archive
 
 
 def play(scene: Scene) -> None:
@@ -171,9 +179,8 @@ def test_a_peer_without_the_owners_role_keeps_no_history() -> None:
     play(scene)
 
 
-def test_while_the_disk_is_full_the_oldest_waiting_events_are_dropped_and_counted(tmp_path: Path) -> None:
+def test_while_the_disk_is_full_the_oldest_waiting_events_are_dropped_and_counted(archive: Archive) -> None:
     async def scene() -> None:
-        archive = Archive(tmp_path / "history.sqlite")
         history = History(archive, inline, clock)
         await history.start()
         with archive._open() as db:
@@ -190,13 +197,13 @@ def test_while_the_disk_is_full_the_oldest_waiting_events_are_dropped_and_counte
     virtual_time.run(scene)
 
 
-def test_whoever_asks_and_is_cut_off_takes_no_events_along(tmp_path: Path) -> None:
+def test_whoever_asks_and_is_cut_off_takes_no_events_along(archive: Archive) -> None:
     async def busy(function: Callable[..., Any], *arguments: Any) -> Any:
         await asyncio.sleep(1.0)  # a job that is cancelled meanwhile never begins
         return function(*arguments)
 
     async def scene() -> None:
-        history = History(Archive(tmp_path / "history.sqlite"), busy, clock)
+        history = History(archive, busy, clock)
         await history.start()
         for number in range(1, 6):
             history.add(entry(number))
@@ -214,15 +221,13 @@ def test_whoever_asks_and_is_cut_off_takes_no_events_along(tmp_path: Path) -> No
 # --- the file
 
 
-def test_what_is_told_twice_is_kept_once(tmp_path: Path) -> None:
-    archive = Archive(tmp_path / "history.sqlite")
+def test_what_is_told_twice_is_kept_once(archive: Archive) -> None:
     archive.write(Write(entries=(entry(1), entry(2))))
     archive.write(Write(entries=(dataclasses.replace(entry(3), theirs=2),)))
     assert [row.number for row in archive.events(0, None, None, 10, newest=False)] == [1, 2]
 
 
-def test_events_are_found_by_number_kind_and_peer(tmp_path: Path) -> None:
-    archive = Archive(tmp_path / "history.sqlite")
+def test_events_are_found_by_number_kind_and_peer(archive: Archive) -> None:
     entries = [
         entry(n, kind="even" if n % 2 == 0 else "odd", peer="b" if n > 5 else "a") for n in range(1, 11)
     ]
@@ -238,8 +243,8 @@ def test_events_are_found_by_number_kind_and_peer(tmp_path: Path) -> None:
     assert len(archive.events(0, None, None, 10 * PAGE, newest=False)) == 10
 
 
-def test_what_is_too_old_goes_and_the_file_stays_below_its_size(tmp_path: Path) -> None:
-    archive = Archive(tmp_path / "history.sqlite", kept_s=1000.0, size_bytes=400_000)
+@pytest.mark.parametrize("archive", [{"kept_s": 1000.0, "size_bytes": 400_000}], indirect=True)
+def test_what_is_too_old_goes_and_the_file_stays_below_its_size(archive: Archive) -> None:
     archive.write(Write(entries=tuple(entry(n, at=NOW - 2000.0) for n in range(1, 11))))
     archive.tidy(NOW)
     assert archive.events(0, None, None, 10, newest=False) == []
@@ -251,22 +256,20 @@ def test_what_is_too_old_goes_and_the_file_stays_below_its_size(tmp_path: Path) 
     assert archive.events(0, None, None, 1, newest=True)[0].number == 5099, "the newest are kept"
 
 
-def test_a_damaged_file_is_put_aside_and_a_new_one_begun(tmp_path: Path) -> None:
-    path = tmp_path / "history.sqlite"
-    path.write_bytes(b"this was a history once" * 1000)
+def test_a_damaged_file_is_put_aside_and_a_new_one_begun(archive: Archive) -> None:
+    archive.path.write_bytes(b"this was a history once" * 1000)
 
     async def scene() -> None:
-        history = History(Archive(path), inline, clock)
+        history = History(archive, inline, clock)
         assert (await history.start()).number == 0
         history.add(entry(1))
         assert await history.flush()
 
     virtual_time.run(scene)
-    assert path.with_suffix(".damaged").exists()
+    assert archive.path.with_suffix(".damaged").exists()
 
 
-def test_a_series_is_cut_evenly_into_the_points_that_are_wanted(tmp_path: Path) -> None:
-    archive = Archive(tmp_path / "history.sqlite")
+def test_a_series_is_cut_evenly_into_the_points_that_are_wanted(archive: Archive) -> None:
     archive.write(Write(samples=tuple(("x", NOW + n, float(n)) for n in range(1000))))
     points = archive.series("x", NOW, 10)
     assert [value for _, value in points] == pytest.approx([49.5 + 100 * n for n in range(10)], abs=1.0)
@@ -274,8 +277,7 @@ def test_a_series_is_cut_evenly_into_the_points_that_are_wanted(tmp_path: Path) 
     assert archive.series("unknown", 0.0, 10) == []
 
 
-def test_the_newest_figures_of_a_process_replace_those_before_and_never_shrink(tmp_path: Path) -> None:
-    archive = Archive(tmp_path / "history.sqlite")
+def test_the_newest_figures_of_a_process_replace_those_before_and_never_shrink(archive: Archive) -> None:
     for tokens in (10, 30, 20):
         done = Contribution(
             peer="a",
@@ -332,8 +334,7 @@ def test_the_owners_peer_keeps_the_run_as_it_was(tmp_path: Path) -> None:
     play(scene)
 
 
-def test_of_old_moments_fewer_are_kept_and_all_within_their_share(tmp_path: Path) -> None:
-    archive = Archive(tmp_path / "history.sqlite")
+def test_of_old_moments_fewer_are_kept(archive: Archive) -> None:
     ages = (*range(0, 7200, 10), *range(23 * 3600, 25 * 3600, 30))
     archive.write(Write(frames=tuple(moment(NOW - age) for age in ages)))
     archive.tidy(NOW)
@@ -355,13 +356,15 @@ def test_of_old_moments_fewer_are_kept_and_all_within_their_share(tmp_path: Path
     archive.tidy(NOW)
     assert archive.frame(NOW - 23.5 * 3600.0) == frame, "tidied again nothing more goes"
 
-    large = Archive(tmp_path / "large.sqlite", size_bytes=100_000)
+
+@pytest.mark.parametrize("archive", [{"size_bytes": 100_000}], indirect=True)
+def test_all_moments_keep_within_their_share(archive: Archive) -> None:
     noise = random.Random(1).randbytes(2000).hex()
     frames = tuple(
         dataclasses.replace(moment(NOW - n), me=dataclasses.replace(own(), device=f"{n}{noise}"))
         for n in range(60)
     )
-    large.write(Write(frames=frames))
-    assert large.tidy(NOW) <= 100_000
-    span = large.span()
+    archive.write(Write(frames=frames))
+    assert archive.tidy(NOW) <= 100_000
+    span = archive.span()
     assert span is not None and span[1] == NOW and NOW - 59 < span[0] < NOW - 5
