@@ -44,11 +44,14 @@ class Served:
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
         self.world: World = self.wait(self._open())
+        self.model = self.new_model()
+
+    def new_model(self) -> SwarmModelForCausalLM:
+        """One without an adapter."""
         rng, world = random.Random(1), self.world
         text = Text(world.spec, ByteTokenizer(), world.client, world, rng)
-        self.model = SwarmModelForCausalLM(
-            text, Tuner(world.spec, world.client, world, rng, offload=in_place), self.wait
-        )
+        tuner = Tuner(world.spec, world.client, world, rng, offload=in_place)
+        return SwarmModelForCausalLM(text, tuner, self.wait)
 
     def wait(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60.0)
@@ -89,10 +92,17 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
+def running() -> Iterator[Served]:
     found = Served()
     yield found
     found.close()
+
+
+@pytest.fixture
+def served(running: Served) -> Served:
+    """The same swarm for all; each test adapts a model of its own."""
+    running.model = running.new_model()
+    return running
 
 
 def test_logits_and_text_are_those_of_transformers(served: Served) -> None:
