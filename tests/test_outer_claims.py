@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 
 import pytest
+import torch
 from outer_world import World
 
 from shoal.protocol.identity import PeerId, Role
@@ -63,5 +65,36 @@ def test_an_answer_that_tells_of_entries_nobody_can_have() -> None:
                 await world.rounds(1, each=3)
             assert world.equal()
             await transport.close()
+
+    run(main)
+
+
+def test_who_claims_more_tokens_than_its_group_can_have_seen_neither_decides_nor_ends_the_schedule() -> None:
+    """What was: it had nearly all of the weight, was never clipped, and the log had counted all tokens."""
+
+    async def main() -> None:
+        async with World(4) as world:
+            boaster, *honest = world.nodes
+            await world.rounds(1)
+            before = honest[0].outer.tokens
+            boaster.weights.tokens += 2**52
+            for node in honest:
+                node.step()
+                node.step()
+            boaster.weights.step(torch.full((boaster.weights.size,), 1e3), 100)
+            boaster.weights.step(torch.zeros(boaster.weights.size), 100)
+            boaster.outer.stepped()
+            await asyncio.gather(*(node.reach(2) for node in world.nodes))
+            outer, inner = world.spec.outer, world.spec.inner
+            most = 2 * len(world.nodes) * outer.inner_steps * inner.inner_tokens
+            assert honest[0].outer.tokens - before <= most + 3 * 200
+            entry = honest[0].outer.entry(2)
+            assert entry is not None
+            boast = entry.row_of(entry.seat_of(boaster.name) or 0)
+            assert boast is not None and boast.clip < 0.1
+            before = honest[0].outer.tokens
+            await world.rounds(1)
+            assert honest[0].outer.tokens - before < 1000, "what was left out is not claimed again"
+            assert world.equal()
 
     run(main)

@@ -33,7 +33,7 @@ def test_a_leader_that_dies_while_its_second_draft_begins_leaves_the_first_one_r
                 async with first.open(node.name, "outer.0.round") as stream:
                     answer = await prepare(stream, FIRST, node, 1)
                     offer, log = offer_of(FIRST, node, 1), node.outer._replica.log
-                    draft = draft_of(offer, {node.name: answer, FIRST: answer}, offer, log, 1)
+                    draft = draft_of(offer, {node.name: answer, FIRST: answer}, offer, log, 1, 8192)
                     await stream.send(Go(30.0), draft.encode())
                     await asyncio.sleep(0.1)  # the member waits for what the leader contributes and publishes
                     object.__setattr__(node.outer.context, "offload", slow)

@@ -25,6 +25,7 @@ from shoal.training.outer.policy import (
     Wait,
     clip_factors,
     closes_at,
+    counted_tokens,
     holds_quorum,
     next_action,
     owners,
@@ -153,6 +154,18 @@ def member(n: int, steps: int, height: int = 3) -> GroupMember:
 )
 def test_a_round_opens_on_the_groups_work(group: list[GroupMember], due: bool) -> None:
     assert should_open(10, group[0], group).yes is due
+
+
+def test_nobody_counts_for_more_than_its_group_can_have_done() -> None:
+    for members, tokens in ((2, 100), (8, 4096)):
+        due = members * tokens
+        fast = [due - members + 1, *[1] * (members - 1)]  # one that did nearly all of the round's work
+        assert counted_tokens(fast, members, tokens) == fast
+        late = [100 * due, *[10 * tokens] * (members - 1)]  # the round comes ten times later than it was due
+        assert counted_tokens(late, members, tokens) == [20 * due, *late[1:]]
+    assert counted_tokens([2**53, 90, 110], 3, 100) == [660, 90, 110]
+    assert counted_tokens([2**53], 3, 100) == [600], "nobody else made a step"
+    assert counted_tokens([], 3, 100) == []
 
 
 def test_only_outliers_are_clipped() -> None:

@@ -126,6 +126,7 @@ def test_what_an_earlier_attempts_round_sends_is_what_the_next_attempt_is_told_o
                         offer_of(FIRST, node, 1),
                         node.outer._replica.log,
                         1,
+                        8192,
                     )
                     await earlier.send(Go(30.0), draft.encode())
                     await asyncio.sleep(0.5)

@@ -199,12 +199,14 @@ class Leader:
         Without anybody who does there is a round only for somebody who is let go: to a stage that stands
         still, perhaps, and without which nobody makes a step.
         """
+        spec = self._context.amended.at(self._plain.revision)
         draft = draft_of(
             self._plain,
             self._group.answers,
             like,
             self._log,
-            self._context.spec.stages.minimum_replicas,
+            spec.stages.minimum_replicas,
+            spec.outer.inner_steps * spec.inner.inner_tokens,
         )
         if not draft.contributors and not draft.leaving:
             raise Stale(f"height {draft.height}: nobody has made a step")

@@ -34,6 +34,7 @@ from shoal.training.outer.round import Round, draw_owners
 
 GO_LAG_S = 2.0  # a neighbour's contribution may be here before the leader's GO
 APART_S = 2.0  # that others go without a member which repairs its state: as long as a silent one delays them
+_TOKENS_REMEMBERED = 1024  # contributions; of older ones the log's count has to do
 NORM_MOST = 1e18  # entry.Norm's bound
 _APPLYING, _APPLIED = define("entry.applying"), define("entry.applied")
 Positions = Callable[[int], Sequence[tuple[int, int]]]  # of the data streams, as of an inner step
@@ -63,6 +64,7 @@ class Member:
         self._local = local
         self._positions = positions
         self.contribution: Contribution | None = None  # to the height to come
+        self._tokens_at: dict[int, int] = {}  # steps that were contributed up to -> all tokens by then
         self.mixes: dict[int, bytes] = {}  # by fragment, as the last contribution suggests
         self.phases = Phases()
         self._reached: set[PeerId] = set()  # who may have got some of it, by whatever draft
@@ -149,6 +151,8 @@ class Member:
             incarnation=context.incarnation,
         )
         if mine is not None:
+            from_tokens = self._tokens_at.get(from_step, from_tokens)  # an entry may count fewer
+            self._note_tokens(mine.sent.inner_step, mine.sent.tokens)
             if math.isfinite(mine.norm) and mine.norm <= NORM_MOST:
                 answer = dataclasses.replace(
                     answer,
@@ -160,6 +164,11 @@ class Member:
             else:
                 context.event("weights-not-finite", {"norm": str(mine.norm)})
         return answer, draft + entry
+
+    def _note_tokens(self, step: int, tokens: int) -> None:
+        self._tokens_at[step] = tokens
+        if len(self._tokens_at) > _TOKENS_REMEMBERED:
+            del self._tokens_at[next(iter(self._tokens_at))]
 
     async def go(self, data: bytes, deadline_s: float) -> Round | Reentering:
         """Begin the data plane of a draft; the same draft again, from a new leader, changes nothing."""

@@ -17,6 +17,7 @@ from blake3 import blake3
 from shoal.protocol.identity import PeerId
 
 CLIP_FACTOR = 3.0  # times the group's median (notes: verification B2, "robust reduce")
+COUNTED_MOST = 2  # times the tokens of the whole group's round, that one contribution counts for
 TAKEOVER_S = 1.0  # silence after which the next in order acts (design section 9)
 GRACE_FACTOR = 1.0  # after quorum, as long again as the quorum took
 GRACE_MIN_S = 1.0  # a scheduler hiccup must not cost a contribution
@@ -166,6 +167,17 @@ def should_open(inner_steps: float, mine: GroupMember, group: Sequence[GroupMemb
     steps = sum(member.steps_since_round for member in heard if member.height == mine.height)
     due = inner_steps * max(len(heard), 1)
     return Verdict(steps >= due, f"{steps} of {due} inner steps")
+
+
+def counted_tokens(claims: Sequence[int], members: int, round_tokens: int) -> list[int]:
+    """What each contribution to a group's round counts for, of the tokens that its sender claims.
+
+    `round_tokens`: of one member's share. A round opens on the work of all: however fast one is, by then it
+    has done no more than is due from all together. Where that was long ago the middle one has done more, too.
+    """
+    usual = statistics.median_low(claims) if len(claims) > 1 else 0
+    most = COUNTED_MOST * members * max(round_tokens, usual)
+    return [min(claim, most) for claim in claims]
 
 
 def clip_factors(norms: Sequence[float], tokens: Sequence[int]) -> list[float]:

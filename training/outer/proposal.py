@@ -15,7 +15,13 @@ from shoal.training.outer.entry import Contributor, Entry, Seat
 from shoal.training.outer.log import Log
 from shoal.training.outer.lost import LostEntry
 from shoal.training.outer.messages import Answer
-from shoal.training.outer.policy import GroupMember, clip_factors, may_leave, slowest_uplink
+from shoal.training.outer.policy import (
+    GroupMember,
+    clip_factors,
+    counted_tokens,
+    may_leave,
+    slowest_uplink,
+)
 
 
 def plain_offer(
@@ -81,21 +87,24 @@ def draft_of(
     like: Entry,
     log: Log,
     minimum_replicas: int,
+    round_tokens: int,
 ) -> Entry:
     """Everybody who answered is present; who has tokens contributes, in the codecs of `like`.
 
-    Whose steps do not go on from those in the log is not listed: all would refuse the entry. Nobody
-    contributes where nobody has made a step.
+    `round_tokens`: of one member's share; nobody counts for much more than the whole round. Whose steps do
+    not go on from those in the log is not listed: all would refuse the entry. Nobody contributes where nobody
+    has made a step.
     """
     roster = with_present(offer.roster, answers)
     given = [(i, answers[seat.peer]) for i, seat in enumerate(roster) if seat.peer in answers]
     given = [(i, answer) for i, answer in given if answer.tokens and answer.to_step > answer.from_step]
     ends = [log.end_of(PeerId(seat.peer), seat.incarnation, offer.fragment)[0] for seat in roster]
     given = [(i, answer) for i, answer in given if answer.from_step == ends[i]]
-    clips = clip_factors([answer.norm for _, answer in given], [answer.tokens for _, answer in given])
+    tokens = counted_tokens([answer.tokens for _, answer in given], len(answers), round_tokens)
+    clips = clip_factors([answer.norm for _, answer in given], tokens)
     rows = tuple(
-        Contributor(i, a.from_step, a.to_step, a.tokens, a.norm, clip, a.positions)
-        for (i, a), clip in zip(given, clips, strict=True)
+        Contributor(i, a.from_step, a.to_step, count, a.norm, clip, a.positions)
+        for (i, a), count, clip in zip(given, tokens, clips, strict=True)
     )
     asking = [peer for peer, answer in answers.items() if answer.leaves]
     return dataclasses.replace(
