@@ -14,7 +14,7 @@ HERE, THERE, JOINER = (0, 1), (2, 3, 4), 5
 
 
 def test_a_joiner_does_not_take_those_it_never_met_for_departed() -> None:
-    """What was: it led the smaller side at once, though the larger one went on."""
+    """What was: it led the smaller side at once, though the larger one went on, and read a stream of it."""
 
     async def main() -> None:
         async with TrainerWorld(round_spec(1), slower=20.0) as world:
@@ -36,11 +36,13 @@ def test_a_joiner_does_not_take_those_it_never_met_for_departed() -> None:
             here = {world.replicas[number].peer for number in HERE}
             await joiner.members.wait_for(lambda view: here <= {m.peer for m in view.here() if m.beat}, 15.0)
             world.replicas[JOINER] = joiner
-            await joiner.train_at(0, world._duration_s, RandomFeed(world.spec, JOINER))
+            feed = RandomFeed(world.spec, JOINER)
+            await joiner.train_at(0, world._duration_s, feed)
             joiner.task = asyncio.create_task(joiner.run())
             assert asyncio.get_running_loop().time() < cut_s + SILENT_S / 2
             await asyncio.sleep(cut_s + SILENT_S - 1.0 - asyncio.get_running_loop().time())
             assert {replica.trainer.outer.height for replica in ours} == {before}
+            assert feed.reads().keys() == {JOINER}, "the others are read on the other side"
             async with asyncio.timeout(SILENT_S):  # then the log may fork
                 await asyncio.gather(*(replica.reach(before + 1) for replica in ours))
 

@@ -15,7 +15,17 @@ from shoal.dht.view import Member, SwarmView
 from shoal.protocol import virtual_time
 from shoal.protocol.identity import PeerId
 from shoal.training.data.stream_book import Drawn, StreamBook
-from shoal.training.streams import ORPHAN_S, STREAMS_MOST, Reader, Streams, heir, orphans, own_stream, readers
+from shoal.training.streams import (
+    ORPHAN_S,
+    STREAMS_MOST,
+    Reader,
+    Streams,
+    heir,
+    orphans,
+    own_stream,
+    readers,
+    unmet,
+)
 
 SLOWER = 10.0
 
@@ -173,6 +183,19 @@ def test_an_unheard_driver_that_falls_silent_may_thaw_as_well() -> None:
     for now_s, left in ((200.0, []), (220.0, [1, 2])):
         view = SwarmView(PeerId("me"), now_s, (known, stale))
         assert orphans({1: 10, 2: 10}, readers(view, logged_by), ()) == left
+
+
+def test_a_newcomer_leaves_it_to_those_it_meets_whose_streams_are_orphaned() -> None:
+    """What was: who joined one side of a cut took a stream that the other side went on to read."""
+    logged_by = {1: PeerId("here"), 2: PeerId("there"), 3: PeerId("dead")}
+    dead = Member(peer=PeerId("dead"), stages=(0,), liveness=Liveness.GONE, gone_s=90.0, departed=True)
+    here = Member(peer=PeerId("here"), stages=(0,), heard_s=99.0, beat=Beat(streams=(1,)))
+    view = SwarmView(PeerId("me"), 100.0, (dead, here))
+    last = list(logged_by.values())
+    assert unmet(view, logged_by, last) == {"there"}
+    assert orphans(dict.fromkeys(logged_by, 9), readers(view, logged_by, last, {PeerId("there")}), ()) == [3]
+    alone = SwarmView(PeerId("me"), 100.0, (dead,))
+    assert not unmet(alone, logged_by, last), "nobody else would take them"
 
 
 def test_an_orphan_has_one_heir_and_nobody_reads_more_than_an_entry_can_name() -> None:

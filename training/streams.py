@@ -34,11 +34,27 @@ class Reader:
     streams: tuple[int, ...]
 
 
-def readers(view: SwarmView, logged_by: Mapping[int, PeerId], last: Collection[PeerId] = ()) -> list[Reader]:
+def unmet(view: SwarmView, logged_by: Mapping[int, PeerId], last: Collection[PeerId]) -> frozenset[PeerId]:
+    """Drivers of whom a newcomer knows from the log alone, while others of the `last` round are here.
+
+    It may have come to one side of a cut: those others know who departed, and take what is orphaned.
+    """
+    here = [peer for peer in last if (known := view.get(peer)) is not None and known.heard_s is not None]
+    if not any(peer != view.me for peer in here):
+        return frozenset()
+    return frozenset(peer for peer in logged_by.values() if view.get(peer) is None)
+
+
+def readers(
+    view: SwarmView,
+    logged_by: Mapping[int, PeerId],
+    last: Collection[PeerId] = (),
+    unmet: Collection[PeerId] = (),
+) -> list[Reader]:
     """The other drivers; who is silent may thaw, and keeps its streams for a while.
 
     Who is not heard, or was not when it went, reads what it read as the log has it (`logged_by`); in a swarm
-    known in part so does a stranger among the `last` round's members.
+    known in part so does a stranger among the `last` round's members, and so do the `unmet`.
     """
     by_log: dict[PeerId, list[int]] = {}
     for stream, peer in logged_by.items():
@@ -54,9 +70,8 @@ def readers(view: SwarmView, logged_by: Mapping[int, PeerId], last: Collection[P
             found[member.peer] = member.beat.streams if member.beat is not None else ()
         elif 0 in member.stages:
             found[member.peer] = tuple(by_log.get(member.peer, ()))
-    if view.sampled:
-        strangers = [peer for peer in last if view.get(peer) is None]
-        found |= {peer: tuple(by_log.get(peer, ())) for peer in strangers}
+    strangers = [peer for peer in (*unmet, *(last if view.sampled else ())) if view.get(peer) is None]
+    found |= {peer: tuple(by_log.get(peer, ())) for peer in strangers}
     found.pop(view.me, None)
     return [Reader(peer, streams) for peer, streams in found.items() if streams]
 

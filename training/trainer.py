@@ -32,6 +32,7 @@ from shoal.training.lane import Lane
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.model.stage import StageModel
 from shoal.training.neighbours import MemberReplicas, group_members, stage_guardians
+from shoal.training.outer.policy import SILENT_S
 from shoal.training.outer.service import GroupMember, Outer
 from shoal.training.outer.snapshot import Inherited
 from shoal.training.partition import stage_ranges
@@ -46,7 +47,7 @@ from shoal.training.recovery.moments import MomentsDonor, take_moments
 from shoal.training.recovery.prefetch import prefetch
 from shoal.training.serving.replica import ServedStage
 from shoal.training.spec import RunSpec
-from shoal.training.streams import Reader, Streams, readers
+from shoal.training.streams import Reader, Streams, readers, unmet
 from shoal.training.uplinks import UNKNOWN, claimed_uplink
 from shoal.training.weights import Weights, learning_rate
 
@@ -137,6 +138,8 @@ class Trainer:
         self._ledger = Ledger()
         self._book = StreamBook()
         self._streams: Streams | None = None  # of a driver
+        self._unmet = frozenset[PeerId]()  # other drivers of whom only the log told when this one began
+        self._unmet_until_s: float | None = None
         self._held_out: HeldOut | None = None  # of a driver
         self._uplink_bytes_per_s = UNKNOWN  # as this peer claims it
 
@@ -426,7 +429,10 @@ class Trainer:
 
     def _other_readers(self) -> list[Reader]:
         last = [PeerId(seat.peer) for seat in self.outer.last_seats]
-        return readers(self._members.view(), self.outer.readers(), last)
+        view, logged_by, now_s = self._members.view(), self.outer.readers(), asyncio.get_running_loop().time()
+        if self._unmet_until_s is None:
+            self._unmet, self._unmet_until_s = unmet(view, logged_by, last), now_s + SILENT_S
+        return readers(view, logged_by, last, self._unmet if now_s < self._unmet_until_s else ())
 
     def _read(self, positions: Mapping[int, int]) -> None:
         if self._feed is not None:
