@@ -250,3 +250,25 @@ def test_who_was_let_go_and_stays_holds_the_others_up_for_eight_entries_only() -
             assert waiting.done()
 
     run(main)
+
+
+def test_who_was_let_go_and_comes_back_has_to_ask_again() -> None:
+    async def main() -> None:
+        async with World(3, round_spec(stages={"minimum_replicas": 2})) as world:
+            one, other, third = world.nodes
+            await asyncio.gather(one.outer.permission(lambda: False), world.rounds(2))
+            await one.stop()
+            back = world.node(0, incarnation=2)  # before a round could go without it
+            await back.start()
+            world.kill(third)
+            asking = [asyncio.create_task(node.outer.permission(lambda: False)) for node in (back, other)]
+            await world.rounds(3)
+            assert not any(task.done() for task in asking), "two are left, and that is the minimum"
+            await world.node(3).start()
+            await world.rounds(2)
+            assert sum(task.done() for task in asking) == 1, "nobody is held up for eight entries"
+            assert world.equal()
+            for task in asking:
+                task.cancel()
+
+    run(main)

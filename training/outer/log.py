@@ -56,10 +56,11 @@ class StepsEnd:
 @wire_message
 @dataclass(frozen=True, slots=True)
 class Leaver:
-    """Who was let go, and by the entry of which height."""
+    """Who was let go, and by the entry of which height. A process that comes back as a new one was not."""
 
     peer: PeerIdText
     height: Count
+    incarnation: Identifier = 0
 
 
 @wire_message
@@ -182,6 +183,10 @@ class Log:
         """Who may leave the stage, and is still here."""
         return [PeerId(leaver.peer) for leaver in self._leaving]
 
+    def lets_go(self, peer: PeerId, incarnation: int) -> bool:
+        """Whether this replica may leave: not what had its peer's name before."""
+        return any((leaver.peer, leaver.incarnation) == (peer, incarnation) for leaver in self._leaving)
+
     def end_of(self, peer: PeerId, incarnation: int, fragment: int = 0) -> tuple[int, int]:
         """(step, tokens) up to which the log holds the work of a process in a fragment."""
         end = self._ends.get((peer, incarnation))
@@ -253,13 +258,14 @@ class Log:
         self.revision = entry.revision
         self.leader, self.seats = PeerId(entry.leader), tuple(entry.roster[seat] for seat in entry.present())
         self.quorum = tuple(seat.peer for seat in self.seats)
+        here: dict[str, int] = {seat.peer: seat.incarnation for seat in self.seats}
         self._leaving = tuple(
             leaver
             for leaver in self._leaving
-            if leaver.peer in self.quorum and entry.height - leaver.height < LEAVE_HEIGHTS
+            if here.get(leaver.peer) == leaver.incarnation and entry.height - leaver.height < LEAVE_HEIGHTS
         )
         if entry.leaving:
-            self._leaving += (Leaver(PeerId(entry.leaving), entry.height),)
+            self._leaving += (Leaver(PeerId(entry.leaving), entry.height, here[entry.leaving]),)
         moved: dict[int, PeerId] = {}
         for seat, row, tokens in self._news_of(entry):
             key = (seat.peer, seat.incarnation)

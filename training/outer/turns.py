@@ -181,11 +181,13 @@ class Turns:
         `hurry`: whether that stage stands still, and so perhaps the steps that would make a round due. `run`
         has to be running; the caller sets the limit, and stays if it cancels.
         """
-        me, transport = self._context.me, self._context.transport
+        context, transport = self._context, self._context.transport
         await point(transport, _ASKING)
         self._member.leaves, self._hurry = True, hurry
         try:
-            await self._change.until(lambda: me in self._replica.log.leaving, lambda: None)
+            await self._change.until(
+                lambda: self._replica.log.lets_go(context.me, context.incarnation), lambda: None
+            )
         finally:
             self._member.leaves, self._hurry = False, _never
         await point(transport, _GRANTED)
