@@ -71,9 +71,9 @@ def thin(db: sqlite3.Connection, now: float, size_bytes: int) -> None:
     """Let go of those too close for their age, and of the oldest beyond the share of `size_bytes`."""
     for age_s, apart_s in THINNED:  # the first of each span of time stays
         db.execute(
-            "DELETE FROM frames WHERE at < ?1 AND at NOT IN "
-            "(SELECT min(at) FROM frames WHERE at < ?1 GROUP BY CAST(at / ?2 AS INTEGER))",
-            (now - age_s, apart_s),
+            "DELETE FROM frames WHERE at < :until AND at NOT IN "
+            "(SELECT min(at) FROM frames WHERE at < :until GROUP BY CAST(at / :apart AS INTEGER))",
+            {"until": now - age_s, "apart": apart_s},
         )
     db.execute(
         "DELETE FROM frames WHERE at <= (SELECT max(at) FROM "
