@@ -90,7 +90,7 @@ class Members:
         self._directory = directory
         self._membership = membership
         self._own = OwnBeat(membership, lambda: self._running().record, make_beat, self._announce)
-        self._neighbour_limit = neighbour_limit
+        self.neighbour_limit = neighbour_limit
         self._circle = Circle(membership.me, known, self.table)
         self._neighbourhood = Neighbourhood(self, transport)
         self._introductions = Introductions(transport, contacts, record_book, self.table, clock)
@@ -309,9 +309,9 @@ class Members:
             await self._choose.wait()
             self._choose.clear()
             if not self._own.leaving:
-                chosen = neighbours(self.view(), self.me, self._neighbour_limit)
+                chosen = neighbours(self.view(), self.me, self.neighbour_limit)
                 self._neighbourhood.keep(chosen, self._sought() - chosen)
-            crowded = len(self.table) > self._neighbour_limit
+            crowded = len(self.table) > self.neighbour_limit
             await asyncio.sleep(CHOOSE_LARGE_S if crowded else CHOOSE_SMALL_S)
 
     def _sought(self) -> frozenset[PeerId]:

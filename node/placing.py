@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from shoal.dht.liveness import Liveness
 from shoal.dht.members import Members
 from shoal.dht.view import SwarmView
+from shoal.training.neighbours import LOOKUPS
 from shoal.training.placement import place
 
 _MEET_S = 1.0  # a new peer looks around this long at most before it chooses a stage: ...
 _QUIET_S = 0.3  # ... until nobody new came for so long, and all are heard or known to be gone
-_LOOKUPS = 2  # of the directory: one that meets a peer that was just killed may show a part
 _LOOK_S = 0.05  # between two looks, beats or not
 _SETTLE_S = 0.6  # and it looks again after each choice while others may be choosing at the same time
 _SETTLE_LOOKS = 8  # by then who never answers is gone
@@ -36,7 +36,7 @@ async def meet(members: Members) -> None:
         view = members.view()
         if (names := frozenset(member.peer for member in view.members)) != known:
             known, quiet_since_s = names, now_s
-        looked = members.lookups >= _LOOKUPS and len(known) > 1
+        looked = members.lookups >= LOOKUPS and len(known) > 1
         if looked and not _strangers(view) and now_s - quiet_since_s >= _QUIET_S:
             return
         await asyncio.sleep(min(_LOOK_S, until_s - now_s))

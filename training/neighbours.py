@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +19,35 @@ from shoal.training.outer.policy import SILENT_S, GroupMember
 from shoal.training.pipeline.replicas import Replica
 from shoal.training.uplinks import UNKNOWN, group_uplinks
 
+LOOKUPS = 2  # of the directory: one that meets a peer that was just killed may show a part
+MEET_S = 30.0
+_LOOK_S = 0.05
 _UNMEASURED_RTT_S = 0.05
+
+
+async def met(members: Members, stage: int) -> None:
+    """Returns when it is known who has the state of a stage: all were heard, or somebody tells of it.
+
+    A replica that recovers before takes a run that it has not heard of yet for one that has not begun. Who
+    never answers is gone after a while; so MEET_S is for a directory that does not.
+    """
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + MEET_S
+    while not _is_met(members, stage):
+        if loop.time() >= until_s:
+            return
+        await asyncio.sleep(_LOOK_S)
+
+
+def _is_met(members: Members, stage: int) -> bool:
+    others = [member for member in members.view().members if member.peer != members.me]
+    told = (member.progress(stage) for member in others if member.liveness is Liveness.ALIVE)
+    if any(progress is not None and progress.height for progress in told):
+        return True
+    unheard = {member.liveness for member in others if member.heard_s is None} - {Liveness.GONE}
+    if members.view().sizes or len(others) > members.neighbour_limit:  # most are known by their records only
+        return Liveness.SUSPECT not in unheard and any(member.heard_s is not None for member in others)
+    return members.lookups >= LOOKUPS and not unheard
 
 
 class MemberReplicas:

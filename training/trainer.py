@@ -31,7 +31,7 @@ from shoal.training.held_out import HeldOut
 from shoal.training.lane import Lane
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.model.stage import StageModel
-from shoal.training.neighbours import MemberReplicas, group_members, stage_guardians
+from shoal.training.neighbours import MemberReplicas, group_members, met, stage_guardians
 from shoal.training.outer.policy import SILENT_S
 from shoal.training.outer.service import GroupMember, Outer
 from shoal.training.outer.snapshot import Inherited
@@ -198,6 +198,7 @@ class Trainer:
         )
         async with contextlib.AsyncExitStack() as unfinished:
             unfinished.push_async_callback(self.outer.close)  # a peer may go on without this stage
+            await met(self._members, self.stage)
             await self.outer.recover()
             await self._restore()
             await LostStage(
