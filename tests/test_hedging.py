@@ -20,7 +20,7 @@ from shoal.training.pipeline.attempt import Answer, Attempt, Journey
 from shoal.training.pipeline.compute import Boundary, Passage
 from shoal.training.pipeline.downstream import Errand
 from shoal.training.pipeline.messages import Link, MicroBatch
-from shoal.training.pipeline.routing import HEDGE_PRIOR_LEAST_S, LANE_STALL_S
+from shoal.training.pipeline.routing import HEDGE_PRIOR_LEAST_S, LANE_STALL_S, UNKNOWN_STALL_S
 from shoal.training.pipeline.standing import STALE_S, STALE_SERVICES, Report
 from shoal.training.spec import RunSpec
 from shoal.training.work import Work
@@ -132,19 +132,47 @@ def test_a_lane_that_stands_still_while_its_loop_answers_is_given_up() -> None:
 
     async def main() -> None:
         async with World(spec_of(2), 2, service_s=lambda stage, number: SERVICE_S) as world:
-            stuck = world.stage(1)[0]
-            world.slower[stuck.name] = STUCK
-            loop = asyncio.get_running_loop()
+            await trained(world, 6)
+            stuck, loop = world.stage(1)[0], asyncio.get_running_loop()
+            world.slower[stuck.name], begun_s = STUCK, loop.time()
             training = asyncio.create_task(trained(world, 6))
             while not world.suspected:
                 await asyncio.sleep(0.05)
-            assert loop.time() < LANE_STALL_S + 2.0
+            assert loop.time() < begun_s + 2 * LANE_STALL_S
             await training
             assert len(hedges(world.peers)) <= len(world.drivers())
             assert {peer for peer, _ in world.suspected} == {stuck.name}
             assert all("its lane finished nothing" in reason for _, reason in world.suspected)
             assert len(world.suspected) < 16, "asked ever more rarely"
             assert applied_twice(world) == []
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_slow_machine_is_not_taken_for_one_that_stands_still_while_nobody_knows_it(replicas: int) -> None:
+    """What was: each piece of work over five seconds made its caller give it up and begin it elsewhere."""
+
+    async def main() -> None:
+        async with World(spec_of(2), replicas, service_s=lambda stage, number: 3 * 8.0) as world:
+            await trained(world, 2)
+            assert not world.suspected
+            assert not any(kind == "retry" for peer in world.peers for kind, _ in peer.events)
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
+def test_a_lane_that_hangs_in_its_first_piece_is_given_up_a_little_later() -> None:
+    async def main() -> None:
+        async with World(spec_of(2), 2, service_s=lambda stage, number: SERVICE_S) as world:
+            stuck, loop = world.stage(1)[0], asyncio.get_running_loop()
+            world.slower[stuck.name] = STUCK
+            training = asyncio.create_task(trained(world, 6))
+            while not world.suspected:
+                await asyncio.sleep(0.05)
+            assert loop.time() < UNKNOWN_STALL_S + 2.0
+            await training
+            assert {peer for peer, _ in world.suspected} == {stuck.name}
 
     virtual_time.run(main, limit_s=3600.0)
 

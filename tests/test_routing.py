@@ -15,6 +15,7 @@ from shoal.training.pipeline.routing import (
     HEDGE_SAMPLES,
     LANE_STALL_S,
     UNKNOWN_BUSY_S,
+    UNKNOWN_STALL_S,
     Candidate,
     best,
     busy_for_s,
@@ -141,3 +142,5 @@ def test_a_lane_stands_still_only_past_its_own_measure() -> None:
     assert stands_still(LANE_STALL_S, 0.1)
     assert not stands_still(30.0, 10.0), "ten seconds a micro-batch is slow, not still"
     assert stands_still(40.0, 10.0)
+    assert not stands_still(UNKNOWN_STALL_S - 0.1, 0.1, known=False), "nobody knows yet how slow it is"
+    assert stands_still(UNKNOWN_STALL_S, 0.1, known=False)

@@ -28,7 +28,7 @@ from shoal.training.pipeline.messages import (
     spans,
 )
 from shoal.training.pipeline.routing import stands_still
-from shoal.training.pipeline.standing import Report
+from shoal.training.pipeline.standing import UNKNOWN_SERVICE_S, Report
 
 WORKING_EVERY_S = 0.5  # four times within SUSPECT_AFTER_S
 _PARTING_S = 0.1  # for the last word to a replica whose answer nobody wants
@@ -112,6 +112,7 @@ class Attempt:
         self._own_before_s = 0.0
         self._finished = -1
         self._finished_s = self.sent_s
+        self._gap_s = 0.0  # between two pieces that its lane finished, at most
 
     async def run(self, payload: memoryview, gradient_bytes: Callable[[str], int], deadline: float) -> Answer:
         """The answer. Raises Busy, PeerSilent after `deadline` (loop time), and what streams raise.
@@ -257,6 +258,8 @@ class Attempt:
             self._behind = word.chain
         self._journey.behind = (self._link, *self._behind)
         if word.finished != self._finished:
+            if self._finished >= 0 and self._own_since_s is not None:
+                self._gap_s = max(self._gap_s, now - self._finished_s)
             self._finished, self._finished_s = word.finished, now
         if word.stage > self._request.stage:
             if not self._has_passed:
@@ -269,7 +272,8 @@ class Attempt:
         if self._own_since_s is None:
             self._own_since_s = self._finished_s = now
         idle_s = now - self._finished_s
-        if stands_still(idle_s, self._pick.service_s):
+        known = word.finished > 0 and self._pick.service_s != UNKNOWN_SERVICE_S
+        if stands_still(idle_s, max(self._pick.service_s, self._gap_s), known):
             raise PeerSilent(f"{self.peer} answers, but its lane finished nothing for {idle_s:.1f} s")
         if self.is_late():
             self.stalled.set()

@@ -38,7 +38,8 @@ HEDGE_QUANTILE = 0.95
 HEDGE_SAMPLES = 20  # fewer say nothing about a 95th percentile, and until then ...
 HEDGE_PRIOR, HEDGE_PRIOR_LEAST_S = 4.0, 2.0  # ... so many times what was expected are late, and not below
 HEDGE_GRACE_S = 0.1  # scheduling noise: below it a second call costs more than it saves
-LANE_STALL_S = 5.0  # a lane that finishes nothing for so long, and ...
+LANE_STALL_S = 5.0  # a lane that finishes nothing for so long, ...
+UNKNOWN_STALL_S = 15.0  # ... or where nobody knows yet how long a piece of work takes there, and ...
 LANE_STALL_SERVICES = 4.0  # ... for so many of its usual micro-batches, stands still though its loop answers
 
 
@@ -157,6 +158,10 @@ def hedge_after_s(expected_s: float, ratios: Sequence[float]) -> float:
     return expected_s * max(late, 1.0) + HEDGE_GRACE_S
 
 
-def stands_still(idle_s: float, service_s: float) -> bool:
-    """Whether a lane with work is stuck, given for how long its count of finished work has not grown."""
-    return idle_s >= max(LANE_STALL_S, LANE_STALL_SERVICES * service_s)
+def stands_still(idle_s: float, service_s: float, known: bool = True) -> bool:
+    """Whether a lane with work is stuck, given for how long its count of finished work has not grown.
+
+    `known`: that `service_s` is more than a guess, and the lane has finished anything at all.
+    """
+    least_s = LANE_STALL_S if known else UNKNOWN_STALL_S
+    return idle_s >= max(least_s, LANE_STALL_SERVICES * service_s)
