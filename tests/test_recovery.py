@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from shoal.training.outer.snapshot import snapshot_of
 from shoal.training.recovery.download import ask_manifest, download
 from shoal.training.recovery.prefetch import prefetch
 from shoal.training.recovery.snapshot import load
-from shoal.training.recovery.snapshots import store
+from shoal.training.recovery.snapshots import newest_on_disk, store
 
 BIG = 300_000  # values: two chunks a tensor
 
@@ -338,9 +339,37 @@ def test_a_write_that_fails_for_whatever_reason_keeps_nobody_from_leaving(tmp_pa
     run(main)
 
 
-def test_what_processes_that_were_killed_had_half_written_goes_with_the_next_snapshot(tmp_path: Path) -> None:
-    state = snapshot_of(genesis_state(bytes(16), 0), torch.zeros(8), torch.zeros(8), cut(8, 64, 8))
-    for name in ("snapshot-000000000004.partial", "entry-000000000005.partial"):
-        (tmp_path / name).write_bytes(bytes(1000))
-    store(tmp_path, replace(state, state=replace(state.state, height=8)), 8)
-    assert [path.name for path in tmp_path.iterdir()] == ["snapshot-000000000008.safetensors"]
+def test_what_processes_that_were_killed_had_half_written_goes_with_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was: only files of our own naming went, and safetensors writes under another: each kill amid a
+    snapshot left one of its size for good."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(tensors: object, path: Path, metadata: object = None) -> None:
+        for unfinished in (Path(path), Path(path).with_name(".tmp0L6aYB")):
+            unfinished.write_bytes(bytes(1000))
+        raise Killed
+
+    fragments = cut(8, 64, 8)
+    state = snapshot_of(genesis_state(bytes(16), 0), torch.zeros(8), torch.zeros(8), fragments)
+
+    def kept() -> list[str]:
+        return [path.name for path in tmp_path.rglob("*") if path.is_file()]
+
+    def store_at(height: int, *, dies: bool) -> None:
+        with monkeypatch.context() as patch, suppress(Killed):
+            if dies:
+                patch.setattr("safetensors.torch.serialize_file", killed)
+            store(tmp_path, replace(state, state=replace(state.state, height=height)), height)
+
+    store_at(4, dies=True)
+    assert len(kept()) == 2
+    store_at(4, dies=False)
+    assert kept() == ["snapshot-000000000004.safetensors"]
+    store_at(8, dies=True)
+    assert len(kept()) == 3
+    newest_on_disk(tmp_path, 8, fragments)  # the next process begins
+    assert kept() == ["snapshot-000000000004.safetensors"]

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from shoal.protocol.errors import ProtocolViolation, StorageError
+from shoal.protocol.errors import ProtocolViolation
 from shoal.training.outer.entry import SKIP, parse
 from shoal.training.outer.reduce import Published, publish
+from shoal.training.recovery.whole_file import write_whole
 
 
 def entry_path(directory: Path, height: int) -> Path:
@@ -22,16 +22,9 @@ def entry_path(directory: Path, height: int) -> Path:
 
 def write_entry(directory: Path, height: int, data: bytes, parts: Mapping[int, Published]) -> None:
     """Write one entry whole or not at all. Raises StorageError."""
-    path = entry_path(directory, height)
-    partial = path.with_suffix(".partial")
     tensors = {f"part.{index}": _tensor(part.encoded) for index, part in parts.items()}
     tensors["entry"] = _tensor(data)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path}: {error}; free space there or name another --data-dir") from error
+    write_whole(entry_path(directory, height), tensors)
 
 
 def read_entries(directory: Path, from_height: int) -> Iterator[tuple[bytes, dict[int, Published]]]:

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from shoal.protocol.errors import StorageError
 from shoal.training.outer.parts import Fragment
+from shoal.training.recovery.whole_file import write_whole
 
 Last = Sequence[tuple[int, int]]  # (incarnation, step) of this peer's last in the log, by fragment
 
@@ -24,15 +23,9 @@ def save_residuals(
     directory: Path, fragment: Fragment, kept: Mapping[int, torch.Tensor], incarnation: int, step: int
 ) -> None:
     """e of a fragment's parts after the entry that lists steps up to `step`. Raises StorageError."""
-    path = _path(directory, fragment.index)
-    partial = path.with_suffix(".partial")
     tensors = {str(part.index): kept[part.index] for part in fragment.parts if part.index in kept}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"incarnation": str(incarnation), "step": str(step)})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path}: {error}; free space there or name another --data-dir") from error
+    facts = {"incarnation": str(incarnation), "step": str(step)}
+    write_whole(_path(directory, fragment.index), tensors, facts)
 
 
 def load_residuals(directory: Path, fragments: Sequence[Fragment], last: Last) -> dict[int, torch.Tensor]:

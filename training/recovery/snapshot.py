@@ -5,14 +5,12 @@ The file is safetensors: tensors `anchor` and `momentum`, and in the metadata th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from shoal.compression.codec import bytes_of
 from shoal.protocol import wire
@@ -20,6 +18,7 @@ from shoal.protocol.errors import ProtocolViolation, StorageError
 from shoal.training.outer.log import LOG_STATE_BYTES, LogState
 from shoal.training.outer.parts import Fragment
 from shoal.training.outer.snapshot import Snapshot, snapshot_of
+from shoal.training.recovery.whole_file import write_whole
 
 CHUNK_VALUES = 1 << 18  # 1 MiB of fp32
 
@@ -51,21 +50,11 @@ def chunk_values(size: int, index: int) -> tuple[int, int, int]:
 
 def save(snapshot: Snapshot, path: Path) -> None:
     """Write the file whole or not at all. Raises StorageError."""
-    partial = path.with_suffix(".partial")
-    metadata = {
+    facts = {
         "log_state": wire.encode(snapshot.state, LOG_STATE_BYTES).hex(),
         "state_root": snapshot.state_root.hex(),
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"anchor": snapshot.anchor, "momentum": snapshot.momentum}, partial, metadata)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"snapshot {path}: {error}; free space there or name another --data-dir"
-        ) from error
+    write_whole(path, {"anchor": snapshot.anchor, "momentum": snapshot.momentum}, facts, flush=True)
 
 
 def load(path: Path, size: int, fragments: Sequence[Fragment]) -> Snapshot:

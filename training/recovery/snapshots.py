@@ -7,6 +7,7 @@ entries beside the snapshots lets a peer come back alone, even when the whole st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from shoal.training.outer.replica import Replica
 from shoal.training.outer.snapshot import Snapshot, snapshot_of
 from shoal.training.recovery import journal
 from shoal.training.recovery.snapshot import load, save
+from shoal.training.recovery.whole_file import UNFINISHED, sweep
 
 KEPT = 2  # a joiner may be half through the one before the newest
 QUEUED = 64  # writes; a disk that is slower than the rounds skips entries, and the journal starts anew
@@ -194,7 +196,7 @@ def store(directory: Path, snapshot: Snapshot, oldest: int) -> None:
         if path < snapshot_path(directory, oldest):
             path.unlink(missing_ok=True)
     journal.prune(directory, oldest + 1)
-    sweep(directory, snapshot.height)
+    sweep(directory)
 
 
 def rewrite(directory: Path, snapshot: Snapshot, tail: Sequence[Written]) -> None:
@@ -211,14 +213,6 @@ def rewrite(directory: Path, snapshot: Snapshot, tail: Sequence[Written]) -> Non
     clear(directory, kept)
 
 
-def sweep(directory: Path, height: int) -> None:
-    """Remove what processes that were killed had half written: files of heights that are behind."""
-    for kind in ("snapshot", "entry"):
-        for path in directory.glob(f"{kind}-*.partial"):
-            if path < directory / f"{kind}-{height:012d}.partial":
-                path.unlink(missing_ok=True)
-
-
 def has_snapshot(directory: Path) -> bool:
     """Whether a stage's folder has one, whole or not."""
     return any(directory.glob("snapshot-*.safetensors"))
@@ -227,7 +221,7 @@ def has_snapshot(directory: Path) -> bool:
 def clear(directory: Path, but: Collection[Path] = ()) -> None:
     """Forget a stage's state on disk, `but` some files of it. Raises StorageError."""
     try:
-        for pattern in ("snapshot-*.safetensors", "entry-*.safetensors", "*.partial"):
+        for pattern in ("snapshot-*.safetensors", "entry-*.safetensors", f"{UNFINISHED}/*"):
             for path in directory.glob(pattern):
                 if path not in but:
                     path.unlink(missing_ok=True)
@@ -236,7 +230,9 @@ def clear(directory: Path, but: Collection[Path] = ()) -> None:
 
 
 def newest_on_disk(directory: Path, size: int, fragments: Sequence[Fragment]) -> Snapshot | None:
-    """The highest snapshot in a stage's folder that is whole."""
+    """The highest snapshot in a stage's folder that is whole; for whoever writes there from now on."""
+    with contextlib.suppress(OSError):  # the first write tells of a disk that refuses
+        sweep(directory)
     for path in sorted(directory.glob("snapshot-*.safetensors"), reverse=True):
         try:
             return load(path, size, fragments)
