@@ -120,7 +120,7 @@ async def serve(system: System) -> None:
     gc.collect()
     gc.freeze()  # as the daemon does once everything is imported
     first: torch.Tensor | None = None
-    sign = 1.0
+    sign, carried = 1.0, False
     for number in itertools.count():
         warm = number >= config["warm_up"]  # until then zeros, of which error feedback keeps nothing
         await system.prepare(values, sign if warm else 0.0)
@@ -132,8 +132,10 @@ async def serve(system: System) -> None:
         cpu_s = time.process_time()
         ended_s, parts = await system.reduce()
         say({"ended_s": ended_s, "cpu_s": time.process_time() - cpu_s, **parts})
-        if warm and first is None and not parts.get("lost"):
+        lost = bool(parts.get("lost"))
+        if warm and first is None and not lost and not carried:
             first = await asyncio.to_thread(lambda: system.mean().clone()) * sign
+        carried = lost  # what a round leaves out comes with the next one
         if warm:
             sign = -sign  # so that weights stay near zero, where fp32 has its full resolution
     figures = await system.close()

@@ -30,6 +30,7 @@ from shoal.protocol.allocator import keep_freed_memory
 from shoal.protocol.contacts import ContactBook
 from shoal.protocol.grpc_transport import GrpcTransport
 from shoal.protocol.identity import Contact, PeerId, PeerKey
+from shoal.training.outer.entry import Entry, seats_in
 from shoal.training.outer.local import MemoryWeights, Rebase
 from shoal.training.outer.service import GroupMember, Outer
 from shoal.training.spec import RunSpec
@@ -85,6 +86,11 @@ class Weights(MemoryWeights):
     async def rebase(self, changes: Sequence[Rebase]) -> None:
         await super().rebase(changes)
         self.moved_s = time.monotonic()
+
+
+def least_listed(entry: Entry) -> int:
+    """Contributions in the part that has fewest; a part that is skipped has none."""
+    return min(len(seats_in(entry.listed_in(part))) for part in range(entry.parts))
 
 
 class Shoal(System):
@@ -200,7 +206,8 @@ class Shoal(System):
             self._board.write(self.rank, self._outer)
             self._ended_s, self._round_s = self._weights.moved_s, float(str(data["seconds"]))
             self._root_s = time.monotonic() - self._ended_s
-            self._contributors = int(str(data["contributors"]))
+            entry = self._outer.entry(self._outer.height)
+            self._contributors = least_listed(entry) if entry is not None else 0
             self._applied.set()
         elif kind != "round-open":
             print(f"{kind}: {data}", file=sys.stderr, flush=True)
