@@ -324,17 +324,25 @@ def test_of_a_stage_fetched_ahead_again_and_again_the_disk_has_one_snapshot(tmp_
     assert kept.name == "snapshot-000000000006.safetensors"
 
 
-def test_a_write_that_fails_for_whatever_reason_keeps_nobody_from_leaving(tmp_path: Path) -> None:
-    def too_large() -> None:
-        raise MessageTooLarge("a state of the log beyond its bound")
+@pytest.mark.parametrize("error", [MessageTooLarge("beyond its bound"), MemoryError("beyond its bound")])
+def test_a_write_that_fails_for_whatever_reason_keeps_nobody_from_leaving(
+    tmp_path: Path, error: Exception
+) -> None:
+    """What was: memory that ran out ended the writing, and who left waited for it for ever."""
+
+    def fails() -> None:
+        raise error
 
     async def main() -> None:
         async with World(0) as world:
             node = await join(world, 1, directory=tmp_path)
-            node.outer._snapshots.write(too_large)
-            await node.stop()
-            (refused,) = [fields for kind, fields in node.events if kind == "disk-refused"]
-            assert "beyond its bound" in str(refused)
+            await asyncio.sleep(1.0)
+            for _ in range(2):
+                node.outer._snapshots.write(fails)
+            async with asyncio.timeout(60.0):
+                await node.stop()
+            refused = [fields for kind, fields in node.events if kind == "disk-refused"]
+            assert ["beyond its bound" in str(fields) for fields in refused] == [True, True]
 
     run(main)
 

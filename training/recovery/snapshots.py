@@ -173,8 +173,8 @@ class Snapshots:
                 await point(self._context.transport, _WRITING)
                 await self._context.offload(function, *arguments)
                 await point(self._context.transport, _WRITTEN)
-            except (ShoalError, OSError) as error:  # training goes on; status and log say that this does not
-                self._context.event("disk-refused", {"why": str(error)})
+            except Exception as error:  # the edge of this task: training goes on without the disk
+                self._context.event("disk-refused", {"why": str(error) or repr(error)})
             finally:
                 self._writes.task_done()
 
