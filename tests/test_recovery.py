@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from outer_faults import Faults
-from outer_world import Node, World, round_spec
+from outer_world import Node, World, inline, round_spec
 
 from shoal.protocol.errors import MessageTooLarge, StageEmpty, StorageError
 from shoal.protocol.identity import PeerId
@@ -22,7 +24,7 @@ from shoal.training.outer.parts import cut
 from shoal.training.outer.snapshot import snapshot_of
 from shoal.training.recovery.download import ask_manifest, download
 from shoal.training.recovery.prefetch import prefetch
-from shoal.training.recovery.snapshot import load
+from shoal.training.recovery.snapshot import chunk_hashes, load
 from shoal.training.recovery.snapshots import newest_on_disk, store
 
 BIG = 300_000  # values: two chunks a tensor
@@ -322,6 +324,33 @@ def test_of_a_stage_fetched_ahead_again_and_again_the_disk_has_one_snapshot(tmp_
     run(main)
     (kept,) = tmp_path.rglob("snapshot-*")
     assert kept.name == "snapshot-000000000006.safetensors"
+
+
+def test_a_snapshot_is_hashed_once_for_all_who_ask_for_it() -> None:
+    """What was: anew for each, gigabytes at a time, and a joiner asks several donors."""
+    hashed: list[object] = []
+
+    async def counted(function: Callable[..., Any], *arguments: Any) -> Any:
+        if function is chunk_hashes:
+            hashed.append(arguments[0])
+            await asyncio.sleep(3.0)
+        return await inline(function, *arguments)
+
+    async def main() -> None:
+        async with World(3) as world:
+            donor, *joiners = world.nodes
+            await world.rounds(4)
+            object.__setattr__(donor.outer.context, "offload", counted)
+            asked = (ask_manifest(node.outer.context, donor.name, 0) for node in joiners)
+            one, other = await asyncio.gather(*asked)
+            assert one.hashes == other.hashes
+            assert len(hashed) == 1
+            await world.rounds(4)
+            newer = await ask_manifest(joiners[0].outer.context, donor.name, 0)
+            assert newer.hashes != one.hashes
+            assert len(hashed) == 2
+
+    run(main)
 
 
 @pytest.mark.parametrize("error", [MessageTooLarge("beyond its bound"), MemoryError("beyond its bound")])

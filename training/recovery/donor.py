@@ -5,6 +5,8 @@ Any replica is one; a joiner asks several at once.
 
 from __future__ import annotations
 
+import asyncio
+
 from shoal.compression.codec import bytes_of
 from shoal.protocol import wire
 from shoal.protocol.errors import MessageInvalid, Stale
@@ -21,6 +23,7 @@ from shoal.training.outer.messages import (
     StateRequest,
 )
 from shoal.training.outer.replica import Replica
+from shoal.training.outer.snapshot import Snapshot
 from shoal.training.recovery.snapshot import CHUNK_VALUES, chunk, chunk_hashes, chunks_of
 from shoal.training.recovery.snapshots import Snapshots
 
@@ -32,6 +35,8 @@ class Donor:
         self._context = context
         self._replica = replica
         self._snapshots = snapshots
+        self._hashed: dict[tuple[int, bytes], bytes] = {}  # height and state root -> of all chunks
+        self._hashing = asyncio.Lock()
 
     def serve(self) -> None:
         """Register; the transport owns the handlers' tasks."""
@@ -43,7 +48,7 @@ class Donor:
     async def _manifest(self, stream: Stream) -> None:
         request = (await stream.receive(ManifestRequest)).header
         snapshot = self._snapshots.near(request.height or self._snapshots.newest_height)
-        hashes = await self._context.offload(chunk_hashes, snapshot)
+        hashes = await self._hashes_of(snapshot)
         state = wire.encode(snapshot.state, LOG_STATE_BYTES)
         await stream.send(
             Manifest(
@@ -56,6 +61,18 @@ class Donor:
             ),
             hashes + state,
         )
+
+    async def _hashes_of(self, snapshot: Snapshot) -> bytes:
+        """Once for all who ask: of gigabytes it takes longer than a joiner waits before it asks others."""
+        name = snapshot.height, snapshot.state_root
+        async with self._hashing:
+            if name not in self._hashed:
+                hashes = await self._context.offload(chunk_hashes, snapshot)
+                kept = {
+                    key: known for key, known in self._hashed.items() if key[0] in self._snapshots.heights
+                }
+                self._hashed = kept | {name: hashes}
+            return self._hashed[name]
 
     async def _chunks(self, stream: Stream) -> None:
         request = (await stream.receive(ChunkRequest)).header
