@@ -272,3 +272,28 @@ def test_who_was_let_go_and_comes_back_has_to_ask_again() -> None:
                 task.cancel()
 
     run(main)
+
+
+def test_who_hurries_and_may_not_go_opens_no_round_in_vain() -> None:
+    """With nobody making a step it opened 48 in 120 s, all refused; else one after every step of anybody."""
+
+    async def main() -> None:
+        async with World(2, round_spec(stages={"minimum_replicas": 2})) as world:
+            await world.rounds(1)
+            asking = asyncio.create_task(world.nodes[0].outer.permission(lambda: True))
+
+            def opened() -> int:
+                return sum(kind == "round-open" for node in world.nodes for kind, _ in node.events)
+
+            before = opened()
+            await asyncio.sleep(30.0)
+            assert opened() == before, "nobody has made a step, and nobody may go"
+            for _ in range(4):
+                await world.rounds(1, each=2)  # as many as make one due
+            assert opened() == before + 4
+            assert not asking.done()
+            await world.node(2).start()
+            async with asyncio.timeout(5.0):
+                await asking  # there are enough now; no steps are waited for
+
+    run(main)

@@ -31,6 +31,7 @@ from shoal.training.outer.policy import (
     Lead,
     Position,
     Wait,
+    may_leave,
     next_action,
     should_open,
     succession,
@@ -236,7 +237,7 @@ class Turns:
         )
         due = should_open(apart, mine, group).yes or bool(self._replica.lost)
         urgent = self._urgent and not self.all_listed
-        urgent = urgent or self._hurry()
+        urgent = urgent or (self._hurry() and self._may_go(group))
         series = self._brought_back_by  # whoever brings lost entries back goes on, the others let it
         urgent = urgent or (series == me and bool(self._replica.lost))
         undecided_s = self._member.undecided_since_s
@@ -270,6 +271,12 @@ class Turns:
             urgent=urgent,
             patience_s=_SWITCHER_S if self._replica.lost and undecided_s is None else TAKEOVER_S,
         )
+
+    def _may_go(self, group: Sequence[GroupMember]) -> bool:
+        """Whether a round would let this replica go now: one that refuses helps nobody."""
+        context, here = self._context, [member.peer for member in group if member.heard]
+        least = context.spec.stages.minimum_replicas
+        return bool(may_leave([context.me], here, self._replica.log.leaving, least))
 
     async def _lead(self, group: Sequence[GroupMember], silent: Sequence[PeerId]) -> None:
         height = self._replica.log.height + 1
