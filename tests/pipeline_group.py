@@ -25,6 +25,7 @@ from pipeline_table import STAGES
 
 from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, numbered
 from shoal.training.checkpoint.read import open_checkpoint, verify
+from shoal.training.outer.policy import succession
 from shoal.training.recovery.guardians import GUARDIANS
 from shoal.training.spec import RunSpec
 
@@ -192,6 +193,21 @@ class PipelineGroup(ProcessGroup[PipelineReplica]):
             if any(account.get("height", 0) >= height for account in said):
                 return
             await asyncio.sleep(LOOK_S)
+
+    async def led_next(self, stage: int, leaders: Sequence[PipelineReplica], limit_s: float = 60.0) -> None:
+        """Until a stage has just ended a round, and one of these is the first to open the next one."""
+        here = self.of_stage(stage)
+        peers = [replica.peer for replica in here]
+        common: int | None = None  # the last height at which all of them stood
+        async with asyncio.timeout(limit_s):
+            while True:
+                heights = {account.get("height", 0) for account in await self._accounts(here)}
+                if len(heights) == 1:
+                    before, common = common, heights.pop()
+                    first = succession(self.spec.run_id(), stage, common + 1, peers)[0]
+                    if before not in (None, common) and any(one.peer == first for one in leaders):
+                        return
+                await asyncio.sleep(LOOK_S)
 
     async def guarded(self, stage: int, limit_s: float = 60.0) -> None:
         """Until a stage has its guardians: two peers of other stages with a copy of its log's head."""

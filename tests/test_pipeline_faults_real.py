@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ from pipeline_cases import play
 from pipeline_group import PipelineGroup, pipeline_spec
 from pipeline_table import Blow, Case, all_cases
 from transfer_cases import SECTIONS, play_transfer
-from transfer_table import Scene, Transfer, all_transfers
+from transfer_table import Role, Scene, Transfer, all_transfers
 
-from shoal.protocol.faults import steps
+from shoal.protocol.faults import PLACES, steps
 
 DRAWN = (Blow.KILL, Blow.FREEZE, Blow.SLOW, Blow.LEAVE)  # a case of each
 SCENES = (None, Scene.JOIN, Scene.MOVE)  # by turns
@@ -55,6 +56,19 @@ def test_every_step_is_struck_in_some_matrix() -> None:
     played = {case.point for case in all_cases()} | {case.point for case in all_transfers()}
     played |= {case.point for case in of_rounds()}
     assert [step for step in steps() if step not in played and not step.startswith("test.")] == []
+
+
+def test_of_the_round_that_lets_a_mover_go_both_ends_are_struck_whoever_leads() -> None:
+    """What a leader says to itself passes no point: at which end the mover is says who has to lead."""
+    asking = [case for case in all_transfers() if case.asks_to_leave]
+    points = {f"{message}.{place}" for message in ("Answer", "Commit") for place in PLACES}
+    assert {(case.point, case.role) for case in asking} == set(
+        itertools.product(points, (Role.ASKER, Role.BYSTANDER))
+    )
+    for case in asking:
+        at_leader = case.point in ("Answer.received", "Commit.sending", "Commit.sent")
+        assert case.asker_leads == ((case.role is Role.ASKER) == at_leader)
+        assert case.strikes_who_passes and case.asker_passes == (case.role is Role.ASKER)
 
 
 def test_a_sample_of_the_matrix_holds(tmp_path: Path, nursery: Nursery) -> None:

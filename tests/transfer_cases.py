@@ -65,7 +65,7 @@ class Cast:
         if case.asker_passes:
             return self.of(Role.ASKER)
         if case.asks_to_leave:
-            return self.bystanders  # whoever leads
+            return self.bystanders  # who leads, or whoever answers first
         several = case.scene is Scene.JOIN and case.message in ("ChunkRequest", "Chunk")
         return self.of(case.role) if several else self.donors
 
@@ -154,6 +154,7 @@ async def _move(group: PipelineGroup, case: Transfer) -> Cast:
     await group.ask_all("pace", cast.donors, seconds=NEEDY * PACE_S)
     if case.asks_to_leave:
         await struck(group, HOLD, [mover], all_of=True, limit_s=BEGUN_S)
+        await group.led_next(mover.stage, [mover] if case.asker_leads else others)
         await _arm(group, case, cast)
         await group.release([mover])
     return cast

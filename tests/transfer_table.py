@@ -36,7 +36,8 @@ _OF_A_PEER = (Blow.KILL, Blow.FREEZE, Blow.SLOW, Blow.LEAVE)
 _OF_A_MESSAGE = (Blow.DELAY, Blow.DROP, Blow.CORRUPT)
 _SNAPSHOT = {"ManifestRequest": True, "Manifest": False, "ChunkRequest": True, "Chunk": False}  # asker sends
 _TAIL = {"EntriesRequest": True, "EntryItem": False, "PartRequest": True}
-_LEAVE = {"Answer": True, "Commit": False}  # of the round that lets somebody go
+_LEAVE = ("Answer", "Commit")  # of the round that lets somebody go
+_AT_LEADER = ("Answer.received", "Commit.sending", "Commit.sent")
 _BOTH_GIVE = ("ChunkRequest", "Chunk")  # a manifest and the tail are one donor's
 _STEPS = {
     Scene.JOIN: ("stage.entering", "chunk.placed", "stage.entered"),
@@ -69,7 +70,9 @@ class Transfer:
     @property
     def asker_passes(self) -> bool:
         """Whether it is the newcomer, or who moves, that is at the point; else a peer that it talks to."""
-        sends = (_SNAPSHOT | _TAIL | _LEAVE).get(self.message)
+        if self.asks_to_leave:
+            return self.role is Role.ASKER
+        sends = (_SNAPSHOT | _TAIL).get(self.message)
         return sends is None or sends != self.point.endswith(".received")
 
     @property
@@ -81,6 +84,12 @@ class Transfer:
     def asks_to_leave(self) -> bool:
         """The message is one of every round; the one meant comes after `leave.asking`."""
         return self.message in _LEAVE
+
+    @property
+    def asker_leads(self) -> bool:
+        """Whether who moves conducts the round that lets it go: what a leader says to itself passes no point,
+        so that who is to be at one, and who at the other end, follows from who leads."""
+        return self.asker_passes == (self.point in _AT_LEADER)
 
     @property
     def needs_disk(self) -> bool:
@@ -108,16 +117,18 @@ def all_transfers() -> list[Transfer]:
     for scene in Scene:
         for step in _STEPS[scene]:
             found += [Transfer(scene, step, b, role) for role in _OF_A_STEP[scene] for b in _OF_A_PEER]
-        for message, asker_sends in (_SNAPSHOT | _TAIL | (_LEAVE if scene is Scene.MOVE else {})).items():
+        for message, asker_sends in (_SNAPSHOT | _TAIL).items():
             for place in PLACES:
                 asks = asker_sends != (place == "received")
-                giver = Role.BYSTANDER if message in _LEAVE else Role.DONOR
-                roles = [Role.ASKER] if asks else [giver]
+                roles = [Role.ASKER] if asks else [Role.DONOR]
                 if scene is Scene.JOIN and not asks and message in _BOTH_GIVE:
                     roles.append(Role.OTHER)
                 blows = [*_OF_A_PEER]
                 if scene is Scene.JOIN or message in _TAIL:  # the copy is the same download
                     blows += [b for b in _OF_A_MESSAGE if place != "sent" or b is not Blow.CORRUPT]
                 found += [Transfer(scene, f"{message}.{place}", b, role) for role in roles for b in blows]
+    asked = [f"{message}.{place}" for message in _LEAVE for place in PLACES]
+    either = (Role.ASKER, Role.BYSTANDER)  # leads that round, and so is at the point or at the other end
+    found += [Transfer(Scene.MOVE, point, b, role) for point in asked for role in either for b in _OF_A_PEER]
     found += [Transfer(Scene.MOVE, step, Blow.EMPTY, Role.STAGE) for step in _EMPTIED]
     return found
