@@ -2,7 +2,8 @@
 
 `Successors` lets one of them at a time look for a replica with room. Were all free to try, who comes just
 when somebody is done would get the place, and one that is unlucky could wait for a minute while hundreds that
-began after it go through, its activations held at every stage before.
+began after it go through, its activations held at every stage before. Whoever looks, and finds none, gives
+the turn back when an older one comes: one whose replica has just failed, say.
 """
 
 from __future__ import annotations
@@ -14,23 +15,38 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
+class Turn:
+    """What its holder has of it. `overtaken` is set once somebody older waits."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.overtaken = asyncio.Event()
+
+
 class Line:
     """Who holds the turn, and who waits for it."""
 
     def __init__(self) -> None:
         self._taken = False
+        self._held: Turn | None = None
         self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
         self._arrivals = itertools.count()
 
     @asynccontextmanager
-    async def turn(self, deadline: float) -> AsyncIterator[None]:
+    async def turn(self, deadline: float) -> AsyncIterator[Turn]:
         """Hold the turn: of those who wait, whose deadline is the earliest gets it next."""
         if self._taken:
+            if self._held is not None and deadline < self._held.deadline:
+                self._held.overtaken.set()
             await self._wait(deadline)
         self._taken = True
+        self._held = Turn(deadline)
+        if self._waiting and self._waiting[0][0] < deadline:  # it came while the turn was on its way here
+            self._held.overtaken.set()
         try:
-            yield
+            yield self._held
         finally:
+            self._held = None
             self._pass_on()
 
     async def _wait(self, deadline: float) -> None:

@@ -18,7 +18,7 @@ from shoal.protocol.identity import PeerId
 from shoal.training.decisions import DecisionLog
 from shoal.training.lane import Lane
 from shoal.training.pipeline.attempt import Answer, Attempt, Pick
-from shoal.training.pipeline.line import Line
+from shoal.training.pipeline.line import Line, Turn
 from shoal.training.pipeline.link_codec import LinkCodec, widest_in_time
 from shoal.training.pipeline.payload import PayloadFormat
 from shoal.training.pipeline.replicas import Replica, Replicas
@@ -183,18 +183,21 @@ class Successors:
     async def room(self, sequences: int, deadline: float) -> Pick:
         """Whom to ask, once somebody has room; the oldest micro-batch first. Raises StageEmpty."""
         try:
-            async with asyncio.timeout_at(deadline), self._line.turn(deadline):
-                while (found := self.pick(sequences)) is None:
-                    await self._change()
-                return found
+            async with asyncio.timeout_at(deadline):
+                while True:
+                    async with self._line.turn(deadline) as turn:
+                        while not turn.overtaken.is_set():
+                            if (found := self.pick(sequences)) is not None:
+                                return found
+                            await self._change(turn)
         except TimeoutError as error:
             listed = len(self._replicas.of_stage(self.stage))
             raise StageEmpty(
                 f"stage {self.stage} has no replica to ask ({listed} known); waiting for one to join"
             ) from error
 
-    async def _change(self) -> None:
-        """Until a replica appears, one may have room, or a breaker half-opens."""
+    async def _change(self, turn: Turn) -> None:
+        """Until a replica appears, one may have room, a breaker half-opens, or somebody older waits."""
         now = asyncio.get_running_loop().time()
         listed = [self._known[replica.peer] for replica in self._look(now)]
         if self._leaving.is_set() and not listed:
@@ -203,6 +206,7 @@ class Successors:
         reasons: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._replicas.changed()),
             asyncio.create_task(self._freed.wait()),
+            asyncio.create_task(turn.overtaken.wait()),
         ]
         if not self._leaving.is_set():
             reasons.append(asyncio.create_task(self._leaving.wait()))
