@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fault_cases import NotStruck
 from fault_measures import longest_stall_s
 from pipeline_audit import Audit
-from pipeline_group import PipelineGroup, PipelineReplica
+from pipeline_group import PipelineGroup, PipelineReplica, Reroute
 from pipeline_table import HARMLESS, Blow, Case
 from pipeline_worker import PACE_S
 from transfer_table import Transfer
@@ -38,6 +38,7 @@ class Played:
     struck: str  # which process, or processes
     seconds: float  # from the blow until living drivers had decided all that they had in flight
     reroute_s: float  # the longest of the others' own count: from a failure that they saw to an answer
+    handed_s: float  # the longest from the blow until such a micro-batch was with the one that answered
     back_s: float  # from the blow until everybody was there and at work again
     audit: Audit
     stalled_s: float  # the longest that the machine let somebody stand still meanwhile
@@ -47,9 +48,9 @@ class Played:
         stalled = f"  (the machine stood still for {self.stalled_s:.1f} s)" if self.stalled_s else ""
         found = self.audit
         return (
-            f"{self.case!s:40} {self.struck:11} {self.seconds:6.2f} s  reroute {self.reroute_s:5.2f} s  back "
-            f"{self.back_s:6.2f} s  decided {found.decided:4} applied {found.applied:4} "
-            f"lost {found.excused:2} unexplained {len(found.unexplained)}{stalled}"
+            f"{self.case!s:40} {self.struck:11} {self.seconds:6.2f} s  handed over {self.handed_s:5.2f} s  "
+            f"reroute {self.reroute_s:5.2f} s  back {self.back_s:6.2f} s  decided {found.decided:4} "
+            f"applied {found.applied:4} lost {found.excused:2} unexplained {len(found.unexplained)}{stalled}"
             f"{f'  {self.ended}' if self.ended else ''}"
         )
 
@@ -75,12 +76,12 @@ async def _play(group: PipelineGroup, case: Case) -> Played:
         await _mend(group)
     going_on = [driver for driver in group.drivers() if driver not in victims]
     seconds = await decided_again(group, going_on, struck_s)
-    reroutes_s = [seconds for replica in group.awake() for seconds in replica.reroutes_s]
+    reroutes = rerouted(group)
     await gone(group, going)
     await _mend(group)
     await group.at_work(group.members)
     back_s = clock() - struck_s
-    return await conclude(group, case, victims, seconds, reroutes_s, back_s)
+    return await conclude(group, case, victims, struck_s, seconds, reroutes, back_s)
 
 
 def forget(group: PipelineGroup) -> None:
@@ -88,16 +89,22 @@ def forget(group: PipelineGroup) -> None:
     for replica in group.members:
         replica.blows.clear()
         replica.stalls.clear()
-        replica.reroutes_s.clear()
+        replica.reroutes.clear()
         replica.told.clear()
+
+
+def rerouted(group: PipelineGroup) -> list[Reroute]:
+    """What those that run have told of since."""
+    return [reroute for replica in group.awake() for reroute in replica.reroutes]
 
 
 async def conclude(
     group: PipelineGroup,
     case: Case | Transfer,
     victims: list[PipelineReplica],
+    struck_s: float,
     seconds: float,
-    reroutes_s: list[float],
+    reroutes: list[Reroute],
     back_s: float,
 ) -> Played:
     """Everybody is back: count. Raises AssertionError when a promise is broken."""
@@ -107,7 +114,9 @@ async def conclude(
     await asyncio.to_thread(group.assert_checkpoints_are_whole)
     names = "+".join(map(str, victims))
     stalled_s = longest_stall_s([replica for replica in group.members if not replica.blows])
-    return Played(case, names, seconds, max(reroutes_s, default=0.0), back_s, found, stalled_s)
+    reroute_s = max((reroute.seconds for reroute in reroutes), default=0.0)
+    handed_s = max((reroute.handed_s - struck_s for reroute in reroutes), default=0.0)
+    return Played(case, names, seconds, reroute_s, handed_s, back_s, found, stalled_s)
 
 
 async def _strike(group: PipelineGroup, case: Case) -> list[PipelineReplica]:

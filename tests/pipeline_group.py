@@ -16,6 +16,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from fault_orders import JsonObject, Order
 from fault_processes import ProcessGroup
@@ -61,6 +62,17 @@ def pipeline_spec(**sections: JsonObject) -> RunSpec:
     )
 
 
+class Reroute(NamedTuple):
+    """A micro-batch whose replica had failed, as its caller tells."""
+
+    handed_s: float  # when it was with the one that answered
+    seconds: float  # from the failure, as the caller saw it, to the answer
+
+    @classmethod
+    def told(cls, data: JsonObject, at_s: float) -> Reroute:
+        return cls(at_s - data["seconds"] + data["asked_s"], data["seconds"])
+
+
 class PipelineReplica(Replica):
     """A worker of a stage, and what it told of its trainer."""
 
@@ -70,7 +82,7 @@ class PipelineReplica(Replica):
         self.decided_s = 0.0  # when all that was in flight at the last question was decided
         self.lost: set[tuple[int, int]] = set()  # (own incarnation, micro-batch)
         self.dropped: set[tuple[int, str, int]] = set()  # (stage, driver, micro-batch)
-        self.reroutes_s: list[float] = []
+        self.reroutes: list[Reroute] = []
         self.told: list[tuple[float, str, JsonObject]] = []  # of moves: when, what
         self.left = False
 
@@ -93,7 +105,7 @@ class PipelineReplica(Replica):
             case "dropped":
                 self.dropped.add((data["stage"], data["driver"], data["micro_batch"]))
             case "reroute":
-                self.reroutes_s.append(data["seconds"])
+                self.reroutes.append(Reroute.told(data, at_s))
             case "online" | "moving" | "prefetched" | "move-cut":
                 self.told.append((at_s, kind, data))
 

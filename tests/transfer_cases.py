@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from fault_cases import FORGETFUL, NotStruck
 from fault_orders import JsonObject, key_of
-from pipeline_cases import ATTEMPTS, Played, conclude, decided_again, forget, gone, struck, thaw
+from pipeline_cases import ATTEMPTS, Played, conclude, decided_again, forget, gone, rerouted, struck, thaw
 from pipeline_group import SPARE, PipelineGroup, PipelineReplica
 from pipeline_table import STAGES, Blow
 from transfer_table import Role, Scene, Transfer
@@ -92,7 +92,7 @@ async def _play(group: PipelineGroup, case: Transfer) -> Played:
         ended = await _arrived(group, cast, struck_s)
     drivers = [one for one in group.drivers() if one not in victims and one is not cast.asker]
     seconds = await decided_again(group, drivers, struck_s)
-    reroutes_s = [seconds for replica in group.awake() for seconds in replica.reroutes_s]
+    reroutes = rerouted(group)
     if case.blow is Blow.EMPTY:
         await group.at_work(group.members)
         back_s = asyncio.get_running_loop().time() - struck_s
@@ -109,7 +109,7 @@ async def _play(group: PipelineGroup, case: Transfer) -> Played:
     if case.blow is Blow.CORRUPT and case.message == "Chunk":
         refused = (await group.spare.ask("account"))["refused"] if group.spare is not None else []
         assert refused, f"nobody was refused\n{group.story()}"
-    played = await conclude(group, case, victims, seconds, reroutes_s, back_s)
+    played = await conclude(group, case, victims, struck_s, seconds, reroutes, back_s)
     if cast.joining is not None and group.spare is not None:
         await _send_away(group, group.spare)
     return replace(played, ended=ended)

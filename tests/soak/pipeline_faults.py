@@ -7,8 +7,10 @@ Three stages of two replicas (mutual TLS on loopback, real membership, whole tra
 all the time, and play one case after another: the blow, the living drivers decide all that they had in
 flight, everybody comes back and works, then P1 (equal bits), P2 (every applied micro-batch once and decided,
 what is missing counted), P4 (checkpoints on disk are whole). P5 is that it goes on at all. A line a case.
-Goals: 2 s for a re-route (a figure), 15 s until a stage that was emptied trains again. Exit status 1: a
-promise was broken (FAILED), or a point was not passed, or an emptied stage took longer (LATE).
+Goals: 2 s for a re-route (two figures: until what a replica had was with another one that took it, counted
+from the blow, and until that one had done it, counted from the failure that its caller saw), 15 s until a
+stage that was emptied trains again. Exit status 1: a promise was broken (FAILED), or a point was not passed,
+or an emptied stage took longer (LATE).
 """
 
 from __future__ import annotations
@@ -69,9 +71,12 @@ def is_late(played: Played) -> bool:
 def figures(of: Sequence[Played]) -> JsonObject:
     """Median and most of what was measured, and what was counted."""
     reroutes_s = [played.reroute_s for played in of if played.reroute_s]
+    handed_s = [played.handed_s for played in of if played.reroute_s]
     return {
         "cases": len(of),
         "decided_again_s": _median_and_most([played.seconds for played in of]),
+        "handed_over_s": _median_and_most(handed_s),
+        "handed_over_past_goal": sum(seconds > REROUTE_S for seconds in handed_s),
         "reroute_s": _median_and_most(reroutes_s),
         "reroutes_over_goal": sum(seconds > REROUTE_S for seconds in reroutes_s),
         "back_s": _median_and_most([played.back_s for played in of]),

@@ -131,7 +131,8 @@ class Downstream:
                 self.successors.answered(winner.attempt, answer, winner.expected_s)
             if failed_at is not None:
                 seconds = loop.time() - failed_at
-                self._event("reroute", {"stage": self.stage, "to": winner.attempt.peer, "seconds": seconds})
+                told = {"stage": self.stage, "to": winner.attempt.peer, "seconds": seconds}
+                self._event("reroute", {**told, "asked_s": max(0.0, winner.attempt.sent_s - failed_at)})
             return answer, used
 
     async def _race(self, errand: Errand, first: _Runner) -> tuple[_Runner, Answer]:
