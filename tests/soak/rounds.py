@@ -31,9 +31,9 @@ def main() -> None:
     first, last = map(int, options.seeds.split("-"))
     begin_s = time.perf_counter()
     counts: Counter[str] = Counter()
-    kernels.warm()  # once; the workers find them in numba's cache
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(options.processes, _begin) as pool:
+    _begin()
+    context = multiprocessing.get_context("fork")  # what is imported and compiled by now is not again
+    with context.Pool(options.processes) as pool:
         for seed, result, told in pool.imap_unordered(outcome, range(first, last), chunksize=4):
             counts[result.partition(":")[0]] += 1
             if result.startswith("FAILED"):
@@ -45,9 +45,9 @@ def main() -> None:
 
 
 def _begin() -> None:
-    """Of a worker: compiled kernels take a fifth of its time away, whatever the machine.
+    """Compiled kernels take a fifth of the time away, whatever the machine.
 
-    Its collector looks at what stories leave, seldom, and not at what torch brought.
+    The collector looks at what stories leave, seldom, and not at what torch brought.
     """
     kernels.warm()
     gc.freeze()
