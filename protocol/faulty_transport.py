@@ -99,7 +99,7 @@ class _FaultyStream(Stream):
         self._kept: Message[Any] | None = None  # arrived, and its receiver was cancelled at the point
 
     async def send(self, header: object, payload: Buffer = b"") -> None:
-        suffered = await self._passing(header, "sending")
+        suffered = await self._passing(header, "sending") if self._faults.armed else None
         if suffered is Action.CORRUPT:
             header, payload = corrupted(header, payload, self._faults.rng)
         if self._faults.tamper is not None:
@@ -107,13 +107,15 @@ class _FaultyStream(Stream):
         self._mute |= suffered is Action.DROP
         if not self._mute:
             await self._inner.send(header, payload)
-        self._mute |= await self._passing(header, "sent") is Action.DROP
+        if self._faults.armed:
+            self._mute |= await self._passing(header, "sent") is Action.DROP
 
     async def receive(self, *kinds: type[Any], max_payload_bytes: int = 0) -> Message[Any]:
         suffered: Action | None = None
         if self._kept is None and not self._deaf:
             self._kept = await self._inner.receive(*kinds, max_payload_bytes=max_payload_bytes)
-            suffered = await self._passing(self._kept.header, "received")
+            if self._faults.armed:
+                suffered = await self._passing(self._kept.header, "received")
         if suffered is Action.DROP or self._kept is None:
             self._deaf, self._kept = True, None
             for_ever: asyncio.Future[Message[Any]] = asyncio.get_running_loop().create_future()
@@ -134,8 +136,6 @@ class _FaultyStream(Stream):
             raise StreamBroken(f"what this side sent to {self.remote.peer} was lost on the way")
 
     async def _passing(self, header: object, place: str) -> Action | None:
-        if not self._faults.armed:
-            return None
         return await self._faults.passing(f"{type(header).__name__}.{place}", self._me, self.remote.peer)
 
 

@@ -107,7 +107,7 @@ class FramedStream(Stream):
         self._writing = Watchdog(pulse, self._suspect, self._silent)
         self._reading = Watchdog(pulse, self._suspect, self._silent)
         self._receiving = False
-        self._one_reader = asyncio.Lock()  # `receive` may begin while a failed send looks ahead
+        self._looking = asyncio.Lock()  # held while a failed send looks ahead: `receive` may begin meanwhile
         self._ahead: deque[bytes] = deque()  # frames read in search of the other side's reason
         self._over: ShoalError | None = None  # why nothing more can be received
         self._failure: ShoalError | None = None  # why the whole stream is unusable
@@ -219,14 +219,15 @@ class FramedStream(Stream):
         if self._ahead:
             return self._ahead.popleft()
         try:
-            async with self._one_reader:
-                if self._ahead:
-                    return self._ahead.popleft()
-                if self._decoder.inside_message:
-                    with self._reading:
-                        frame = await self._read()
-                else:
+            if self._looking.locked():
+                async with self._looking:
+                    if self._ahead:
+                        return self._ahead.popleft()
+            if self._decoder.inside_message:
+                with self._reading:
                     frame = await self._read()
+            else:
+                frame = await self._read()
         except StreamBroken as broken:
             raise self._failure or broken from None
         if frame is None:
@@ -282,7 +283,7 @@ class FramedStream(Stream):
         return broken
 
     async def _look_ahead(self) -> None:
-        async with self._one_reader:
+        async with self._looking:
             while len(self._ahead) < _LAST_WORDS_FRAMES and (frame := await self._read()) is not None:
                 self._ahead.append(frame)
                 if (error := last_words(frame)) is not None:

@@ -13,7 +13,7 @@ from functools import partial
 
 from shoal.protocol.errors import StreamBroken
 from shoal.protocol.framed_stream import FramePipe
-from shoal.protocol.framing import kind_of
+from shoal.protocol.framing import FrameKind
 from shoal.protocol.identity import PeerId
 from shoal.protocol.limits import KIB, MIB
 from shoal.protocol.memory_network import Network
@@ -22,6 +22,7 @@ from shoal.protocol.transport import Channel
 WINDOW_BYTES = 1 * MIB  # sent and not yet read, one direction of one stream; gRPC starts with the same
 BUFFERED_BYTES = 2 * KIB  # a frame up to this fits a socket's buffer: its writer goes on at once
 CREDIT_BYTES = 16 * KIB  # as many read bytes share a credit
+_NAMES = {int(kind): kind.name for kind in FrameKind}  # an enum finds its own name slowly
 
 
 class _Bell:
@@ -104,10 +105,10 @@ class MemoryPipe(FramePipe):
                 return
             frame = tampered
         self._outstanding_bytes += len(frame)
-        *before, last = self._network.pieces(self.here, self.there, self._method, frame)
-        for size in before:
+        pieces = self._network.pieces(self.here, self.there, self._method, frame)
+        for size in pieces[:-1]:
             self._out.push(size, self._moved)
-        left_s = self._out.push(last, partial(self.other._arrive, frame))
+        left_s = self._out.push(pieces[-1], partial(self.other._arrive, frame))
         if len(frame) <= BUFFERED_BYTES:
             return
         loop = asyncio.get_running_loop()
@@ -166,9 +167,8 @@ class MemoryPipe(FramePipe):
 
     def _arrive(self, frame: bytes) -> None:
         if self.broken is None:
-            kind = kind_of(frame)
-            name = kind.name if kind else "?"
-            self._network.trace(f"{self.there} {self.here} {self._method} {name} {len(frame)}")
+            kind = _NAMES.get(frame[0], "?") if frame else "?"
+            self._network.trace(f"{self.there} {self.here} {self._method} {kind} {len(frame)}")
             self._inbox.append(frame)
             self._readable.ring()
 
