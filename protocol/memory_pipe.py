@@ -157,6 +157,11 @@ class MemoryPipe(FramePipe):
             self._stir()
             self._out.push(0, partial(self.other.fail, f"{self.here} broke it off"))
 
+    async def release(self) -> None:
+        """Nothing goes out any more: two ends that hold each other would stay until a collector comes."""
+        self.break_off()
+        del self.other
+
     def fail(self, reason: str) -> None:
         """The other side is gone."""
         if self.broken is None:

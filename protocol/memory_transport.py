@@ -180,7 +180,7 @@ class MemoryTransport(Transport):
     async def _open(self, peer: PeerId, method: str, channel: Channel) -> AsyncIterator[Stream]:
         remote, pulse = await self._connect(peer, channel)
         pipe = MemoryPipe.pair(self._network, self.me, peer, channel, method, pulse.moved)
-        request = partial(self._request, pipe, method, pulse)
+        request = partial(self._request, pipe.other, method, pulse)
         self._network.route(self.me, peer, channel).push(_OPEN_BYTES, request)
         traffic = self._service.traffic(method, opened_here=True)
         outlet = self._uplink.outlet(channel, to_itself=peer == self.me)
@@ -193,11 +193,11 @@ class MemoryTransport(Transport):
 
     def _request(self, pipe: MemoryPipe, method: str, pulse: Pulse) -> None:
         """The request reaches the other side, or the place where that was."""
-        transport = self._network.listening(pipe.there)
+        transport = self._network.listening(pipe.here)
         if transport is None:
-            pipe.fail("it listens no more")
+            pipe.other.fail("it listens no more")
         else:
-            transport.accept(pipe.other, method, self.verified, pulse)
+            transport.accept(pipe, method, self.verified, pulse)
 
     async def _connect(self, peer: PeerId, channel: Channel) -> tuple[VerifiedPeer, Pulse]:
         """Two round trips (TCP, TLS 1.3), unless there is a connection."""
