@@ -79,8 +79,9 @@ class Service:
         try:
             await asyncio.wait({task})
         finally:
-            task.cancel()
-            await asyncio.wait({task})
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
         if task.cancelled():
             await stream.abort(StreamBroken("this peer closed the connection"))
 

@@ -70,9 +70,10 @@ async def follow(context: Context, member: Member, line: Line) -> None:
         return  # the leader gave the round up
     finally:
         member.disengage(line.peer, opening.header)  # before anything that a cancellation could end
-        for task in reporting:
-            task.cancel()
-        await asyncio.gather(*reporting, return_exceptions=True)
+        if unfinished := [task for task in reporting if not task.done()]:
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
 
 
 async def _report(round_: Round | Reentering, line: Line) -> None:

@@ -117,8 +117,9 @@ async def lifeline(stream: Stream, silence_s: float) -> AsyncIterator[Line]:
     except TimeoutError:
         raise PeerSilent(f"{line.peer} takes no messages") from None
     finally:
-        sender.cancel()
-        await asyncio.gather(sender, return_exceptions=True)
+        if not sender.done():
+            sender.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
 
 
 class _Loopback(Line):
