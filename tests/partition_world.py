@@ -50,7 +50,7 @@ class PartitionWorld(World):
     def __init__(self, *arguments: Any, silent_s: float = SILENT_S, **options: Any) -> None:
         self._silent_s = silent_s
         self.ledger: Ledger | None = None
-        self._last_heard: dict[tuple[PeerId, PeerId], tuple[float, GroupMember]] = {}
+        self._last_heard: dict[tuple[PeerId, PeerId], tuple[float, GroupMember, GroupMember]] = {}
         self._beats: dict[Node, tuple[object, GroupMember]] = {}
         self._pace = random.Random(options.get("seed", 1))
         super().__init__(*arguments, **options)
@@ -80,10 +80,10 @@ class PartitionWorld(World):
             if name not in missing:
                 found.append(self._beat(self.live[name]))
                 continue
-            heard_s, beat = self._last_heard[seen_by, name]
+            heard_s, beat, silent = self._last_heard[seen_by, name]
             age_s = asyncio.get_running_loop().time() - heard_s
             if age_s < self._silent_s:
-                found.append(dataclasses.replace(beat, silent=age_s >= SUSPECT_S))
+                found.append(silent if age_s >= SUSPECT_S else beat)
         return found
 
     def _beat(self, node: Node) -> GroupMember:
@@ -156,8 +156,10 @@ class PartitionWorld(World):
 
     def _lose_sight(self, one: Node, other: Node) -> None:
         now_s = asyncio.get_running_loop().time()
-        self._last_heard.setdefault((one.name, other.name), (now_s, other.member()))
-        self._last_heard.setdefault((other.name, one.name), (now_s, one.member()))
+        for by, missed in ((one, other), (other, one)):
+            beat = missed.member()
+            told = now_s, beat, dataclasses.replace(beat, silent=True)
+            self._last_heard.setdefault((by.name, missed.name), told)
 
     # -- work
 
