@@ -26,7 +26,7 @@ class Service:
 
     def __init__(self) -> None:
         self._methods: dict[str, tuple[Handler, frozenset[Role], Channel]] = {}
-        self._running: dict[asyncio.Task[None], VerifiedPeer] = {}
+        self._running: dict[_Call, None] = {}
         self._peers: Counter[PeerId] = Counter()
         self._tokens: Counter[str] = Counter()
         self._traffic: dict[str, Traffic] = {}
@@ -66,7 +66,7 @@ class Service:
     async def answer(self, method: str, stream: FramedStream) -> None:
         """Serve one stream to its end: END after the handler, ABORT for its error or a refusal.
 
-        Cancelled when the caller went away, and then cancels the handler.
+        Runs the handler in the caller's task, whose owner cancels it when the other side went away.
         """
         try:
             handler = self._admit(method, stream.remote)
@@ -74,31 +74,29 @@ class Service:
             self.refused(refusal)
             await stream.abort(refusal)
             return
-        task = asyncio.create_task(self._handle(method, handler, stream), name=f"serve {method}")
-        self._enter(task, stream.remote)
+        call = self._enter(stream.remote)
         try:
-            await asyncio.wait({task})
+            await self._handle(method, handler, stream)
+        except asyncio.CancelledError:
+            if (call.closed and call.task.uncancel()) or call.task.cancelling():
+                raise  # the other side went away
+        else:
+            return
         finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
-        if task.cancelled():
-            await stream.abort(StreamBroken("this peer closed the connection"))
+            self._leave(call)
+        await stream.abort(StreamBroken("this peer closed the connection"))
 
     async def cancel(self, peer: PeerId | None = None) -> None:
         """Cancel the handlers that serve `peer` (None: all) and wait for them.
 
         A handler that calls this itself is spared; its stream is broken, so it ends soon.
         """
-        tasks = [
-            task
-            for task, caller in self._running.items()
-            if peer in (None, caller.peer) and task is not asyncio.current_task()
-        ]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        here = asyncio.current_task()
+        calls = [c for c in self._running if peer in (None, c.caller.peer) and c.task is not here]
+        for call in calls:
+            call.close()
+        if calls:
+            await asyncio.wait([call.over for call in calls])
 
     def counters(self, streams_out: int) -> TransportCounters:
         """A copy of the figures."""
@@ -140,20 +138,41 @@ class Service:
             _log.exception("the handler of %s failed for %s", method, stream.remote.peer)
             await stream.abort(error)
 
-    def _enter(self, task: asyncio.Task[None], caller: VerifiedPeer) -> None:
-        self._running[task] = caller
+    def _enter(self, caller: VerifiedPeer) -> _Call:
+        call = _Call(caller)
+        self._running[call] = None
         self._peers[caller.peer] += 1
         self._tokens[caller.token_id] += 1
-        task.add_done_callback(self._leave)
+        return call
 
-    def _leave(self, task: asyncio.Task[None]) -> None:
-        caller = self._running.pop(task)
+    def _leave(self, call: _Call) -> None:
+        call.over.set_result(None)
+        del self._running[call]
+        caller = call.caller
         self._peers[caller.peer] -= 1
         self._tokens[caller.token_id] -= 1
         if not self._peers[caller.peer]:
             del self._peers[caller.peer]
         if not self._tokens[caller.token_id]:
             del self._tokens[caller.token_id]
+
+
+class _Call:
+    """A handler that runs, and the task it runs in, which may have more to do when `over` is set."""
+
+    def __init__(self, caller: VerifiedPeer) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("streams are served by tasks only")
+        self.caller = caller
+        self.task = task
+        self.over: asyncio.Future[None] = task.get_loop().create_future()
+        self.closed = False  # by this side
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.task.cancel()
 
 
 def _names(roles: Iterable[Role]) -> str:
