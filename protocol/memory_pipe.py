@@ -136,7 +136,7 @@ class MemoryPipe(FramePipe):
             return None
         frame = self._inbox.popleft()
         self._read_bytes += len(frame)
-        if self._read_bytes >= CREDIT_BYTES:
+        if self._read_bytes >= CREDIT_BYTES and not self._through:
             self._out.push(0, partial(self.other._credit, self._read_bytes))
             self._read_bytes = 0
         return frame
