@@ -44,6 +44,7 @@ class StageBeat:
     step_s: Seconds = 0.0  # a step of a text takes of late, its wait included; 0: unknown
     incarnation: Identifier = 0  # of the replica, where its peer began it later than itself; 0: the peer's
     tokens_per_s: TokensPerS = 0.0  # committed at this stage of late: those of one peer may differ
+    reentering: Count = 0  # entries of a chain that lost, which it has still to bring back
 
 
 @wire_message

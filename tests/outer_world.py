@@ -116,6 +116,7 @@ class Node:
             tokens_since_round=outer.tokens_since_round,
             log_tokens=outer.tokens,
             uplink=self.world.uplinks.get(self.name, 1.0),
+            reentering=outer.reentering,
         )
 
     async def stop(self) -> None:

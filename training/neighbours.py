@@ -220,4 +220,5 @@ def _group_member(peer: PeerId, incarnation: int, beat: StageBeat) -> GroupMembe
         tokens_since_round=beat.tokens_since_round,
         log_tokens=beat.log_tokens,
         uplink=beat.uplink_bytes_per_s,
+        reentering=beat.reentering,
     )

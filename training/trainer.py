@@ -359,6 +359,7 @@ class Trainer:
                 step_s=self.serving.claimed_step_s(),
                 incarnation=self._incarnation,
                 tokens_per_s=tokens_per_s,
+                reentering=outer.reentering,
             ),
         )
 

@@ -77,10 +77,14 @@ class Lost:
         return next((part for part in found if part.digest == digest), None)
 
     def note(self, entry: Entry) -> None:
-        """An entry has been applied: parts that list steps which it lists too cannot re-enter any more."""
-        if not self._entries or entry.lost:
+        """An entry has been applied: parts that list steps which it lists too cannot re-enter any more.
+
+        A re-entry counts as well: three sides of a cut may each have ended one round, with the same steps.
+        """
+        if not self._entries:
             return
-        rows = {process: row for process, row in contributors(entry)}
+        source = entry.source()
+        rows = {process: row for process, row in contributors(source)}
         for lost in self._entries:
             if lost.entry.fragment != entry.fragment:
                 continue
@@ -89,8 +93,9 @@ class Lost:
                 for process, row in contributors(lost.entry)
                 if process in rows and rows[process].to_step > row.from_step
             }
-            for part in range(entry.parts) if both else ():
-                if both & listed_in(entry, part) & listed_in(lost.entry, part):
+            parts = [part for part in range(entry.parts) if entry.digest(part) != SKIP] if both else ()
+            for part in parts:
+                if both & listed_in(source, part) & listed_in(lost.entry, part):
                     lost.barred.add(part)
 
     def after(self, previous: bytes) -> LostEntry | None:

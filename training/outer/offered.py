@@ -4,6 +4,7 @@ An entry takes listed steps out of the local weights (`w - a`). When this peer l
 on which the same round ended otherwise or not at all, those steps have to go back, or others have to go, part
 by part: `settle` says what changes. A round is kept until everybody who was present is known to be on the
 same chain; and so are later ones that carried on what it had not listed: another chain may hold that as well.
+And while somebody brings back entries of a lost chain nothing is let go of: they may list this process.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Offered:
         self._budget_bytes = budget_bytes
         self._offers: list[Offer] = []
         self._fell_silent: dict[PeerId, float] = {}  # or was never heard; when it was last so
+        self._reentering = False  # somebody has lost entries to bring back
 
     def __len__(self) -> int:
         return len(self._offers)
@@ -96,6 +98,7 @@ class Offered:
 
     def switched(self) -> None:
         """This peer is on another chain now: of nobody is known whether it shares the outcome."""
+        self._reentering = True  # until `hear` knows better
         for offer in self._offers:
             offer.waiting |= offer.present
 
@@ -107,6 +110,7 @@ class Offered:
         `head_at` is the own chain's head at a height.
         """
         here = {member.peer: member for member in peers}
+        self._reentering = any(member.reentering for member in peers)
         for peer, known in here.items():
             if known.heard and not known.silent:
                 self._fell_silent.pop(peer, None)
@@ -132,7 +136,7 @@ class Offered:
         self._offers = [
             offer
             for offer in self._offers
-            if (offer.open or offer.waiting) and now_s - offer.since_s < UNCERTAIN_S
+            if (offer.open or offer.waiting or self._reentering) and now_s - offer.since_s < UNCERTAIN_S
         ]
 
     def _add(self, offer: Offer) -> None:

@@ -44,6 +44,7 @@ class GroupMember:
     uplink: float = 1.0  # bytes a second, 1 where nobody's is known; part owners in proportion
     heard: bool = True  # else nothing is known of its progress, and it is asked all the same
     silent: bool = False  # nothing is heard of it, yet it did not depart: counts for the quorum only
+    reentering: int = 0  # entries of a lost chain that it has still to bring back
 
 
 def _score(*key: bytes) -> int:

@@ -129,7 +129,7 @@ class Replica:
         if not entry.lost:
             now_s = asyncio.get_running_loop().time()
             self.offered.note(entry, contribution if reached else None, reached | quorum, now_s)
-            self.lost.note(entry)
+        self.lost.note(entry)
         digests = [digest for fragment in self._digests for digest in fragment]
         self.state_root = state_root(tensors_digest(digests), self.log.state())
         self.payloads.keep(entry.height, means)

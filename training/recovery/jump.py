@@ -15,6 +15,7 @@ from shoal.training.outer.entry import Entry, parse
 from shoal.training.outer.fork import Chain, share
 from shoal.training.outer.local import LocalWeights, Rebase
 from shoal.training.outer.member import Member
+from shoal.training.outer.policy import SILENT_S
 from shoal.training.outer.replica import Replica
 from shoal.training.outer.snapshot import Snapshot
 from shoal.training.recovery.chain import Rival, fetch_chain, fetch_entry
@@ -42,6 +43,7 @@ class Jumping:
         self._member = member
         self._local = local
         self._snapshots = snapshots
+        self._not_found = (b"", 0.0)  # the draft whose entry nobody had, and since when
 
     async def run(self, target: Target, fork: Fork | None, *, leaves: bool = False) -> bool:
         """Build the target's state and take it over. False where the own log has gone on meanwhile.
@@ -151,7 +153,11 @@ class Jumping:
         return shadow
 
     async def _entry_contributed_to(self, shadow: Replica, target: Target) -> Entry | None:
-        """The entry that lists what this process contributed last and saw no COMMIT of, if there is one."""
+        """The entry that lists what this process contributed last and saw no COMMIT of, if there is one.
+
+        Raises NotHere where the donors came by a snapshot themselves, and know less than its log tells: that
+        there is one, but not which parts. Others who were there may be heard again; nobody waits for ever.
+        """
         round_, context = self._member.round, self._context
         if round_ is None or round_.contribution is None:
             return None
@@ -167,6 +173,11 @@ class Jumping:
                 break
             except ShoalError as error:
                 context.event("entry-not-found", {"height": height, "why": str(error)})
+        now_s = asyncio.get_running_loop().time()
+        if entry is None and self._not_found[0] != round_.id:
+            self._not_found = (round_.id, now_s)
+        if entry is None and now_s - self._not_found[1] < SILENT_S:
+            raise NotHere(f"entry {height}, which lists this peer, is with nobody that can be asked")
         return entry if entry is not None and entry.previous == round_.draft.previous else None
 
     def _listed_parts(self, entry: Entry | None, mine: Contribution | None) -> set[int]:
