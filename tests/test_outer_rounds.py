@@ -10,10 +10,12 @@ import torch
 from outer_faults import Faults
 from outer_world import Node, World, round_spec
 
+from shoal.protocol.identity import PeerId
 from shoal.protocol.memory_transport import Link
+from shoal.protocol.transport import Buffer
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.change import Change
-from shoal.training.outer.messages import PublishedPart
+from shoal.training.outer.messages import ContributedPart, PublishedPart
 
 LATENCY_S = 0.1
 
@@ -98,6 +100,30 @@ def test_a_late_contribution_stays_in_the_local_weights_and_comes_with_the_next_
             for other in world.nodes[:3]:
                 world.network.set_link(slow.name, other.name, Link(), one_way=True)
             await world.rounds(2)
+            assert world.equal()
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def test_over_a_slow_link_contributions_go_before_means() -> None:
+    faults = Faults()
+
+    async def main() -> None:
+        async with World(2, wrap=faults.wrap) as world:
+            slow, quick = (node.name for node in world.nodes)
+            world.network.set_link(slow, quick, Link(bytes_per_s=2e4), one_way=True)
+            sent: list[type] = []
+
+            def note(peer: PeerId, header: object, payload: Buffer) -> tuple[object, Buffer]:
+                if peer == slow and isinstance(header, ContributedPart | PublishedPart):
+                    sent.append(type(header))
+                return header, payload
+
+            faults.tamper = note
+            await world.rounds(1)
+            assert {*sent} == {ContributedPart, PublishedPart}
+            assert sent == sorted(sent, key=lambda kind: kind.__name__)
             assert world.equal()
             world.assert_every_step_is_in_once()
 

@@ -83,6 +83,7 @@ class Round:
         self._remainders: dict[int, torch.Tensor | None] = {}  # of the parts published here
         self._received: defaultdict[int, dict[int, Buffer]] = defaultdict(dict)  # part -> seat -> encoded
         self._gone: set[int] = set()  # seats that take no part any more
+        self._awaiting: set[int] = set()  # owners to whom this member's contribution is on its way
         self._sent_all: set[int] = set()  # contributors from whom nothing more will come
         self._published_all: set[int] = set()  # owners from whom nothing more will come
         self._quorum_s: float | None = None
@@ -188,6 +189,7 @@ class Round:
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             if self._mine in self._rows:
+                self._awaiting = set(self._owner_of) - {self._mine}
                 for owner in sorted(set(self._owner_of)):
                     tasks.create_task(self._contribute(owner))
             if self._to_reduce:
@@ -218,6 +220,8 @@ class Round:
                     self.bytes_out += memoryview(data).nbytes
         except ShoalError as error:  # not listed then: the delta stays in the local weights
             self._context.event("contribution-cut", {"owner": peer, "why": str(error)})
+        self._awaiting.discard(owner)
+        self._change.notify()
         self._phases.end("send")
 
     async def _reduce(self) -> None:
@@ -274,9 +278,14 @@ class Round:
         self._change.notify()
 
     async def _publish(self, seat: int) -> None:
-        """Send every part of mine to one member as soon as it is closed."""
+        """Send every part of mine to one member as soon as it is closed, and the contribution is there.
+
+        On a slow link that goes first: what its owner makes of it has to come back, too.
+        """
         remaining = set(self._to_reduce)
         peer = self.draft.roster[seat].peer
+        limit_s = self.opened_s + self._deadline_s
+        await self._change.until(lambda: seat not in self._awaiting or seat in self._gone, lambda: limit_s)
         await self._meet(peer)
         try:
             async with self._context.transport.open(
