@@ -113,6 +113,10 @@ class PartitionWorld(World):
         faults.arm(kind, "receiving", lambda peer: self.cut(*sides), count=count)
         await self.train(180)
         assert faults.hit is not None
+        await self.heal_whole()
+
+    async def heal_whole(self) -> None:
+        """The cut ends, all come to one chain and go on, and no step is lost or in twice."""
         self.heal()
         await self.settle(120)
         self.prove()

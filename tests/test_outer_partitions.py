@@ -104,13 +104,7 @@ def test_two_cuts_in_a_row_along_different_lines() -> None:
             await world.train(1.5)  # some have switched, nothing has re-entered yet
             world.cut([a, d], [b, c, e])
             await world.train(180)
-            world.heal()
-            await world.settle(120)
-            world.prove()
-            await world.train(20)
-            await world.settle()
-            world.prove()
-            world.assert_nothing_is_lost()
+            await world.heal_whole()
 
     run(main)
 
@@ -122,13 +116,7 @@ def test_three_sides_become_one() -> None:
             world.cut(*sides_of(world, 3, 2, 1))
             await world.train(240)
             assert len({node.outer.head for node in world.nodes}) == 3
-            world.heal()
-            await world.settle(120)
-            world.prove()
-            await world.train(20)
-            await world.settle()
-            world.prove()
-            world.assert_nothing_is_lost()
+            await world.heal_whole()
 
     run(main)
 
