@@ -43,19 +43,19 @@ class Codec(ABC):
         plus: torch.Tensor | None = None,
         remainder: torch.Tensor | None = None,
         decay: float = 1.0,
-    ) -> tuple[Buffer, float, float]:
-        """The bytes of x = values − minus + plus, all [count] fp32 CPU, ‖x‖² (to 1e-6 of it), ‖remainder‖².
+    ) -> tuple[Buffer, float]:
+        """The bytes of x = values − minus + plus, all [count] fp32 CPU, and ‖remainder‖² (to 1e-6 of it).
 
         `remainder` becomes decay·(x − decoded); it may be `plus` itself. Raises what `encode` raises.
         """
         delta = values.clone() if minus is None else values - minus
         if plus is not None:
             delta.add_(plus)
-        square, data = _square(delta), self.encode(delta)
+        data = self.encode(delta)
         if remainder is None:
-            return data, square, 0.0
+            return data, 0.0
         torch.sub(delta, self.decode(data, delta.numel()), out=remainder).mul_(decay)
-        return data, square, _square(remainder)
+        return data, _square(remainder)
 
     @abstractmethod
     def check(self, data: Buffer, count: int) -> None:

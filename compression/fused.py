@@ -57,7 +57,7 @@ class FusedCodec(Codec):
         plus: torch.Tensor | None = None,
         remainder: torch.Tensor | None = None,
         decay: float = 1.0,
-    ) -> tuple[Buffer, float, float]:
+    ) -> tuple[Buffer, float]:
         kernel = self._kernel("encode")
         if kernel is None:
             return super().encode_difference(values, minus, plus, remainder, decay)
@@ -65,10 +65,10 @@ class FusedCodec(Codec):
         result = np.empty(self.encoded_bytes(values.numel()), np.uint8)
         arrays = [_NONE if each is None else each.numpy() for each in (minus, plus)]
         left = _NONE if remainder is None else remainder.numpy()
-        square, lost = kernel(values.numpy(), *arrays, self.block, np.float32(decay), result, left)
-        if square < 0.0:
+        lost = float(kernel(values.numpy(), *arrays, self.block, np.float32(decay), result, left))
+        if lost < 0.0:
             raise self.not_finite()
-        return result.data, square, lost
+        return result.data, lost
 
     def check(self, data: Buffer, count: int) -> None:
         self._check_size(data, count)

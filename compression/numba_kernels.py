@@ -107,8 +107,10 @@ _ENCODED = types.uint8[::1]
 _INT = types.int64
 _VOID, _F32, _F64 = types.void, types.float32, types.float64
 # encode(anchor, sent, carried, block, decay, result, remainder): the codes of anchor − sent + carried, and
-# what they leave out, times decay; returns the squares of both norms (−1: not finite). Empty: not wanted.
-_ENCODE = (cast(Any, types).UniTuple(_F64, 2), _VALUES, _VALUES, _VALUES, _INT, _F32, _ENCODED, _RESULT)
+# what they leave out, times decay; returns the remainder's squared norm (−1: not finite). Empty: not wanted.
+_ENCODE = (_F64, _VALUES, _VALUES, _VALUES, _INT, _F32, _ENCODED, _RESULT)
+# take(sent, anchor, carried, copy): copy = sent; the squared norm of anchor − sent + carried.
+_TAKE = (_F64, _VALUES, _VALUES, _VALUES, _RESULT)
 # decode(data, block, base, rate, result): base − rate·values; the values themselves where base is empty.
 _DECODE = (_VOID, _DATA, _INT, _VALUES, _F32, _RESULT)
 # add(data, count, block, first, weight, total): total += weight·values, for the values of the `count` in data
@@ -128,6 +130,7 @@ _INVERSE_127 = np.float32(1 / 127)
 _INVERSE_RANGE = np.float32(1 / 8.25)
 _ZERO, _ONE, _HALF = np.float32(0.0), np.float32(1.0), np.float32(0.5)
 _SCALE, _CODE, _PADDING = 1, 2, 3  # fused.Fault
+_BLOCK = 1024  # values whose squares are summed in fp32
 
 
 @_inline
@@ -318,20 +321,53 @@ def int8_encode(
     decay: np.float32,
     result: Bytes,
     remainder: Floats,
-) -> tuple[float, float]:
-    blocks, square, left = -(-anchor.size // block), 0.0, 0.0
+) -> float:
+    blocks, left = -(-anchor.size // block), 0.0
     scratch, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
     for b in range(blocks):
         start = b * block
         x = scratch[: min(block, anchor.size - start)]
         _take_delta(x, start, anchor, sent, carried)
         if not _int8_put(x, b, blocks, block, result):
-            return -1.0, 0.0
-        square += _square(x)
+            return -1.0
         if remainder.size > 0:
             _int8_take(result, b, blocks, block, decoded[: x.size])
             left += _leave(x, decoded, start, decay, remainder)
-    return square, left
+    return left
+
+
+@_kernel(*_TAKE)
+def take(sent: Floats, anchor: Floats, carried: Floats, result: Floats) -> float:
+    """Without slices, for the reason that `_write` gives."""
+    total, in_lines, carries = 0.0, _in_lines(result), carried.size > 0
+    lines = sent.size // _LINE if in_lines else 0
+    line = np.zeros(_LINE, np.float32)  # sums, each added up in more before it loses digits
+    for i in range(0, lines * _LINE, _LINE):
+        _fetch(sent, i + _AHEAD)
+        _fetch(anchor, i + _AHEAD)
+        if carries:
+            _fetch(carried, i + _AHEAD)
+            for j in range(_LINE):
+                x = anchor[i + j] - sent[i + j] + carried[i + j]
+                line[j] += x * x
+        else:
+            for j in range(_LINE):
+                x = anchor[i + j] - sent[i + j]
+                line[j] += x * x
+        _stream(sent, i, result, i)
+        if i % _BLOCK == 0:
+            for j in range(_LINE):
+                total += np.float64(line[j])
+                line[j] = _ZERO
+    for j in range(_LINE):
+        total += np.float64(line[j])
+    for i in range(lines * _LINE, sent.size):
+        x = anchor[i] - sent[i]
+        if carries:
+            x += carried[i]
+        total += np.float64(x) * np.float64(x)
+        result[i] = sent[i]
+    return total
 
 
 @_kernel(*_COPY)
@@ -471,20 +507,19 @@ def int4_encode(
     decay: np.float32,
     result: Bytes,
     remainder: Floats,
-) -> tuple[float, float]:
-    blocks, square, left = -(-anchor.size // block), 0.0, 0.0
+) -> float:
+    blocks, left = -(-anchor.size // block), 0.0
     scratch, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
     for b in range(blocks):
         start = b * block
         x = scratch[: min(block, anchor.size - start)]
         _take_delta(x, start, anchor, sent, carried)
         if not _int4_put(x, b, blocks, block, result):
-            return -1.0, 0.0
-        square += _square(x)
+            return -1.0
         if remainder.size > 0:
             _int4_take(result, b, blocks, block, decoded[: x.size])
             left += _leave(x, decoded, start, decay, remainder)
-    return square, left
+    return left
 
 
 @_kernel(*_DECODE)
@@ -602,8 +637,8 @@ def onebit_encode(
     decay: np.float32,
     result: Bytes,
     remainder: Floats,
-) -> tuple[float, float]:
-    blocks, square, left = -(-anchor.size // block), 0.0, 0.0
+) -> float:
+    blocks, left = -(-anchor.size // block), 0.0
     scratch, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
     sums, last = np.empty(block // 2, np.float32), np.empty(block, np.float32)
     for b in range(blocks):
@@ -611,12 +646,11 @@ def onebit_encode(
         x = scratch[: min(block, anchor.size - start)]
         _take_delta(x, start, anchor, sent, carried)
         if not _onebit_put(x, b, blocks, sums, last, result):
-            return -1.0, 0.0
-        square += _square(x)
+            return -1.0
         if remainder.size > 0:
             _onebit_take(result, b, blocks, block, decoded[: x.size])
             left += _leave(x, decoded, start, decay, remainder)
-    return square, left
+    return left
 
 
 @_kernel(*_DECODE)

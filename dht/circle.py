@@ -73,8 +73,8 @@ class Circle:
 
     def has_room(self, owner: VerifiedPeer) -> bool:
         """Whether a newcomer of this token may come in; one of the token with the most peers goes for it."""
-        if self.keeps_all or len(self._table) < self.most:
-            return True  # the table has a bound of its own
+        if len(self._table) < self.most:
+            return True
         self.crowded_out += 1
         entries = [(peer, entry) for peer in self._table if (entry := self._table.get(peer)) is not None]
         peers = Counter(entry.owner.token_id for _, entry in entries)
@@ -88,9 +88,10 @@ class Circle:
 
     @property
     def most(self) -> int:
-        """Records that are held at most, where not everybody's are."""
-        measure = _NEAR_STAGES * self._known.near + self._known.anybody
-        return min(CROWD * max(measure, self._known.everybody), limits.RECORDS_HELD)
+        """Records that are held at most; of a small swarm, too: a token makes as many peers as it likes."""
+        near = _NEAR_STAGES * self._known.near + self._known.anybody
+        measure = sum(self.sizes.values()) if self.keeps_all else near
+        return min(int(CROWD * max(measure, self._known.everybody)), limits.RECORDS_HELD)
 
     def _concerns(self, record: PeerRecord, mine: Collection[int]) -> bool:
         return self.keeps_all or of_interest(

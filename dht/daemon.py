@@ -265,15 +265,23 @@ class Daemon:
 
 
 async def _dispose(p2p: GuardedP2P, gently: bool = True) -> None:
-    """End a p2pd, hung or not, and leave nothing behind."""
+    """End a p2pd, hung or not, and leave nothing behind; by a task that is being cancelled, too.
+
+    Without asyncio.timeout: that of CPython 3.11.2 raises CancelledError in it, and nothing would be killed.
+    """
     if not gently:
         p2p.kill()
+    ending = asyncio.ensure_future(p2p.shutdown())
     try:
-        async with asyncio.timeout(CLOSE_S):
-            await p2p.shutdown()
-    except TimeoutError:
-        p2p.kill()
-        await p2p.shutdown()
+        await asyncio.wait({ending}, timeout=CLOSE_S)
+    finally:
+        p2p.kill()  # where it has not ended
+    await asyncio.wait({ending}, timeout=CLOSE_S)
+    if not ending.done():
+        logger.warning("p2pd does not end, killed as it is")
+        ending.cancel()
+    elif (error := ending.exception()) is not None:
+        logger.warning("p2pd was closed badly: %r", error)
     p2p.forget_errors()
 
 

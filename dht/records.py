@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from shoal.dht.directory import PeerRecord, SignedRecord
 from shoal.protocol import limits
-from shoal.protocol.errors import BindingInvalid, MessageInvalid, MessageTooLarge, RecordInvalid
-from shoal.protocol.identity import PeerId, PeerKey, VerifiedPeer, verify_signature
+from shoal.protocol.errors import BindingInvalid, MessageInvalid, MessageTooLarge, RecordInvalid, WrongRole
+from shoal.protocol.identity import HOLDERS, PeerId, PeerKey, VerifiedPeer, verify_signature
 from shoal.protocol.wire import decode, encode
 
 SIGNATURE_LABEL = b"shoal record"
@@ -86,7 +86,8 @@ def verify_record(
     """What the record says, after every check that needs no memory; its texts stripped to what prints.
 
     `now` is Unix time in seconds. About 0.3 ms plus the chain. Raises RecordInvalid for size, encoding,
-    signature, times and addresses; AccessError for the chain.
+    signature, times and addresses; AccessError for the chain, and for stages that its token does not grant:
+    others would send their work to an inference client, which may not even answer.
     """
     record = decoded(signed)
     _require_signature(record.peer, membership.run_id + signed.record, signed.signature)
@@ -102,6 +103,8 @@ def verify_record(
     proven = membership.verify(record.chain)
     if proven.peer != record.peer:
         raise BindingInvalid(f"the record of {record.peer} carries the certificate of {proven.peer}")
+    if record.stages and not proven.roles & HOLDERS:
+        raise WrongRole(f"{record.peer} says that it holds a stage, and its token does not let it train")
     return replace(
         record,
         name=_printable(record.name),

@@ -21,7 +21,8 @@ from shoal.dht.directory import PeerRecord, SignedRecord
 from shoal.dht.liveness import Evidence, Liveness, Verdict, judge
 from shoal.dht.view import Member
 from shoal.protocol import limits
-from shoal.protocol.identity import PeerId, VerifiedPeer
+from shoal.protocol.identity import HOLDERS, PeerId, VerifiedPeer
+from shoal.protocol.wire import changed
 
 EventKind = Literal["joined", "suspect", "gone", "back", "left"]
 GONE_KEPT = 256  # gone peers remembered, the latest
@@ -218,6 +219,8 @@ class MemberTable:
         entry = self._entries.get(peer)
         if entry is None or beat.incarnation != entry.record.incarnation or entry.said_goodbye:
             return
+        if not entry.owner.roles & HOLDERS:  # what it says of stages is none of its business
+            beat = changed(beat, stages=(), guards=(), streams=(), spare_bytes=0, room=0)
         worked = entry.beat is None or beat.finished_work > entry.beat.finished_work
         if worked and entry.beat is not None and entry.beat.backlog_s > 0.0:
             gap_s = (now - entry.worked_s) / (beat.finished_work - entry.beat.finished_work)

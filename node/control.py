@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -28,24 +29,31 @@ Action = Callable[[Mapping[str, Any]], Awaitable[object]]
 
 REQUEST_BYTES = 64 * limits.KIB
 REPLY_BYTES = 16 * limits.MIB  # a status with a thousand peers takes under 1 MiB
-CONNECTIONS = 16
+CONNECTIONS = 16  # answered at once
+WAITING = 112  # more besides are turned away at once
 REQUEST_TIMEOUT_S = 10.0
 SOCKET_PATH_BYTES = 100  # sockaddr_un holds 108
+log = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
 async def serve_control(path: Path, actions: Mapping[str, Action]) -> AsyncIterator[None]:
     """Answer `actions` on the socket at `path` while the context lasts."""
-    slots = asyncio.Semaphore(CONNECTIONS)
+    slots, here = asyncio.Semaphore(CONNECTIONS), 0
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal here
+        here += 1
         try:
+            if here > CONNECTIONS + WAITING:
+                return
             async with slots, asyncio.timeout(REQUEST_TIMEOUT_S):
-                writer.write(_line(await _answer(await reader.readline(), actions)))
+                writer.write(await _answer(await reader.readline(), actions))
                 await writer.drain()
         except (TimeoutError, OSError, ValueError):
             pass  # a caller that stalls, goes away or sends an endless line gets no answer
         finally:
+            here -= 1
             writer.close()
 
     with _socket_path(path) as address:
@@ -81,11 +89,17 @@ async def ask(path: Path, do: str, **arguments: object) -> Any:
     return reply["result"]
 
 
-async def _answer(line: bytes, actions: Mapping[str, Action]) -> dict[str, object]:
+async def _answer(line: bytes, actions: Mapping[str, Action]) -> bytes:
+    """The reply. A bug in an action is told as one: whoever got none would take the daemon for dead."""
     try:
-        return {"ok": True, "result": await _perform(line, actions)}
+        result = await _perform(line, actions)
+        return await asyncio.to_thread(_line, {"ok": True, "result": result})  # of many peers a megabyte
     except ShoalError as error:
-        return {"ok": False, "exit_code": error.exit_code, "text": str(error)}
+        return _line({"ok": False, "exit_code": error.exit_code, "text": str(error)})
+    except Exception as error:
+        log.exception("an action of the control socket")
+        text = f"a bug in the daemon: {type(error).__name__}\nits log has the story; please report it"
+        return _line({"ok": False, "exit_code": ShoalError.exit_code, "text": text})
 
 
 async def _perform(line: bytes, actions: Mapping[str, Action]) -> object:
@@ -94,7 +108,7 @@ async def _perform(line: bytes, actions: Mapping[str, Action]) -> object:
         if request["do"] == "actions":  # so that a page has no button for what this daemon cannot do
             return sorted(actions)
         action = actions[request["do"]]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UsageError(f"the control socket knows {', '.join(sorted(actions))}") from error
     return await action(request)
 

@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from shoal.node.gathering import Gathering
 from shoal.node.inference.tryout import Tryouts
 from shoal.node.loop import LoopMeter, new_loop
 from shoal.node.obeying import leave_when_told
+from shoal.node.open_files import raise_file_limit
 from shoal.node.options import PeerOptions
 from shoal.node.owner.actions import OwnerActions
 from shoal.node.owner.home import OwnerHome
@@ -41,6 +41,7 @@ from shoal.node.progress import Show, show_progress
 from shoal.node.revoked import leave_when_revoked
 from shoal.node.sinks.telling import telling
 from shoal.node.tokenizers import serve_tokenizer
+from shoal.node.version import VERSION
 from shoal.node.view.archive import Archive
 from shoal.node.view.buffer import Buffer
 from shoal.node.view.history import History
@@ -68,6 +69,7 @@ def run_daemon(
 ) -> int:
     """Run a peer to its end; the exit code. `show` draws what is under way. Raises what ended it."""
     keep_freed_memory()
+    raise_file_limit()
     gc.disable()  # `freeze` turns it on again
     meter = LoopMeter()
     daemon = Daemon(token, folder, options, events, meter, owner, show)
@@ -96,7 +98,8 @@ class Daemon:
         self._identity_path = folder.identity_path
         self._store = checkpoint_store(folder.root)
         self._options = options
-        self._buffer = Buffer(owner=Role.OWNER in token.roles)
+        places = [folder.root, Path("~").expanduser()]
+        self._buffer = Buffer(owner=Role.OWNER in token.roles, places=places)
         self._events = events = self._buffer.tee(events)
         self._meter = meter
         self._show = show
@@ -300,7 +303,7 @@ class Daemon:
         spec = presence.spec.spec if presence.spec else None
         counters = presence.transport.counters()
         return Own(
-            version=version("shoal"),
+            version=VERSION,
             pid=os.getpid(),
             run_name=spec.run.name if spec else "",
             run_id=presence.token.run_id.hex(),
@@ -338,7 +341,7 @@ class Daemon:
     # --- the control socket
 
     async def _answer_status(self, request: Mapping[str, Any]) -> object:
-        return self.snapshot().brief()
+        return await asyncio.to_thread(self.snapshot().brief)  # as below
 
     async def _answer_snapshot(self, request: Mapping[str, Any]) -> object:
         return await asyncio.to_thread(self.snapshot().to_json)  # tens of ms where peers are hundreds

@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from shoal.dht.beats import Beat
@@ -22,19 +21,20 @@ from shoal.dht.members import Members
 from shoal.dht.records import RecordBook
 from shoal.node.network import announced_addresses, announced_routes
 from shoal.node.reachability import serve_dial_back
-from shoal.node.signed_spec import SignedSpec, fetch_spec, serve_spec
+from shoal.node.signed_spec import SignedSpec, serve_spec, spec_of_any
+from shoal.node.version import VERSION
 from shoal.node.view.names import readable
 from shoal.protocol import limits
 from shoal.protocol.admission import JoinToken, Membership
 from shoal.protocol.amendments import AmendmentBook
 from shoal.protocol.contacts import ContactBook
-from shoal.protocol.errors import AccessError, BootstrapFailed, NetworkError, ShoalError
+from shoal.protocol.errors import BootstrapFailed, NetworkError, ShoalError
 from shoal.protocol.grpc_transport import GrpcTransport
 from shoal.protocol.identity import PeerId, PeerKey
 from shoal.protocol.revocation import RevocationBook
 
-_SPEC_S = 30.0  # for somebody who knows the spec to be found
-_ASK_S = 5.0
+_SPEC_S = 30.0  # for somebody who knows the spec to be found ...
+_ASKED = 12  # ... of these at a time, which takes less even if none answers
 _RENEWAL_CHECK_S = 60.0
 
 
@@ -108,33 +108,30 @@ class Presence:
         if kept is not None:
             self.spec = kept
             return kept
-        reasons: dict[str, str] = {}
+        reasons: dict[PeerId, ShoalError] = {}
         try:
             async with asyncio.timeout(_SPEC_S):
                 while (found := await self._ask_for_spec(reasons)) is None:
                     await self.members.changed()
         except TimeoutError:
-            told = "\n".join(f"{name}: {reason}" for name, reason in reasons.items())
+            names = {member.peer: member.name for member in self.members.view().members}
+            told = "\n".join(f"{names.get(peer) or peer}: {reason}" for peer, reason in reasons.items())
             raise NetworkError(
-                f"nobody gave the run's spec within {_SPEC_S:g} s\n{told or 'no peer of the run was found'}"
+                f"nobody gave the run's spec within {_SPEC_S:g} s\n{told or 'no peer of the run was found'}\n"
+                "join again in a while; shoal status at the owner's peer shows who is here"
             ) from None
         await asyncio.to_thread(found.save, folder)
         self.spec = found
         return found
 
-    async def _ask_for_spec(self, reasons: dict[str, str]) -> SignedSpec | None:
-        """Ask everybody here in turn; `reasons` takes why somebody did not tell. Raises AccessError."""
-        for member in self.members.view().here():
-            if member.peer == self.transport.me:
-                continue
-            try:
-                async with asyncio.timeout(_ASK_S):
-                    return await fetch_spec(self.transport, member.peer, self.membership)
-            except AccessError:
-                raise  # this peer is not wanted: nobody else will say otherwise
-            except (ShoalError, TimeoutError) as error:
-                reasons[member.name or member.peer] = str(error) or f"no answer within {_ASK_S:g} s"
-        return None
+    async def _ask_for_spec(self, reasons: dict[PeerId, ShoalError]) -> SignedSpec | None:
+        """Ask those who are here; `reasons` takes why somebody did not tell.
+
+        Raises AccessError when this peer is refused and nobody gives it.
+        """
+        found, failures = await spec_of_any(self.transport, self.others()[:_ASKED], self.membership)
+        reasons |= failures
+        return found
 
     async def keep_leaf_fresh(self) -> None:
         """Renew the leaf certificate at two thirds of its life, until cancelled. Raises TokenExpired."""
@@ -158,7 +155,7 @@ class Presence:
             chain=self.membership.chain,
             device=self.device,
             tokens_per_s=0.0,
-            version=version("shoal"),
+            version=VERSION,
         )
 
 

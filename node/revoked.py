@@ -9,7 +9,9 @@ from shoal.dht.liveness import Liveness
 from shoal.node.presence import Presence
 from shoal.node.reachability import say_hello
 from shoal.node.signed_spec import fetch_spec
-from shoal.protocol.errors import Busy, NetworkError, ProtocolViolation, ShoalError, TokenRevoked
+from shoal.protocol.errors import NotHere, ShoalError, TokenRevoked
+from shoal.protocol.identity import PeerId
+from shoal.training.outer.ask_around import first_good
 
 _ASKED_WHEN_ALONE = 4
 _PARDON_S = 15.0  # to find somebody, and to hear of a newer list
@@ -42,23 +44,30 @@ async def leave_when_revoked(presence: Presence) -> None:
 async def _ask_for_pardon(presence: Presence) -> None:
     """Returns once a newer list lets this peer back, or somebody refuses it still."""
     membership = presence.membership
+
+    async def ask(peer: PeerId) -> bool:
+        with contextlib.suppress(TokenRevoked):
+            await fetch_spec(presence.transport, peer, membership)
+            if membership.revocations.is_revoked(membership.me):
+                raise NotHere(f"{peer} has no newer list either")
+        return True
+
     while membership.revocations.is_revoked(membership.me):
-        for member in presence.members.view().here():
-            if member.peer != presence.transport.me:
-                try:
-                    await fetch_spec(presence.transport, member.peer, membership)
-                except TokenRevoked:
-                    return
-                except ShoalError:
-                    continue  # another one may answer
+        if (await first_good(presence.others(), ask))[0]:
+            return
         await presence.members.changed()
 
 
 async def _ask_if_alone(presence: Presence) -> None:
-    """Raises TokenRevoked if that is what the others, all silent by now, say when dialled."""
+    """Raises TokenRevoked if that is what the others, all silent by now, say when dialled; whatever else one
+    of them says is no reason to go."""
     others = [member for member in presence.members.view().members if member.peer != presence.transport.me]
     if any(member.liveness is Liveness.ALIVE for member in others):
         return
     for member in others[:_ASKED_WHEN_ALONE]:
-        with contextlib.suppress(NetworkError, ProtocolViolation, Busy):
+        try:
             await say_hello(presence.transport, member.peer)
+        except TokenRevoked:
+            raise
+        except ShoalError:
+            continue

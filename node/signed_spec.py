@@ -8,7 +8,8 @@ answer, so that a joiner has them before it talks to anybody else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,18 +17,20 @@ from typing import Annotated
 from shoal.protocol import limits
 from shoal.protocol.admission import Membership, OwnerKey, verify_owner_signature
 from shoal.protocol.amendments import SignedAmendments
-from shoal.protocol.errors import NotHere, SpecError, StorageError
+from shoal.protocol.errors import AccessError, NotHere, PeerSilent, ShoalError, SpecError, StorageError
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.private_files import read_private, write_private
 from shoal.protocol.revocation import ENTRIES_BYTES, RevocationNotice, SignedRevocations
 from shoal.protocol.transport import Stream, Transport
 from shoal.protocol.wire import Length, wire_message
 from shoal.training import spec_file
+from shoal.training.outer.ask_around import first_good
 from shoal.training.spec import RunSpec
 
 METHOD = "spec"
 LABEL = b"run spec"
 ROLES = frozenset(Role)
+_ASK_S = 5.0  # one peer
 _SPEC_FILE, _SIGNATURE_FILE = "spec.json", "spec.signature"
 _SIGNATURE_BYTES = 80  # ECDSA over P-256, DER
 
@@ -110,10 +113,33 @@ def serve_spec(transport: Transport, known: Callable[[], SignedSpec | None], mem
 
 
 async def fetch_spec(transport: Transport, peer: PeerId, membership: Membership) -> SignedSpec:
-    """The spec as `peer` tells it, verified; newer lists are adopted. The caller sets the deadline.
+    """The spec as `peer` tells it, verified; newer lists are adopted.
 
-    Raises what `Transport.open` raises, SpecError, RecordInvalid.
+    Raises PeerSilent, what `Transport.open` raises, SpecError, RecordInvalid.
     """
+    try:
+        async with asyncio.timeout(_ASK_S):
+            return await _fetch_spec(transport, peer, membership)
+    except TimeoutError:
+        raise PeerSilent(f"no answer within {_ASK_S:g} s") from None
+
+
+async def spec_of_any(
+    transport: Transport, peers: Sequence[PeerId], membership: Membership
+) -> tuple[SignedSpec | None, dict[PeerId, ShoalError]]:
+    """The spec from the first of `peers` that gives it, and why others gave none.
+
+    Raises AccessError where one refuses this peer and nobody gives it: one that lies could keep all
+    newcomers out.
+    """
+    found, failures = await first_good(peers, lambda peer: fetch_spec(transport, peer, membership))
+    refused = (error for error in failures.values() if isinstance(error, AccessError))
+    if found is None and (refusal := next(refused, None)) is not None:
+        raise refusal
+    return found, failures
+
+
+async def _fetch_spec(transport: Transport, peer: PeerId, membership: Membership) -> SignedSpec:
     async with transport.open(peer, METHOD) as stream:
         await stream.send(SpecRequest())
         await stream.end()

@@ -103,7 +103,7 @@ async def _fetched(data: DataSection, transport: Transport, peers: Sequence[Peer
 
 
 async def _ask(transport: Transport, peer: PeerId, digest: str) -> bytes:
-    async with transport.open(peer, METHOD) as stream:
+    async with transport.open(peer, METHOD, Channel.BULK) as stream:
         await stream.send(TokenizerRequest(bytes.fromhex(digest)))
         await stream.end()
         reply = await stream.receive(TokenizerReply, max_payload_bytes=limits.TOKENIZER_BYTES)

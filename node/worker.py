@@ -242,7 +242,8 @@ class Worker:
     def beat(self) -> Beat:
         """What heartbeats say."""
         beats = [trainee.beat() for trainee in self.trainees.values() if trainee.recovered]
-        return replace(together(beats), room=self._tenure.room if self._tenure is not None else 0)
+        beat = together(beats)
+        return self._tenure.complete(beat) if self._tenure is not None else beat
 
     def _others(self) -> list[PeerId]:
         view = self._presence.members.view()

@@ -28,6 +28,10 @@ Every class has a `wire_code` (sent in ABORT frames; the receiver raises the sam
 
 from __future__ import annotations
 
+import math
+
+from shoal.protocol import limits
+
 
 class ShoalError(Exception):
     """Base of the tree. `wire_code` 1 also stands for errors that must not be described to others."""
@@ -187,13 +191,24 @@ def to_wire(error: BaseException) -> tuple[int, str]:
 
 
 def from_wire(code: int, text: str) -> ShoalError:
-    """The error a remote peer reported, as the class it raised. Unknown codes become ShoalError."""
+    """The error a remote peer reported, as the class it raised. Unknown codes become ShoalError.
+
+    Of its text what prints: it is shown on terminals, which obey what does not.
+    """
     kind = _tree(ShoalError).get(code, ShoalError)
+    text = "".join(mark if mark.isprintable() or mark == "\n" else "?" for mark in text)
     if kind is Busy:
         seconds, _, text = text.partition("|")
-        try:
-            retry_after_s = min(max(float(seconds), 0.0), 60.0)
-        except ValueError:
-            retry_after_s = 1.0
-        return Busy(text, retry_after_s)
+        return Busy(text, _bounded_s(seconds))
     return kind(text)
+
+
+def _bounded_s(seconds: str) -> float:
+    """A wait that a peer asked for, between the least and the most that anybody heeds."""
+    try:
+        told_s = float(seconds)
+    except ValueError:
+        told_s = math.nan
+    if math.isnan(told_s):  # it compares with nothing: without this it would pass any bound
+        return 1.0
+    return min(max(told_s, limits.RETRY_LEAST_S), limits.RETRY_MOST_S)

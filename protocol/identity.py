@@ -30,6 +30,9 @@ class Role(enum.StrEnum):
     OBSERVER = "observer"
 
 
+HOLDERS = frozenset({Role.OWNER, Role.TRAINER})  # of stages and of copies: others neither train nor serve
+
+
 @dataclass(frozen=True, slots=True)
 class VerifiedPeer:
     """The other end of a connection or the signer of a record, after chain, role and binding held."""

@@ -10,9 +10,11 @@ The root certificate travels whole: nothing has to be fetched before the first h
 from __future__ import annotations
 
 import base64
+import os
 import re
 import stat
 import sys
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,7 +34,10 @@ from shoal.protocol.wire import Items, Length, decode, encode, wire_message
 TOKEN_PREFIX = "shoal1-"
 _CHECKSUM_BYTES = 6
 _FRONT_BYTES = 2 + _CHECKSUM_BYTES
+_LEAST_BYTES = _FRONT_BYTES + 320  # two public keys, two signatures and two secrets do not deflate
 _BODY_BYTES = 8 * limits.KIB  # inflated; two certificates and eight addresses take 3 KiB
+_QUOTES = "\"'`<>\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"
+_AGAIN = "\ncopy it whole, as the owner's shoal up or shoal token create printed it"
 _Certificate = Annotated[bytes, Length(1, limits.CERTIFICATE_BYTES)]
 _Secret = Annotated[bytes, Length(32, 32)]
 _DICTIONARY = (
@@ -117,11 +122,12 @@ class JoinToken:
 
     @classmethod
     def parse(cls, text: str) -> JoinToken:
-        """The token in a pasted text; white space and line breaks do not matter.
+        """The token in a pasted text; blanks, line breaks and quotes around it do not matter.
 
         Raises TokenInvalid, which says whether the text is cut off or mistyped. Expiry is not checked here.
         """
-        body = _body(_packed("".join(text.split())))
+        seen = (c for c in text if not c.isspace() and unicodedata.category(c) != "Cf")  # Cf: nobody sees it
+        body = _body(_packed("".join(seen).strip(_QUOTES)))
         try:
             key = ec.derive_private_key(int.from_bytes(body.key, "big"), ec.SECP256R1())
         except ValueError as error:
@@ -140,7 +146,14 @@ def read_token(argument: str, stdin: TextIO | None = None) -> tuple[JoinToken, s
         except UnicodeDecodeError as error:
             raise TokenInvalid("standard input holds no text, so no token") from error
     if not argument.startswith("@"):
-        return JoinToken.parse(argument), None
+        try:
+            return JoinToken.parse(argument), None
+        except TokenInvalid as error:
+            if not os.path.isfile(argument):
+                raise
+            raise TokenInvalid(
+                f"this is a file's name, and no token\nto read it from there: @{argument}"
+            ) from error
     path = Path(argument[1:]).expanduser()
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -156,27 +169,44 @@ def read_token(argument: str, stdin: TextIO | None = None) -> tuple[JoinToken, s
 def _packed(text: str) -> bytes:
     """The deflated body, its length and checksum found right."""
     if not text.startswith(TOKEN_PREFIX):
-        raise TokenInvalid(
-            f"a token starts with {TOKEN_PREFIX}, this text of {len(text)} characters does not; copy it whole"
-        )
+        raise TokenInvalid(_other_beginning(text))
     letters = text[len(TOKEN_PREFIX) :]
-    front = re.match(r"[A-Za-z0-9_-]{3}", letters)
-    length = int.from_bytes(base64.urlsafe_b64decode(front[0] + "A")[:2], "big") if front else _FRONT_BYTES
-    expected = len(TOKEN_PREFIX) + (length * 4 + 2) // 3
+    if odd := re.search(r"[^A-Za-z0-9_-]", letters):
+        raise TokenInvalid(
+            f"a token has no {odd[0]!r}, this one has after {len(TOKEN_PREFIX) + odd.start()} characters: "
+            f"something was copied along, or a chat has changed it (a file it leaves alone: @FILE){_AGAIN}"
+        )
+    says = int.from_bytes(base64.urlsafe_b64decode(letters[:3] + "A")[:2], "big") if len(letters) > 2 else 0
+    likely = says >= _LEAST_BYTES and _characters(says) <= limits.TOKEN_CHARACTERS
+    expected = _characters(says if likely else _LEAST_BYTES)
     if len(text) < expected:
+        least = "" if likely else "at least "
         raise TokenInvalid(
-            f"the token is cut off: {len(text)} characters, {expected} expected; copy it whole"
+            f"the token is cut off: {len(text)} characters, {least}{expected} expected{_AGAIN}"
         )
+    if not likely:
+        raise TokenInvalid(f"the token is mistyped at its beginning: no token is as long as it says{_AGAIN}")
     if len(text) > expected:
-        raise TokenInvalid(
-            f"the token is too long: {len(text)} characters, {expected} expected; copy only it"
-        )
-    if not re.fullmatch(r"[A-Za-z0-9_-]*", letters):
-        raise TokenInvalid("the token holds a character that tokens do not use; copy it again")
+        raise TokenInvalid(f"the token is too long: {len(text)} characters, {expected} expected{_AGAIN}")
     data = base64.urlsafe_b64decode(letters + "=" * (-len(letters) % 4))
     if data[2:_FRONT_BYTES] != _checksum(data[_FRONT_BYTES:]) or _to_text(data) != letters:
-        raise TokenInvalid("the token is mistyped: its checksum does not fit; copy it again")
+        raise TokenInvalid(f"the token is mistyped: its checksum does not fit{_AGAIN}")
     return data[_FRONT_BYTES:]
+
+
+def _other_beginning(text: str) -> str:
+    """What to say of a text that does not begin as tokens do."""
+    if not text:
+        return f"there is no token: the text is empty{_AGAIN}"
+    if TOKEN_PREFIX in text:
+        before = text.index(TOKEN_PREFIX)
+        return f"{before} characters stand before the token\ncopy it alone, from {TOKEN_PREFIX} on"
+    if other := re.match(r"shoal[0-9]{1,4}-", text):
+        return (
+            f"this is a token of another version of Shoal: {other[0]} instead of {TOKEN_PREFIX}\n"
+            "ask the owner which version the run has, and install that"
+        )
+    return f"a token starts with {TOKEN_PREFIX}, this text of {len(text)} characters does not{_AGAIN}"
 
 
 def _body(packed: bytes) -> TokenBody:
@@ -188,6 +218,11 @@ def _body(packed: bytes) -> TokenBody:
         return decode(TokenBody, data)
     except (zlib.error, ProtocolViolation) as error:
         raise TokenInvalid(f"the token cannot be read: {error}; ask the owner for another one") from error
+
+
+def _characters(size_bytes: int) -> int:
+    """Of the text of a token with so many bytes, front included."""
+    return len(TOKEN_PREFIX) + (size_bytes * 4 + 2) // 3
 
 
 def _checksum(packed: bytes) -> bytes:

@@ -33,6 +33,8 @@ CONNECT_S = 5.0
 LINGER_S = 60.0  # what a remote handler gets to finish after its caller's END
 KEEPALIVE_S = 10.0  # an idle connection is probed this often ...
 KEEPALIVE_ANSWER_S = 5.0  # ... and is dead when the probe is not answered
+RETRY_LEAST_S = 0.02  # who is full is left alone so long at least: else one that says 0 is asked for ever
+RETRY_MOST_S = 60.0
 
 # Records and the directory
 RECORD_BYTES = 4 * KIB

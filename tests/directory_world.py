@@ -54,8 +54,8 @@ class Run:
         self.owner = OwnerKey.create(self.directory / "owner", os.urandom(32), "test", time.time())
         self.members = 0
 
-    def person(self) -> Person:
-        token = self.owner.issue_token([Role.TRAINER], 3600.0, (), "volunteer", time.time())
+    def person(self, role: Role = Role.TRAINER) -> Person:
+        token = self.owner.issue_token([role], 3600.0, (), "volunteer", time.time())
         key = PeerKey.generate()
         self.members += 1
         return Person(key, Membership(token, key, time.time))

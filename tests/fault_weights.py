@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.training.lane import ThreadLane
-from shoal.training.outer.local import MemoryWeights, Rebase, Sent
+from shoal.training.outer.local import MemoryWeights, Rebase, Sent, Take
 from shoal.training.work import Work
 
 Change = Callable[[int], tuple[torch.Tensor, int]]  # of an inner step: what it adds [size], and its tokens
@@ -35,11 +35,11 @@ class LaneWeights(MemoryWeights):
         """One piece that keeps the device busy for a time; the `last` one of an inner step makes the step."""
         await self._lane.run(Work.WEIGHT, self._piece, seconds, last)
 
-    async def sent(self, span: slice, into: torch.Tensor) -> Sent:
-        return await self._lane.run(Work.UPDATE, self._copy, span, into)
+    async def sent(self, span: slice, take: Take) -> Sent:
+        return await self._lane.run(Work.UPDATE, self.sent_now, span, take)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
-        await self._lane.run(Work.UPDATE, self._rebase, changes)
+        await self._lane.run(Work.UPDATE, self.rebase_now, changes)
 
     def _piece(self, seconds: float, last: bool) -> None:
         begin_s = time.perf_counter()
@@ -47,14 +47,6 @@ class LaneWeights(MemoryWeights):
         if last:
             self.step(*self._change(self.inner_steps))
         self.at_work_s += time.perf_counter() - begin_s
-
-    def _copy(self, span: slice, into: torch.Tensor) -> Sent:
-        return Sent(into.copy_(self.weights[span]), self.inner_steps, self.tokens, self._moves)
-
-    def _rebase(self, changes: Sequence[Rebase]) -> None:
-        for change in changes:
-            change.apply(self.weights, self._moves)
-        self._moves += 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,7 @@ class Node:
             guardians=lambda: [keeper.member() for keeper in world.keepers if keeper.keeps],
             amended=Amended(world.spec, self.orders),
             meet=world.meet_for(name),
+            holds=lambda peer: world.holds(name, peer),
         )
         self.task: asyncio.Task[None] | None = None
 
@@ -230,6 +231,10 @@ class World:
     def group(self, seen_by: PeerId) -> Sequence[GroupMember]:
         nodes = self.sides.get(seen_by, list(self.live.values()))
         return [self.frozen.get(node.name) or node.member() for node in nodes]
+
+    def holds(self, seen_by: PeerId, peer: PeerId) -> bool:
+        """Whether somebody may be a replica, as far as this one knows."""
+        return True
 
     def kill(self, node: Node) -> None:
         """SIGKILL: streams break at once, and everybody knows."""

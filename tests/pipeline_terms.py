@@ -105,7 +105,8 @@ class Terms:
         await self._tenure.drain(deadline_s)
 
     def beat(self) -> Beat:
-        return together([trainer.heartbeat()]) if (trainer := self.serving) is not None else Beat()
+        trainer = self.serving
+        return self._tenure.complete(together([trainer.heartbeat()])) if trainer is not None else Beat()
 
     def accounts(self) -> list[JsonObject]:
         """What it applied, at each stage that it had."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Sequence
 
+import pytest
 import torch
 from pipeline_world import Peer, World, batches, small_spec
 
 from shoal.protocol import virtual_time
+from shoal.protocol.errors import Busy
+from shoal.protocol.identity import PeerId
 from shoal.training.pipeline.driver import Driver
+from shoal.training.pipeline.replicas import Replica
 from shoal.training.pipeline.routing import BUSY_SERVICES, YOUNGER_SERVICES
 
 SERVICE_S = 0.3
@@ -116,5 +122,63 @@ def test_at_a_full_stage_nobody_is_overtaken_for_long_though_replicas_die() -> N
             overtaken = [sum(begun < b and e < ended for b, e in spans) for begun, ended in spans]
             print(f"overtaken by {max(overtaken)} at most, {max(e - b for b, e in spans):.1f} s at most")
             assert max(overtaken) <= 3 * in_flight
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
+@pytest.mark.parametrize("retry_after_s", [0.0, -1.0, math.nan, 1e9])
+def test_who_is_always_busy_and_lies_of_how_long_keeps_no_work_from_the_others(
+    retry_after_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its speed is not known, so it is asked before those it is known of."""
+
+    async def main() -> None:
+        spec = small_spec(2, in_flight=4)
+        async with World(spec, 2, service_s=lambda stage, number: SERVICE_S) as world:
+            liar, honest = world.stage(1)
+            asked = 0
+
+            def admit(caller: PeerId) -> None:
+                nonlocal asked
+                asked += 1
+                raise Busy("full", retry_after_s)
+
+            monkeypatch.setattr(liar.hop, "_admit_memory", admit)
+            loop = asyncio.get_running_loop()
+            begun = loop.time()
+            async with asyncio.timeout(60.0):
+                await world.train(batches(spec, 12))
+            assert len(honest.ledger) == 12
+            assert asked < 100 * (loop.time() - begun)  # two drivers, each fifty times a second at most
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
+def test_records_that_lead_nowhere_take_few_micro_batches_along_however_many_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One token's holder signs records of as many peers as it likes: fast ones, that take no connection."""
+
+    async def main() -> None:
+        spec = small_spec(2, in_flight=4)
+        async with World(spec, 2, service_s=lambda stage, number: SERVICE_S if stage else 0.05) as world:
+            names = [PeerId(f"12D3KooWmadeup{number:03d}x".ljust(52, "1")) for number in range(40)]
+            for name in names:
+                await world.network.transport(name).start()
+                world.network.freeze(name)
+            listed = world.of_stage
+            made_up = [Replica(name, 0.05, 0.0, service_s=1e-6) for name in names]
+
+            def of_stage(stage: int) -> Sequence[Replica]:
+                gone = {peer for peer, _ in world.suspected}  # a failed call is looked into
+                fakes = [fake for fake in made_up if stage == 1 and fake.peer not in gone]
+                return [*listed(stage), *fakes]
+
+            monkeypatch.setattr(world, "of_stage", of_stage)
+            begun = asyncio.get_running_loop().time()
+            await world.train(batches(spec, 48))
+            asked = {peer for peer, _ in world.suspected} & set(names)
+            assert len(asked) <= 2 * len(world.drivers())
+            assert asyncio.get_running_loop().time() - begun < 20.0  # in virtual time; 7 without them
 
     virtual_time.run(main, limit_s=3600.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -46,3 +47,27 @@ def test_a_donor_that_sends_entries_without_end_is_refused(monkeypatch: pytest.M
 
     run(main)
     assert sent_bytes < 1 << 20, "of some thirty times as many"
+
+
+def test_a_donor_that_drips_entries_holds_nobody_up_for_long() -> None:
+    """It claims a height that nobody has; each entry comes in time, and a member that waits takes no part."""
+
+    async def main() -> None:
+        async with World(1, round_spec()) as world:
+            (node,) = world.nodes
+            donor, outer = await leader(world, FIRST), node.outer
+            first = offer_of(FIRST, node, 1)
+
+            async def entries(stream: Stream) -> None:
+                request = (await stream.receive(EntriesRequest)).header
+                for height in range(request.from_height, request.to_height + 1):
+                    await asyncio.sleep(1.5)
+                    await stream.send(EntryItem(height), replace(first, height=height).encode())
+
+            donor.serve(outer.context.method("entries"), entries, GROUP_ROLES, Channel.BULK)
+            target = Target(100_000, bytes(32), bytes(32), (FIRST,))
+            async with asyncio.timeout(60.0):
+                with pytest.raises(PeerSilent, match="too slowly"):
+                    await chain.fetch_chain(outer.context, 0, outer.head, target)
+
+    run(main)

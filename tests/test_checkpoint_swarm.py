@@ -13,23 +13,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
+from checkpoint_world import layouts, spec_of, write_stages
 from outer_faults import Faults
 from slow_disk import SlowDisk
 from trainer_world import RandomFeed, Replica, TrainerWorld, round_spec
 
 from shoal.protocol import virtual_time
-from shoal.protocol.errors import StageEmpty, StorageError
+from shoal.protocol.errors import NotHere, StageEmpty, StorageError
 from shoal.protocol.faults import Action, Arming
 from shoal.protocol.identity import PeerId
-from shoal.protocol.transport import Buffer
+from shoal.protocol.memory_transport import MemoryNetwork
+from shoal.protocol.transport import Buffer, Channel, Stream, Transport
+from shoal.training.checkpoint import gather
+from shoal.training.checkpoint.fetch import fetch_files
 from shoal.training.checkpoint.gather import Gatherer
 from shoal.training.checkpoint.keeper import Keeper
-from shoal.training.checkpoint.manifest import numbered
-from shoal.training.checkpoint.messages import FileChunk
+from shoal.training.checkpoint.manifest import SPEC, FileEntry, numbered
+from shoal.training.checkpoint.messages import CHUNK_BYTES, FileChunk, FileOf, Newest, NewestOf
 from shoal.training.checkpoint.read import Checkpoint, open_checkpoint, verify
 from shoal.training.checkpoint.reshape import load_stage
+from shoal.training.checkpoint.restore import Refused, restore_stage
+from shoal.training.checkpoint.share import FILE_METHOD, MANIFEST_METHOD, NEWEST_METHOD, Shelf
 from shoal.training.model.layout import stage_layout
-from shoal.training.outer.context import Offload
+from shoal.training.outer.context import GROUP_ROLES, Offload
 from shoal.training.spec import RunSpec
 
 
@@ -350,6 +357,113 @@ def test_gathering_goes_to_the_next_replica_when_one_lies(tmp_path: Path) -> Non
             with pytest.raises(StageEmpty, match="does not fit its hash"):
                 await gatherer(world, honest, tmp_path / "all").gather()
             assert list((tmp_path / "all").iterdir()) == kept, "nothing of it stays"
+
+    virtual_time.run(main)
+
+
+def test_a_donor_that_drips_is_left_for_another(tmp_path: Path) -> None:
+    """A byte a second is never silent, and at that rate nobody would ever have a checkpoint."""
+    data = random.Random(1).randbytes(CHUNK_BYTES + 1000)
+
+    async def main() -> None:
+        network = MemoryNetwork(1)
+        drips, honest, asks = (network.transport(PeerId(name)) for name in ("drips", "honest", "asks"))
+
+        def serve(donor: Transport, step_bytes: int, pause_s: float) -> None:
+            async def give(stream: Stream) -> None:
+                await stream.receive(FileOf)
+                for offset in range(0, len(data), step_bytes):
+                    await stream.send(FileChunk(offset), data[offset : offset + step_bytes])
+                    await asyncio.sleep(pause_s)
+
+            donor.serve(FILE_METHOD, give, GROUP_ROLES, Channel.BULK)
+
+        serve(drips, 1, 1.0)
+        serve(honest, CHUNK_BYTES, 0.0)
+        for transport in (drips, honest, asks):
+            await transport.start()
+        entry = FileEntry(name="file", size=len(data), blake3=blake3(data).hexdigest())
+        async with asyncio.timeout(60.0):
+            job = (entry, tmp_path / "file")
+            await fetch_files(asks, [drips.me, honest.me], bytes(32), [job], _inline)
+        assert job[1].read_bytes() == data
+        for transport in (drips, honest, asks):
+            await transport.close()
+
+    virtual_time.run(main)
+
+
+def test_gathering_goes_to_the_next_replica_when_one_never_ends_writing(tmp_path: Path) -> None:
+    """It says every second that it is at it: others must not wait for that for ever, nor any later one."""
+
+    async def main() -> None:
+        async with TrainerWorld(adam_spec(1), disk=tmp_path) as world:
+            await trained(world, 1, 2, replicas=2)
+
+            async def take() -> Checkpoint:
+                await asyncio.Event().wait()
+                raise AssertionError
+
+            for slow, honest in itertools.permutations((world.replicas[0], world.replicas[1])):
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(keeper_of(slow), "take", take)
+                    patch.setattr(gather, "TAKE_S", 20.0)
+                    async with asyncio.timeout(40.0):
+                        checkpoint = await gatherer(world, honest, tmp_path / "all").gather()
+                assert checkpoint.manifest.parts[0].peer == honest.peer
+
+    virtual_time.run(main)
+
+
+def test_a_lost_stage_takes_no_byte_of_what_another_model_would_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who offers it may say that it is of this run; how large its files are, its own spec says."""
+    own, huge = spec_of(1), spec_of(1, width=256)
+    other = write_stages(tmp_path / "shelf", huge)
+    refusals: list[str] = []
+
+    async def main() -> None:
+        network = MemoryNetwork(1)
+        liar, asks = network.transport(PeerId("liar")), network.transport(PeerId("asks"))
+        shelf = Shelf([tmp_path / "shelf"], _inline)
+
+        async def newest(stream: Stream) -> None:
+            below = (await stream.receive(NewestOf)).header.below
+            if below:
+                raise NotHere("nothing older")
+            await stream.send(Newest(bytes.fromhex(other.digest), 99))
+
+        liar.serve(NEWEST_METHOD, newest, GROUP_ROLES)
+        liar.serve(MANIFEST_METHOD, shelf._manifest, GROUP_ROLES, Channel.BULK)
+        liar.serve(FILE_METHOD, shelf._file, GROUP_ROLES, Channel.BULK)
+        opened: list[str] = []
+        given = shelf._open
+
+        def note(digest: bytes, name: str) -> object:
+            opened.append(name)
+            return given(digest, name)
+
+        monkeypatch.setattr(shelf, "_open", note)
+        for transport in (liar, asks):
+            await transport.start()
+        found = await restore_stage(
+            own,
+            0,
+            layouts(own)[0],
+            folders=[],
+            fetched=tmp_path / "fetched",
+            transport=asks,
+            peers=[liar.me],
+            offload=_inline,
+            event=lambda kind, data: refusals.append(f"{kind} {data['why']}"),
+            refused=Refused(),
+        )
+        assert found is None
+        assert set(opened) == {SPEC}
+        assert "another run" in refusals[0]
+        for transport in (liar, asks):
+            await transport.close()
 
     virtual_time.run(main)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from codecs_world import on, same_bits
 
 from shoal.compression import copying
-from shoal.compression.copying import copy
+from shoal.compression.copying import copy, take
 from shoal.compression.registry import codec_by_tag
 from shoal.training.outer.buffers import Buffers
 
@@ -27,6 +29,33 @@ def test_a_copy_is_a_copy_wherever_it_begins(
     assert same_bits(into[at : at + count], source)
     assert result.data_ptr() == into[at:].data_ptr()
     assert bool((into[:at] == -1.0).all()) and bool((into[at + count :] == -1.0).all())
+
+
+@pytest.mark.parametrize("path", ["compiled", "portable"])
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 1024, 1040, 5003, 70_000])
+@pytest.mark.parametrize("carries", [False, True])
+@pytest.mark.parametrize("at", [0, 1])
+def test_what_is_taken_is_a_copy_and_the_norm_of_the_delta(
+    path: str, count: int, carries: bool, at: int
+) -> None:
+    source, anchor, carried = torch.randn(3, count).unbind()
+    into = torch.full((count + 48,), -1.0)
+    with on(path):
+        square = take(source, into[at : at + count], anchor, carried if carries else None)
+    delta = anchor.double() - source.double() + (carried.double() if carries else 0.0)
+    assert square == pytest.approx(float(delta.square().sum()), rel=1e-5)
+    assert same_bits(into[at : at + count], source)
+    assert bool((into[:at] == -1.0).all()) and bool((into[at + count :] == -1.0).all())
+
+
+@pytest.mark.parametrize("path", ["compiled", "portable"])
+@pytest.mark.parametrize("place", [0, 1023, 1500, 2999])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_one_value_that_is_no_number_makes_the_norm_none(path: str, place: int, wrong: float) -> None:
+    source, anchor = torch.randn(2, 3000).unbind()
+    source[place] = wrong
+    with on(path):
+        assert not math.isfinite(take(source, torch.empty(3000), anchor))
 
 
 def test_other_types_and_strides_are_copied_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import os
 import signal
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from shoal.node.control import ask
+from shoal.node.daemon import Daemon
 from shoal.node.demo.processes import PeerProcess, run_shoal
 from shoal.node.paths import control_sockets
+from shoal.node.presence import Presence
 from shoal.node.view.snapshot import Snapshot
 from shoal.training.spec_file import write_template
 
@@ -161,3 +168,34 @@ async def _exits(peer: PeerProcess, code: int) -> None:
         while peer.alive:
             await asyncio.sleep(0.1)
     assert peer.exit_code == code, peer.last_words()
+
+
+def test_a_peer_outlives_pip_replacing_shoal_beneath_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was: its record asked the disk for the version each time, and while there was none it died."""
+
+    def gone(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    here: Any = SimpleNamespace(
+        transport=SimpleNamespace(me="somebody"),
+        membership=SimpleNamespace(chain=()),
+        incarnation=1,
+        state="online",
+        stages=(),
+        states=(),
+        name="peer",
+        addresses=(),
+        device="",
+    )
+    before = Presence._record(here)
+    monkeypatch.setattr(importlib.metadata, "distribution", gone)
+    assert Presence._record(here) == before
+
+
+def test_a_status_of_many_peers_is_not_made_on_the_loop() -> None:
+    made_in: list[int] = []
+    here: Any = SimpleNamespace(
+        snapshot=lambda: SimpleNamespace(brief=lambda: made_in.append(threading.get_ident()))
+    )
+    asyncio.run(Daemon._answer_status(here, {}))
+    assert made_in[0] != threading.get_ident()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -323,9 +324,16 @@ def test_a_crashed_page_comes_back_and_nobody_has_to_sign_in_again(world: World)
 # --- the parts, on a clock of the test's
 
 
-def test_a_page_that_always_crashes_is_left_alone_until_somebody_wants_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cannot_begin", [False, True])
+def test_a_page_that_always_crashes_is_left_alone_until_somebody_wants_it(
+    tmp_path: Path, cannot_begin: bool
+) -> None:
+    """Where it could not begin, for want of memory say, the owner's peer ended with it."""
+
     class Crashing(Dashboard):
         async def _once(self) -> int:
+            if cannot_begin:
+                raise OSError(errno.ENOMEM, "Cannot allocate memory")
             return 1
 
     async def story() -> list[str]:

@@ -187,9 +187,10 @@ def test_a_text_file_is_cut_at_lines_and_no_byte_is_lost(ending: bytes, tmp_path
     assert PIECE_BYTES // 2 < len(corpus.held_out) < len(text) / 2
 
 
-@given(st.text(alphabet="aé€😀", min_size=3000, max_size=4000), st.integers(1, 4))
-def test_text_without_lines_is_cut_between_characters(text: str, times: int) -> None:
-    data = (text * times).encode()
+@given(st.text(alphabet="aé€😀", min_size=12, max_size=24))
+def test_text_without_lines_is_cut_between_characters(text: str) -> None:
+    """Only the last characters matter: of thousands, Hypothesis at times could not draw enough examples."""
+    data = text.encode()
     for end in range(len(data) - 8, len(data) + 1):
         cut = data[: _character_end(data[:end])]
         assert end - len(cut) < 4

@@ -79,7 +79,7 @@ def bench() -> Iterator[Bench]:
 def local(compute: StageCompute) -> torch.Tensor:
     """The whole master, as rounds see it."""
     weights = compute.weights
-    return weights._copy(slice(0, weights.size), torch.empty(weights.size)).weights
+    return weights._copy(slice(0, weights.size), torch.clone).weights
 
 
 def spec_of(dtype: str = "float32", **inner: object) -> RunSpec:

@@ -166,6 +166,14 @@ def test_end_must_count_right_and_come_once() -> None:
             into.feed(frames[1])
 
 
+@pytest.mark.parametrize("kind", [NotHere, Busy])
+def test_the_text_of_a_peers_error_moves_no_cursor_and_writes_no_clipboard(kind: type[ShoalError]) -> None:
+    """It ends on the terminals of volunteers and their owner, and in their logs."""
+    said = "not here\nask another\x1b[2J\x1b]52;c;cm0gLXJm\x07\r\x00\u202e\x9b31m"
+    told = last_words(FrameEncoder().abort(kind(said)))
+    assert str(told) == "not here\nask another?[2J?]52;c;cm0gLXJm?????31m"
+
+
 def test_abort_carries_the_error_anywhere_in_the_stream() -> None:
     encoder = FrameEncoder()
     begun = next(encoder.message(Note(1), bytes(2 * FRAME_BYTES)))

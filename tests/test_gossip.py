@@ -130,13 +130,22 @@ def test_interest_is_mutual_and_near_stages_come_first() -> None:
     assert interest((3,), (3,), {}, KNOWN) == 1.0, "a swarm that the directory shows whole"
 
 
-def test_who_grinds_ids_next_to_a_peer_neither_fills_its_table_nor_drives_others_out() -> None:
+@pytest.mark.parametrize(
+    ("role", "stage_size", "most"),
+    [
+        (Role.TRAINER, 400.0, 4 * 24),
+        (Role.TRAINER, 0.0, 4 * 16),  # a small swarm, known whole
+        (Role.OWNER, 0.0, 4 * 16),
+        (Role.OWNER, 60.0, 4 * 180),  # knows everybody
+    ],
+)
+def test_who_grinds_ids_next_to_a_peer_neither_fills_its_table_nor_drives_others_out(
+    role: Role, stage_size: float, most: int
+) -> None:
     """All of the attacker's concern it, and it is told of them first and last."""
     table = MemberTable(lambda event: None, lambda: None)
-    circle = Circle(
-        VerifiedPeer(PeerId("victim"), frozenset({Role.TRAINER}), "v", math.inf), FEW_KNOWN, table
-    )
-    circle.take_sizes({0: 400.0, 1: 400.0, 2: 400.0})
+    circle = Circle(VerifiedPeer(PeerId("victim"), frozenset({role}), "v", math.inf), FEW_KNOWN, table)
+    circle.take_sizes({stage: stage_size for stage in range(3)})
 
     def tell(name: str, token: str) -> None:
         owner = VerifiedPeer(PeerId(name), frozenset({Role.TRAINER}), token, math.inf)
@@ -150,7 +159,7 @@ def test_who_grinds_ids_next_to_a_peer_neither_fills_its_table_nor_drives_others
         tell(f"honest {number}", f"volunteer {number}")
     for number in range(10 * circle.most):
         tell(f"after {number}", "attacker")
-    assert len(table) == circle.most == 4 * 24
+    assert len(table) == circle.most == most
     assert sum(peer.startswith("honest") for peer in table) == 40
     assert circle.crowded_out > 18 * circle.most
 

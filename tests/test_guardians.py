@@ -21,8 +21,9 @@ from shoal.training.outer.entry import ENTRY_BYTES, Seat
 from shoal.training.outer.messages import Keep, Kept
 from shoal.training.outer.replica import Replica as Copy
 from shoal.training.plan import make_plan
+from shoal.training.recovery.guard import Guard
 from shoal.training.recovery.guardians import Candidate, choose_guardians, guard_bytes, may_let_go
-from shoal.training.recovery.guarding import Guarding
+from shoal.training.recovery.guarding import AGAIN_MOST_S, Guarding
 from shoal.training.recovery.snapshots import Snapshots, clear
 
 SPARE = 1 << 30
@@ -244,6 +245,54 @@ def test_a_copy_that_fails_is_begun_again_and_its_disk_too_ends_no_training(
             await keeper.reach(keeper.trainer.outer.height + 1)
 
     virtual_time.run(main)
+
+
+def test_a_copy_that_fails_again_and_again_is_begun_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was: every two seconds, whatever it took each time."""
+    begun = Counter[PeerId]()
+
+    async def fails(guard: Guard) -> None:
+        begun[guard._context.me] += 1
+        raise MemoryError
+
+    monkeypatch.setattr(Guard, "run", fails)
+
+    async def main() -> None:
+        async with TrainerWorld(round_spec(2), spare_bytes=SPARE, slower=10 * SLOWER) as world:
+            await two_stages(world, 2, 1)
+            await asyncio.sleep(120.0)
+
+    virtual_time.run(main)
+    assert 4 <= max(begun.values()) <= 12
+
+
+def test_a_copy_that_held_for_long_each_time_is_begun_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was: no failure was ever forgotten: after a few in days each left two minutes without a copy."""
+    gaps_s: list[float] = []
+    failed_s: dict[PeerId, float] = {}
+
+    async def holds_for_long(guard: Guard) -> None:
+        me, loop = guard._context.me, asyncio.get_running_loop()
+        if me in failed_s:
+            gaps_s.append(loop.time() - failed_s[me])
+        guard.level_since_s = loop.time()
+        await asyncio.sleep(AGAIN_MOST_S)
+        failed_s[me] = loop.time()
+        raise OSError
+
+    monkeypatch.setattr(Guard, "run", holds_for_long)
+
+    async def main() -> None:
+        async with TrainerWorld(round_spec(2), spare_bytes=SPARE, slower=100 * SLOWER) as world:
+            await two_stages(world, 1, 1)
+            async with asyncio.timeout(20 * AGAIN_MOST_S):
+                while len(gaps_s) < 14:
+                    await asyncio.sleep(10.0)
+
+    virtual_time.run(main)
+    assert max(gaps_s) < 10.0
 
 
 def test_a_writer_outlives_a_folder_that_cannot_be_cleared(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from shoal.protocol.errors import PeerUnreachable
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.protocol.virtual_time import run
-from shoal.training.neighbours import group_members
+from shoal.training.neighbours import group_members, may_hold
 from shoal.training.outer.context import Meet
 from shoal.training.outer.entry import Seat
 from shoal.training.outer.log import Log, genesis_state
@@ -102,6 +102,16 @@ def test_what_a_neighbour_told_long_ago_says_nothing_about_the_round_to_come() -
     assert should_open(3, found[ME], list(found.values())).yes  # the own three steps, of one who is heard
     lazy = group(heard(HEARD, NOW_S - 1.0, steps=0))
     assert not should_open(3, lazy[ME], list(lazy.values())).yes
+
+
+def test_who_may_lead_is_who_may_hold_the_stage() -> None:
+    elsewhere = dataclasses.replace(known(KNOWN_BY_RECORD), stages=(1,))
+    for sampled in (False, True):
+        view = SwarmView(ME, NOW_S, tuple(sorted((heard(HEARD, NOW_S), elsewhere), key=lambda m: m.peer)))
+        view = dataclasses.replace(view, sampled=sampled)
+        assert may_hold(view, 0, HEARD)
+        assert not may_hold(view, 0, KNOWN_BY_RECORD)
+        assert may_hold(view, 0, STRANGER) is sampled
 
 
 def test_who_is_on_the_way_to_the_stage_does_not_belong_to_it_yet() -> None:

@@ -185,6 +185,21 @@ def test_a_stage_counts_as_lost_only_while_nobody_holds_it_and_the_run_has_entri
     never_heard = {"liveness": Liveness.GONE, "gone_s": 9.0, "beat": None}
     assert lost(member("a", 0, 3), member("b", 1, 3, **never_heard)) is False, "its record told of it"
 
+    draining = member("b", 1, 0, state="draining")
+    assert lost(member("a", 0, 3), draining) is None, "it has the stage until it is gone"
+    assert lost(member("a", 0, 3), member("b", 1, 3, state="draining", **silent)) is False, "it may thaw"
+    left = member("b", 1, 3, state="draining", departed=True, **silent)
+    assert lost(member("a", 0, 3), left) is True
+    loss = loss_of(SwarmView(me, 10.0, (member("a", 0, 3), left)), 1)
+    assert loss is not None and loss.known, "who left in order was the last one: nobody else is waited for"
+
+    liar = member(
+        "z", 0, 2**53 - 1, beat=Beat(stages=(StageBeat(0, height=2**53 - 1, log_tokens=2**53 - 1),))
+    )
+    loss = loss_of(SwarmView(me, 10.0, (member("a", 0, 3), member("c", 0, 4), liar)), 1)
+    assert loss is not None and 4 <= loss.height <= 1000 and 400 <= loss.log_tokens <= 100_000, "P5"
+    assert lost(liar) is True
+
     guards = Beat(stages=(StageBeat(0, height=3),), guards=(StageBeat(1, height=3),))
     guardian = member("g", 0, 3, beat=guards)
     assert lost(guardian) is False, "a copy is about to be taken from it"

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from view_world import NOW, a_spec, own, replica, swarm
 
 from shoal.node.view.assemble import Seen, assemble
-from shoal.node.view.metrics import families, serve_metrics
+from shoal.node.view.metrics import CONNECTIONS, WAITING, families, serve_metrics
 from shoal.node.view.parts import EventRow
 from shoal.node.view.snapshot import Snapshot
 from shoal.node.view.tally import Tally
@@ -124,6 +124,21 @@ def test_an_endless_request_is_cut_and_the_next_one_answered() -> None:
             assert await reader.read() == b""
             writer.close()
             assert "shoal_outer_step" in await asyncio.to_thread(get, port)
+
+    asyncio.run(scene())
+
+
+def test_of_many_idle_connections_those_beyond_a_bound_are_hung_up_on_at_once() -> None:
+    """Else anybody who reaches the port could take all file descriptors of the daemon."""
+
+    async def scene() -> None:
+        async with serve_metrics("127.0.0.1", 0, a_snapshot) as port:
+            idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CONNECTIONS + WAITING)]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            assert await reader.read() == b""
+            assert not any(waiting.at_eof() for waiting, _ in idle), "they still have their time"
+            for _, other in (*idle, (reader, writer)):
+                other.close()
 
     asyncio.run(scene())
 

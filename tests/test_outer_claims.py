@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from outer_world import World
+from outer_world import World, round_spec
 
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Stream
@@ -96,5 +96,23 @@ def test_who_claims_more_tokens_than_its_group_can_have_seen_neither_decides_nor
             await world.rounds(1)
             assert honest[0].outer.tokens - before < 1000, "what was left out is not claimed again"
             assert world.equal()
+
+    run(main)
+
+
+@pytest.mark.parametrize("members", [2, 3, 6])
+def test_who_says_that_it_has_made_countless_steps_does_not_make_every_step_a_round(members: int) -> None:
+    """What was: a round was due at once after each entry, for whatever single steps there were."""
+
+    async def main() -> None:
+        async with Boasting(members, round_spec(outer={"inner_steps": 20})) as world:
+            for _ in range(120):
+                height, head = world.nodes[0].outer.height, world.nodes[0].outer.head
+                world.boast = dataclasses.replace(
+                    world.boast, height=height, head=head, steps_since_round=2**50
+                )
+                world.everybody_steps()
+                await asyncio.sleep(1.0)
+            assert 3 <= world.nodes[0].outer.height <= 120 * 6 // 20
 
     run(main)

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from ballots_world import FIRST, leader, offer_of, prepare
+from outer_faults import Faults
 from outer_world import World, inline
 
 from shoal.protocol.errors import StreamBroken
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.entry import ENTRY_BYTES
-from shoal.training.outer.messages import Go, Gone, Report, Tick
+from shoal.training.outer.messages import ContributedPart, Go, Gone, Report, Tick
 from shoal.training.outer.proposal import draft_of
 
 
@@ -63,7 +65,7 @@ def test_an_entry_that_waits_while_its_member_jumps_is_judged_by_the_new_log() -
             member, first = joiner.outer._member, donor.outer._replica.log.entry(1)
             assert first is not None
 
-            async def jump(contribution: object) -> bool:
+            async def jump() -> bool:
                 await asyncio.sleep(1.0)
                 await member.replica.adopt(donor.outer._replica, joiner.weights)
                 return True
@@ -73,5 +75,26 @@ def test_an_entry_that_waits_while_its_member_jumps_is_judged_by_the_new_log() -
             await member.commit(first, [donor.name])  # its log holds it by then
             await jumping
             assert member._unapplied is None, "nothing is undecided"
+
+    run(main)
+
+
+@pytest.mark.parametrize("survivors", [1, 2])
+def test_whoever_had_made_no_step_yet_goes_on_when_all_are_gone_who_had(survivors: int) -> None:
+    """What was: with a dead one's draft it kept what it had at PREPARE, nothing, and no round ended."""
+    faults = Faults()
+
+    async def main() -> None:
+        async with World(1 + survivors, wrap=faults.wrap) as world:
+            quick, *others = world.nodes
+            await world.rounds(1)
+            faults.arm(ContributedPart, "receiving", lambda peer: world.kill(quick))
+            for _ in range(2 * len(world.nodes)):
+                quick.step()
+            async with asyncio.timeout(10.0):
+                while quick.name in world.live:
+                    await asyncio.sleep(0.1)
+            await world.rounds(2, others, each=4)
+            assert world.equal()
 
     run(main)

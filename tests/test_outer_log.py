@@ -131,7 +131,6 @@ def test_contributors_without_a_listed_part_do_not_appear() -> None:
         {"stage": 1},
         {"digests": bytes(96)},  # SKIP, but listed
         {"listed": bytes(3)},  # a digest of nothing
-        {"listed": bytes([3, 3, 3])},  # lists who does not contribute
         {"digests": bytes([9]) * 64, "listed": bytes([1, 1])},  # a part too few
     ],
 )
@@ -141,6 +140,17 @@ def test_entries_that_contradict_themselves_are_refused(broken: dict[str, object
     with pytest.raises(MessageInvalid):
         chain.append(dataclasses.replace(good, **broken).encode())  # type: ignore[arg-type]
     chain.append(good.encode())
+
+
+@pytest.mark.parametrize("listed", [0b11, 0b10000001], ids=["who contributes nothing", "nobody's seat"])
+def test_a_part_that_lists_whom_the_entry_does_not_is_refused_at_the_border(listed: int) -> None:
+    """What was: entries of a rival chain are gone through before a log checks them, and a seat beyond the
+    roster ended the replica."""
+    good = entry(log(), row(0, 0, 2))
+    forged = good.encode().replace(good.listed, bytes([listed] * 3))
+    assert len(forged) == len(good.encode()) and parse(good.encode()) == good
+    with pytest.raises(MessageInvalid):
+        parse(forged)
 
 
 def test_bytes_that_are_not_canonical_are_refused() -> None:

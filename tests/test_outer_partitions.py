@@ -219,6 +219,41 @@ def test_who_follows_one_that_came_by_snapshot_waits_to_learn_what_of_its_own_is
     run(main)
 
 
+def test_who_never_learns_what_of_its_own_is_in_takes_it_for_listed() -> None:
+    """As above, and those who have the entry die: what was is that its steps went in twice after 120 s."""
+    faults = Faults()
+    faults.hangs = False
+
+    async def main() -> None:
+        spec = partition_spec(inner_steps=4)
+        async with PartitionWorld(4, spec, size=SIZE, wrap=faults.wrap) as world:
+            await world.train(15)
+            bridge, *others = world.nodes
+            world.freeze(bridge)
+            alone: list[Node] = []
+
+            def strike(leader: PeerId) -> None:
+                alone.append(next(node for node in others if node.name != leader))
+                world.cut([node for node in others if node is not alone[0]], alone)
+
+            faults.arm(Commit, "before", strike)
+            await world.train(40)
+            (cut_off,) = alone
+            height = cut_off.outer.height
+            world.thaw(bridge)
+            await world.train(10)
+            assert bridge.outer.entry(height + 1) is None, "it came by snapshot"
+            for node in others:
+                if node is not cut_off:
+                    world.kill(node)
+            await world.train(160)
+            await world.settle()
+            world.prove(anchor=False)
+            world.assert_nothing_is_lost()
+
+    run(main)
+
+
 @pytest.mark.parametrize("kind", [Prepare, Go, ContributedPart, Commit], ids=lambda kind: kind.__name__)
 def test_a_heal_amid_a_round(kind: type) -> None:
     faults = Faults()

@@ -150,6 +150,9 @@ def member(n: int, steps: int, height: int = 3) -> GroupMember:
         ([member(0, 19), member(1, 1)], True),
         ([member(0, 10), member(1, 0)], False),
         ([member(0, 10), member(1, 10, height=2)], False),  # counted before its last COMMIT
+        ([member(0, 2), member(1, 2), member(2, 2**53)], False),
+        ([member(0, 1), member(1, 19)], False),  # it will say so itself
+        ([member(0, 4), member(1, 2), member(2, 24)], True),  # what others can have done counts for all of it
     ],
 )
 def test_a_round_opens_on_the_groups_work(group: list[GroupMember], due: bool) -> None:

@@ -16,6 +16,7 @@ from slow_disk import SlowDisk
 from shoal.protocol import wire
 from shoal.protocol.errors import Busy, StreamBroken
 from shoal.protocol.virtual_time import run
+from shoal.training.outer.local import MemoryWeights, Sent, Take
 from shoal.training.outer.messages import Go
 from shoal.training.outer.promise import Promise, Promises
 from shoal.training.outer.proposal import draft_of
@@ -101,12 +102,18 @@ def test_the_end_of_a_leaders_earlier_attempt_does_not_end_the_one_under_way(tmp
     run(main)
 
 
-def test_what_an_earlier_attempts_round_sends_is_what_the_next_attempt_is_told_of() -> None:
-    """Encoding for the next attempt ends after the round of the earlier one, which was slow, has begun."""
+def test_what_an_earlier_attempts_round_sends_is_what_the_next_attempt_is_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The copy for the next attempt is made when the round of the earlier one, which was slow, has begun."""
 
     async def slow(function: Callable[..., Any], *arguments: Any) -> Any:
-        await asyncio.sleep({"draw_owners": 2.0, "encode": 4.0}.get(function.__name__, 0.0))
+        await asyncio.sleep(2.0 if function.__name__ == "draw_owners" else 0.0)
         return await inline(function, *arguments)
+
+    async def slow_sent(weights: MemoryWeights, span: slice, take: Take) -> Sent:
+        await asyncio.sleep(4.0)
+        return weights.sent_now(span, take)
 
     async def main() -> None:
         async with World(1) as world:
@@ -120,6 +127,7 @@ def test_what_an_earlier_attempts_round_sends_is_what_the_next_attempt_is_told_o
                 ):
                     answer = await prepare(earlier, FIRST, node, 1)
                     object.__setattr__(node.outer.context, "offload", slow)
+                    monkeypatch.setattr(MemoryWeights, "sent", slow_sent)
                     draft = draft_of(
                         offer_of(FIRST, node, 1),
                         {node.name: answer},

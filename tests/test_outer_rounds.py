@@ -251,3 +251,25 @@ def test_what_changes_in_the_turn_in_which_a_poll_times_out_is_heard() -> None:
         assert not await change.wait(2.0)
 
     run(main)
+
+
+def test_a_wait_that_is_put_off_ends_in_time_or_with_what_is_raised() -> None:
+    async def main() -> None:
+        change, loop = Change(), asyncio.get_running_loop()
+        asked_s: list[float] = []
+
+        def again_s() -> float | None:
+            asked_s.append(loop.time())
+            if len(asked_s) > 4:
+                raise ValueError("looked too often")
+            return loop.time() + 1.0 if len(asked_s) != 3 else None
+
+        assert not await change.wait(1.0, again_s)
+        assert asked_s == [1.0, 2.0, 3.0]
+        with pytest.raises(ValueError, match="too often"):
+            await change.wait(4.0, again_s)
+        loop.call_at(6.5, change.notify)
+        assert await change.wait(6.0, lambda: 7.0)
+        assert loop.time() == 6.5
+
+    run(main)

@@ -13,7 +13,10 @@ from reference_llama import Reference, summed_loss
 
 from shoal.dht.liveness import GONE_SILENCE_S
 from shoal.protocol import virtual_time
+from shoal.protocol.errors import MessageInvalid
 from shoal.protocol.faults import Action, Arming
+from shoal.training.pipeline.driver import Driver
+from shoal.training.pipeline.messages import MicroBatch
 from shoal.training.spec import RunSpec
 
 HOP_TIMEOUT_S = small_spec(1).limits.hop_timeout_s
@@ -262,3 +265,29 @@ def test_a_driver_that_leaves_in_the_turn_in_which_the_run_goes_on_begins_nothin
             assert driver.figures.tokens == driver.in_flight == 0
 
     virtual_time.run(main)
+
+
+def test_a_micro_batch_whose_chains_fail_at_once_is_tried_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was: three times a second for ever, a forward and an event each, where weights have diverged."""
+    tried_s: list[float] = []
+
+    async def fails(driver: Driver, micro_batch: MicroBatch, tokens: torch.Tensor, begun: float) -> None:
+        tried_s.append(asyncio.get_running_loop().time())
+        raise MessageInvalid("its activations are too large")
+
+    monkeypatch.setattr(Driver, "_through_chain", fails)
+
+    async def main() -> None:
+        spec = small_spec(2, in_flight=1)
+        async with World(spec, 1) as world:
+            training = asyncio.create_task(world.drivers()[0].train(batches(spec, 1)))
+            await asyncio.sleep(60.0)
+            assert not training.done(), "nobody's data is given up for it"
+            training.cancel()
+            await asyncio.gather(training, return_exceptions=True)
+
+    virtual_time.run(main)
+    assert 60.0 / 8.0 <= len(tried_s) <= 25
+    assert tried_s[1] - tried_s[0] <= 0.5, "most chains fail for a reason that is over by then"

@@ -15,7 +15,7 @@ A, B = PeerId("a"), PeerId("b")
 def peer(stage: int, root: bytes = b"1", head: bytes = b"h", **asked: int) -> Any:
     outer = SimpleNamespace(head=head, state_root=root, height=7)
     trainer = SimpleNamespace(outer=outer, under_way=lambda: asked)
-    return SimpleNamespace(stage=stage, online=True, trainer=trainer)
+    return SimpleNamespace(online=True, replicas={stage: trainer})
 
 
 def test_replicas_with_one_head_and_two_states_break_p1() -> None:

@@ -140,6 +140,52 @@ def test_a_donor_that_dies_is_replaced(kind: type, point: str) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("kind", [Manifest, EntryItem, Chunk, PublishedPart], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("dies", [True, False], ids=["killed", "frozen"])
+def test_two_donors_that_fail_one_after_the_other_are_replaced(kind: type, dies: bool) -> None:
+    faults, struck = Faults(), list[PeerId]()
+
+    async def main() -> None:
+        async with World(4, round_spec(**big_spec()), size=BIG, wrap=faults.wrap) as world:
+            await world.rounds(3, each=1)
+
+            def strike(peer: PeerId) -> None:
+                if peer not in struck and len(struck) < 2:
+                    struck.append(peer)
+                    node = next(node for node in world.nodes if node.name == peer)
+                    (world.kill if dies else world.freeze)(node)
+
+            def in_mid_transfer(peer: PeerId, header: object, payload: Buffer) -> tuple[object, Buffer]:
+                if isinstance(header, kind):
+                    asyncio.get_running_loop().call_later(0.0005, strike, peer)
+                return header, payload
+
+            faults.tamper = in_mid_transfer
+            joiner = await join(world, 9)
+            assert len(struck) == 2
+            assert joiner.outer.height == 3
+
+    run(main)
+
+
+def test_donors_that_stand_still_are_waited_for_once(tmp_path: Path) -> None:
+    """What was: who had not given the manifest was asked for the chunks first, and waited for again."""
+
+    async def main() -> None:
+        async with World(5, round_spec(outer={"snapshot_every": 2})) as world:
+            await world.rounds(2)
+            asker = world.nodes.pop()
+            donors = [node.name for node in world.nodes]
+            for node in world.nodes[:3]:
+                world.freeze(node)
+            begun_s = asyncio.get_running_loop().time()
+            assert await prefetch(asker.outer.context, donors, tmp_path) == 2
+            assert asyncio.get_running_loop().time() - begun_s < 6.0
+            world.nodes.append(asker)
+
+    run(main)
+
+
 def test_what_a_donor_had_taken_when_it_fails_at_the_end_goes_to_one_that_was_through() -> None:
     faults = Faults()
 
@@ -287,6 +333,26 @@ def test_a_stage_that_was_emptied_comes_back_from_disk(tmp_path: Path) -> None:
     run(main)
 
 
+def test_what_the_disk_has_is_not_written_again_by_who_comes_back(tmp_path: Path) -> None:
+    """What was: every entry since the last snapshot, gigabytes where stages are large."""
+
+    def written() -> dict[str, int]:
+        return {path.name: path.stat().st_ino for path in tmp_path.rglob("*.safetensors")}
+
+    async def main() -> None:
+        async with World(0) as world:
+            await join(world, 0, 1, tmp_path)
+            await world.rounds(7)
+            await world.nodes.pop().stop()
+            before = written()
+            assert len(before) > 3
+            await (await join(world, 0, 2, tmp_path)).stop()
+            assert written() == before
+            world.nodes.clear()
+
+    run(main)
+
+
 def flip_a_bit_of_the_newest_snapshot(directory: Path) -> Path:
     newest = max(directory.rglob("snapshot-*.safetensors"))
     data = bytearray(newest.read_bytes())
@@ -313,13 +379,25 @@ def test_damaged_files_are_refused_by_name_and_what_is_whole_is_used(tmp_path: P
 
 def test_of_a_stage_fetched_ahead_again_and_again_the_disk_has_one_snapshot(tmp_path: Path) -> None:
     """A move may be cut short as often as there are rounds."""
+    faults, chunks = Faults(), 0
+
+    def count(peer: PeerId, header: object, payload: Buffer) -> tuple[object, Buffer]:
+        nonlocal chunks
+        chunks += isinstance(header, Chunk)
+        return header, payload
+
+    faults.tamper = count
 
     async def main() -> None:
-        async with World(2, round_spec(outer={"snapshot_every": 2})) as world:
+        spec = round_spec(outer={"snapshot_every": 2})
+        async with World(2, spec, wrap=faults.wrap) as world:
             donor, mover = world.nodes
             for height in (2, 4, 6):
                 await world.rounds(2)
                 assert await prefetch(mover.outer.context, [donor.name], tmp_path) == height
+            before = chunks
+            assert await prefetch(mover.outer.context, [donor.name], tmp_path) == height
+            assert chunks == before, "what the disk has is not fetched again"
 
     run(main)
     (kept,) = tmp_path.rglob("snapshot-*")

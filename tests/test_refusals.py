@@ -9,6 +9,7 @@ revoked                  test_a_revoked_peers_streams_(…), test_a_joiner_with_
                          test_a_banned_peer_that_comes_back_(…);
                          test_grpc_transport: a_revoked_peer_is_refused_in_words_and_its_streams_end
 wrong role               test_roles_are_checked_before_any_handler_of_a_replica_runs
+stages without a right   test_claimed_stages: records and beats of who may not train
 wrong run                test_grpc_transport: no_certificate_and_a_certificate_of_another_run_are_refused
 truncated token          test_a_cut_token_(…); test_tokens: a_token_cut_anywhere_says_that_it_is_cut
 wrong peer id            test_grpc_transport: an_impostor_at_the_right_address_is_not_talked_to
@@ -22,7 +23,10 @@ forged, replayed record  test_forged_and_replayed_records_(…); test_records;
                          test_directory: a_member_cannot_forge_replay_or_mask_anothers_record
 bad introductions        test_introductions: who_asks_without_end_(…), a_liars_introduction_(…),
                          a_record_that_comes_with_a_name_(…)
-ids ground to be near    test_gossip: who_grinds_ids_next_to_a_peer_(…)
+ids ground to be near    test_gossip: who_grinds_ids_next_to_a_peer_(…), in swarms of any size
+lies of being busy       test_admission: who_is_always_busy_and_lies_(…)
+made-up replicas         test_admission: records_that_lead_nowhere_(…)
+lies at the door         test_liars_at_the_door
 bad frames               test_frames_that_are_cut_oversized_or_out_of_turn_(…); test_framing: every bit
 unknown spec keys        test_unknown_keys_of_a_run_file_(…); test_spec, test_cli
 another's spec           test_a_spec_that_is_not_the_owners_is_refused_whoever_tells_it
@@ -857,6 +861,8 @@ def test_malformed_contributions_and_parts_are_refused_and_counted(tmp_path: Pat
         whole = 4 * parts[0].count
         assert all(parts[part].count == parts[0].count for part in (theirs, mine))
         not_finite = bytes(whole - 4) + struct.pack("<f", float("nan"))
+        seat = tyrant.roster().index(victim.me)
+        listed, other = bitmap({1 - seat}, 2), bitmap({seat}, 2)  # it contributes alone
         contributed: tuple[Malformed, ...] = (
             (ContributedPart(theirs), bytes(whole - 4), MessageInvalid, f"part {theirs}"),
             (ContributedPart(theirs), bytes(whole + 4), MessageTooLarge, "are allowed"),
@@ -864,9 +870,11 @@ def test_malformed_contributions_and_parts_are_refused_and_counted(tmp_path: Pat
             (PublishedPart(0, b"\1"), b"", MessageInvalid, "PublishedPart"),
         )
         published: tuple[Malformed, ...] = (
-            (PublishedPart(mine, b"\1"), not_finite, MessageInvalid, f"part {mine}"),
-            (PublishedPart(mine, b"\1\1"), bytes(whole), MessageInvalid, "2 bytes of bitmap"),
-            (PublishedPart(mine, b"\1"), bytes(whole + 4), MessageTooLarge, "are allowed"),
+            (PublishedPart(mine, listed), not_finite, MessageInvalid, f"part {mine}: "),
+            (PublishedPart(mine, listed + b"\0"), bytes(whole), MessageInvalid, "in 2 bytes"),
+            (PublishedPart(mine, other), bytes(whole), MessageInvalid, f"part {mine} lists"),
+            (PublishedPart(mine, b"\0"), bytes(whole), MessageInvalid, f"part {mine} lists"),
+            (PublishedPart(mine, listed), bytes(whole + 4), MessageTooLarge, "are allowed"),
             (PublishedPart(99, b"\1"), bytes(whole), MessageInvalid, "part 99 of 5"),
         )
         both = (("contribute", Contributing, contributed), ("publish", Publishing, published))
@@ -918,9 +926,9 @@ def test_drafts_and_entries_that_do_not_hold_change_no_log(tmp_path: Path) -> No
             (b"garbage", MessageInvalid, "Entry"),
             (b"", MessageInvalid, "Entry"),
             (good.encode() + b"\x08\x00", MessageInvalid, "canonical"),
-            (tyrant.draft(height=7).encode(), Stale, "GO for height 7"),
-            (tyrant.draft(previous=bytes(32)).encode(), Stale, "GO for height 1"),
-            (entry(SKIP), Stale, "GO for height 1"),  # decided already: no draft
+            (tyrant.draft(height=7).encode(), Stale, "entry 7 after"),
+            (tyrant.draft(previous=bytes(32)).encode(), Stale, "entry 1 after 00000000"),
+            (entry(SKIP), MessageInvalid, f"a draft with {parts} parts"),  # decided already: no draft
             (tyrant.draft(stage=1).encode(), MessageInvalid, "stage 1"),
             (tyrant.draft(roster=absent).encode(), MessageInvalid, "nobody present"),
             (tyrant.draft(fragment=1).encode(), MessageInvalid, "fragment 0"),
@@ -939,8 +947,12 @@ def test_drafts_and_entries_that_do_not_hold_change_no_log(tmp_path: Path) -> No
         for data, kind, words in commits:
             with pytest.raises(kind, match=words):
                 await tyrant.end_of_round(good.encode(), data)
+        prepare, offer = Prepare(9, victim.outer.head, 1), tyrant.draft(height=9, ballot=1)
         with pytest.raises(Stale, match="has to catch up"):
-            await tyrant.send("round", (Prepare(9, victim.outer.head, 1), b""))
+            await tyrant.send("round", (prepare, offer.encode()))
+        for changes in ({"height": 1}, {"ballot": 2}, {"stage": 1}, {"leader": victim.me}):
+            with pytest.raises(MessageInvalid, match="is not what its PREPARE says"):
+                await tyrant.send("round", (prepare, replace(offer, **changes).encode()))
         with pytest.raises(MessageInvalid, match="Commit"):
             await tyrant.send("round", (Commit(), b""))
         requests: tuple[tuple[str, object, type[ShoalError]], ...] = (

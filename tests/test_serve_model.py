@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import tokenizers
@@ -26,7 +27,7 @@ from shoal.protocol import limits
 from shoal.protocol.errors import HardwareTooSmall, NetworkError, ShoalError
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
-from shoal.protocol.transport import Stream
+from shoal.protocol.transport import Channel, Stream
 from shoal.training.checkpoint.hf_import import import_hf
 from shoal.training.plan import make_plan
 from shoal.training.spec import RunSpec
@@ -202,7 +203,12 @@ def test_a_tokenizer_comes_from_whoever_has_the_right_one(
         assert not list((tmp_path / "cache").rglob("*.json"))
         signed = SignedSpec(theirs, b"not looked at here")
         good = await holders.add(lambda transport: serve_tokenizer(transport, lambda: signed))
+        opened = mock.Mock(wraps=holders.me.open)
+        monkeypatch.setattr(holders.me, "open", opened)
         found = await with_tokenizer(mine, holders.me, [liar, good])
+        assert [call.args[2] for call in opened.call_args_list] == [Channel.BULK] * 2, (
+            "heartbeats go beside it"
+        )
         assert await with_tokenizer(mine, holders.me, []) == found  # kept
         with pytest.raises(NetworkError, match="not the run's tokenizer"):
             await with_tokenizer(spec_of(b"a third", tmp_path / "x"), holders.me, [good])

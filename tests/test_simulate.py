@@ -62,14 +62,30 @@ def test_the_policy_simulation_counts_the_directory_as_the_full_one_does() -> No
     )  # in so short a time the first, quick looks weigh much
 
 
-@pytest.mark.parametrize("seed", [11, 12])
-def test_no_promise_is_broken_under_churn(seed: int) -> None:
-    """A share of what tests/soak/swarm.py does with 50 peers."""
-    options = dataclasses.replace(CHURN, peers=8, duration_s=25.0, seed=seed, session_s=40.0)
+@pytest.mark.parametrize(("seed", "peers", "stages_most"), [(11, 8, 1), (12, 8, 1), (13, 3, 2)])
+def test_no_promise_is_broken_under_churn(seed: int, peers: int, stages_most: int) -> None:
+    """A share of what tests/soak/swarm.py does with 50 peers, and with few that hold several stages."""
+    options = dataclasses.replace(
+        CHURN, peers=peers, duration_s=200.0 / peers, seed=seed, session_s=40.0, stages_most=stages_most
+    )
     outcome = simulate_run(pipeline_spec(), options)
     print("seed", seed, outcome.to_json())
     assert outcome.joins > 2 and outcome.micro_batches > 0
     assert outcome.broken == []
+
+
+@pytest.mark.parametrize("stages_most", [1, 2])
+def test_two_peers_fill_three_stages_if_one_may_hold_two(stages_most: int) -> None:
+    values = pipeline_spec().model_dump()
+    values["stages"] |= {"count": 3, "rebalance_window_s": 5.0}
+    calm = dataclasses.replace(CHURN, peers=2, warmup_s=30.0, session_s=1e9, stages_most=stages_most)
+    outcome = simulate_run(RunSpec.model_validate(values), calm)
+    assert outcome.broken == [] and outcome.unexplained == 0
+    if stages_most == 1:
+        assert outcome.micro_batches == 0 and not all(outcome.rounds)
+    else:
+        assert outcome.micro_batches > 0 and all(outcome.rounds)
+        assert all(all(sample.capacity) for sample in outcome.measured)
 
 
 def test_the_same_seed_gives_the_same_trace_and_another_one_another(churned: Outcome) -> None:

@@ -56,6 +56,54 @@ def test_a_token_cut_anywhere_says_that_it_is_cut(world: World) -> None:
         JoinToken.parse(text + text[-1])
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    ['"{}"', "“{}”", "\ufeff{}\n", "<{}>", "`{}`", "\u200b{}\u200b"],
+    ids=["quotes", "typographic", "byte-order mark", "angles", "code", "zero width"],
+)
+def test_what_a_clipboard_adds_around_a_token_does_not_matter(world: World, damaged: str) -> None:
+    token = world.token()
+    text = token.encode()
+    assert JoinToken.parse(damaged.format(text)) == token
+    assert JoinToken.parse(damaged.format(text[:300] + "\u00ad\n" + text[300:])) == token
+
+
+REFUSED = {
+    "nothing": (" \n", ["the text is empty", "shoal up"]),
+    "garbage": ("shoal1-garbageX", ["cut off: 15 characters, at least 445", "copy it whole"]),
+    "no token": ("hello", ["starts with shoal1-", "5 characters", "copy it whole"]),
+    "the command, too": ("shoal join {}", ["9 characters stand before the token", "from shoal1- on"]),
+    "two dashes made one": ("{}—", ["has no '—', this one has after", "@FILE"]),
+    "twice": ("{}{}", ["too long", "copy it whole"]),
+    "a sentence": ("{}.", ["has no '.'"]),
+    "another version": ("shoal2-abcdef", ["another version", "shoal2-", "install"]),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refused_text_says_what_is_wrong_with_it_and_what_helps(world: World, kind: str) -> None:
+    """Of a text of 15 characters it said that 54,121 were expected."""
+    text, said = REFUSED[kind]
+    pasted = text.replace("{}", world.token().encode())
+    with pytest.raises(TokenInvalid) as refused:
+        JoinToken.parse(pasted)
+    for words in said:
+        assert words in str(refused.value)
+
+
+def test_a_token_mistyped_in_its_length_says_so(world: World) -> None:
+    text = world.token().encode()
+    with pytest.raises(TokenInvalid, match="mistyped at its beginning"):
+        JoinToken.parse("shoal1-zz" + text[9:])
+
+
+def test_the_name_of_a_tokens_file_without_the_at_is_explained(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text(world.token().encode())
+    with pytest.raises(TokenInvalid, match=f"@{path}"):
+        read_token(str(path))
+
+
 def test_a_token_with_any_character_mistyped_is_refused(world: World) -> None:
     text = world.token().encode()
     for i in range(len(text)):

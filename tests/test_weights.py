@@ -72,20 +72,18 @@ def test_a_rebase_keeps_the_steps_made_since() -> None:
 
     async def main() -> None:
         local = weights(small_spec(1, mode="stream", inner_tokens=1))
-        sent = await local.sent(slice(None), torch.empty(local.size))
+        sent = await local.sent(slice(None), torch.clone)
         step(local)
-        now = await local.sent(slice(None), torch.empty(local.size))
+        now = await local.sent(slice(None), torch.clone)
         assert (now.inner_step, now.tokens) == (1, 1)
         new = torch.full((8,), 3.0)
         await local.rebase([Rebase(4, sent.weights[4:12], new)])
-        after = await local.sent(slice(None), torch.empty(local.size))
+        after = await local.sent(slice(None), torch.clone)
         assert torch.equal(after.weights[4:12], new + (now.weights[4:12] - sent.weights[4:12]))
         assert torch.equal(after.weights[12:], now.weights[12:])
         assert torch.equal(local.take().flat, after.weights)
         await local.rebase([Rebase(0, after.weights, torch.zeros(local.size))])
-        assert torch.equal(
-            (await local.sent(slice(None), torch.empty(local.size))).weights, torch.zeros(local.size)
-        )
+        assert torch.equal((await local.sent(slice(None), torch.clone)).weights, torch.zeros(local.size))
 
     virtual_time.run(main)
 
@@ -97,15 +95,15 @@ def test_the_short_way_where_nothing_moved_gives_what_the_long_one_gives(
 ) -> None:
     async def main() -> None:
         local = weights(small_spec(1, mode="stream", inner_tokens=1))
-        sent = await local.sent(slice(None), torch.empty(local.size))
+        sent = await local.sent(slice(None), torch.clone)
         if between == "a step":
             step(local)
         elif between == "a rebase":
             await local.rebase([Rebase(0, sent.weights, sent.weights + 1.0)])
-        now = (await local.sent(slice(None), torch.empty(local.size))).weights
+        now = (await local.sent(slice(None), torch.clone)).weights
         new = torch.full((local.size,), 3.0)
         await local.rebase([Rebase(0, sent.weights, new, alpha, sent.moves)])
-        after = (await local.sent(slice(None), torch.empty(local.size))).weights
+        after = (await local.sent(slice(None), torch.clone)).weights
         long_way = now - sent.weights + new if alpha is None else alpha * now + (1.0 - alpha) * new
         assert torch.allclose(after, long_way, rtol=0.0, atol=1e-6)
 

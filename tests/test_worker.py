@@ -122,7 +122,7 @@ def test_a_stage_that_is_given_back_leaves_the_memory_to_those_that_stay(
         )
         async with asyncio.TaskGroup() as tasks:
             for stage in (0, 1):
-                await (await tenure._open(stage, tasks)).online.wait()
+                await (await tenure._open(stage, tasks)).decided.wait()
             await tenure._close(tenure._held[1])
             assert [one() is None for one in made] == [False, True]
             await tenure._close(tenure._held[0])

@@ -182,6 +182,14 @@ def _stranger(peer: PeerId, incarnation: int, uplink: float) -> GroupMember:
     return GroupMember(peer=peer, incarnation=incarnation, uplink=uplink, heard=False)
 
 
+def may_hold(view: SwarmView, stage: int, peer: PeerId) -> bool:
+    """Whether a peer may be a replica of a stage: of a swarm known in part a stranger may."""
+    member = view.get(peer)
+    if member is None:
+        return view.sampled
+    return stage in member.stages or member.progress(stage) is not None
+
+
 def stage_members(members: Members, stage: int) -> list[GroupMember]:
     """The living replicas of any stage, those that are leaving too, without this peer."""
     if not members.running:

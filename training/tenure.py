@@ -2,8 +2,9 @@
 
 At each stage it recovers, serves and trains. Every window it looks whether the plan (`rebalance`) names this
 peer. Then it fetches the new stage's state while it goes on with the old one (pre-copy), asks its group to be
-let go (LEAVE), drains, and begins anew at the other stage. Whatever fails on the way, it stays. A peer with
-room for more holds empty stages besides, and leaves them to others that come (`spread`).
+let go (LEAVE), drains, and begins anew at the other stage. Whatever fails on the way, it stays or goes back,
+and lets some windows pass (`setbacks`). A peer with room for more holds empty stages besides, and leaves them
+to others that come (`spread`).
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from shoal.dht.beats import Beat
 from shoal.dht.directory import STAGES_HELD
 from shoal.dht.view import SwarmView
-from shoal.protocol.errors import HardwareTooSmall, ShoalError
+from shoal.protocol.errors import Busy, HardwareTooSmall, NetworkError, NotHere, ShoalError, StageEmpty, Stale
 from shoal.protocol.identity import PeerId, Role
+from shoal.protocol.wire import changed
 from shoal.training.decisions import DecisionLog
 from shoal.training.partition import spec_costs
 from shoal.training.rebalance import Move, Placed, plan, settled
+from shoal.training.setbacks import Setbacks
 from shoal.training.spec import RunSpec
 from shoal.training.spread import give_back, take
 
@@ -30,6 +34,8 @@ MOVE_S = 30.0  # that a mover loses: its drain at worst, and the replay of the t
 _TURN_WINDOWS = 2  # that a peer has to take an empty stage, before it is another one's turn
 _MOVE_WINDOWS = 4  # that a move has to begin: a mover may have no memory for where the plan sends it
 _PERMISSION_S = 120.0  # several rounds; then the plan has to win anew
+_AGAIN_S = (5.0, 15.0, 45.0)  # between attempts to begin, for a peer that has no other stage
+_PASSES = (NetworkError, StageEmpty, NotHere, Busy, Stale)  # what may be otherwise by then
 
 
 class Term(Protocol):
@@ -57,9 +63,12 @@ class _Held:
 
     stage: int
     besides: bool  # another one
+    optional: bool  # there is another stage for the peer, if it cannot begin here
     state: str = "joining"
     term: Term | None = None  # once online
-    online: asyncio.Event = field(default_factory=asyncio.Event)
+    failed: str = ""  # why it could not begin, where that is optional
+    hopeless: bool = False  # and never will
+    decided: asyncio.Event = field(default_factory=asyncio.Event)  # online, or not to be
     left: asyncio.Event = field(default_factory=asyncio.Event)  # set to leave in order
     task: asyncio.Task[None] | None = None
 
@@ -87,6 +96,7 @@ class Tenure:
         `moves` the peer stays at its stage whatever the plan says. `most`: stages that it holds at once."""
         self.moves = 0  # made
         self.room = 0  # for more stages beside those that it holds
+        self.stays = False  # wherever it would help more: it cannot go there now
         self._spec = spec
         self._view = view
         self._begin = begin
@@ -100,6 +110,7 @@ class Tenure:
         self._moves = moves and looks
         self._most = min(most, STAGES_HELD) if looks else 1
         self._costs = spec_costs(spec)
+        self._setbacks = Setbacks(spec.stages.rebalance_window_s, rng)
         self._held: dict[int, _Held] = {}  # in the order in which it came to them
         self._bound: int | None = None  # for this stage, while it still leaves another one
         self._empty_windows = 0  # in which a stage has been empty
@@ -110,6 +121,12 @@ class Tenure:
     def terms(self) -> list[Term]:
         """Of the stages that it serves."""
         return [held.term for held in self._held.values() if held.term is not None]
+
+    def complete(self, beat: Beat) -> Beat:
+        """What its replicas say, with what only the tenure knows."""
+        if self.stays:
+            beat = changed(beat, stages=tuple(changed(stage, fixed=True) for stage in beat.stages))
+        return beat if beat.room == self.room else changed(beat, room=self.room)
 
     async def run(self, stage: int) -> None:
         """Serve, beginning with this stage."""
@@ -125,14 +142,16 @@ class Tenure:
         self._say()
         await asyncio.gather(*(term.drain(deadline_s) for term in self.terms))
 
-    async def _open(self, stage: int, tasks: asyncio.TaskGroup) -> _Held:
-        """Begin at a stage; returns once online there, or at once if it holds another one."""
-        held = self._held[stage] = _Held(stage, besides=bool(self._held))
+    async def _open(self, stage: int, tasks: asyncio.TaskGroup, *, optional: bool = False) -> _Held:
+        """Begin at a stage; returns once it is online there or, where that is optional, cannot be; at once if
+        it holds another one."""
+        besides = bool(self._held)
+        held = self._held[stage] = _Held(stage, besides, besides or optional)
         self._bound = None
         self._say()
         held.task = tasks.create_task(self._hold(held), name=f"stage {stage}")
         if not held.besides:
-            await held.online.wait()
+            await held.decided.wait()
         return held
 
     async def _close(self, held: _Held) -> None:
@@ -142,29 +161,57 @@ class Tenure:
             await held.task
 
     async def _hold(self, held: _Held) -> None:
-        """From the beginning at a stage until `left`."""
-        stage = held.stage
+        """From the beginning at a stage until `left`. Raises what ended it, if it has nowhere else to be."""
         try:
-            async with self._begin(stage) as term:
-                await term.recover()
+            for again_s in (*_AGAIN_S, None):
+                if not await self._try_to_live(held, last=again_s is None) or again_s is None:
+                    return
+                await asyncio.sleep(again_s * self._rng.uniform(0.5, 1.5))
                 if self._leaving:
-                    return  # nobody would finish what it took on now
-                held.term, held.state = term, "online"
-                self._say()
-                self._event("online", {"stage": stage, "text": f"online at stage {stage}"})
-                held.online.set()
-                await self._serve(held, term)
-        except ShoalError as error:  # of its beginning; the stages that it has are no worse for it
-            if not held.besides or held.term is not None:
-                raise
-            if isinstance(error, HardwareTooSmall):
-                self._most = len(self._held) - 1  # the plan said that it fits: it is not asked again
-            text = f"not at stage {stage} besides: {error}"
-            self._event("take-cut", {"stage": stage, "why": str(error), "text": text})
+                    return
         finally:
             held.term = None  # whoever waits for the end of `held` shall not hold its weights
-            del self._held[stage]
+            del self._held[held.stage]
             self._say()
+            held.decided.set()
+
+    async def _try_to_live(self, held: _Held, last: bool) -> bool:
+        """Whether it is worth another attempt. A method of its own, as `_serve` is."""
+        try:
+            await self._live(held)
+        except ShoalError as error:
+            if held.term is not None:
+                raise
+            if held.optional:
+                held.failed, held.hopeless = str(error), isinstance(error, HardwareTooSmall)
+                if held.besides:
+                    self._tell_of_failed(held)
+                return False
+            if last or not isinstance(error, _PASSES):
+                raise
+            text = f"stage {held.stage} could not be begun, and is tried again: {error}"
+            self._event("begin-failed", {"stage": held.stage, "why": str(error), "text": text})
+            return True
+        return False
+
+    async def _live(self, held: _Held) -> None:
+        stage = held.stage
+        async with self._begin(stage) as term:
+            await term.recover()
+            if self._leaving:
+                return  # nobody would finish what it took on now
+            held.term, held.state = term, "online"
+            self._say()
+            self._event("online", {"stage": stage, "text": f"online at stage {stage}"})
+            held.decided.set()
+            await self._serve(held, term)
+
+    def _tell_of_failed(self, held: _Held) -> None:
+        """The stages that it has are no worse for it."""
+        if held.hopeless:
+            self._most = len(self._held) - 1  # the plan said that it fits: it is not asked again
+        text = f"not at stage {held.stage} besides: {held.failed}"
+        self._event("take-cut", {"stage": held.stage, "why": held.failed, "text": text})
 
     async def _serve(self, held: _Held, term: Term) -> None:
         """Train until `left`, then leave in order. A method of its own: a task that was cancelled holds on to
@@ -210,8 +257,7 @@ class Tenure:
 
     def _is_for_me(self, move: Move) -> bool:
         """Whether the plan names this peer, and it holds nothing else."""
-        mine = self._moves and move.peer == self._view().me and [*self._held] == [move.source]
-        return mine and self._fits([move.target])
+        return self._moves and move.peer == self._view().me and [*self._held] == [move.source]
 
     async def _move(self, move: Move, tasks: asyncio.TaskGroup) -> None:
         """Go where the plan says, unless something stands in the way."""
@@ -228,8 +274,20 @@ class Tenure:
         await self._close(held)
         if self._leaving:
             return
-        self.moves += 1
-        await self._open(move.target, tasks)
+        new = await self._open(move.target, tasks, optional=True)
+        if not new.failed:
+            self.moves += 1
+            self._setbacks.over(move.target)
+            return
+        self._note_setback(move.target, for_good=new.hopeless)
+        text = f"stage {move.target} could not be begun; going back to stage {move.source}: {new.failed}"
+        fields = {"source": move.source, "target": move.target, "why": new.failed, "text": text}
+        self._event("move-failed", fields)
+        if not self._leaving:
+            await self._open(move.source, tasks)
+
+    def _note_setback(self, stage: int, *, for_good: bool = False) -> None:
+        self._setbacks.failed(stage, asyncio.get_running_loop().time(), for_good=for_good)
 
     async def _try(self, held: _Held, move: Move) -> str:
         """Prepare a move; why it cannot be made, empty when it can."""
@@ -237,8 +295,10 @@ class Tenure:
         try:
             await self._prefetch(move.target, donors)
         except ShoalError as error:
+            self._note_setback(move.target)
             return str(error)
         if why := await self._permission(held, lambda: not self._view().online(move.target)):
+            self._note_setback(move.target)
             return why
         again = self._plan()
         served = again is None or again.target != move.target
@@ -298,14 +358,31 @@ class Tenure:
         await self._close(held)
 
     def _plan(self) -> Move | None:
+        """What the swarm needs, of those who can go there: where this peer is the best one and cannot, it
+        says that it stays, and all plans name the next one."""
         view = self._view()
         replicas = placed(view)
         if overlooks(view, replicas):
             return None
-        answer = plan(replicas, self._costs, self._spec.stages.minimum_replicas, MOVE_S)
+        fixed = not self._moves or len(self._held) > 1
+        answer = self._best(replicas := _with_fixed(replicas, view.me, fixed))
+        self.stays = not fixed and answer is not None and not self._can_go(answer.target)
+        if self.stays:
+            answer = self._best(replicas := _with_fixed(replicas, view.me, True))
         if self._decisions is not None:
             self._decisions.note("move", answer, replicas=replicas, move_s=MOVE_S)
         return answer
+
+    def _best(self, replicas: Sequence[Placed]) -> Move | None:
+        return plan(replicas, self._costs, self._spec.stages.minimum_replicas, MOVE_S)
+
+    def _can_go(self, stage: int) -> bool:
+        return self._fits([stage]) and not self._setbacks.bar(stage, asyncio.get_running_loop().time())
+
+
+def _with_fixed(replicas: Sequence[Placed], peer: PeerId, fixed: bool) -> list[Placed]:
+    """With what one peer knows of itself better than its last beat told."""
+    return [replace(one, fixed=fixed) if one.peer == peer else one for one in replicas]
 
 
 def announced(held: Mapping[int, str]) -> tuple[str, tuple[int, ...], tuple[str, ...]]:

@@ -31,7 +31,7 @@ from shoal.training.held_out import HeldOut
 from shoal.training.lane import Lane
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.model.stage import StageModel
-from shoal.training.neighbours import MemberReplicas, group_members, met, stage_guardians
+from shoal.training.neighbours import MemberReplicas, group_members, may_hold, met, stage_guardians
 from shoal.training.outer.policy import SILENT_S
 from shoal.training.outer.service import GroupMember, Outer
 from shoal.training.outer.snapshot import Inherited
@@ -42,6 +42,7 @@ from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.station import Station
 from shoal.training.pipeline.successors import Event
 from shoal.training.recovery.guarding import Guarding
+from shoal.training.recovery.left_stages import LeftStages
 from shoal.training.recovery.lost_stage import LostStage
 from shoal.training.recovery.moments import MomentsDonor, take_moments
 from shoal.training.recovery.prefetch import prefetch
@@ -88,6 +89,7 @@ class Trainer:
         session_bytes: int = 512 << 20,  # and for inference sessions
         decisions: DecisionLog | None = None,
     ) -> None:
+        self.recovered = False
         self._decisions = decisions
         self.spec = spec
         self.stage = stage
@@ -192,9 +194,13 @@ class Trainer:
             decisions=self._decisions,
             amended=self._amended,
             meet=self._members.meet,
+            holds=lambda peer: may_hold(self._members.view(), self.stage, peer),
         )
         self._guarding = Guarding(
             self.outer.context, self._members, self._spare_bytes, self._data_dir, self._guards
+        )
+        self._left_stages = LeftStages(
+            self.outer.context, self._members, self._data_dir, self._guards, self._guarding.occupied
         )
         async with contextlib.AsyncExitStack() as unfinished:
             unfinished.push_async_callback(self.outer.close)  # a peer may go on without this stage
@@ -260,6 +266,7 @@ class Trainer:
         self.serving.serve()
         MomentsDonor(self.stage, self._transport, self.weights, self._offload).serve()
         self.outer.serve()
+        self.recovered = True
         await point(self._transport, _ENTERED)
 
     async def _search(self) -> None:
@@ -285,6 +292,7 @@ class Trainer:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.outer.run())
             tasks.create_task(self._guarding.run())
+            tasks.create_task(self._left_stages.run())
             tasks.create_task(self.serving.sessions.run())
             tasks.create_task(self._obey())
             if self._checkpoints is not None:

@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
-from shoal.compression.copying import copy
 from shoal.training.inner import InnerOptimizer, Moments, norm_of
 from shoal.training.lane import Lane
 from shoal.training.model.layout import StageLayout
 from shoal.training.model.split import Tape
-from shoal.training.outer.local import Rebase, Sent
+from shoal.training.outer.local import Rebase, Sent, Take
 from shoal.training.spec import RunSpec
 from shoal.training.work import Work
 
@@ -118,9 +117,9 @@ class Weights:
         self.inner_steps += 1
         self._moved()
 
-    async def sent(self, span: slice, into: torch.Tensor) -> Sent:
-        """A copy of some of the master, in `into` (CPU), between two inner steps."""
-        return await self._lane.run(Work.UPDATE, self._copy, span, into)
+    async def sent(self, span: slice, take: Take) -> Sent:
+        """A copy of some of the master, between two inner steps."""
+        return await self._lane.run(Work.UPDATE, self._copy, span, take)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
         """w ← new + (w - old) for each changed span (design section 9)."""
@@ -162,8 +161,8 @@ class Weights:
     def _read(self, more: int) -> None:
         self._readers += more
 
-    def _copy(self, span: slice, into: torch.Tensor) -> Sent:
-        return Sent(copy(self._master[span], into), self.inner_steps, self.tokens, self._moves)
+    def _copy(self, span: slice, take: Take) -> Sent:
+        return Sent(take(self._master[span]), self.inner_steps, self.tokens, self._moves)
 
     def _rebase(self, changes: Sequence[Rebase]) -> None:
         for change in changes:

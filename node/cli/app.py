@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -25,6 +24,7 @@ from shoal.node.cli import (
 )
 from shoal.node.cli.console import explain, print_json, report_bug
 from shoal.node.parent import die_with_parent
+from shoal.node.version import VERSION
 from shoal.protocol.errors import ShoalError
 
 EXIT_CODES = (
@@ -66,9 +66,9 @@ app.command()(simulate.simulate)
 def show_version(as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False) -> None:
     """Print the version."""
     if as_json:
-        print_json({"version": version("shoal")})
+        print_json({"version": VERSION})
     else:
-        typer.echo(version("shoal"))
+        typer.echo(VERSION)
 
 
 def main() -> None:

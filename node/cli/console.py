@@ -7,12 +7,12 @@ import platform
 import sys
 import tempfile
 import traceback
-from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
+from shoal.node.version import VERSION
 from shoal.protocol.errors import ShoalError
 
 out = Console(highlight=False)  # rich honours NO_COLOR and plain pipes by itself
@@ -43,7 +43,7 @@ def report_bug(error: Exception) -> None:
     with tempfile.NamedTemporaryFile(
         "w", prefix="shoal-report-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:
-        file.write(f"shoal {version('shoal')}, Python {platform.python_version()}, {platform.platform()}\n\n")
+        file.write(f"shoal {VERSION}, Python {platform.python_version()}, {platform.platform()}\n\n")
         file.writelines(traceback.format_exception(error))
     notes.print(f"[bold red]error:[/] a bug in shoal: {escape(f'{type(error).__name__}: {error}')}")
     notes.print(f"  the whole story is in {Path(file.name)}; please report it", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from shoal.node.inference.client import AsyncClient, Options
     from shoal.protocol.admission import JoinToken
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and new lines
 Token = Annotated[
     str, typer.Argument(metavar="TOKEN", help="An inference token, @FILE, or - for standard input.")
 ]
@@ -118,5 +120,8 @@ def _ask() -> str:
 
 
 def _show(text: str) -> None:
+    """On a terminal without what that would obey: servers draw the tokens, and any of them may mean ill."""
+    if sys.stdout.isatty():
+        text = _CONTROLS.sub("", text)
     sys.stdout.write(text)
     sys.stdout.flush()

@@ -47,6 +47,9 @@ def simulate(
         Recovery,
         typer.Option(help="What is behind a dead hop: adopted by its heir, or redone (--policies-only)."),
     ] = Recovery.ADOPT,
+    stages: Annotated[
+        int, typer.Option(min=1, help="Stages that a peer may hold at once, as in shoal join (--full).")
+    ] = 1,
     policies_only: Annotated[
         bool | None,
         typer.Option(
@@ -65,7 +68,7 @@ def simulate(
 ) -> None:
     """Simulate a swarm in virtual time. The same seed gives the same trace."""
     from shoal.node.cli.progress import progress_bar
-    from shoal.node.simulate.options import Options, filled_s
+    from shoal.node.simulate.options import FULL_PROTOCOL_PEERS, Options, filled_s
     from shoal.node.simulate.report import write_report
     from shoal.node.simulate.run import simulate_run
     from shoal.training import spec_file
@@ -88,9 +91,15 @@ def simulate(
         policies_only=policies_only,
         router=routing.value,
         recovery=recovery.value,
+        stages_most=stages,
     )
     if policies_only is False and (routing is not Routing.SHOAL or recovery is not Recovery.ADOPT):
         raise UsageError("--routing and --recovery choose what is simulated with --policies-only, not --full")
+    if stages > 1 and options.mode != "full":
+        raise UsageError(
+            "--stages is for the whole protocol, and policies alone would be simulated\n"
+            f"use --full, best with at most {FULL_PROTOCOL_PEERS} peers"
+        )
     if chain_s > spec.limits.hop_timeout_s:
         note(
             f"a micro-batch may take {chain_s:.0f} s through {spec.stages.count} stages, and "

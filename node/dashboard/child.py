@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -67,7 +68,10 @@ class Dashboard:
             "dashboard-link", {"url": url, "text": f"the run's page, this link signs in once: {url}"}
         )
         while True:
-            code = await self._once()
+            try:
+                code = await self._once()
+            except OSError as error:  # no memory for it, or no descriptor
+                code = error.errno or errno.EIO
             crashed.append(loop.time())
             recent = [at for at in crashed if at > loop.time() - CRASHES_S]
             if len(recent) == CRASHES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import socket
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from shoal.node.dashboard.guard import BODY_BYTES, Guard
 from shoal.node.dashboard.page import build_page
 from shoal.node.dashboard.refusals import Refusals
 from shoal.node.dashboard.sessions import Sessions, session_key
+from shoal.node.open_files import raise_file_limit
 from shoal.protocol.errors import PeerUnreachable
 
 KEY_FILE = "dashboard.key"
@@ -32,7 +32,7 @@ _HEADER_BYTES = 16 * 1024
 
 async def serve(listener: socket.socket, control: Path, tls: tuple[Path, Path] | None) -> None:
     """Until a signal says stop. Raises StorageError for a session key that is not ours alone."""
-    _raise_file_limit()
+    raise_file_limit()
     clock = asyncio.get_running_loop().time
     key = await asyncio.to_thread(session_key, control.parent / KEY_FILE)
     feed = Feed(control)
@@ -108,12 +108,6 @@ class _ImpatientProtocol(H11Protocol):
     def _give_up(self) -> None:
         if self.cycle is None and self in self.connections:
             self.transport.abort()
-
-
-def _raise_file_limit() -> None:
-    """Sockets are files: 1024 of them, a common limit, are few where somebody means ill."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 8192)), hard))
 
 
 ICON = (

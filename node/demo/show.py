@@ -23,6 +23,7 @@ from shoal.node.demo.measure import Figures, micro_batches
 from shoal.node.demo.processes import JsonObject, PeerProcess, run_shoal
 from shoal.node.demo.screen import Screen
 from shoal.node.demo.watch import Watch
+from shoal.node.loop import repeated
 from shoal.protocol.errors import NetworkError, ShoalError
 
 PROMPT = "def "
@@ -263,8 +264,8 @@ class Demo:
                 f"{name}: longest callback {loop['callback_worst_ms']:.1f} ms CPU ({loop['callback_worst']})"
             )
             self._screen.tell("loop", f"{text}, lag p99 {loop['lag_p99_ms']:.1f} ms", peer=name, **loop)
-            if loop["callbacks_over_limit"]:
-                self.figures.slow_callbacks.append(text)
+        loops = {name: status["loop"] for name, status in self._watch.statuses.items()}
+        self.figures.slow_callbacks = repeated(loops)
 
     async def _compare_heads(self) -> None:
         """All live replicas of each stage, at a height that each of them was seen at."""

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Callable
-from importlib.metadata import version
 
 from shoal.dht.view import SwarmView
 from shoal.node.presence import Presence
+from shoal.node.version import VERSION
 from shoal.node.view.buffer import Buffer
 from shoal.node.view.figures import audits_of
 from shoal.node.view.messages import TelemetryFigures
@@ -42,9 +42,7 @@ async def telling_owners(presence: Presence, counts: Callable[[], dict[str, int]
     begun_s = loop.time()
 
     def figures() -> TelemetryFigures:
-        return TelemetryFigures(
-            uptime_s=loop.time() - begun_s, version=version("shoal"), audits=audits_of(counts())
-        )
+        return TelemetryFigures(uptime_s=loop.time() - begun_s, version=VERSION, audits=audits_of(counts()))
 
     rng = random.Random(presence.rng.getrandbits(64))
     push = Push(presence.transport, presence.members, buffer, figures, presence.incarnation, rng)

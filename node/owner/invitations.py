@@ -8,6 +8,7 @@ import time
 from shoal.node.events import Events
 from shoal.node.owner.home import OwnerHome
 from shoal.node.presence import Presence
+from shoal.protocol.errors import StorageError
 
 _ADDRESSES_EVERY_S = 10.0
 _FIRST_LOOK_S = 0.2
@@ -17,16 +18,23 @@ _OWN_IN_TOKEN, _OTHERS_IN_TOKEN = 5, 3
 async def keep_addresses(presence: Presence, owner: OwnerHome, events: Events) -> None:
     """Until cancelled."""
     known: tuple[str, ...] = ()
+    refused = ""  # by the disk
     while True:
         found = presence.directory.bootstrap_addresses()[:_OWN_IN_TOKEN]
         if found:  # P6: whoever has a token can join while any of these is there
             found = (*found, *sorted(presence.directory.met_addresses(_OTHERS_IN_TOKEN)))
         if found and found != known:
-            await asyncio.to_thread(owner.keep_addresses, found)
-            if not known:
-                await _invite(owner, events)
-            known = found
-        await asyncio.sleep(_ADDRESSES_EVERY_S if known else _FIRST_LOOK_S)
+            try:
+                await asyncio.to_thread(owner.keep_addresses, found)
+                if not known:
+                    await _invite(owner, events)
+                known, refused = found, ""
+            except StorageError as error:
+                if refused != str(error):
+                    text = f"new tokens will not name all addresses of now, all else goes on: {error}"
+                    events("disk-refused", {"why": str(error), "text": text})
+                refused = str(error)
+        await asyncio.sleep(_ADDRESSES_EVERY_S if known or refused else _FIRST_LOOK_S)
 
 
 async def _invite(owner: OwnerHome, events: Events) -> None:

@@ -13,6 +13,7 @@ from shoal.training.pipeline.ledger import Intervals, Ledger
 from shoal.training.pipeline.messages import Link, MicroBatch
 
 Applied = dict[str, list[tuple[int, int]]]  # `driver/incarnation` -> intervals of numbers
+Living = Mapping[PeerId, Mapping[int, Ledger]]  # by stage, of each peer
 _LATE_S = 60.0  # a commit is owed no longer than the undecided are kept
 
 
@@ -37,11 +38,11 @@ class Account:
     _gone: dict[PeerId, list[Ledger]] = field(default_factory=dict)
     _of_stage: dict[int, list[Applied]] = field(default_factory=dict)  # of the dead
 
-    def look(self, now_s: float, living: Mapping[PeerId, tuple[int, Ledger]]) -> None:
-        """`living`: stage and ledger by peer. Drivers are asked before they forget their chains."""
-        for peer, (stage, ledger) in living.items():
-            if stage == 0:
-                self._decisions(peer, ledger, now_s)
+    def look(self, now_s: float, living: Living) -> None:
+        """Drivers are asked before they forget their chains."""
+        for peer, ledgers in living.items():
+            if 0 in ledgers:
+                self._decisions(peer, ledgers[0], now_s)
         self._open = [entry for entry in self._open if self._is_open(entry, now_s, living)]
 
     def close(self, now_s: float, peer: PeerId, stage: int, ledger: Ledger) -> None:
@@ -51,10 +52,10 @@ class Account:
         self._gone.setdefault(peer, []).append(ledger)
         self._of_stage.setdefault(stage, []).append(ledger.applied())
 
-    def duplicated(self, living: Iterable[tuple[int, Ledger]]) -> int:
+    def duplicated(self, living: Living) -> int:
         """Micro-batches that two replicas of one stage applied."""
         ledgers = {stage: list(applied) for stage, applied in self._of_stage.items()}
-        for stage, ledger in living:
+        for stage, ledger in (held for serving in living.values() for held in serving.items()):
             ledgers.setdefault(stage, []).append(ledger.applied())
         return sum(overlap(applied) for applied in ledgers.values())
 
@@ -74,17 +75,17 @@ class Account:
                     if chain:
                         self._open.append(_Open(micro_batch, chain, now_s))
 
-    def _is_open(self, entry: _Open, now_s: float, living: Mapping[PeerId, tuple[int, Ledger]]) -> bool:
+    def _is_open(self, entry: _Open, now_s: float, living: Living) -> bool:
         missing = False
         for link in entry.chain:
             peer = PeerId(link.peer)
             ledgers = self._gone.get(peer, [])
-            serves = peer in living and living[peer][0] == link.stage
+            serving = living.get(peer, {}).get(link.stage)
             if any(ledger.has(entry.micro_batch) for ledger in ledgers):
                 continue
-            if serves and living[peer][1].has(entry.micro_batch):
+            if serving is not None and serving.has(entry.micro_batch):
                 continue
-            if not serves:
+            if serving is None:
                 self.lost += 1
                 return False
             missing = True

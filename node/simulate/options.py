@@ -30,6 +30,7 @@ class Options:
     policies_only: bool | None = None  # None: by the number of peers
     router: Router = "shoal"
     recovery: Recovery = "adopt"
+    stages_most: int = 1  # that a peer holds at once (full protocol)
     neighbour_limit: int = SMALL_SWARM  # full protocol: heartbeat streams that a peer holds by its own wish
 
     @property

@@ -160,6 +160,7 @@ class Outcome:
             "router": options.router,
             "recovery": options.recovery,
             "peers": options.peers,
+            "stages_most": options.stages_most,
             "stages": self.stages,
             "hours": options.duration_s / 3600,
             "warmup_s": options.warmup_s,

@@ -25,7 +25,6 @@ from shoal.protocol.contacts import ContactBook
 from shoal.protocol.limits import RECORD_TTL_S
 from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.protocol.transport import Transport
-from shoal.protocol.wire import changed
 from shoal.training.checkpoint.manifest import CHECKPOINTS_FOLDER, START_FOLDER
 from shoal.training.checkpoint.share import Shelf
 from shoal.training.feed import Feed
@@ -187,7 +186,7 @@ class SimulatedPeer:
             self._close_past()
             if not self.trainers:
                 self.incarnation, lane = incarnation, InlineLane(durations_s(at))
-            trainer = self._make_trainer(at, lane, incarnation, feed, data_dir, (), fixed=False)
+            trainer = self._make_trainer(at, lane, incarnation, feed, data_dir, (), fixed=False, most=most)
             killed = False  # then it stays as it was
             try:
                 yield trainer
@@ -220,6 +219,7 @@ class SimulatedPeer:
         data_dir: Path | None,
         imported: Sequence[Path],
         fixed: bool,
+        most: int = 1,
     ) -> Trainer:
         trainer = Trainer(
             self._spec,
@@ -237,6 +237,7 @@ class SimulatedPeer:
             fixed=fixed,
             imported=imported,
             spare_bytes=self._spare_bytes,
+            stages_most=most,
             guards=lambda: next(iter(self.trainers), stage) == stage,
         )
         self.trainers[stage] = trainer
@@ -283,6 +284,11 @@ class SimulatedPeer:
         """What the trainer told of this kind."""
         return [data for _, found, data in self.events if found == kind]
 
+    @property
+    def replicas(self) -> dict[int, Trainer]:
+        """By stage, those that serve or served last."""
+        return {stage: trainer for stage, trainer in self.trainers.items() if trainer.recovered}
+
     async def _stop(self) -> None:
         if self.task is not None:
             self.task.cancel()
@@ -294,12 +300,8 @@ class SimulatedPeer:
     def _beat(self) -> Beat:
         if not self.served:
             return Beat()
-        joining = {
-            stage for stage, state in zip(self.stages, self.states, strict=False) if state == "joining"
-        }
-        beats = [trainer.heartbeat() for stage, trainer in self.trainers.items() if stage not in joining]
-        beat, room = together(beats), self.tenure.room if self.tenure is not None else 0
-        return beat if beat.room == room else changed(beat, room=room)
+        beat = together([trainer.heartbeat() for trainer in self.replicas.values()])
+        return self.tenure.complete(beat) if self.tenure is not None else beat
 
     def _record(self) -> PeerRecord:
         return PeerRecord(

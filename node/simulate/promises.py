@@ -43,7 +43,7 @@ class Promises:
         for name, peer in serving.items():
             self._same_head_same_state(name, peer)
             self._nobody_waits_for_the_dead(now, name, peer)
-        held = {peer.stage for peer in serving.values() if peer.online}
+        held = {stage for peer in serving.values() if peer.online for stage in peer.replicas}
         if decided > self._decided or len(held) < self.stages:
             self._decided, self._since_s = decided, now
         elif now - self._since_s > STILL_S + self.chain_s:
@@ -72,15 +72,18 @@ class Promises:
             self._break(f"P4: the log holds {max(mine)} steps of {name}, which made {inner_steps}")
 
     def _same_head_same_state(self, name: PeerId, peer: SimulatedPeer) -> None:
-        outer = peer.trainer.outer
-        known = self._roots.setdefault((peer.stage, outer.head), outer.state_root)
-        if known != outer.state_root:
-            self._break(f"P1: {name} has another state than others at height {outer.height} of {peer.stage}")
+        for stage, trainer in peer.replicas.items():
+            outer = trainer.outer
+            known = self._roots.setdefault((stage, outer.head), outer.state_root)
+            if known != outer.state_root:
+                self._break(f"P1: {name} has another state than others at height {outer.height} of {stage}")
 
     def _nobody_waits_for_the_dead(self, now: float, name: PeerId, peer: SimulatedPeer) -> None:
-        for asked, under_way in peer.trainer.under_way().items():
-            if under_way and now - self._dead_s.get(asked, now) > BLIND_S:
-                self._break(f"P3: {name} still waits for {asked}, dead for {now - self._dead_s[asked]:.0f} s")
+        for trainer in peer.replicas.values():
+            for asked, under_way in trainer.under_way().items():
+                dead_for_s = now - self._dead_s.get(asked, now)
+                if under_way and dead_for_s > BLIND_S:
+                    self._break(f"P3: {name} still waits for {asked}, dead for {dead_for_s:.0f} s")
 
     def _break(self, what: str) -> None:
         if what not in self.broken:

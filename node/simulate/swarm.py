@@ -12,7 +12,7 @@ import logging
 import random
 
 from shoal.dht.memory_directory import MemoryDirectoryHub
-from shoal.node.simulate.account import Account
+from shoal.node.simulate.account import Account, Living
 from shoal.node.simulate.feed import RandomFeed
 from shoal.node.simulate.ideal import capacities, ideal_rate
 from shoal.node.simulate.machines import Machine
@@ -26,6 +26,8 @@ from shoal.node.simulate.promises import Promises
 from shoal.protocol import virtual_time
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
+from shoal.training.plan import make_plan
+from shoal.training.recovery.guardians import guard_bytes
 from shoal.training.spec import RunSpec
 from shoal.training.work import paced
 
@@ -73,6 +75,8 @@ class Swarm:
         self._machines: dict[PeerId, tuple[Machine, Life]] = {}
         self._numbers = itertools.count()
         self._run_id = small.spec.run_id()
+        every, planned = small.spec.outer.snapshot_every, make_plan(small.spec).stages
+        self._spare_bytes = max(guard_bytes(stage, every) for stage in planned)  # a copy of one more stage
         observer = PaperMembership(self._run_id, simulated_key(options.seed, -1), wall)
         self._hub = MemoryDirectoryHub(observer, wall, random.Random(options.seed + 1))
 
@@ -132,6 +136,7 @@ class Swarm:
             rng=random.Random(f"{self.options.seed}/peer/{number}"),
             planned=self._spec,
             neighbour_limit=self.options.neighbour_limit,
+            spare_bytes=self._spare_bytes,
         )
         now = asyncio.get_running_loop().time()
         download_s = max(self.small.stage_bytes) / machine.download_bytes_per_s
@@ -148,7 +153,8 @@ class Swarm:
             await peer.start()
             stage = await peer.settle()
             feed = RandomFeed(self.small.spec, peer.number)
-            await peer.live_at(stage, lambda at: paced(self._service_s(machine, at)), feed)
+            durations_s = [paced(self._service_s(machine, at)) for at in range(self.outcome.stages)]
+            await peer.live_at(stage, durations_s.__getitem__, feed, most=self.options.stages_most)
         except ShoalError as error:
             log.info("peer %d could not go on: %s", peer.number, error)
 
@@ -162,10 +168,10 @@ class Swarm:
         self._machines.pop(peer.peer)[1].gone_s = now
         self.network.remove_machine(peer.peer)
         self._close_past(now, peer.peer, peer)
-        if peer.served:
-            self.account.close(now, peer.peer, peer.stage, peer.trainer.decisions)
-            self._audit(peer)
-            self._harvest(peer)
+        for stage, trainer in peer.replicas.items():
+            self.account.close(now, peer.peer, stage, trainer.decisions)
+        self._audit(peer)
+        self._harvest(peer)
 
     # --- measuring
 
@@ -181,9 +187,10 @@ class Swarm:
             now, decided = loop.time(), self.account.decided
             speeds = [machine.speed for machine, life in self._machines.values() if life.ready_s <= now]
             placed = [
-                (peer.stage, self._machines[peer.peer][0].speed)
+                (stage, self._machines[peer.peer][0].speed / len(peer.replicas))
                 for peer in self.peers.values()
                 if peer.online
+                for stage in peer.replicas
             ]
             outcome.samples.append(
                 Sample(
@@ -208,13 +215,17 @@ class Swarm:
         now = asyncio.get_running_loop().time()
         for name, peer in self.peers.items():
             self._close_past(now, name, peer)
-        serving = {name: peer for name, peer in self.peers.items() if peer.served}
-        self.account.look(now, {name: (peer.stage, peer.trainer.decisions) for name, peer in serving.items()})
-        self.promises.look(now, serving, self.account.decided)
-        for stage in range(self.outcome.stages):
-            heights = [peer.trainer.outer.height for peer in serving.values() if peer.stage == stage]
-            if heights:
-                self.outcome.rounds[stage] = max(self.outcome.rounds[stage], *heights)
+        self.account.look(now, self._ledgers())
+        self.promises.look(now, self.peers, self.account.decided)
+        for peer in self.peers.values():
+            for stage, trainer in peer.replicas.items():
+                self.outcome.rounds[stage] = max(self.outcome.rounds[stage], trainer.outer.height)
+
+    def _ledgers(self) -> Living:
+        return {
+            name: {stage: trainer.decisions for stage, trainer in peer.replicas.items()}
+            for name, peer in self.peers.items()
+        }
 
     def _close_past(self, now: float, name: PeerId, peer: SimulatedPeer) -> None:
         """The books of stages that this peer has left."""
@@ -224,8 +235,9 @@ class Swarm:
         peer.past.clear()
 
     def _audit(self, peer: SimulatedPeer) -> None:
-        trainer = peer.trainer
-        self.promises.close(peer.peer, trainer.outer, peer.incarnation, trainer.weights.inner_steps)
+        for trainer in peer.replicas.values():
+            outer = trainer.outer
+            self.promises.close(peer.peer, outer, outer.context.incarnation, trainer.weights.inner_steps)
 
     def _harvest(self, peer: SimulatedPeer) -> None:
         outcome = self.outcome
@@ -249,13 +261,12 @@ class Swarm:
 
     def _conclude(self) -> None:
         outcome, account = self.outcome, self.account
-        serving = [peer for peer in self.peers.values() if peer.served]
         self._look()
-        for peer in serving:
+        for peer in self.peers.values():
             self._audit(peer)
             self._harvest(peer)
         outcome.lost, outcome.unexplained = account.lost, account.unexplained
-        outcome.duplicated = account.duplicated((peer.stage, peer.trainer.decisions) for peer in serving)
+        outcome.duplicated = account.duplicated(self._ledgers())
         outcome.broken = self.promises.broken
         if outcome.duplicated or outcome.unexplained:
             outcome.broken.append(

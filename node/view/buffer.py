@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from shoal.node.events import Events, Fields
 from shoal.node.view.messages import (
@@ -38,13 +39,21 @@ class Buffer:
     """Of one process. Safe from any thread."""
 
     def __init__(
-        self, *, owner: bool = False, clock: Callable[[], float] = time.time, capacity: int = EVENTS
+        self,
+        *,
+        owner: bool = False,
+        clock: Callable[[], float] = time.time,
+        capacity: int = EVENTS,
+        places: Sequence[Path] = (),
     ) -> None:
         """`owner`: of the owner's own peer, whose disk is no secret to other owners, and who tells of others'
-        coming and going; that all peers see. `clock`: Unix seconds."""
+        coming and going; that all peers see. `clock`: Unix seconds. `places`: where its files are; errors
+        of the disk name them."""
         self.dropped = 0  # fell out before everybody had them, or were too many of one kind
         self._clock = clock
         self._owner = owner
+        named = [] if owner else [str(place) for place in places if len(place.parts) > 1]
+        self._places = sorted(named, key=len, reverse=True)
         self._held: deque[TelemetryEvent] = deque(maxlen=capacity)
         self._count = 0
         self._budgets: dict[str, tuple[float, float]] = {}  # kind -> (left, as of)
@@ -56,7 +65,7 @@ class Buffer:
             return
         now = self._clock()
         hidden = SECRET_FIELDS if self._owner else SECRET_FIELDS | PRIVATE_FIELDS
-        told = tuple(_fields(fields, hidden))
+        told = tuple(_fields(fields, hidden, self._places))
         with self._lock:
             if not self._affords(kind, now):
                 self.dropped += 1
@@ -106,7 +115,7 @@ class Buffer:
         return left >= 1.0
 
 
-def _fields(fields: Fields, hidden: frozenset[str]) -> Iterator[TelemetryField]:
+def _fields(fields: Fields, hidden: frozenset[str], places: Sequence[str]) -> Iterator[TelemetryField]:
     left = FIELDS
     for name, value in _flat("", fields):
         if left == 0:
@@ -118,7 +127,10 @@ def _fields(fields: Fields, hidden: frozenset[str]) -> Iterator[TelemetryField]:
         if isinstance(value, int | float) and -_LARGEST < value < _LARGEST:
             yield TelemetryField(name, number=float(value), numeric=True)
         else:
-            text = "(secret)" if TOKEN_PREFIX in str(value) else str(value)[:VALUE_CHARACTERS]
+            text = str(value)
+            for place in places:
+                text = text.replace(place, "its folder")
+            text = "(secret)" if TOKEN_PREFIX in text else text[:VALUE_CHARACTERS]
             yield TelemetryField(name, text if text.isascii() else text.encode(errors="replace").decode())
 
 

@@ -27,7 +27,8 @@ from shoal.protocol.errors import ShoalError, UsageError
 
 REQUEST_BYTES = 16 * 1024
 REQUEST_S = 5.0
-CONNECTIONS = 8
+CONNECTIONS = 8  # answered at once
+WAITING = 56  # more besides are turned away at once: on an open port anybody may knock
 
 
 def families(snapshot: Snapshot) -> Iterator[Metric]:
@@ -84,17 +85,22 @@ async def serve_metrics(host: str, port: int, snapshot: Callable[[], Snapshot]) 
     """Answer GET /metrics while the context lasts; gives the port. UsageError for one that is taken."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshots(snapshot))
-    slots = asyncio.Semaphore(CONNECTIONS)
+    slots, here = asyncio.Semaphore(CONNECTIONS), 0
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal here
+        here += 1
         try:
             with contextlib.suppress(
                 TimeoutError, OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError
             ):
+                if here > CONNECTIONS + WAITING:
+                    return
                 async with slots, asyncio.timeout(REQUEST_S):
                     writer.write(_response(registry, await reader.readuntil(b"\r\n\r\n")))
                     await writer.drain()
         finally:  # asyncio of Python 3.11.2 leaves a connection open whose callback failed
+            here -= 1
             writer.close()
 
     try:

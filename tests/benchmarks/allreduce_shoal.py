@@ -31,7 +31,7 @@ from shoal.protocol.contacts import ContactBook
 from shoal.protocol.grpc_transport import GrpcTransport
 from shoal.protocol.identity import Contact, PeerId, PeerKey
 from shoal.training.outer.entry import Entry, seats_in
-from shoal.training.outer.local import MemoryWeights, Rebase
+from shoal.training.outer.local import MemoryWeights, Rebase, Sent, Take
 from shoal.training.outer.service import GroupMember, Outer
 from shoal.training.spec import RunSpec
 
@@ -79,12 +79,18 @@ class Board:
 
 
 class Weights(MemoryWeights):
-    """Note when a round moved them."""
+    """Used by a thread of their own, as by a compute lane; note when a round moved them."""
 
-    moved_s = 0.0
+    def __init__(self, initial: torch.Tensor) -> None:
+        super().__init__(initial)
+        self.moved_s = 0.0
+        self._lane = ThreadPoolExecutor(1, thread_name_prefix="lane")
+
+    async def sent(self, span: slice, take: Take) -> Sent:
+        return await asyncio.get_running_loop().run_in_executor(self._lane, self.sent_now, span, take)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
-        await super().rebase(changes)
+        await asyncio.get_running_loop().run_in_executor(self._lane, self.rebase_now, changes)
         self.moved_s = time.monotonic()
 
 

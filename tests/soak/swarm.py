@@ -3,6 +3,8 @@
 Every seed is a swarm of its own: 50 peers that stay a minute or two, half of them killed, 60 virtual seconds
 (after 15 in which they join). Promises P1 to P5 are watched throughout (`node/simulate/promises.py`). One
 line a seed; what breaks prints with the command that tells it again. Exit code 1 if something did.
+
+`--peers 5 --stages 3`: few peers, which hold several stages each.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from shoal.training.spec import RunSpec
 from shoal.training.templates import TEMPLATES
 
 
-def story(seed: int, peers: int, duration_s: float) -> Options:
+def story(seed: int, peers: int, duration_s: float, stages_most: int) -> Options:
     return Options(
         peers=peers,
         duration_s=duration_s,
@@ -24,6 +26,7 @@ def story(seed: int, peers: int, duration_s: float) -> Options:
         seed=seed,
         session_s=60.0 + 30.0 * (seed % 3),
         micro_batch_s=(1.0, 2.0, 4.0)[seed % 7 % 3],
+        stages_most=stages_most,
     )
 
 
@@ -39,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="0-200", help="first-last, the last one not included")
     parser.add_argument("--peers", type=int, default=50)
+    parser.add_argument("--stages", type=int, default=1, help="that a peer may hold at once")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--until", type=float, default=0.0, help="begin no seed after so many CPU seconds")
     options = parser.parse_args()
@@ -47,7 +51,7 @@ def main() -> None:
     for seed in range(first, last):
         if options.until and time.process_time() > options.until:
             break
-        outcome = simulate_run(spec(seed), story(seed, options.peers, options.seconds))
+        outcome = simulate_run(spec(seed), story(seed, options.peers, options.seconds, options.stages))
         done += 1
         failed += bool(outcome.broken)
         figures = outcome.to_json()
@@ -59,8 +63,8 @@ def main() -> None:
             print(f"  BROKEN {what}", flush=True)
         if outcome.broken:
             print(
-                f"  python tests/soak/swarm.py --peers {options.peers} --seconds {options.seconds:g} "
-                f"--seeds {seed}-{seed + 1}"
+                f"  python tests/soak/swarm.py --peers {options.peers} --stages {options.stages} "
+                f"--seconds {options.seconds:g} --seeds {seed}-{seed + 1}"
             )
     print(f"{done} seeds, {failed} broken")
     raise SystemExit(1 if failed else 0)

@@ -31,6 +31,7 @@ from shoal.training.checkpoint.manifest import (
 from shoal.training.checkpoint.messages import CHUNK_BYTES, CheckpointManifest, FileChunk, FileOf, ManifestOf
 from shoal.training.checkpoint.read import Checkpoint, open_checkpoint
 from shoal.training.checkpoint.share import FILE_METHOD, MANIFEST_METHOD
+from shoal.training.outer.ask_around import first_good, reasons
 from shoal.training.outer.context import Offload
 from shoal.training.recovery.download import receive_soon
 
@@ -45,9 +46,11 @@ async def fetch_checkpoint(
     needed: Callable[[Checkpoint], Collection[str]],
     path: Path,
     offload: Offload,
+    arrived: Callable[[int], None] = lambda size_bytes: None,
 ) -> None:
-    """The `needed` files of a checkpoint into `path`. Raises NotHere, StorageError for this disk."""
-    manifest, data = await _manifest_of_any(transport, donors, digest)
+    """The `needed` files of a checkpoint into `path`; `arrived` hears of each. Raises NotHere, StorageError
+    for this disk."""
+    manifest, data, donors = await _manifest_of_any(transport, donors, digest)
     spec = manifest.entry(SPEC)
     if spec is None or spec.size > limits.SPEC_BYTES:
         raise NotHere(f"checkpoint {digest.hex()[:8]} has no spec: it is none of ours")
@@ -56,7 +59,8 @@ async def fetch_checkpoint(
     opened: Checkpoint = await offload(open_checkpoint, path, True)  # sizes are what the model needs
     names = needed(opened)
     absent = [(entry, path / entry.name) for entry in manifest.files if entry.name in names]
-    await fetch_files(transport, donors, digest, [job for job in absent if not job[1].exists()], offload)
+    jobs = [job for job in absent if not job[1].exists()]
+    await fetch_files(transport, donors, digest, jobs, offload, arrived)
 
 
 async def fetch_manifest(transport: Transport, donor: PeerId, digest: bytes) -> tuple[Manifest, bytes]:
@@ -95,7 +99,7 @@ async def fetch_files(
     """Fetch files, each verified, to where they shall lie. Raises NotHere when every donor failed."""
     missing = list(files)
     lacks: dict[PeerId, set[str]] = {donor: set() for donor in donors}  # it may have its stage's files only
-    reasons: list[str] = []
+    failures: list[str] = []
 
     def next_of(donor: PeerId) -> tuple[FileEntry, Path] | None:
         return next((job for job in missing if donor in lacks and job[0].name not in lacks[donor]), None)
@@ -111,7 +115,7 @@ async def fetch_files(
                 raise  # of this disk
             except ShoalError as error:
                 missing.append(job)
-                reasons.append(f"{donor}: {error}")
+                failures.append(f"{donor}: {error}")
                 lacks[donor].add(entry.name)
                 if not isinstance(error, NotHere):
                     del lacks[donor]
@@ -126,7 +130,7 @@ async def fetch_files(
     if missing:
         raise NotHere(
             f"{len(missing)} of {len(files)} files of checkpoint {digest.hex()[:8]} not found: "
-            f"{'; '.join(reasons[:4]) or 'nobody to ask'}"
+            f"{'; '.join(failures[:4]) or 'nobody to ask'}"
         )
 
 
@@ -143,8 +147,9 @@ async def _fetch(
             while arriving.size < entry.size:
                 most = min(CHUNK_BYTES, entry.size - arriving.size)
                 message = await _receive(stream, most)
-                if message.header.offset != arriving.size or not message.payload:
-                    raise MessageInvalid(f"{entry.name} of {donor}: a gap at {arriving.size}")
+                came = message.header.offset, len(message.payload)
+                if came != (arriving.size, most):  # less than all there is, and it could drip for ever
+                    raise MessageInvalid(f"{entry.name} of {donor}: {came[1]} bytes at {came[0]}")
                 await offload(arriving.add, message.payload)
         if arriving.digest != entry.blake3:
             raise MessageInvalid(f"{entry.name} of {donor} does not fit its hash")
@@ -208,14 +213,18 @@ class _Arriving:
 
 async def _manifest_of_any(
     transport: Transport, donors: Sequence[PeerId], digest: bytes
-) -> tuple[Manifest, bytes]:
-    reasons = []
-    for donor in donors:
-        try:
-            return await fetch_manifest(transport, donor, digest)
-        except ShoalError as error:
-            reasons.append(f"{donor}: {error}")
-    raise NotHere("; ".join(reasons[:4]) or "nobody is here to ask")
+) -> tuple[Manifest, bytes, list[PeerId]]:
+    """And the donors from who gave it on: those before it gave none, and are the last to be asked again."""
+
+    async def ask(donor: PeerId) -> tuple[Manifest, bytes, PeerId]:
+        return *await fetch_manifest(transport, donor, digest), donor
+
+    found, failures = await first_good(donors, ask)
+    if found is None:
+        raise NotHere(reasons(failures))
+    manifest, data, giver = found
+    at = list(donors).index(giver)
+    return manifest, data, [*donors[at:], *donors[:at]]
 
 
 def _begin(path: Path, manifest: bytes) -> None:

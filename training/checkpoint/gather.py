@@ -40,6 +40,7 @@ from shoal.training.spec import RunSpec
 
 KIND = "whole"
 _TELL_S = 1.0
+TAKE_S = 1800.0  # for a replica to write its stage, however often it says that it is at it
 _STAGES_AT_ONCE = 4  # fetched; all are taken at once
 
 
@@ -176,10 +177,11 @@ class Gatherer:
 
     async def _asked(self, stage: int, donor: PeerId) -> Message[CheckpointManifest]:
         kinds = (StillWriting, CheckpointManifest)
+        until_s = asyncio.get_running_loop().time() + TAKE_S
         async with self._transport.open(donor, take_method(stage), Channel.BULK) as stream:
             await stream.send(TakeCheckpoint(stage))
             await stream.end()
-            while True:
+            while asyncio.get_running_loop().time() < until_s:
                 try:
                     async with asyncio.timeout(DONOR_S):
                         message = await stream.receive(*kinds, max_payload_bytes=MANIFEST_BYTES)
@@ -187,6 +189,7 @@ class Gatherer:
                     raise PeerSilent(f"{donor} sent nothing for {DONOR_S:g} s") from None
                 if isinstance(message.header, CheckpointManifest):
                     return message
+        raise PeerSilent(f"{donor} was still writing after {TAKE_S:g} s")
 
 
 class _Counted:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shoal.protocol.errors import ShoalError, StorageError
+from shoal.protocol.errors import MessageInvalid, ShoalError, StorageError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Transport, call
 from shoal.training.checkpoint.fetch import fetch_checkpoint
@@ -88,6 +88,10 @@ async def restore_stage(
     looks = 0
 
     def needed(checkpoint: Checkpoint) -> set[str]:
+        if checkpoint.manifest.run_id != run_id.hex():  # its own spec allows files of any size
+            raise MessageInvalid(
+                f"checkpoint {checkpoint.digest[:8]} is of another run, and offered for this"
+            )
         logs = {p.log_file for p in checkpoint.manifest.parts if p.stage == stage and p.log_file}
         return {SPEC, *logs, *(file_of(slot.name) for slot in layout.slots)}
 

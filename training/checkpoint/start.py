@@ -24,7 +24,8 @@ from shoal.training.model.layout import StageLayout
 from shoal.training.outer.context import Event, Offload
 from shoal.training.spec import RunSpec
 
-_PATIENCE_S = 60.0  # for somebody who has it to be found
+_PATIENCE_S = 60.0  # for somebody who has it to be found, since the last file came, ...
+_TRIES = 3  # ... and at least so many attempts, however long each one takes
 _PAUSE_S = (0.5, 1.5)
 _FOLDER = "000001-start"
 T = TypeVar("T")
@@ -55,7 +56,12 @@ async def start_state(
         return _needed(checkpoint.manifest, layout)
 
     loop = asyncio.get_running_loop()
-    until_s, reason = loop.time() + _PATIENCE_S, ""
+    until_s, tries, reason = loop.time() + _PATIENCE_S, 0, ""
+
+    def arrived(_: int) -> None:  # it stays: the next attempt goes on from there
+        nonlocal until_s, tries
+        until_s, tries = loop.time() + _PATIENCE_S, 0
+
     while True:
         try:
             places = [*folders, fetched]
@@ -63,15 +69,16 @@ async def start_state(
             return found
         except NotHere as error:
             reason = reason or str(error)
-        if loop.time() >= until_s:
+        if loop.time() >= until_s and tries >= _TRIES:
             raise StageEmpty(
                 f"the run starts from checkpoint {digest.hex()[:8]}, and nobody hands it over: {reason}\n"
                 "whoever imported it (the owner, as a rule) has to be online until each stage has a peer"
             )
+        tries += 1
         donors = list(peers())
         rng.shuffle(donors)
         try:
-            await fetch_checkpoint(transport, donors, digest, needed, fetched / _FOLDER, offload)
+            await fetch_checkpoint(transport, donors, digest, needed, fetched / _FOLDER, offload, arrived)
             event("start-fetched", {"checkpoint": digest.hex(), "parameters": layout.size})
         except StorageError:
             raise

@@ -7,6 +7,7 @@ decided by a hash of the text alone, so peers with the same text agree, whicheve
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 import tempfile
@@ -59,7 +60,9 @@ def open_corpus(
             corpus = _load(folder)
     except OSError as error:
         where = error.filename or cache_dir
-        raise StorageError(f"{where}: {error.strerror or error}; the corpus needs it") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        helps = "\nfree space there, or name another folder with SHOAL_CACHE_DIR" if full else ""
+        raise StorageError(f"{where}: {error.strerror or error}; the corpus needs it{helps}") from error
     if corpus is None:
         raise StorageError(f"{folder} cannot be read back after it was written; is the disk sound?")
     return corpus

@@ -20,7 +20,7 @@ from shoal.training.inner import Moments, norm_of
 from shoal.training.lane import Lane
 from shoal.training.model.layout import StageLayout
 from shoal.training.model.split import Tape
-from shoal.training.outer.local import Rebase, Sent
+from shoal.training.outer.local import Rebase, Sent, Take
 from shoal.training.spec import RunSpec
 from shoal.training.weights import Version, Weights
 from shoal.training.work import Work
@@ -108,10 +108,11 @@ class ShardWeights(Weights):
             dealt = self._shards.dealt
             self._optimizer.restore(Moments(steps, dealt(mean), dealt(square)))
 
-    def _copy(self, span: slice, into: torch.Tensor) -> Sent:
+    def _copy(self, span: slice, take: Take) -> Sent:
         start, stop, _ = span.indices(self.size)
-        self.read(start, stop, into)
-        return Sent(into, self.inner_steps, self.tokens, self._moves)
+        whole = torch.empty(stop - start)
+        self.read(start, stop, whole)
+        return Sent(take(whole), self.inner_steps, self.tokens, self._moves)
 
     def _rebase(self, changes: Sequence[Rebase]) -> None:
         for change in changes:

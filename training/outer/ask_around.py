@@ -17,9 +17,18 @@ T = TypeVar("T")
 async def ask_around(
     context: Context, peers: Sequence[PeerId], ask: Callable[[PeerId], Awaitable[T]]
 ) -> tuple[T | None, dict[PeerId, ShoalError]]:
+    """As `first_good`; who answers against the protocol is refused."""
+    return await first_good(peers, ask, context.refuse)
+
+
+async def first_good(
+    peers: Sequence[PeerId],
+    ask: Callable[[PeerId], Awaitable[T]],
+    refuse: Callable[[PeerId, str], None] = lambda peer, why: None,
+) -> tuple[T | None, dict[PeerId, ShoalError]]:
     """The first answer, None if there is none, and why the others gave none; asked in their order.
 
-    Who answers against the protocol is refused. Asks that are still under way are ended.
+    `refuse` hears who answers against the protocol. Asks that are still under way are ended.
     """
     failures: dict[PeerId, ShoalError] = {}
     asked: dict[asyncio.Future[T], PeerId] = {}
@@ -39,7 +48,7 @@ async def ask_around(
                 except ShoalError as error:
                     failures[peer] = error
                     if isinstance(error, ProtocolViolation):
-                        context.refuse(peer, str(error))
+                        refuse(peer, str(error))
         return None, failures
     finally:
         for task in asked:

@@ -17,6 +17,7 @@ from shoal.training.outer.change import Change
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import ENTRY_BYTES, Entry, draft_id, parse
 from shoal.training.outer.line import MEMBER_SILENCE_S, Line, lifeline, loopback
+from shoal.training.outer.log import Log
 from shoal.training.outer.messages import Answer, Commit, Done, Go, Gone, Prepare, Report
 from shoal.training.outer.promise import LEAP
 from shoal.training.outer.report import report_bytes
@@ -34,12 +35,13 @@ class Attendance:
         follow: Follow,
         departed: Collection[PeerId],
         introducers: Sequence[PeerId],
+        log: Log,
     ) -> None:
         """`follow` is this process's own part in its round; `departed` have left before it; `introducers`
-        may know those of the last one."""
+        may know those of the last one. `log` says what members may tell of."""
         self.change = Change()
         self.answers: dict[PeerId, Answer] = {}
-        self.undecided: list[tuple[Entry, bytes]] = []  # entries that somebody saw and nobody told us applied
+        self.undecided: dict[PeerId, tuple[Entry, bytes]] = {}  # who saw an entry that is not applied there
         self.drafts: list[tuple[Entry, bytes]] = []
         self.reports: dict[int, bytes] = {}  # seat of the draft -> payload
         self.done: set[PeerId] = set()
@@ -55,6 +57,7 @@ class Attendance:
         self._offer_data = offer.encode()
         self._follow = follow
         self._introducers = introducers
+        self._log = log
         self._lines: dict[PeerId, Line] = {}
         self._draft: Entry | None = None
         self._report_of = b""  # the draft's id
@@ -144,16 +147,13 @@ class Attendance:
             raise Stale(f"{line.peer} has promised ballot {answer.promised}")
         if len(message.payload) != answer.draft_bytes + answer.entry_bytes:
             raise MessageInvalid(f"Answer of {line.peer}: {len(message.payload)} bytes")
-        place = self._offer.stage, self._offer.height, self._offer.previous
-        for found, start, size in (
-            (self.drafts, 0, answer.draft_bytes),
-            (self.undecided, answer.draft_bytes, answer.entry_bytes),
-        ):
-            if size:
-                data = bytes(message.payload[start : start + size])
-                entry = parse(data)
-                if (entry.stage, entry.height, entry.previous) == place:
-                    found.append((entry, data))
+        told = bytes(message.payload)
+        if data := told[: answer.draft_bytes]:
+            self._log.check_draft(parse(data))
+            self.drafts.append((parse(data), data))
+        if data := told[answer.draft_bytes :]:
+            self._log.check(parse(data))
+            self.undecided[line.peer] = parse(data), data
         self.answers[line.peer] = answer
         self._lines[line.peer] = line
         self.change.notify()

@@ -5,37 +5,40 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+Again = Callable[[], float | None]
+
 
 class Change:
     """A condition variable for one event loop: no lock, because nothing runs between two awaits."""
 
     def __init__(self) -> None:
-        self._waiting: dict[asyncio.Future[None], bool] = {}  # in order of arrival; whether notified
+        self._waiting: dict[_Waiting, None] = {}  # in order of arrival
         self._conditions: dict[_Condition, None] = {}
         self._looking = False
 
     def notify(self) -> None:
         """Something changed: every waiter looks again, once for all that changes in this turn of the loop."""
-        for future in self._waiting:
-            self._waiting[future] = True  # also one that timed out in this turn, and has yet to wake
-            _settle(future)
+        for waiting in self._waiting:
+            waiting.notified = True  # also one that timed out in this turn, and has yet to wake
+            waiting.wake()
         if self._conditions and not self._looking:
             self._looking = True
             asyncio.get_running_loop().call_soon(self._look)
 
-    async def wait(self, until_s: float | None = None) -> bool:
-        """Returns True after the next `notify`, False at the loop time `until_s`."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        self._waiting[future] = False
-        timer = loop.call_at(until_s, _settle, future) if until_s is not None else None
+    async def wait(self, until_s: float | None = None, again_s: Again = lambda: None) -> bool:
+        """Returns True after the next `notify`, False at the loop time `until_s`.
+
+        Unless `again_s()` names a later time then. The loop itself calls it: the waiting task is woken for
+        nothing else.
+        """
+        waiting = _Waiting(until_s, again_s)
+        self._waiting[waiting] = None
         try:
-            await future
-            return self._waiting[future]
+            await waiting.woken
+            return waiting.notified
         finally:
-            del self._waiting[future]
-            if timer is not None:
-                timer.cancel()
+            del self._waiting[waiting]
+            waiting.close()
 
     async def until(self, holds: Callable[[], bool], until_s: Callable[[], float | None]) -> bool:
         """Wait until `holds()`, or the loop time `until_s()`, looked up anew after each change.
@@ -58,6 +61,39 @@ class Change:
         self._looking = False
         for condition in list(self._conditions):
             condition.look()
+
+
+class _Waiting:
+    """One call of `wait`."""
+
+    def __init__(self, until_s: float | None, again_s: Again) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.woken: asyncio.Future[None] = self._loop.create_future()
+        self.notified = False
+        self._again_s = again_s
+        self._timer = self._loop.call_at(until_s, self._due) if until_s is not None else None
+
+    def wake(self) -> None:
+        if not self.woken.done():
+            self.woken.set_result(None)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _due(self) -> None:
+        self._timer = None
+        if self.woken.done():
+            return
+        try:
+            next_s = self._again_s()
+        except Exception as error:  # is raised where it is waited for
+            self.woken.set_exception(error)
+            return
+        if next_s is None:
+            self.wake()
+        else:
+            self._timer = self._loop.call_at(next_s, self._due)
 
 
 class _Condition:
@@ -102,8 +138,3 @@ class _Condition:
     def _due(self) -> None:
         self._timer = None
         self.look()
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

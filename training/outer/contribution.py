@@ -1,27 +1,43 @@
-"""Contribution: what one process offers a round, encoded. Made at PREPARE by `Member`, kept until COMMIT."""
+"""Contribution: what a process offers a round. Taken at PREPARE by `Member`, encoded while `Round` sends it.
+
+PREPARE is answered once its norm is known, and parts go out one by one as they are encoded: else the link
+would be idle for as long as the whole fragment takes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from shoal.compression.choice import Choice
 from shoal.compression.codec import Buffer, CodecError
+from shoal.compression.copying import take
+from shoal.training.outer.change import Change
 from shoal.training.outer.codecs import LAYERS, RoundCodecs, measure, mix_of, sample
-from shoal.training.outer.context import Offload
-from shoal.training.outer.local import Sent
+from shoal.training.outer.context import Context
+from shoal.training.outer.local import LocalWeights, Sent
 from shoal.training.outer.parts import Fragment, Part
-from shoal.training.outer.residuals import Residuals
-from shoal.training.spec import CompressionSection
 
 _GROUP_VALUES = 1 << 21  # of fp32 in one piece of off-loop work: a few milliseconds
+_AT_ONCE = 2  # pieces under way, as many as the daemon has threads: others' work off the loop gets its turns
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A part, as a thread made it."""
+
+    part: Part
+    data: Buffer
+    left: torch.Tensor | None
+    left_square: float
+    measured: list[Choice]
+
+
+@dataclass(slots=True, eq=False)
 class Contribution:
     """q = C(a − s + e) of every part of a fragment, with what was taken for it."""
 
@@ -29,74 +45,115 @@ class Contribution:
     codecs: RoundCodecs
     anchor: torch.Tensor  # a [fragment] fp32 CPU
     sent: Sent  # s [fragment]
-    encoded: dict[int, Buffer]  # q by part index
-    remainders: dict[int, torch.Tensor]  # β·(a − s + e − decode(q)) by part index, where it is fed back
+    carried: dict[int, torch.Tensor]  # e by part index, until all is encoded
     norm: float  # ‖a − s + e‖; not finite where there is nothing to encode
+    order: Sequence[int] = ()  # of the fragment's parts, in which they are encoded and sent
     mix: bytes = b""  # what the next round of this fragment might take (`codecs.mix_of`), where parts choose
-    residual_norm: float = 0.0  # of the remainders
+    _encoded: dict[int, Buffer] = field(default_factory=dict)  # q by part index
+    _remainders: dict[int, torch.Tensor] = field(default_factory=dict)  # β·(a − s + e − decode(q))
+    _left_square: float = 0.0  # of the remainders
+    ended: bool = False  # all is encoded that will be
+    _change: Change = field(default_factory=Change)
 
-    def figures(self) -> dict[str, float]:
-        """What the round's event says of it."""
-        sent_bytes = sum(memoryview(data).nbytes for data in self.encoded.values())
-        return {
-            "bits_per_value": 8.0 * sent_bytes / self.fragment.count,
-            "update_norm": self.norm,
-            "residual_norm": self.residual_norm,
-        }
+    @classmethod
+    async def take(
+        cls,
+        context: Context,
+        local: LocalWeights,
+        fragment: Fragment,
+        codecs: RoundCodecs,
+        anchor: torch.Tensor,
+        carried: dict[int, torch.Tensor],
+    ) -> Contribution:
+        """What there is now. Its norm is found while local weights are copied."""
+        squares: list[float] = []
+
+        def copied(weights: torch.Tensor) -> torch.Tensor:
+            into = context.buffers.take(fragment.count)
+            for part in fragment.parts:
+                span = fragment.within(part)
+                squares.append(take(weights[span], into[span], anchor[span], carried.get(part.index)))
+            return into
+
+        sent = await local.sent(fragment.span, copied)
+        return cls(fragment, codecs, anchor, sent, carried, math.sqrt(sum(squares)))
+
+    async def encode(self, context: Context) -> None:
+        """Encode all parts, in `order`, off the loop. The run's owner is told of those that cannot be."""
+        measured: dict[int, list[Choice]] = {}
+        groups = iter(grouped([self.fragment.parts[number] for number in self.order]))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(_AT_ONCE):
+                    tasks.create_task(self._encode_all(context, groups, measured))
+            if len(measured) == len(self.fragment.parts):
+                in_order = [measured[part.index] for part in self.fragment.parts]
+                self.mix = await context.offload(mix_of, in_order)
+        finally:
+            self.carried, self.ended = {}, True
+            self._change.notify()
+
+    async def encoded(self, part: Part) -> Buffer | None:
+        """The bytes of a part, as soon as they are there; None where there will be none."""
+        await self._change.until(lambda: self.ended or part.index in self._encoded, lambda: None)
+        return self._encoded.get(part.index)
+
+    def taken(self) -> Contribution:
+        """What was taken, without what it was encoded to: for as long as a fork may matter."""
+        return Contribution(self.fragment, self.codecs, self.anchor, self.sent, {}, self.norm)
 
     def remainder(self, part: Part) -> torch.Tensor | None:
         """What the entry that lists this part left out, [count].
 
         None where nothing is fed back: what was carried has gone with this contribution.
         """
-        return self.remainders.get(part.index)
+        return self._remainders.get(part.index)
 
+    def figures(self) -> dict[str, float]:
+        """What the round's event says of it."""
+        sent_bytes = sum(memoryview(data).nbytes for data in self._encoded.values())
+        values = sum(part.count for part in self.fragment.parts if part.index in self._encoded)
+        return {
+            "bits_per_value": 8.0 * sent_bytes / max(values, 1),
+            "update_norm": self.norm,
+            "residual_norm": math.sqrt(self._left_square),
+        }
 
-async def contribute(
-    fragment: Fragment,
-    codecs: RoundCodecs,
-    section: CompressionSection,
-    anchor: torch.Tensor,
-    sent: Sent,
-    residuals: Residuals,
-    offload: Offload,
-) -> Contribution:
-    """Encodes a whole fragment off the loop, in as many threads as `offload` has."""
-    encoded: dict[int, Buffer] = {}
-    remainders: dict[int, torch.Tensor] = {}
-    measured: dict[int, list[Choice]] = {}
-    first = fragment.parts[0].index
+    async def _encode_all(
+        self, context: Context, groups: Iterator[Sequence[Part]], measured: dict[int, list[Choice]]
+    ) -> None:
+        for parts in groups:
+            try:
+                found: list[_Encoded] = await context.offload(self._encode, context, parts)
+            except (CodecError, MemoryError, RuntimeError) as error:  # the last is torch's for no memory
+                # These are not listed then, so nothing is lost.
+                context.event("parts-not-encoded", {"first": parts[0].index, "why": str(error)})
+                continue
+            for made in found:
+                index = made.part.index
+                self._encoded[index] = made.data
+                if made.left is not None:
+                    self._remainders[index] = made.left
+                    self._left_square += made.left_square
+                if made.measured:
+                    measured[index] = made.measured
+            self._change.notify()
 
-    def encode(parts: Sequence[Part]) -> tuple[float, float]:
-        square = left_square = 0.0
+    def _encode(self, context: Context, parts: Sequence[Part]) -> list[_Encoded]:
+        section, first = context.spec.compression, self.fragment.parts[0].index
+        found = []
         for part in parts:
-            span, codec = fragment.within(part), codecs.contribution(part.index - first)
-            left = torch.empty(part.count) if codec.needs_feedback and section.feedback else None
-            encoded[part.index], here, lost = codec.encode_difference(
-                anchor[span],
-                sent.weights[span],
-                residuals.contributed(part),
-                left,
-                section.feedback_decay,
-            )
-            square += here
-            left_square += lost
-            if left is not None:
-                remainders[part.index] = left
+            span, codec = self.fragment.within(part), self.codecs.contribution(part.index - first)
+            anchor, sent, carried = self.anchor[span], self.sent.weights[span], self.carried.get(part.index)
+            feeds_back = codec.needs_feedback and section.feedback
+            left = context.buffers.take(part.count) if feeds_back else None
+            data, square = codec.encode_difference(anchor, sent, carried, left, section.feedback_decay)
+            measured = []
             if section.contribution == LAYERS:
-                delta = sample(anchor[span]) - sample(sent.weights[span])
-                if (carried := residuals.contributed(part)) is not None:
-                    delta += sample(carried)
-                measured[part.index] = measure(section, delta, part.count)
-        return square, left_square
-
-    try:
-        squares = await asyncio.gather(*(offload(encode, p) for p in grouped(fragment.parts)))
-    except CodecError:
-        return Contribution(fragment, codecs, anchor, sent, {}, {}, math.nan)
-    norm, residual_norm = (math.sqrt(sum(column)) for column in zip(*squares, strict=True))
-    mix = await offload(mix_of, [measured[part.index] for part in fragment.parts]) if measured else b""
-    return Contribution(fragment, codecs, anchor, sent, encoded, remainders, norm, mix, residual_norm)
+                delta = sample(anchor) - sample(sent)
+                measured = measure(section, delta if carried is None else delta + sample(carried), part.count)
+            found.append(_Encoded(part, data, left, square, measured))
+        return found
 
 
 def grouped(parts: Sequence[Part]) -> list[Sequence[Part]]:

@@ -103,6 +103,8 @@ class Entry:
                 raise ValueError(f"seat {row.seat} contributes nothing")
         if len(self.digests) % 32 or len(self.listed) != (0 if self.lost else self.parts * self.bitmap_bytes):
             raise ValueError(f"{len(self.digests)} bytes of digests, {len(self.listed)} of bitmaps")
+        if self.listed and not set(seats) >= union(tuple(map(self.listed_in, range(self.parts)))):
+            raise ValueError("a part lists a seat that contributes nothing")
         if self.leaving and self.leaving not in {self.roster[seat].peer for seat in self.present()}:
             raise ValueError("who may leave is not present")
         if bool(self.lost) != (self.scale > 0.0) or (self.lost and self.contributors):

@@ -21,7 +21,7 @@ from shoal.protocol.errors import (
 from shoal.protocol.transport import Channel, Message, Stream
 from shoal.training.outer.context import GROUP_ROLES, Context
 from shoal.training.outer.entry import ENTRY_BYTES
-from shoal.training.outer.line import LEADER_SILENCE_S, Line, lifeline
+from shoal.training.outer.line import LEADER_SILENCE_S, MEMBER_TICK_S, Line, lifeline
 from shoal.training.outer.member import Member
 from shoal.training.outer.messages import (
     Commit,
@@ -48,15 +48,17 @@ _SLACK_S = 30.0  # beyond a round's deadlines, before a leader that only ticks c
 async def follow(context: Context, member: Member, line: Line) -> None:
     """One round behind one leader, from PREPARE to DONE."""
     opening = await line.receive(Prepare, max_payload_bytes=ENTRY_BYTES)
+    longest_s = context.spec.outer.round_deadline_s
     reporting: list[asyncio.Task[None]] = []  # more than one where a leader begins anew after a vain draft
     try:
-        async with asyncio.timeout(4 * context.spec.outer.round_deadline_s + _SLACK_S):
+        async with asyncio.timeout(4 * longest_s + _SLACK_S):
             line.post(*await member.prepare(opening.header, bytes(opening.payload), line.peer))
             while True:
                 message = await line.receive(Go, Gone, Commit, max_payload_bytes=ENTRY_BYTES)
                 match message.header:
                     case Go(deadline_s):
-                        round_ = await member.go(bytes(message.payload), deadline_s)
+                        # The next leader goes on with the same round, and nobody may wait longer then.
+                        round_ = await member.go(bytes(message.payload), min(deadline_s, longest_s))
                         reporting.append(asyncio.create_task(_report(round_, line)))
                     case Gone(seat):
                         member.gone(seat)
@@ -118,7 +120,7 @@ class Services:
         if (handler := asyncio.current_task()) is not None:
             self._following.add(handler)
             handler.add_done_callback(self._following.discard)
-        async with lifeline(stream, LEADER_SILENCE_S) as line:
+        async with lifeline(stream, LEADER_SILENCE_S, MEMBER_TICK_S) as line:
             await follow(self._context, self._member, line)
 
     async def _contributions(self, stream: Stream) -> None:

@@ -63,9 +63,10 @@ class Leader:
         self._unheard = frozenset(member.peer for member in group if not member.heard)
         departed = set(self._last) - set(here) - set(silent)
         knowing = introducers(context.me, log.leader, log.quorum, group)
-        self._group = Attendance(context, self._offer, follow, departed, knowing)
+        self._group = Attendance(context, self._offer, follow, departed, knowing, log)
         self._change = self._group.change
         self._ran_s = self._now()
+        self._told: set[PeerId] = set()  # who told of the undecided entry that was re-issued
 
     @property
     def highest_ballot(self) -> int:
@@ -81,6 +82,11 @@ class Leader:
     def unreached(self) -> set[PeerId]:
         """Members who told nothing before this attempt, and could not be reached by it."""
         return {*self._unheard & self._group.unreached - self._group.answers.keys()}
+
+    @property
+    def claimed(self) -> set[PeerId]:
+        """Members for whose word this attempt was in vain: of this height's entry, decided or to be."""
+        return self.ahead | self._told
 
     @property
     def ahead(self) -> set[PeerId]:
@@ -118,8 +124,9 @@ class Leader:
 
     async def _conduct(self) -> Entry:
         await self._gather_answers()
-        if self._group.undecided:
-            entry, data = max(self._group.undecided, key=lambda found: (found[0].ballot, found[0].leader))
+        if undecided := self._group.undecided:
+            entry, data = max(undecided.values(), key=lambda found: (found[0].ballot, found[0].leader))
+            self._told = {peer for peer, (_, same) in undecided.items() if same == data}
             return await self._commit(entry, data)
         results: list[Decided | None] = []
         if drafts := [found for found in self._group.drafts if not found[0].lost]:

@@ -1,6 +1,6 @@
 """Line: the control stream between a leader and one member of its round, on which silence is noticed.
 
-Sends Tick whenever nothing else was sent for TICK_S, and raises PeerSilent when nothing came for a while: a
+Sends Tick whenever nothing else was sent for a while, and raises PeerSilent when nothing came for a while: a
 stopped process keeps its connections open, so only its silence tells. A process that stood still itself hears
 first what came meanwhile: who does not listen must not blame others for silence. `loopback` joins a leader
 to its own member in the same process.
@@ -21,9 +21,10 @@ from shoal.protocol.transport import Buffer, Message, Stream
 from shoal.training.outer.change import Change
 from shoal.training.outer.messages import Tick
 
-TICK_S = 0.25
 LEADER_SILENCE_S = 1.0  # then members look for another leader (design section 9)
 MEMBER_SILENCE_S = 2.0  # then the leader goes on without the member (limits.SUSPECT_AFTER_S)
+TICK_S = LEADER_SILENCE_S / 4
+MEMBER_TICK_S = MEMBER_SILENCE_S / 4  # what members send all goes to one peer
 OUTBOX = 2048  # messages: a GONE for each seat of a roster fits twice
 
 
@@ -42,12 +43,14 @@ class Line(ABC):
 
 
 class _Lifeline(Line):
-    _listening: asyncio.TimerHandle
-
-    def __init__(self, stream: Stream, silence_s: float) -> None:
+    def __init__(self, stream: Stream, silence_s: float, tick_s: float) -> None:
         self.peer = stream.remote.peer
         self._stream = stream
         self._silence_s = silence_s
+        self._tick_s = tick_s
+        self._limit: asyncio.Timeout | None = None  # while somebody listens ...
+        self._limit_s = 0.0  # ... until when it may be silent
+        self._timer: asyncio.TimerHandle | None = None  # outlives one message: most lines are never silent
         self._outbox: deque[tuple[object, Buffer] | None] = deque()
         self._posted = Change()
 
@@ -62,6 +65,11 @@ class _Lifeline(Line):
         self._outbox.append(None)
         self._posted.notify()
 
+    def release(self) -> None:
+        """Nobody is told of silence any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
     async def receive(self, *kinds: type[Any], max_payload_bytes: int = 0) -> Message[Any]:
         while True:
             limit = asyncio.timeout(None)
@@ -72,22 +80,28 @@ class _Lifeline(Line):
             except TimeoutError:
                 raise PeerSilent(f"nothing from {self.peer} for {self._silence_s:g} s") from None
             finally:
-                self._listening.cancel()
+                self._limit = None
             if not isinstance(message.header, Tick):
                 return message
 
     def _listen(self, limit: asyncio.Timeout) -> None:
         """Let the limit pass after a silence."""
         loop = asyncio.get_running_loop()
-        limit_s = loop.time() + self._silence_s
+        self._limit, self._limit_s = limit, loop.time() + self._silence_s
+        if self._timer is None:
+            self._timer = loop.call_at(self._limit_s, self._judge)
 
-        def judge() -> None:
-            if loop.time() - limit_s < TICK_S:
-                limit.reschedule(loop.time())
-            else:  # it was this process that stood still
-                self._listen(limit)
-
-        self._listening = loop.call_at(limit_s, judge)
+    def _judge(self) -> None:
+        self._timer, loop = None, asyncio.get_running_loop()
+        if self._limit is None:
+            return
+        late_s = loop.time() - self._limit_s
+        if late_s < 0.0:  # something came since
+            self._timer = loop.call_at(self._limit_s, self._judge)
+        elif late_s < TICK_S:
+            self._limit.reschedule(loop.time())
+        else:  # it was this process that stood still
+            self._listen(self._limit)
 
     async def send_all(self) -> None:
         """Until the outbox is closed. A broken stream ends it quietly: the receiving side reports it."""
@@ -95,7 +109,7 @@ class _Lifeline(Line):
         try:
             while True:
                 if not self._outbox:
-                    await self._posted.wait(loop.time() + TICK_S)
+                    await self._posted.wait(loop.time() + self._tick_s)
                 item = self._outbox.popleft() if self._outbox else (Tick(), b"")
                 if item is None:
                     return
@@ -105,9 +119,9 @@ class _Lifeline(Line):
 
 
 @asynccontextmanager
-async def lifeline(stream: Stream, silence_s: float) -> AsyncIterator[Line]:
+async def lifeline(stream: Stream, silence_s: float, tick_s: float = TICK_S) -> AsyncIterator[Line]:
     """A line that ticks inside the context; what was posted is sent before it ends in order."""
-    line = _Lifeline(stream, silence_s)
+    line = _Lifeline(stream, silence_s, tick_s)
     sender = asyncio.create_task(line.send_all())
     try:
         yield line
@@ -117,6 +131,7 @@ async def lifeline(stream: Stream, silence_s: float) -> AsyncIterator[Line]:
     except TimeoutError:
         raise PeerSilent(f"{line.peer} takes no messages") from None
     finally:
+        line.release()
         if not sender.done():
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)

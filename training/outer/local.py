@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +60,9 @@ class Rebase:
 _PIECE = 1 << 17  # values that stay in a core's cache between two passes
 
 
+Take = Callable[[torch.Tensor], torch.Tensor]  # a copy [n] fp32 CPU of weights [n] on any device
+
+
 class LocalWeights(Protocol):
     """The weights that inner steps change while rounds go on."""
 
@@ -67,8 +70,8 @@ class LocalWeights(Protocol):
     inner_steps: int  # since the process started
     tokens: int  # taken into those steps
 
-    async def sent(self, span: slice, into: torch.Tensor) -> Sent:
-        """A copy of some of them in `into`, taken atomically between inner steps."""
+    async def sent(self, span: slice, take: Take) -> Sent:
+        """A copy of some of them, which `take` makes of them, atomically between inner steps."""
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
         """All changes at once, between inner steps."""
@@ -91,10 +94,18 @@ class MemoryWeights:
         self.tokens += tokens
         self._moves += 1
 
-    async def sent(self, span: slice, into: torch.Tensor) -> Sent:
-        return Sent(copy(self.weights[span], into), self.inner_steps, self.tokens, self._moves)
+    async def sent(self, span: slice, take: Take) -> Sent:
+        return self.sent_now(span, take)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:
+        self.rebase_now(changes)
+
+    def sent_now(self, span: slice, take: Take) -> Sent:
+        """What `sent` returns."""
+        return Sent(take(self.weights[span]), self.inner_steps, self.tokens, self._moves)
+
+    def rebase_now(self, changes: Sequence[Rebase]) -> None:
+        """What `rebase` does."""
         for change in changes:
             change.apply(self.weights, self._moves)
         self._moves += 1

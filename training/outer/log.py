@@ -228,6 +228,27 @@ class Log:
 
     def check(self, entry: Entry) -> None:
         """Raises Stale unless the entry continues this chain, MessageInvalid where it breaks its rules."""
+        self._check_beginning(entry)
+        if entry.parts != (parts := len(self._fragments[entry.fragment].parts)):
+            raise MessageInvalid(f"entry {entry.height}: {entry.parts} parts of {parts}")
+        if entry.lost:
+            self._check_reentry(entry)
+            return
+        self._check_parts(entry)
+        tokens = summed([self.counted_tokens, *(row.tokens for row in entry.contributors)])
+        if entry.tokens != tokens:
+            raise MessageInvalid(f"entry {entry.height}: {entry.tokens} tokens, {tokens} expected")
+
+    def check_draft(self, draft: Entry) -> None:
+        """The same of a draft: what breaks a rule would be gone on with by one leader after the other."""
+        if draft.parts or not draft.present():
+            raise MessageInvalid(
+                f"a draft with {draft.parts} parts and {len(draft.present()) or 'nobody'} present"
+            )
+        self._check_beginning(draft)
+
+    def _check_beginning(self, entry: Entry) -> None:
+        """All but its parts."""
         if entry.height != self.height + 1 or entry.previous != self.head:
             raise Stale(
                 f"entry {entry.height} after {entry.previous.hex()[:8]} does not continue "
@@ -236,15 +257,13 @@ class Log:
         if entry.revision < self.revision:
             raise MessageInvalid(f"entry {entry.height}: revision {entry.revision} after {self.revision}")
         if entry.lost:
-            self._check_reentry(entry)
+            self.check_source(entry)
             return
         fragment = self.next_fragment
-        found = _place(entry.stage, entry.fragment, entry.parts)
-        expected = _place(self.stage, fragment.index, len(fragment.parts))
-        if found != expected:
+        if (entry.stage, entry.fragment) != (self.stage, fragment.index):
+            found, expected = _place(entry.stage, entry.fragment), _place(self.stage, fragment.index)
             raise MessageInvalid(f"entry {entry.height}: {found}; {expected} expected")
-        codecs_of(entry, entry.parts)
-        self._check_parts(entry)
+        codecs_of(entry, len(fragment.parts))
         self._check_contributors(entry)
         present = {entry.roster[seat].peer for seat in entry.present()}
         if entry.leaving and present & {*self.leaving}:
@@ -312,19 +331,17 @@ class Log:
         They may leave a gap: steps between, of a lost entry that could not re-enter, are in the weights of
         who made them again, and come with its next contribution.
         """
-        lost = self.check_source(entry)
+        lost = entry.source()
         parts = [lost.digest(part) for part in range(lost.parts)]
         if any(entry.digest(part) not in (SKIP, digest) for part, digest in enumerate(parts)):
             raise MessageInvalid(f"entry {entry.height}: brings back other parts than the lost entry's")
-        if entry.parts != lost.parts:
-            raise MessageInvalid(f"entry {entry.height}: {entry.parts} parts of {lost.parts}")
         if self.holds(lost):
             raise MessageInvalid(f"entry {entry.height}: all steps that it brings back are here already")
         if entry.tokens != (tokens := self.tokens_of(entry)):
             raise MessageInvalid(f"entry {entry.height}: {entry.tokens} tokens, {tokens} expected")
 
-    def check_source(self, draft: Entry) -> Entry:
-        """The lost entry that a re-entry, or its draft, brings back. Raises MessageInvalid."""
+    def check_source(self, draft: Entry) -> None:
+        """Raises MessageInvalid for a re-entry, or its draft, of what cannot have been an entry here."""
         lost = draft.source()
         fits = (lost.stage, lost.fragment, lost.contribution, lost.published, lost.mix)
         if lost.lost or not lost.contributors or lost.fragment >= len(self._fragments):
@@ -334,7 +351,6 @@ class Log:
         if lost.parts != len(self._fragments[lost.fragment].parts):
             raise MessageInvalid(f"entry {draft.height}: the lost entry has {lost.parts} parts")
         codecs_of(lost, lost.parts)
-        return lost
 
     def holds(self, other: Entry) -> bool:
         """Whether all steps of another chain's round are in this one by now."""
@@ -360,16 +376,15 @@ class Log:
         return summed([self.counted_tokens, *(tokens for _, _, tokens in self._news_of(draft))])
 
     def _check_parts(self, entry: Entry) -> None:
-        rows = {row.seat for row in entry.contributors}
         for part in range(entry.parts):
             listed = seats_in(entry.listed_in(part))
-            if (entry.digest(part) == SKIP) != (not listed) or not listed <= rows:
+            if (entry.digest(part) == SKIP) != (not listed):
                 raise MessageInvalid(f"entry {entry.height}, part {part}: listed {sorted(listed)[:8]}")
+        rows = {row.seat for row in entry.contributors}
         if union(tuple(entry.listed_in(part) for part in range(entry.parts))) != rows:
             raise MessageInvalid(f"entry {entry.height}: a contributor that no part lists")
 
     def _check_contributors(self, entry: Entry) -> None:
-        tokens = self.counted_tokens
         for row in entry.contributors:
             seat = entry.roster[row.seat]
             step, _ = self.end_of(seat.peer, seat.incarnation, entry.fragment)
@@ -381,10 +396,7 @@ class Log:
                 )
             if not seat.present:
                 raise MessageInvalid(f"entry {entry.height}: {seat.peer} contributes without being present")
-            tokens = summed([tokens, row.tokens])
-        if entry.tokens != tokens:
-            raise MessageInvalid(f"entry {entry.height}: {entry.tokens} tokens, {tokens} expected")
 
 
-def _place(stage: int, fragment: int, parts: int) -> str:
-    return f"stage {stage}, fragment {fragment}, {parts} parts"
+def _place(stage: int, fragment: int) -> str:
+    return f"stage {stage}, fragment {fragment}"

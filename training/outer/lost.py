@@ -29,13 +29,21 @@ class LostEntry:
     entry: Entry
     scale: float
     parts: Mapping[int, Published]  # those held here
+    listed_before: Listed  # on its chain since the fork: a part holds the steps since
     barred: set[int] = field(default_factory=set)  # parts of which the chain that won has some steps
     attempts: int = 0  # to bring it back that were in vain
     since_s: float = 0.0  # loop time of the switch
     promised: frozenset[int] = frozenset()  # parts that were to re-enter when this peer switched
+    returned: bool = False  # it has re-entered itself
+    # Whose steps in which part another entry has brought.
+    delivered: set[tuple[Process, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.promised = frozenset(self.welcome)
+
+    def delivered_to(self, process: Process) -> set[int]:
+        """Parts in which the agreed state has a process's steps by another entry."""
+        return {part for who, part in self.delivered if who == process}
 
     @property
     def last_attempt(self) -> bool:
@@ -88,25 +96,35 @@ class Lost:
         for lost in self._entries:
             if lost.entry.fragment != entry.fragment:
                 continue
-            both = {
-                process
-                for process, row in contributors(lost.entry)
-                if process in rows and rows[process].to_step > row.from_step
-            }
+            lost.returned |= bool(entry.lost) and source == lost.entry
+            ends = {process: row.to_step for process, row in contributors(lost.entry)}
+            both = ends.keys() & rows.keys()
             parts = [part for part in range(entry.parts) if entry.digest(part) != SKIP] if both else ()
             for part in parts:
-                if both & listed_in(source, part) & listed_in(lost.entry, part):
+                same = both & listed_in(source, part) & listed_in(lost.entry, part)
+                same = {p for p in same if rows[p].to_step > lost.listed_before.get((p, part), 0)}
+                lost.delivered |= {(p, part) for p in same if rows[p].to_step >= ends[p]}  # else but some
+                if same:
                     lost.barred.add(part)
+
+    def delivered_to(self, previous: bytes, process: Process) -> set[int]:
+        """The same of all that followed a head."""
+        found = (lost for lost in self._entries if lost.entry.previous == previous)
+        return {part for lost in found for part in lost.delivered_to(process)}
 
     def after(self, previous: bytes) -> LostEntry | None:
         """The lost entry that followed a head."""
         return next((lost for lost in self._entries if lost.entry.previous == previous), None)
 
     def sift(self, log: Log) -> list[LostEntry]:
-        """Drop what the log holds by now. Returns those that are given up: no part of them may re-enter."""
-        entries = [lost for lost in self._entries if not log.holds(lost.entry)]
-        self._entries = [lost for lost in entries if lost.welcome]
-        return [lost for lost in entries if not lost.welcome]
+        """Drop what may re-enter no more: the log holds its steps by now, or some of each part.
+
+        Returns what did not re-enter itself: of its steps the log has what was `delivered`, for it may hold
+        those of a process by another lost entry, which left a part out.
+        """
+        over = [lost for lost in self._entries if not lost.welcome or log.holds(lost.entry)]
+        self._entries = [lost for lost in self._entries if lost not in over]
+        return [lost for lost in over if not lost.returned]
 
 
 def contributors(entry: Entry) -> list[tuple[Process, Contributor]]:

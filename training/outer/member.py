@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from shoal.protocol.errors import Busy, MessageInvalid, NotHere, Stale
 from shoal.protocol.faults import define
@@ -19,13 +20,15 @@ from shoal.protocol.identity import PeerId
 from shoal.training.outer.change import Change
 from shoal.training.outer.codecs import codecs_of
 from shoal.training.outer.context import Context
-from shoal.training.outer.contribution import Contribution, contribute
+from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import Entry, StreamPosition, parse
 from shoal.training.outer.fetch import fetch_parts
+from shoal.training.outer.leaders import Leaders, check_offer
 from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.messages import Answer, Prepare
 from shoal.training.outer.orders import knows
 from shoal.training.outer.phases import Phases
+from shoal.training.outer.policy import in_turns
 from shoal.training.outer.promise import Promise, Promises
 from shoal.training.outer.reduce import Published
 from shoal.training.outer.reentry import Reentering
@@ -51,6 +54,7 @@ class Member:
         positions: Positions,
         change: Change,
         promises: Promises,
+        leaders: Leaders,
     ) -> None:
         self.replica = replica
         self.change = change  # notified at GO, at every COMMIT, and when a leader is lost
@@ -61,10 +65,12 @@ class Member:
         self.undecided_since_s: float | None = None  # since when a round stands without leader
         self.round: Round | Reentering | None = None
         self._context = context
+        self._leaders = leaders
         self._local = local
         self._positions = positions
         self.contribution: Contribution | None = None  # to the height to come
         self._tokens_at: dict[int, int] = {}  # steps that were contributed up to -> all tokens by then
+        self._listed_s: dict[int, float] = {}  # by part: when an entry last listed this process there
         self.mixes: dict[int, bytes] = {}  # by fragment, as the last contribution suggests
         self.phases = Phases()
         self._reached: set[PeerId] = set()  # who may have got some of it, by whatever draft
@@ -72,6 +78,7 @@ class Member:
         self._apart_until_s = -math.inf  # the own state is being repaired: no new round
         self._deciding = asyncio.Lock()  # one entry at a time; no copy of weights in the middle of one
         self._tasks: set[asyncio.Task[object]] = set()
+        self._encoding: asyncio.Task[object] | None = None  # one of them, of the contribution
 
     @property
     def next_height(self) -> int:
@@ -81,10 +88,13 @@ class Member:
 
     async def prepare(self, prepare: Prepare, offer: bytes, leader: PeerId) -> tuple[Answer, bytes]:
         """Promise a ballot and say what there is to contribute. Raises Stale, Busy or MessageInvalid."""
-        if (prepare.height, prepare.previous) == (self.next_height, self.replica.log.head):
-            revision = parse(offer).revision
-            if not await knows(self._context, revision, [leader]):
-                raise Stale(f"revision {revision} of the settings is not known here")
+        loop = asyncio.get_running_loop()
+        self._leaders.check(leader, loop.time())
+        entry = parse(offer)
+        check_offer(self._context, prepare, entry, leader)
+        follows = (prepare.height, prepare.previous) == (self.next_height, self.replica.log.head)
+        if follows and not await knows(self._context, entry.revision, [leader]):
+            raise Stale(f"revision {entry.revision} of the settings is not known here")
         async with self._deciding:
             log = self.replica.log
             if prepare.height <= log.height and log.head_at(prepare.height - 1) == prepare.previous:
@@ -99,39 +109,39 @@ class Member:
                 raise MessageInvalid(f"ballot {asked.ballot} after {bound.ballot}")
             if bound.binds(asked):
                 return Answer(log.height, 0, 0, 0, 0.0, (), promised=bound.ballot), b""
-            if self.idle and asyncio.get_running_loop().time() < self._apart_until_s:
+            if self.idle and loop.time() < self._apart_until_s:
                 raise Stale("this peer has to repair its state first")
-            entry = parse(offer)
             if entry.fragment != log.next_fragment.index and not entry.lost:
                 raise MessageInvalid(f"height {entry.height} synchronises fragment {log.next_fragment.index}")
             await self.promises.give(asked)
             self.engaged_with, self._engaged_by = leader, (prepare.height, prepare.ballot)
+            self._leaders.engage(leader, loop.time())
             self.phases.prepare()
-            if entry.lost or self.replica.lost:  # steps have to come in order: those that were lost first
-                self.contribution = self.contribution if isinstance(self.round, Round) else None
-            elif not isinstance(self.round, Round):
-                made = await self._contribute(entry)
-                if not isinstance(
-                    self.round, Round
-                ):  # else an earlier attempt's GO was slow, and sends another
-                    self.contribution = made
-                self.mixes[entry.fragment] = made.mix
+            if not self._reached:  # else somebody may have some of what an earlier attempt's round sends
+                # Steps have to come in order: those that were lost first.
+                waits = entry.lost or self.replica.lost
+                made = None if waits else await self._contribute(entry)
+                if not self._reached:  # else that one's GO was slow
+                    self._offer(made)
             self.phases.end("prepare")
             self.phases.begin("wait")
             return self._answer()
 
     async def _contribute(self, offer: Entry) -> Contribution:
         fragment = self.replica.log.next_fragment
-        sent = await self._local.sent(fragment.span, self._context.buffers.take(fragment.count))
-        return await contribute(
-            fragment,
-            codecs_of(offer, len(fragment.parts)),
-            self._context.spec.compression,
-            self.replica.anchor_of(fragment.index),
-            sent,
-            self.replica.residuals,
-            self._context.offload,
-        )
+        codecs, anchor = codecs_of(offer, len(fragment.parts)), self.replica.anchor_of(fragment.index)
+        carried = self.replica.residuals.carried(fragment.parts)
+        return await Contribution.take(self._context, self._local, fragment, codecs, anchor, carried)
+
+    def _offer(self, made: Contribution | None) -> None:
+        """What this process has for the height to come, instead of what it had: encoded from GO on."""
+        if self._encoding is not None:
+            self._encoding.cancel()
+        self.contribution, self._encoding = made, None
+
+    async def _encode(self, made: Contribution) -> None:
+        await made.encode(self._context)
+        self.mixes[made.fragment.index] = made.mix
 
     def _answer(self) -> tuple[Answer, bytes]:
         log, context, mine = self.replica.log, self._context, self.contribution
@@ -173,16 +183,10 @@ class Member:
     async def go(self, data: bytes, deadline_s: float) -> Round | Reentering:
         """Begin the data plane of a draft; the same draft again, from a new leader, changes nothing."""
         draft = parse(data)
-        if draft.parts or draft.height != self.next_height or draft.previous != self.replica.log.head:
-            raise Stale(f"GO for height {draft.height} at height {self.replica.log.height}")
-        if draft.stage != self._context.stage or not draft.present():
-            raise MessageInvalid(
-                f"a draft of stage {draft.stage}, with {len(draft.present()) or 'nobody'} present"
-            )
+        self.replica.log.check_draft(draft)
         if self.round is not None and self.round.data == data:
             return self.round
         if draft.lost:
-            self.replica.log.check_source(draft)
             round_: Round | Reentering
             round_ = Reentering(self._context, data, draft, self.replica.lost, deadline_s)
         else:
@@ -199,8 +203,6 @@ class Member:
 
     async def _contributing(self, data: bytes, draft: Entry, deadline_s: float) -> Round:
         fragment = self.replica.log.next_fragment
-        if draft.fragment != fragment.index:
-            raise MessageInvalid(f"height {draft.height} synchronises fragment {fragment.index}")
         codecs = codecs_of(draft, len(fragment.parts))
         owner_of = await self._context.offload(draw_owners, self._context, draft, fragment)
         mine = self.contribution
@@ -208,8 +210,12 @@ class Member:
         row = draft.row_of(seat) if seat is not None else None
         if row is None or mine is None or mine.sent.inner_step != row.to_step or mine.codecs != codecs:
             mine = None  # a draft of another attempt: this peer is not listed, and loses nothing
-        if mine is not None:
+        if mine is not None and seat is not None:
             self._reached |= {draft.roster[seat].peer for seat in draft.present()}
+            if self._encoding is None:  # else for an earlier draft
+                listed_s = [self._listed_s.get(part.index, -math.inf) for part in fragment.parts]
+                mine.order = in_turns(owner_of, seat, listed_s)
+                self._encoding = self._begin(self._encode(mine))
         residuals, step = self.replica.residuals, self.replica.begin_step(draft)
         return Round(
             self._context,
@@ -232,10 +238,14 @@ class Member:
         Raises Stale or MessageInvalid from the log's rules, NotHere when a part is found nowhere, Busy for an
         entry under settings that are not known here yet.
         """
-        task: asyncio.Task[object] = asyncio.create_task(self._commit(data, holders, replayed))
+        await asyncio.shield(self._begin(self._commit(data, holders, replayed)))
+
+    def _begin(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
+        """A task that ends with this member at the latest."""
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
-        await asyncio.shield(task)
+        return task
 
     def _finished(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
@@ -280,28 +290,36 @@ class Member:
                 frozenset(self._reached),
             )
             await self.replica.sift(self._local)
+            parts = self._context.fragments[entry.fragment].parts
+            listed, now_s = self.replica.offered.lists(entry), asyncio.get_running_loop().time()
+            self._listed_s |= {parts[number].index: now_s for number in listed}
             await point(self._context.transport, _APPLIED)
             if round_ is not None:
                 self.replica.residuals.retire_published(round_.remainders(entry))
             await self._leave_round()
+            self._leaders.entered(PeerId(entry.leader))
         self.change.notify()
 
     async def _leave_round(self) -> None:
         if self.round is not None:
             await self.round.close()
-        self.round, self.contribution, self._unapplied, self.undecided_since_s = None, None, None, None
+        self._offer(None)
+        self.round, self._unapplied, self.undecided_since_s = None, None, None
         self._reached.clear()
         self.engaged_with = None  # at once: the next leader's PREPARE may be waiting already
 
-    async def install(self, jump: Callable[[Contribution | None], Awaitable[bool]]) -> None:
-        """Run a jump to another state between two entries; it gets what was contributed to the next height.
+    @property
+    def sent(self) -> Contribution | None:
+        """What somebody may have got some of, and an entry of the height to come may list."""
+        return self.contribution if self._reached else None
 
-        Where it returns False nothing has changed.
-        """
+    async def install(self, jump: Callable[[], Awaitable[bool]]) -> None:
+        """Run a jump to another state between two entries. Where it returns False nothing has changed."""
         async with self._deciding:
-            if await jump(self.contribution if self.round is not None else None):
+            if await jump():
                 await self.replica.sift(self._local)
                 await self._leave_round()
+                self._leaders.entered(None)
         self.change.notify()
 
     @property
@@ -333,8 +351,9 @@ class Member:
         if self.engaged_with != leader or self._engaged_by != (opening.height, opening.ballot):
             return  # it has ended already, with a COMMIT, or its leader has begun another attempt meanwhile
         self.engaged_with = None
+        self._leaders.disengage(asyncio.get_running_loop().time())
         if not isinstance(self.round, Round) and self._unapplied is None:
-            self.contribution = None  # nothing of it is anywhere; a vain re-entry needs nobody to end it
+            self._offer(None)  # nothing of it is anywhere; a vain re-entry needs nobody to end it
         elif self.undecided_since_s is None:
             self.undecided_since_s = asyncio.get_running_loop().time()
         self.change.notify()

@@ -3,15 +3,15 @@
 An entry takes listed steps out of the local weights (`w - a`). When this peer leaves its chain for another,
 on which the same round ended otherwise or not at all, those steps have to go back, or others have to go, part
 by part: `settle` says what changes. A round is kept until everybody who was present is known to be on the
-same chain; and so are later ones that carried on what it had not listed: another chain may hold that as well.
-And while somebody brings back entries of a lost chain nothing is let go of: they may list this process.
+same chain, and everybody else who fell silent; so are later ones, which carry on what it had not listed:
+another chain may hold that as well. And while somebody brings back entries of a lost chain nothing is let go
+of: they may list this process.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from shoal.protocol.identity import PeerId
 from shoal.training.outer.contribution import Contribution
@@ -19,7 +19,8 @@ from shoal.training.outer.entry import Entry, seats_in
 from shoal.training.outer.local import Rebase
 from shoal.training.outer.policy import GroupMember
 
-MOST = 6  # rounds; the oldest go first
+MOST = 6  # rounds of a fragment
+_BYTES = 8  # a value: anchor and sent, fp32
 UNCERTAIN_S = 3600.0  # a partition may last; whoever is not back by then is taken for dead
 
 
@@ -32,10 +33,9 @@ class Offer:
     mine: Contribution
     listed: set[int]  # parts, counted within the fragment, that the agreed state holds
     present: frozenset[PeerId]  # others who took part, or in earlier attempts at the round
-    waiting: set[PeerId]  # those of them, and of earlier rounds it carried on, whose outcome may differ
+    waiting: set[PeerId]  # those of them, of earlier rounds, and of the silent whose outcome may differ
     since_s: float
     open: bool = False  # its outcome is not known: some other chain may list it
-    carried: set[tuple[int, PeerId]] = field(default_factory=set)  # parts and peers it did not list, so far
 
 
 class Offered:
@@ -72,24 +72,19 @@ class Offered:
         contribution in an earlier attempt, and so whoever could decide the round.
         """
         present = {entry.roster[seat].peer for seat in entry.present()}
-        missing = _missing(entry, present)
         others = (present | reached) - {self._me}
         waiting = set(others)
         for offer in self._offers:
             offer.waiting -= present
-            if offer.mine.fragment.index == entry.fragment and offer.carried:
-                waiting |= offer.waiting  # this round may hold what that one did not
-                offer.carried = {key for key in offer.carried if key[1] in present and key in missing}
+            waiting |= offer.waiting
         self._release(now_s)
         if mine is None:
             return
-        # What is open can re-enter no more, once later steps of this process are listed.
-        index = entry.fragment
-        self._offers = [o for o in self._offers if not (o.open and o.mine.fragment.index == index)]
         listed = self.lists(entry)
-        offer = Offer(entry.height, entry.previous, mine, listed, frozenset(others), waiting, now_s)
-        offer.carried = missing
-        self._add(offer)
+        if len(listed) == entry.parts:  # later steps, in all parts: here what is open can re-enter no more
+            for offer in self._offers:
+                offer.open &= offer.mine.fragment.index != entry.fragment
+        self._add(Offer(entry.height, entry.previous, mine, listed, frozenset(others), waiting, now_s))
 
     def note_open(self, draft: Entry, mine: Contribution, now_s: float) -> None:
         """This peer switches chains amid a round whose outcome it does not know."""
@@ -112,13 +107,14 @@ class Offered:
         here = {member.peer: member for member in peers}
         self._reentering = any(member.reentering for member in peers)
         for peer, known in here.items():
-            if known.heard and not known.silent:
-                self._fell_silent.pop(peer, None)
-            else:  # a fresh record is no word of its own
+            if known.silent or not known.heard:  # a fresh record is no word of its own
                 self._fell_silent[peer] = now_s
+            elif self._fell_silent:
+                self._fell_silent.pop(peer, None)
         for peer in [p for p, at_s in self._fell_silent.items() if now_s - at_s > UNCERTAIN_S]:
             del self._fell_silent[peer]
-        for offer in self._offers:
+        for offer in self._offers:  # what a silent one had to bring back it may bring elsewhere
+            offer.waiting |= {peer for peer, known in here.items() if known.silent and known.reentering}
             for peer in list(offer.waiting):
                 member = here.get(peer)
                 if member is None and peer not in self._fell_silent:
@@ -140,12 +136,14 @@ class Offered:
         ]
 
     def _add(self, offer: Offer) -> None:
-        offer.mine = dataclasses.replace(offer.mine, encoded={}, remainders={})
+        offer.mine = offer.mine.taken()
+        offer.waiting |= self._fell_silent.keys()
         self._offers.append(offer)
-        each = [8 * kept.mine.fragment.count for kept in self._offers]  # anchor and sent, fp32
-        while self._offers and (len(self._offers) > MOST or sum(each) > self._budget_bytes):
-            self._offers.pop(0)
-            each.pop(0)
+        same = [kept for kept in self._offers if kept.mine.fragment.index == offer.mine.fragment.index]
+        if len(same) > MOST:
+            self._offers.remove(_least(same))
+        while sum(_BYTES * kept.mine.fragment.count for kept in self._offers) > self._budget_bytes:
+            self._offers.remove(_least(self._offers))
 
     # -- what follows
 
@@ -171,10 +169,17 @@ class Offered:
         return changes
 
 
-def _missing(entry: Entry, present: set[PeerId]) -> set[tuple[int, PeerId]]:
-    """Parts and those of the present whom they do not list."""
-    found = set()
-    for part in range(entry.parts):
-        listed = {entry.roster[seat].peer for seat in seats_in(entry.listed_in(part))}
-        found |= {(part, peer) for peer in present - listed}
-    return found
+def _least(offers: Sequence[Offer]) -> Offer:
+    """Which of them is missed least, in the order of their rounds.
+
+    Who is waited for may be on another chain, with what was offered last before it went: that round, and of
+    each part the first one since that lists this process, say what has to go back. An offer that waits for
+    nobody else than those before it, and lists no more, goes first; else the oldest.
+    """
+    for number, offer in enumerate(offers[:-1]):
+        same = [kept for kept in offers[:number] if kept.mine.fragment.index == offer.mine.fragment.index]
+        before = [kept.listed for kept in same if kept.waiting >= offer.waiting]
+        elsewhere = offer.open or not offer.present.isdisjoint(offer.waiting)  # it may be listed
+        if before and offer.listed <= set[int]().union(*before) and (offer.listed or not elsewhere):
+            return offer
+    return offers[0]

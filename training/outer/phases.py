@@ -1,7 +1,8 @@
 """When a member's part in a round began and ended, phase by phase: what the owner's waterfall shows.
 
-`inner` is the time since the last entry. Then: `prepare` the contribution, `wait` for GO, `send` it, `reduce`
-the own parts, `collect` the others' means, wait for the leader to `decide`, `apply` the entry. Loop times.
+`inner` is the time since the last entry. Then: `prepare` the contribution: copy what it is of, `wait` for
+GO, `send` it as it is encoded, `reduce` the own parts, `collect` the others' means, wait for the leader to
+`decide`, `apply` the entry. Loop times.
 """
 
 from __future__ import annotations

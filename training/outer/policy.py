@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from shoal.protocol.identity import PeerId
 
 CLIP_FACTOR = 3.0  # times the group's median (notes: verification B2, "robust reduce")
 COUNTED_MOST = 2  # times the tokens of the whole group's round, that one contribution counts for
+STEPS_MOST = 8  # times the middle one's: no honest replica is that much faster than its group (`fork`)
 TAKEOVER_S = 1.0  # silence after which the next in order acts (design section 9)
 GRACE_FACTOR = 1.0  # after quorum, as long again as the quorum took
 GRACE_MIN_S = 1.0  # a scheduler hiccup must not cost a contribution
@@ -162,11 +164,16 @@ def introducers(
 def should_open(inner_steps: float, mine: GroupMember, group: Sequence[GroupMember]) -> Verdict:
     """A round is due on work done: H steps a replica on the mean of those heard, however they are spread.
 
-    Counters that members reported before their last COMMIT say nothing about the round to come.
+    Counters that members reported before their last COMMIT say nothing about the round to come. What others
+    claim counts up to STEPS_MOST times the middle one's steps: else one claim made every step a round.
     """
     heard = [member for member in group if member.heard]
-    steps = sum(member.steps_since_round for member in heard if member.height == mine.height)
+    made = {m.peer: m.steps_since_round for m in heard if m.height == mine.height}
     due = inner_steps * max(len(heard), 1)
+    steps: float = sum(made.values())
+    if steps >= due:
+        most = max(inner_steps, STEPS_MOST * statistics.median_low(made.values()))
+        steps = sum(count if peer == mine.peer else min(count, most) for peer, count in made.items())
     return Verdict(steps >= due, f"{steps} of {due} inner steps")
 
 
@@ -199,6 +206,24 @@ def may_leave(
     if not asking or set(leaving) & set(present) or len(present) - 1 < minimum_replicas:
         return PeerId("")
     return min(asking)
+
+
+def in_turns(owner_of: Sequence[int], mine: int, listed_s: Sequence[float]) -> list[int]:
+    """Parts in the order in which the member in seat `mine` encodes and sends them.
+
+    Those first that were listed longest ago (`listed_s`): who is much slower than its group is listed in what
+    it sends first, and would never be in the rest.
+
+    Of each owner one in turn, so that all links are busy from the first on, beginning with the owner after
+    itself, for others begin with others. Its own is the last of each turn, for it goes nowhere. Not of all:
+    its own parts would close without it, round after round, where it encodes no faster than the others.
+    """
+    nth: Counter[tuple[int, float]] = Counter()
+    keys = []
+    for part, (owner, since) in enumerate(zip(owner_of, listed_s, strict=True)):
+        keys.append((since, nth[owner, since], owner == mine, owner < mine, owner, part))
+        nth[owner, since] += 1
+    return [part for *_, part in sorted(keys)]
 
 
 def closes_at(opened_s: float, quorum_s: float | None, deadline_s: float) -> float:

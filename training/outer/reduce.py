@@ -77,7 +77,7 @@ def weighted_mean(
         return Mean(None, refused)
     feeds_back = feedback_decay is not None and outgoing.needs_feedback
     remainder = torch.empty(count) if feeds_back else None
-    encoded, *_ = outgoing.encode_difference(total, None, residual, remainder, feedback_decay or 1.0)
+    encoded, _ = outgoing.encode_difference(total, None, residual, remainder, feedback_decay or 1.0)
     listed = bitmap({row.seat for row, _ in accepted}, roster_size)
     return Mean(publish(listed, encoded), refused, remainder)
 

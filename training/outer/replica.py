@@ -152,13 +152,22 @@ class Replica:
         source = entry.source()
         mine, here = self.offered.lists(source), self.lost.after(source.previous)
         delivered = {part for part in mine if entry.digest(part) != SKIP}
-        return self.offered.amend(source.previous, mine & here.promised if here else (), delivered)
+        # By another entry: of this round, and settled then, or of a later one that carried these steps on.
+        before = self.lost.delivered_to(source.previous, (self._context.me, self._context.incarnation))
+        return self.offered.amend(source.previous, (mine & here.promised) - before if here else (), delivered)
+
+    def pass_by(self, entry: Entry) -> list[Rebase]:
+        """Of an entry that is jumped over: what it means for earlier contributions, and for lost entries."""
+        changes = self._settle(entry)
+        self.lost.note(entry)
+        return changes
 
     async def sift(self, local: LocalWeights) -> None:
         """Let go of lost entries that are back, and take back the own part in those that cannot be."""
         for lost in self.lost.sift(self.log):
-            mine = self.offered.lists(lost.entry) & lost.promised
-            changes = self.offered.amend(lost.entry.previous, mine, ())
+            me = (self._context.me, self._context.incarnation)
+            missing = self.offered.lists(lost.entry) & lost.promised - lost.delivered_to(me)
+            changes = self.offered.amend(lost.entry.previous, missing, ())
             self._context.event("lost-for-good", {"height": lost.entry.height, "taken_back": len(changes)})
             await local.rebase(changes)
 

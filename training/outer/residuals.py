@@ -10,7 +10,7 @@ Both change only when an entry commits what they were computed for.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 import torch
 
@@ -29,6 +29,10 @@ class Residuals:
     def contributed(self, part: Part) -> torch.Tensor | None:
         """e [count], None where there is none."""
         return self._contributed.get(part.index)
+
+    def carried(self, parts: Iterable[Part]) -> dict[int, torch.Tensor]:
+        """e of those parts that have one, by index."""
+        return {part.index: e for part in parts if (e := self.contributed(part)) is not None}
 
     def published(self, part: Part) -> torch.Tensor | None:
         """r [count], None where there is none."""

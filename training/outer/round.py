@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import AsyncIterator
 
 import torch
 
@@ -20,7 +21,7 @@ from shoal.training.outer.change import Change
 from shoal.training.outer.codecs import RoundCodecs
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
-from shoal.training.outer.entry import Contributor, Entry, draft_id
+from shoal.training.outer.entry import Contributor, Entry, draft_id, seats_in
 from shoal.training.outer.messages import ContributedPart, Contributing, PublishedPart, Publishing
 from shoal.training.outer.parts import Fragment, Part
 from shoal.training.outer.phases import Phases
@@ -162,10 +163,12 @@ class Round:
         self._change.notify()
 
     async def take_published(self, seat: int, part: int, listed: bytes, data: Buffer) -> None:
-        """One published part from its owner. Raises MessageInvalid for bytes no encoder makes."""
-        count = self._part(part).count
-        if len(listed) != self.draft.bitmap_bytes:
-            raise MessageInvalid(f"{len(listed)} bytes of bitmap")
+        """One published part from its owner. Raises MessageInvalid for bytes no encoder makes, and for a
+        bitmap that no entry may have: all would refuse the entry that this part is in.
+        """
+        count, seats = self._part(part).count, seats_in(listed)
+        if len(listed) != self.draft.bitmap_bytes or not seats or not seats <= self._rows.keys():
+            raise MessageInvalid(f"part {part} lists {sorted(seats)[:8]}, in {len(listed)} bytes")
         if self._owner_of[part] != seat or part in self.held:
             return
         published = await self._context.offload(
@@ -201,12 +204,10 @@ class Round:
     async def _contribute(self, owner: int) -> None:
         """Send the owner its parts; nothing but END when this peer has nothing that the draft could list."""
         self._phases.begin("send")
-        mine = self.contribution.encoded if self.contribution is not None else {}
-        owned = [part for part, seat in enumerate(self._owner_of) if seat == owner]
-        parts = [(part, mine[index]) for part in owned if (index := self._parts[part].index) in mine]
         if owner == self._mine:
-            for part, data in parts:
+            async for part, data in self._encoded(owner):
                 self._received[part][owner] = data
+                self._change.notify()
             self.end_contributions(owner)
             return
         peer = self.draft.roster[owner].peer
@@ -215,7 +216,7 @@ class Round:
         try:
             async with self._context.transport.open(peer, method, Channel.BULK) as stream:
                 await stream.send(Contributing(self.id))
-                for part, data in parts:
+                async for part, data in self._encoded(owner):
                     await stream.send(ContributedPart(part), data)
                     self.bytes_out += memoryview(data).nbytes
         except ShoalError as error:  # not listed then: the delta stays in the local weights
@@ -223,6 +224,19 @@ class Round:
         self._awaiting.discard(owner)
         self._change.notify()
         self._phases.end("send")
+
+    async def _encoded(self, owner: int) -> AsyncIterator[tuple[int, Buffer]]:
+        """The parts that a seat owns, as this peer contributes to them: each once it is encoded."""
+        if (mine := self.contribution) is None:
+            return
+        for part in mine.order:
+            if self._owner_of[part] == owner:
+                data = await mine.encoded(self._parts[part])
+                if data is not None:
+                    yield part, data
+
+    def _encoded_all(self) -> bool:
+        return self.contribution is None or self.contribution.ended
 
     async def _reduce(self) -> None:
         """Close each part when all who still can have contributed, or the rest at the deadline or grace."""
@@ -239,7 +253,7 @@ class Round:
         return [part for part in sorted(self._to_reduce) if awaited <= self._received[part].keys()]
 
     def _note_quorum(self, awaited: set[int]) -> None:
-        """When half of the others' weight is in; the own contribution is always the first."""
+        """When half of the others' weight is in; the own contribution crosses no link."""
         others = {seat: row.tokens for seat, row in self._rows.items() if seat != self._mine}
         complete = others.keys() - awaited
         complete |= {seat for seat in others if all(seat in self._received[part] for part in self._to_reduce)}
@@ -280,12 +294,18 @@ class Round:
     async def _publish(self, seat: int) -> None:
         """Send every part of mine to one member as soon as it is closed, and the contribution is there.
 
-        On a slow link that goes first: what its owner makes of it has to come back, too.
+        On a slow link that goes first: what its owner makes of it has to come back, too. Where it waits for
+        this peer's encoder instead, and parts are closed without it, the link is free, and so are the others.
         """
         remaining = set(self._to_reduce)
         peer = self.draft.roster[seat].peer
         limit_s = self.opened_s + self._deadline_s
-        await self._change.until(lambda: seat not in self._awaiting or seat in self._gone, lambda: limit_s)
+
+        def may_send() -> bool:
+            late = not remaining <= self._to_reduce and not self._encoded_all()
+            return late or seat not in self._awaiting or seat in self._gone
+
+        await self._change.until(may_send, lambda: limit_s)
         await self._meet(peer)
         try:
             async with self._context.transport.open(

@@ -20,6 +20,7 @@ from shoal.training.outer.context import Context, Event, Meet, Offload
 from shoal.training.outer.entry import SKIP, Entry, Seat, parse
 from shoal.training.outer.figures import Figures
 from shoal.training.outer.follow import Services
+from shoal.training.outer.leaders import Holds, Leaders
 from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.log import Rebuilt
 from shoal.training.outer.member import Member, Positions
@@ -36,7 +37,8 @@ from shoal.training.recovery.residual_file import load_residuals, save_residuals
 from shoal.training.recovery.snapshots import Snapshots
 from shoal.training.spec import RunSpec
 
-RECOVER_S = 30.0  # to find a donor that answers, before the stage counts as empty
+RECOVER_S = 30.0  # without anything from any donor, before the stage counts as empty, ...
+RECOVER_TRIES = 3  # ... and at least so many attempts, however long each one takes
 GUARDIANS_SETTLE_S = 2.5  # a lost replica is noticed within two seconds, and the next beat tells of it
 
 __all__ = ["GroupMember", "Outer"]
@@ -72,6 +74,7 @@ class Outer:
         decisions: DecisionLog | None = None,
         amended: Amended | None = None,
         meet: Meet | None = None,
+        holds: Holds = lambda peer: True,
     ) -> None:
         self.context = self._context = Context.of(
             spec,
@@ -100,7 +103,10 @@ class Outer:
         self._replica = Replica(self._context, start)
         self._snapshots = Snapshots(self._context, self._replica, start, directory)
         self._promises = Promises(self._context, self._snapshots.directory)
-        self._member = Member(self._context, self._replica, weights, positions, self._change, self._promises)
+        leaders = Leaders(self._context, holds, lambda: len(peers()))
+        self._member = Member(
+            self._context, self._replica, weights, positions, self._change, self._promises, leaders
+        )
         self._services = Services(self._context, self._member)
         self._catching_up = CatchingUp(self._context, self._member, weights, self._snapshots)
         self._figures = Figures()
@@ -255,7 +261,7 @@ class Outer:
     async def recover(self) -> None:
         """Before `run`: take up what the own disk has, then what the group has committed.
 
-        Raises StageEmpty when live peers hold state but none hands it over within RECOVER_S.
+        Raises StageEmpty when live peers hold state but none hands over any of it for RECOVER_S.
         """
         await self._snapshots.restore(self._weights)
         await self._promises.restore()
@@ -285,7 +291,7 @@ class Outer:
         Raises StageEmpty as `recover` does.
         """
         loop = asyncio.get_running_loop()
-        limit_s = loop.time() + RECOVER_S
+        limit_s, tries, taken = loop.time() + RECOVER_S, 0, self._catching_up.taken
         while True:
             group = self._turns.group()
             ahead = self._catching_up.ahead(group)
@@ -293,10 +299,14 @@ class Outer:
                 if sum(member.heard for member in group) == 1:  # records may outlive those they speak of
                     await self._reach_guardians()
                 return
-            if loop.time() >= limit_s:
+            tries += 1
+            if self._catching_up.taken > taken:  # the next attempt goes on from there
+                limit_s, tries, taken = loop.time() + RECOVER_S, 0, self._catching_up.taken
+            if loop.time() >= limit_s and tries >= RECOVER_TRIES:
                 raise StageEmpty(
                     f"stage {self._context.stage}: {len(ahead)} replicas are ahead and none of them hands "
-                    f"over its state: {self._figures.last_reason}"
+                    f"over its state: {self._figures.last_reason}\n"
+                    "start this peer again in some minutes; shoal status at another one shows how they fare"
                 )
             await asyncio.sleep(self._context.rng.uniform(*BACKOFF_S) / 5)
 

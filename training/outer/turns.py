@@ -134,9 +134,9 @@ class Turns:
             log_tokens=log.tokens,
             uplink=next((member.uplink for member in peers if member.peer == me), 1.0),
         )
-        silent = self._silent(peers)
-        others = (member for member in peers if member.peer != me and member.peer not in silent)
-        return [mine, *(member for member in others if member.heard or member.peer not in self._departed)]
+        silent, departed = self._silent(peers), self._departed
+        others = [member for member in peers if member.peer != me and member.peer not in silent]
+        return [mine, *[member for member in others if member.heard or member.peer not in departed]]
 
     def _silent(self, peers: Sequence[GroupMember]) -> set[PeerId]:
         """Who counts for the quorum only."""
@@ -217,18 +217,24 @@ class Turns:
 
         Who stood still meanwhile hears what was said before it leads anything.
         """
-        loop = asyncio.get_running_loop()
-        changed, seen, hurries = False, peers, self._hurry()
-        while not changed and loop.time() < until_s:
-            limit_s = min(loop.time() + POLL_S, until_s)
-            changed = await self._change.wait(limit_s)
-            seen = self._peers()
-            changed = changed or seen != peers or self._hurry() != hurries
-            if (late_s := loop.time() - limit_s) > STOOD_STILL_S:
-                self._unreached_s = {peer: s + late_s for peer, s in self._unreached_s.items()}
-                self._not_before_s = max(self._not_before_s, loop.time() + STOOD_STILL_S)
-                break
-        return seen
+        loop, hurries, seen = asyncio.get_running_loop(), self._hurry(), peers
+        look_s = min(loop.time() + POLL_S, until_s)
+
+        def again_s() -> float | None:
+            nonlocal look_s, seen
+            now_s, seen = loop.time(), self._peers()
+            if now_s >= until_s or now_s - look_s > STOOD_STILL_S:
+                return None
+            if seen != peers or self._hurry() != hurries:
+                return None
+            look_s = min(now_s + POLL_S, until_s)
+            return look_s
+
+        changed = await self._change.wait(look_s, again_s)
+        if (late_s := loop.time() - look_s) > STOOD_STILL_S:
+            self._unreached_s = {peer: s + late_s for peer, s in self._unreached_s.items()}
+            self._not_before_s = max(self._not_before_s, loop.time() + STOOD_STILL_S)
+        return self._peers() if changed else seen
 
     def _position(self, now_s: float, group: Sequence[GroupMember]) -> Position:
         me, mine = self._context.me, group[0]
@@ -294,7 +300,7 @@ class Turns:
         except ShoalError as error:
             self._ballot = leader.highest_ballot
             self._note_unreached(leader)
-            self._note_claims(leader.ahead, group)
+            self._note_claims(leader.claimed, group)
             self._back_off(f"round {height} not committed: {error}")
         finally:
             self._leading = 0

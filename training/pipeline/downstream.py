@@ -101,7 +101,8 @@ class Downstream:
                 raise PeerSilent(f"stage {self.stage} gave no gradient of {number} in time")
             runner, adopting = self._adopt(errand) if adopting else None, False
             if runner is None:
-                pick = await self.successors.room(errand.sequences, errand.deadline)
+                again = failed_at is not None
+                pick = await self.successors.room(errand.sequences, errand.deadline, again=again)
                 runner = self._start(errand, pick, await errand.boundary.payload(pick.codec), behind)
             try:
                 winner, answer = await self._race(errand, runner)

@@ -46,6 +46,7 @@ from shoal.training.work import Work
 
 _DECIDED = define("chain.decided")
 _SMOOTHING = 0.05
+_AGAIN_S, _AGAIN_MOST_S = (0.1, 0.5), 8.0  # before another chain, twice as long after each one that failed
 
 NextBatch = Callable[[], Awaitable[torch.Tensor]]  # tokens int64 [B, T+1]
 
@@ -185,7 +186,7 @@ class Driver:
         micro_batch = MicroBatch(self.me, self._incarnation, self._number)
         self._number += 1
         self._undecided.add(micro_batch)
-        begun = asyncio.get_running_loop().time()
+        begun, pause_s = asyncio.get_running_loop().time(), self._rng.uniform(*_AGAIN_S)
         try:
             while True:
                 try:
@@ -197,7 +198,8 @@ class Driver:
                         return
                     self.figures.restarted += 1
                     self._event("restart", {"micro_batch": micro_batch.number, "reason": str(error)})
-                    await asyncio.sleep(self._rng.uniform(0.1, 0.5))
+                    await asyncio.sleep(min(pause_s, _AGAIN_MOST_S * self._rng.uniform(0.5, 1.0)))
+                    pause_s *= 2.0
         finally:
             self._undecided.discard(micro_batch)
             self._progress.set()

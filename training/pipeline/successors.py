@@ -32,6 +32,7 @@ from shoal.training.pipeline.routing import (
 from shoal.training.pipeline.standing import Standing
 
 RATIOS_KEPT = 128  # answers whose lateness the hedges go by
+STRANGERS_SHARE = 0.25  # of what is under way, while others have room: anybody can make up peers
 _FORGET_S = 600.0  # a replica that is away for so long is new when it comes back
 Event = Callable[[str, dict[str, object]], None]
 
@@ -44,6 +45,7 @@ class _Known:
     standing: Standing
     attempts: set[Attempt] = field(default_factory=set)
     seen_s: float = 0.0
+    met: bool = False  # its beats were heard, or it has worked for us: it is no mere record
 
     def has_room(self, now: float, all_new: bool) -> bool:
         return self.standing.admits(now, len(self.attempts), all_new=all_new)
@@ -82,12 +84,16 @@ class Successors:
         """This peer is going: from now on nothing waits for a replica where there is none."""
         self._leaving.set()
 
-    def pick(self, sequences: int, besides: Collection[PeerId] = ()) -> Pick | None:
-        """Whom to ask now, but for those who are asked already; None while nobody has room."""
+    def pick(self, sequences: int, besides: Collection[PeerId] = (), *, again: bool = False) -> Pick | None:
+        """Whom to ask now, but for those who are asked already; None while nobody has room.
+
+        `again`: it was asked for in vain before.
+        """
         now = asyncio.get_running_loop().time()
         listed = [replica for replica in self._look(now) if replica.peer not in besides]
         all_new = not any(self._known[replica.peer].standing.established for replica in listed)
         roomy = [replica for replica in listed if self._known[replica.peer].has_room(now, all_new)]
+        roomy = self._acquainted(roomy, again) or roomy
         sizes = {codec: self._form.hidden_bytes(sequences, codec) for codec in self._form.codecs}
         chosen = self._choose(self._candidates(roomy, now), 2 * sizes[self.usual_codec])
         if chosen is None:
@@ -106,6 +112,18 @@ class Successors:
             return None
         codec = self._known[peer].codec.codec
         return self._pick(candidates[0], codec, {codec: self._form.hidden_bytes(sequences, codec)})
+
+    def _acquainted(self, roomy: list[Replica], again: bool) -> list[Replica]:
+        """Whom to prefer: all, or those that are known to be there, `again` and while enough wait for others.
+
+        Who is new is asked before those who are known to be good, and who is not there costs seconds:
+        hundreds of records that lead nowhere must not take all of ours along.
+        """
+        under_way = sum(len(known.attempts) for known in self._known.values())
+        strangers = sum(len(known.attempts) for known in self._known.values() if not known.met)
+        if not again and strangers <= STRANGERS_SHARE * under_way:
+            return roomy
+        return [replica for replica in roomy if self._known[replica.peer].met]
 
     def _pick(self, chosen: Candidate, codec: str, sizes: Mapping[str, int]) -> Pick:
         expected_s = expected_finish_s(chosen, 2 * sizes[codec])
@@ -153,6 +171,7 @@ class Successors:
     def passed(self, peer: PeerId) -> None:
         """It is through with a forward of ours."""
         known = self._known[peer]
+        known.met = True
         standing = known.standing.passed(len(known.attempts))
         if standing is not known.standing:
             known.standing = standing
@@ -162,6 +181,7 @@ class Successors:
         """It answered, and the answer was of use."""
         self._ratios.append(answer.own_s / expected_s)
         known = self._known[attempt.peer]
+        known.met = True
         known.standing = known.standing.answered(asyncio.get_running_loop().time(), answer.report)
 
     def outrun(self, attempt: Attempt) -> None:
@@ -180,14 +200,16 @@ class Successors:
         self._replicas.suspect(attempt.peer, f"propagate: {error}")
         self._event("retry", {"stage": self.stage, "peer": attempt.peer, "reason": str(error)})
 
-    async def room(self, sequences: int, deadline: float) -> Pick:
-        """Whom to ask, once somebody has room; the oldest micro-batch first. Raises StageEmpty."""
+    async def room(self, sequences: int, deadline: float, *, again: bool = False) -> Pick:
+        """Whom to ask, once somebody has room; the oldest micro-batch first. Raises StageEmpty.
+
+        `again`: as in `pick`."""
         try:
             async with asyncio.timeout_at(deadline):
                 while True:
                     async with self._line.turn(deadline) as turn:
                         while not turn.overtaken.is_set():
-                            if (found := self.pick(sequences)) is not None:
+                            if (found := self.pick(sequences, again=again)) is not None:
                                 return found
                             await self._change(turn)
         except TimeoutError as error:
@@ -249,9 +271,9 @@ class Successors:
         """Who is listed; notes who came, who went and who is back."""
         listed = list(self._replicas.of_stage(self.stage))
         for replica in listed:
-            self._known.setdefault(
-                replica.peer, _Known(LinkCodec(self._form.widest), Standing())
-            ).seen_s = now
+            known = self._known.setdefault(replica.peer, _Known(LinkCodec(self._form.widest), Standing()))
+            known.seen_s = now
+            known.met |= replica.heard_s > -math.inf
         for peer, known in list(self._known.items()):
             known.standing = known.standing.listed(known.seen_s == now)
             if not known.attempts:

@@ -45,15 +45,23 @@ class CatchingUp:
         """Whose state was wrong here, and is right now."""
         return self._repairing.parts
 
+    @property
+    def taken(self) -> int:
+        """Entries and pieces of snapshots that have come; it grows as long as donors help."""
+        return self.entries + self._jumping.downloads.chunks
+
     def ahead(self, group: Sequence[GroupMember]) -> Sequence[GroupMember]:
         """Members whose head this peer has to follow, or to compare with its own; where there are none, those
         at its own head who may be right about the state when it is wrong."""
-        elsewhere = [member for member in group if self._is_elsewhere(member)]
+        head = self._member.replica.log.head
+        elsewhere = [member for member in group if member.head != head and self._is_elsewhere(member)]
+        if not elsewhere:
+            self._jumping.downloads.forget()
         return elsewhere or self._repairing.right(group)
 
     def _is_elsewhere(self, member: GroupMember) -> bool:
         log = self._member.replica.log
-        if member.height == 0 or member.head == log.head or member.head in self._passed:
+        if member.height == 0 or member.head in self._passed:
             return False
         if member.height > log.height:
             return True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shoal.protocol import limits
 from shoal.protocol.errors import MessageInvalid, NotHere, PeerSilent, ShoalError, Stale
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel
@@ -17,6 +19,7 @@ from shoal.training.recovery.download import receive_soon
 from shoal.training.recovery.policy import Target
 
 ENTRY_S = 2.0  # for one entry, kilobytes in memory; the only donor may be a leader that stands still
+CHAIN_S = 10.0  # for all of them, and as much for each MiB: one that drips must not hold a member up for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,9 @@ async def _entries(context: Context, donor: PeerId, first: int, last: int) -> li
         return chain
     # What a replica keeps at most (`Log.prune`): how many there are is only what somebody tells.
     room = ENTRIES_BYTES + (context.spec.outer.snapshot_every + 1) * ENTRY_BYTES
+    loop = asyncio.get_running_loop()
     async with context.transport.open(donor, context.method("entries"), Channel.BULK) as stream:
+        until_s = loop.time() + CHAIN_S
         await stream.send(EntriesRequest(first, last))
         await stream.end()
         for expected in range(first, last + 1):
@@ -116,6 +121,9 @@ async def _entries(context: Context, donor: PeerId, first: int, last: int) -> li
             if parse(data).height != expected:
                 raise MessageInvalid(f"entry {parse(data).height} of {donor} where {expected} was due")
             room -= len(data)
+            until_s += CHAIN_S * len(data) / limits.MIB
+            if expected < last and loop.time() > until_s:
+                raise PeerSilent(f"{donor} gives entries too slowly: {len(chain) + 1} of {last + 1 - first}")
             if room < 0:
                 raise MessageInvalid(f"{donor} sends more entries than a replica keeps")
             chain.append(data)

@@ -1,4 +1,7 @@
-"""Download of a snapshot from several donors at once: each chunk hashed, a donor's death costs its batch."""
+"""Download of a snapshot from several donors at once: each chunk hashed, a donor's death costs its batch.
+
+Where all donors fail, `Downloads` goes on later from where it came to.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from shoal.protocol.faults import define
 from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Message, Stream, call
+from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
 from shoal.training.outer.log import LOG_STATE_BYTES, LogState, check_beginning
 from shoal.training.outer.messages import Chunk, ChunkRequest, Manifest, ManifestRequest
@@ -37,6 +41,46 @@ class Offer:
     manifest: Manifest
     hashes: tuple[bytes, ...]
     state: LogState
+
+
+@dataclass(slots=True, eq=False)
+class _Begun:
+    """A download, and what has come of it so far."""
+
+    hashes: tuple[bytes, ...]
+    tensors: tuple[torch.Tensor, torch.Tensor]
+    missing: list[int]
+
+    @classmethod
+    def of(cls, context: Context, offer: Offer) -> _Begun:
+        """Nothing yet."""
+        anchor, momentum = (torch.empty(context.size, dtype=torch.float32) for _ in range(2))
+        return cls(offer.hashes, (anchor, momentum), list(range(len(offer.hashes)))[::-1])
+
+
+class Downloads:
+    """One after another; what an attempt that failed has got is kept for the next one at the same bytes."""
+
+    def __init__(self, context: Context) -> None:
+        self.chunks = 0  # that have come
+        self._context = context
+        self._begun: _Begun | None = None
+
+    async def run(self, offer: Offer, donors: Sequence[PeerId]) -> Snapshot:
+        """As `download`."""
+        if self._begun is None or self._begun.hashes != offer.hashes:
+            self._begun = _Begun.of(self._context, offer)
+        begun, missed = self._begun, len(self._begun.missing)
+        try:
+            return await download(self._context, offer, donors, begun)
+        finally:
+            self.chunks += missed - len(begun.missing)
+            if not begun.missing:  # whole, or wrong as a whole
+                self._begun = None
+
+    def forget(self) -> None:
+        """What was begun is not needed any more."""
+        self._begun = None
 
 
 async def ask_manifest(context: Context, donor: PeerId, height: int) -> Offer:
@@ -63,11 +107,31 @@ async def ask_manifest(context: Context, donor: PeerId, height: int) -> Offer:
     return Offer(manifest, tuple(payload[32 * i : 32 * i + 32] for i in range(count)), state)
 
 
-async def download(context: Context, offer: Offer, donors: Sequence[PeerId]) -> Snapshot:
-    """All chunks of a snapshot, verified. Raises NotHere when every donor failed before the end."""
-    tensors = [torch.empty(context.size, dtype=torch.float32) for _ in range(2)]
-    missing = list(range(len(offer.hashes)))[::-1]
-    able, reasons = list(donors), list[str]()
+async def newest_offer(context: Context, donors: Sequence[PeerId]) -> tuple[Offer, list[PeerId]]:
+    """What the first donor that answers has, and the donors from that one on: who was asked before it gave no
+    answer, and would be waited for again. Raises NotHere."""
+
+    async def ask(donor: PeerId) -> tuple[Offer, PeerId]:
+        return await ask_manifest(context, donor, 0), donor
+
+    found, failures = await ask_around(context, donors, ask)
+    if found is None:
+        raise NotHere(f"a snapshot of stage {context.stage}: {reasons(failures)}")
+    offer, giver = found
+    at = list(donors).index(giver)
+    return offer, [*donors[at:], *donors[:at]]
+
+
+async def download(
+    context: Context, offer: Offer, donors: Sequence[PeerId], begun: _Begun | None = None
+) -> Snapshot:
+    """All chunks of a snapshot, verified. Raises NotHere when every donor failed before the end.
+
+    `begun`: an earlier attempt at the very same one, to go on with.
+    """
+    begun = begun or _Begun.of(context, offer)
+    tensors, missing = begun.tensors, begun.missing
+    able, failed = list(donors), list[str]()
 
     async def work(donor: PeerId) -> None:
         while missing:
@@ -75,12 +139,13 @@ async def download(context: Context, offer: Offer, donors: Sequence[PeerId]) -> 
             try:
                 await _fetch(context, offer, donor, batch, tensors)
             except ShoalError as error:
-                missing.extend(batch)  # those that arrived have left the batch
                 able.remove(donor)
-                reasons.append(f"{donor}: {error}")
+                failed.append(f"{donor}: {error}")
                 if isinstance(error, ProtocolViolation):
                     context.refuse(donor, str(error))
                 return
+            finally:
+                missing.extend(batch)  # those that arrived have left the batch
 
     # What a donor that failed had taken goes to those that were through, and to those later in the list.
     while missing and able:
@@ -88,7 +153,7 @@ async def download(context: Context, offer: Offer, donors: Sequence[PeerId]) -> 
             for donor in able[:DONORS]:
                 tasks.create_task(work(donor))
     if missing:
-        raise NotHere(f"{len(missing)} of {len(offer.hashes)} chunks not found: {'; '.join(reasons[:4])}")
+        raise NotHere(f"{len(missing)} of {len(offer.hashes)} chunks not found: {'; '.join(failed[:4])}")
     snapshot: Snapshot = await context.offload(
         snapshot_of, offer.state, tensors[0], tensors[1], context.fragments
     )
@@ -98,7 +163,7 @@ async def download(context: Context, offer: Offer, donors: Sequence[PeerId]) -> 
 
 
 async def _fetch(
-    context: Context, offer: Offer, donor: PeerId, batch: list[int], tensors: list[torch.Tensor]
+    context: Context, offer: Offer, donor: PeerId, batch: list[int], tensors: Sequence[torch.Tensor]
 ) -> None:
     """Fetch a batch; takes each index out of it as its chunk arrives."""
     manifest = offer.manifest

@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from shoal.dht.beats import StageBeat
-from shoal.protocol.errors import Busy, MessageInvalid, NotHere, ShoalError, Stale
+from shoal.protocol.errors import Busy, MessageInvalid, ShoalError, Stale
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream
-from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.change import Change
 from shoal.training.outer.context import GROUP_ROLES, Context
 from shoal.training.outer.entry import ENTRY_BYTES, Entry, entry_hash, parse
 from shoal.training.outer.fetch import fetch_parts
 from shoal.training.outer.follow import Services
+from shoal.training.outer.leaders import Leaders
 from shoal.training.outer.member import Member
 from shoal.training.outer.messages import Keep, Kept
 from shoal.training.outer.orders import knows
@@ -32,13 +32,14 @@ from shoal.training.outer.snapshot import Snapshot
 from shoal.training.recovery.catch_up import CatchingUp
 from shoal.training.recovery.chain import fetch_chain
 from shoal.training.recovery.donor import Donor
-from shoal.training.recovery.download import ask_manifest, download
+from shoal.training.recovery.download import Downloads, newest_offer
 from shoal.training.recovery.policy import Target
 from shoal.training.recovery.shadow import Nowhere
 from shoal.training.recovery.snapshots import Snapshots, newest_on_disk, stage_directory
 
 POLL_S = 0.25
-_AGAIN_S = (0.5, 2.0)  # after a failure
+_AGAIN_S = (0.5, 2.0)  # after a failure, ...
+_AGAIN_MOST = 16.0  # ... times so much after some: a copy must not take the link of those who train
 _SERVED = ("manifest", "chunks", "state", "part", "entries", "orders", "keep")
 
 
@@ -53,8 +54,10 @@ class Guard:
         self._replicas = replicas
         self._directory = directory
         self._replica: Replica | None = None  # once there is a copy
+        self._downloads = Downloads(context)
         self._lock = asyncio.Lock()
         self._handed: tuple[bytes, Mapping[int, Published]] | None = None  # an entry that may be committed
+        self.level_since_s: float | None = None  # when the copy first had what the replicas tell
 
     @property
     def height(self) -> int:
@@ -82,7 +85,8 @@ class Guard:
         replica = Replica(context, base)
         snapshots = Snapshots(context, replica, base, self._directory)
         nowhere = Nowhere(context.size)
-        member = Member(context, replica, nowhere, lambda step: (), Change(), Promises(context, None))
+        nobody = Leaders(context, lambda peer: False, lambda: 0)
+        member = Member(context, replica, nowhere, lambda step: (), Change(), Promises(context, None), nobody)
         try:
             if on_disk is None:
                 snapshots.keep(base)
@@ -93,12 +97,11 @@ class Guard:
             Donor(context, replica, snapshots).serve()
             Services(context, member).serve_log()
             transport.serve(context.method("keep"), self._keep, GROUP_ROLES)
-            told = False
             while True:
                 await self._follow()
-                if not told and self._is_level():
+                if self.level_since_s is None and self._is_level():
                     context.event("guarding", {"stage": context.stage, "height": self.height})
-                    told = True
+                    self.level_since_s = asyncio.get_running_loop().time()
                 await asyncio.sleep(POLL_S)
         finally:
             transport.withdraw({context.method(name) for name in _SERVED})
@@ -119,7 +122,7 @@ class Guard:
 
     async def _fetched(self) -> Snapshot:
         """A snapshot from the stage's replicas, as soon as there is something to keep."""
-        context = self._context
+        context, failures = self._context, 0
         while True:
             donors = [member.peer for member in self._replicas() if member.height]
             try:
@@ -127,14 +130,11 @@ class Guard:
                     return await self._fetch(context.rng.sample(donors, len(donors)))
             except ShoalError as error:
                 context.event("guard-retry", {"stage": context.stage, "why": str(error)})
-            await asyncio.sleep(context.rng.uniform(*_AGAIN_S))
+                failures += 1
+            await asyncio.sleep(context.rng.uniform(*_AGAIN_S) * min(2.0**failures, _AGAIN_MOST))
 
     async def _fetch(self, donors: Sequence[PeerId]) -> Snapshot:
-        context = self._context
-        offer, failures = await ask_around(context, donors, lambda donor: ask_manifest(context, donor, 0))
-        if offer is None:
-            raise NotHere(f"a snapshot of stage {context.stage}: {reasons(failures)}")
-        return await download(context, offer, donors)
+        return await self._downloads.run(*await newest_offer(self._context, donors))
 
     def _is_level(self) -> bool:
         """Whether it has what the replicas tell; before, it may be what the run began with, known to all."""

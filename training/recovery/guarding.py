@@ -8,6 +8,7 @@ goes to another stage finds its copies on its disk again.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from shoal.training.recovery.guardians import (
 from shoal.training.recovery.snapshots import clear, has_snapshot, stage_directory
 
 LOOK_S = 2.0
+AGAIN_MOST_S = 120.0  # before a copy that failed is begun again; one that held for so long has failed anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Guarding:
         self._sizes = [stage.parameters for stage in plan.stages]
         self._needs = [guard_bytes(stage, context.spec.outer.snapshot_every) for stage in plan.stages]
         self._guarded: dict[int, _Guarded] = {}
+        self._failures: Counter[int] = Counter()  # by stage
 
     @property
     def spare_bytes(self) -> int:
@@ -92,6 +95,10 @@ class Guarding:
             }
             for beat in self.beats()
         ]
+
+    def occupied(self) -> set[int]:
+        """Stages that are held or guarded here."""
+        return {*self._held(), *self._guarded}
 
     async def run(self) -> None:
         """Look now and then, until cancelled."""
@@ -149,6 +156,12 @@ class Guarding:
         except Exception as error:  # the edge of this task: a copy is no reason to train no more
             text = f"the copy of stage {stage} failed, and is begun again: {type(error).__name__}: {error}"
             self._context.event("guard-failed", {"stage": stage, "why": str(error), "text": text})
+            now_s = asyncio.get_running_loop().time()
+            if guard.level_since_s is not None and now_s - guard.level_since_s >= AGAIN_MOST_S:
+                del self._failures[stage]
+            times = self._failures[stage] = min(self._failures[stage] + 1, 16)
+            longest_s = min(LOOK_S * 2.0**times, AGAIN_MOST_S)
+            await asyncio.sleep(self._context.rng.uniform(0.5, 1.0) * longest_s)  # counts as held till then
 
     async def _end(self, stage: int, guarded: _Guarded) -> None:
         """Two others have it: forget it, on disk too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.protocol.errors import MessageInvalid, NotHere, ProtocolViolation, ShoalError
@@ -11,7 +12,7 @@ from shoal.protocol.identity import PeerId
 from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
-from shoal.training.outer.entry import Entry, parse
+from shoal.training.outer.entry import SKIP, Entry, parse
 from shoal.training.outer.fork import Chain, share
 from shoal.training.outer.local import LocalWeights, Rebase
 from shoal.training.outer.member import Member
@@ -19,7 +20,7 @@ from shoal.training.outer.policy import SILENT_S
 from shoal.training.outer.replica import Replica
 from shoal.training.outer.snapshot import Snapshot
 from shoal.training.recovery.chain import Rival, fetch_chain, fetch_entry
-from shoal.training.recovery.download import Offer, ask_manifest, download
+from shoal.training.recovery.download import Downloads, Offer, ask_manifest
 from shoal.training.recovery.policy import Target
 from shoal.training.recovery.shadow import replay
 from shoal.training.recovery.snapshots import Snapshots
@@ -44,6 +45,7 @@ class Jumping:
         self._local = local
         self._snapshots = snapshots
         self._not_found = (b"", 0.0)  # the draft whose entry nobody had, and since when
+        self.downloads = Downloads(context)
 
     async def run(self, target: Target, fork: Fork | None, *, leaves: bool = False) -> bool:
         """Build the target's state and take it over. False where the own log has gone on meanwhile.
@@ -56,10 +58,11 @@ class Jumping:
         common = self._member.replica.log.height if fork is None else fork.rival.ancestor_height
         snapshot = await self._snapshot(target, 0 if leaves else common)
         shadow = await self._replay(snapshot, target)
-        contributed = await self._entry_contributed_to(shadow, target)
+        passed = await self._passed(shadow, target, fork)
+        self._require_listing(shadow, passed)
         replica, jumped = self._member.replica, False
 
-        async def jump(contribution: Contribution | None) -> bool:
+        async def jump() -> bool:
             nonlocal jumped
             changes: list[Rebase] = []
             if leaves:
@@ -70,20 +73,20 @@ class Jumping:
                 on_the_way = replica.log.head in (begun, shadow.log.head_at(replica.log.height))
                 if shadow.log.height <= replica.log.height or not on_the_way:
                     return False  # a COMMIT was faster; one of another chain has to be left in order
+                changes = [c for e in passed if e.height > replica.log.height for c in replica.pass_by(e)]
             elif replica.log.head != fork.mine.head:
                 return False  # as above
             else:
                 changes = self._leave_chain(shadow, fork)
-            listed = self._listed_parts(contributed, contribution)
-            round_ = self._member.round
-            if contribution is not None and not listed and round_ is not None:
-                now_s = asyncio.get_running_loop().time()
-                replica.offered.note_open(round_.draft, contribution, now_s)
+            round_, sent = self._member.round, self._member.sent
+            listed = self._listed_parts(shadow, passed)
+            if sent is not None and not listed and round_ is not None:
+                replica.offered.note_open(round_.draft, sent, asyncio.get_running_loop().time())
             if fork is not None:
                 ancestor = fork.rival.ancestor_height
                 own = (replica.log.entry(height) or b"" for height in range(ancestor, 0, -1))
                 shadow.log.backfill(itertools.chain(reversed(fork.rival.entries), own))
-            await replica.adopt(shadow, self._local, contribution, listed, changes)
+            await replica.adopt(shadow, self._local, sent, listed, changes)
             self._snapshots.switch(snapshot)
             jumped = True
             return True
@@ -131,7 +134,7 @@ class Jumping:
             giver, offer = found
             try:
                 others = [peer for peer in target.donors if peer != giver]
-                return await download(self._context, offer, [giver, *others])
+                return await self.downloads.run(offer, [giver, *others])
             except ShoalError as error:
                 failures[giver] = error
                 donors.remove(giver)
@@ -152,40 +155,85 @@ class Jumping:
             )
         return shadow
 
-    async def _entry_contributed_to(self, shadow: Replica, target: Target) -> Entry | None:
-        """The entry that lists what this process contributed last and saw no COMMIT of, if there is one.
+    async def _passed(self, shadow: Replica, target: Target, fork: Fork | None) -> list[Entry]:
+        """The entries from the last common one to the target, as far as donors tell and it matters here.
 
-        Raises NotHere where the donors came by a snapshot themselves, and know less than its log tells: that
-        there is one, but not which parts. Others who were there may be heard again; nobody waits for ever.
+        They may list what this process contributed last and saw no COMMIT of, be it as a re-entry, or what it
+        offered to a round of a chain that it has left.
         """
-        round_, context = self._member.round, self._context
-        if round_ is None or round_.contribution is None:
-            return None
-        step, _ = shadow.log.end_of(context.me, context.incarnation, round_.draft.fragment)
-        if step < round_.contribution.sent.inner_step:
-            return None
-        height = round_.draft.height
-        data = shadow.log.entry(height)
-        entry = parse(data) if data is not None else None
-        for donor in target.donors if entry is None else ():
-            try:
-                entry = await fetch_entry(context, donor, height)
-                break
-            except ShoalError as error:
-                context.event("entry-not-found", {"height": height, "why": str(error)})
-        now_s = asyncio.get_running_loop().time()
-        if entry is None and self._not_found[0] != round_.id:
-            self._not_found = (round_.id, now_s)
-        if entry is None and now_s - self._not_found[1] < SILENT_S:
-            raise NotHere(f"entry {height}, which lists this peer, is with nobody that can be asked")
-        return entry if entry is not None and entry.previous == round_.draft.previous else None
+        replica, round_ = self._member.replica, self._member.round
+        known: Sequence[bytes] = ()
+        if fork is not None:
+            known = fork.rival.entries
+        elif round_ is not None or len(replica.lost) or len(replica.offered):
+            known = await self._entries_from(replica.log.height + 1, target)
+        heights = range(replica.log.height + 1, shadow.log.height + 1)
+        tail = (data for height in heights if (data := shadow.log.entry(height)) is not None)
+        return [parse(data) for data in dict.fromkeys((*known, *tail))]
 
-    def _listed_parts(self, entry: Entry | None, mine: Contribution | None) -> set[int]:
-        """Parts (by index) of which an entry lists what this process contributed."""
-        if entry is None or mine is None:
+    async def _entries_from(self, height: int, target: Target) -> Sequence[bytes]:
+        """Of the own chain up to the target, as far as donors have them: all, or only the first."""
+        log = self._member.replica.log
+        try:
+            return await fetch_chain(self._context, log.height, log.head, target)
+        except ShoalError as error:
+            self._context.event("entry-not-found", {"height": height, "why": str(error)})
+        for donor in target.donors:
+            try:
+                return [(await fetch_entry(self._context, donor, height)).encode()]
+            except ShoalError as error:
+                self._context.event("entry-not-found", {"height": height, "why": str(error)})
+        return ()
+
+    def _require_listing(self, shadow: Replica, passed: Sequence[Entry]) -> None:
+        """Raises NotHere where the donors came by a snapshot themselves, and know less than its log tells:
+        that it holds what this process contributed last, but not which parts.
+
+        Others who were there may be heard again; nobody waits for ever.
+        """
+        round_ = self._member.round
+        if round_ is None or not self._is_untold(shadow, passed):
+            return
+        now_s = asyncio.get_running_loop().time()
+        if self._not_found[0] != round_.id:
+            self._not_found = (round_.id, now_s)
+        if now_s - self._not_found[1] < SILENT_S:
+            raise NotHere(
+                f"entry {round_.draft.height}, which lists this peer, is with nobody that can be asked"
+            )
+        self._context.event("listing-unknown", {"height": round_.draft.height})
+
+    def _is_untold(self, shadow: Replica, passed: Sequence[Entry]) -> bool:
+        """Whether the log holds the steps that were contributed last, and no entry here says where."""
+        context, mine = self._context, self._member.sent
+        if mine is None:
+            return False
+        fragment = mine.fragment.index
+        step, _ = shadow.log.end_of(context.me, context.incarnation, fragment)
+        told = (self._lists(entry, mine) for entry in passed if entry.fragment == fragment)
+        return step >= mine.sent.inner_step and not any(told)
+
+    def _listed_parts(self, shadow: Replica, passed: Sequence[Entry]) -> set[int]:
+        """Parts (by index) that hold what this process contributed last, by some of the entries.
+
+        Where nobody can tell which, all: who lists a process lists nearly always all that it sent, and what
+        was not is missed once; taken for not listed, all of it would be in twice.
+        """
+        round_, mine = self._member.round, self._member.sent
+        if round_ is None or mine is None:
             return set()
-        seat = entry.seat_of(self._context.me, self._context.incarnation)
-        row = entry.row_of(seat) if seat is not None else None
-        if row is None or row.to_step != mine.sent.inner_step or entry.fragment != mine.fragment.index:
+        if self._is_untold(shadow, passed):
+            return {part.index for part in mine.fragment.parts}
+        after = (entry for entry in passed if entry.source().previous == round_.draft.previous)
+        numbers = {number for entry in after for number in self._lists(entry, mine)}
+        return {mine.fragment.parts[number].index for number in numbers}
+
+    def _lists(self, entry: Entry, mine: Contribution) -> set[int]:
+        """Parts (by number) of which an entry, or what it brings back, lists a process up to that step."""
+        source, context = entry.source(), self._context
+        seat = source.seat_of(context.me, context.incarnation)
+        row = source.row_of(seat) if seat is not None else None
+        if row is None or row.to_step != mine.sent.inner_step or source.fragment != mine.fragment.index:
             return set()
-        return {mine.fragment.parts[number].index for number in self._member.replica.offered.lists(entry)}
+        numbers = self._member.replica.offered.lists(source)
+        return {number for number in numbers if entry.digest(number) != SKIP}

@@ -11,6 +11,7 @@ that says so (`Rebuilt`); whoever comes later reads it there.
 from __future__ import annotations
 
 import asyncio
+import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,20 +21,20 @@ from blake3 import blake3
 from shoal.compression.codec import bytes_of
 from shoal.dht.liveness import Liveness
 from shoal.dht.view import SwarmView
-from shoal.protocol.errors import NotHere, ShoalError
+from shoal.protocol.errors import ShoalError
 from shoal.training.model.layout import StageLayout, stage_layout
 from shoal.training.neighbours import silent_since_s
-from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
 from shoal.training.outer.log import LogState, Rebuilt
 from shoal.training.outer.policy import SILENT_S, succession
 from shoal.training.outer.service import Outer
 from shoal.training.outer.snapshot import Snapshot, snapshot_of
 from shoal.training.partition import stage_ranges
-from shoal.training.recovery.download import ask_manifest, download
+from shoal.training.recovery.download import download, newest_offer
 
 LOOK_S = 2.0
 PATIENCE_S = 10.0  # before a stage is rebuilt: what was only slow to be met has been met by then
+_ABSURD_TIMES = 64
 _BRANCH_ENDS = ("attention.o", "feedforward.down")  # zero, and a layer adds nothing to what it gets
 
 
@@ -50,7 +51,7 @@ class Loss:
 def loss_of(view: SwarmView, stage: int) -> Loss | None:
     """Whether a stage is lost: no replica of it is alive, and others have committed entries."""
     others = [member for member in view.members if member.peer != view.me]
-    holders = [m for m in others if stage in m.stages and m.state_at(stage) == "online"]
+    holders = [m for m in others if stage in m.stages and m.state_at(stage) in ("online", "draining")]
     if any(member.liveness is Liveness.ALIVE and member.beat is not None for member in holders):
         return None
     beats = [
@@ -59,7 +60,7 @@ def loss_of(view: SwarmView, stage: int) -> Loss | None:
         for beat in (member.beat.stages if member.beat is not None else ())
         if member.peer != view.me or beat.stage != stage  # this peer may hold another one
     ]
-    height = max((beat.height for beat in beats), default=0)
+    height = _believed([beat.height for beat in beats])
     if not height:
         return None
     guardians = [m for m in others if m.beat is not None and any(g.stage == stage for g in m.beat.guards)]
@@ -68,7 +69,14 @@ def loss_of(view: SwarmView, stage: int) -> Loss | None:
         or (not member.departed and view.now_s - silent_since_s(member, view.now_s) < SILENT_S)
         for member in (*holders, *guardians)
     )
-    return Loss(height, max(beat.log_tokens for beat in beats), not hoped_for, bool(holders))
+    return Loss(height, _believed([beat.log_tokens for beat in beats]), not hoped_for, bool(holders))
+
+
+def _believed(claims: Sequence[int]) -> int:
+    """The largest, unless it is absurd beside the middle one: the rebuilt log begins beyond it, and one liar
+    could leave no numbers there."""
+    told = sorted(claim for claim in claims if claim)
+    return min(told[-1], _ABSURD_TIMES * statistics.median_low(told)) if told else 0
 
 
 def told(stage: int, policy: str, loss: Loss) -> str:
@@ -178,10 +186,7 @@ class LostStage:
         mine = self._context
         context = mine.beside(stage, layout.size)
         donors = [member.peer for member in self._view().online(stage)]
-        offer, failures = await ask_around(context, donors, lambda donor: ask_manifest(context, donor, 0))
-        if offer is None:
-            raise NotHere(f"stage {stage}, from which stage {mine.stage} is rebuilt: {reasons(failures)}")
-        return await download(context, offer, donors)
+        return await download(context, *await newest_offer(context, donors))
 
 
 def rebuilt(

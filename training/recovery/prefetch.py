@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from shoal.protocol.errors import NotHere
 from shoal.protocol.faults import define
 from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
-from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
-from shoal.training.recovery.download import ask_manifest, download
-from shoal.training.recovery.snapshots import stage_directory, store
+from shoal.training.recovery.download import download, newest_offer
+from shoal.training.recovery.snapshot import is_kept
+from shoal.training.recovery.snapshots import snapshot_path, stage_directory, store
 
 _STORING, _STORED = define("copy.storing"), define("copy.stored")
 
@@ -25,13 +24,12 @@ async def prefetch(context: Context, donors: Sequence[PeerId], directory: Path) 
     """The height of what is on disk then; 0: the stage has no snapshot yet. Raises NotHere, StorageError."""
     if not donors:
         return 0  # an empty stage: its guardians or its disks bring it back
-    offer, failures = await ask_around(context, donors, lambda donor: ask_manifest(context, donor, 0))
-    if offer is None:
-        raise NotHere(f"a snapshot of stage {context.stage}: {reasons(failures)}")
-    height = offer.manifest.height
-    if height:
+    offer, donors = await newest_offer(context, donors)
+    height, folder = offer.manifest.height, stage_directory(context, directory)
+    path, root = snapshot_path(folder, height), offer.manifest.state_root
+    if height and not await context.offload(is_kept, path, root):
         snapshot = await download(context, offer, donors)
         await point(context.transport, _STORING)
-        await context.offload(store, stage_directory(context, directory), snapshot, height)
+        await context.offload(store, folder, snapshot, height)
         await point(context.transport, _STORED)
     return height

@@ -21,7 +21,6 @@ from shoal.protocol.transport import Channel, call
 from shoal.training.outer.apply import PART_STATE_BYTES, part_state, tensors_digest
 from shoal.training.outer.ask_around import ask_around, reasons
 from shoal.training.outer.context import Context
-from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.log import state_root
 from shoal.training.outer.member import Member
@@ -113,7 +112,7 @@ class Repairing:
     async def _put_right(self, head: bytes, wrong: bytes, state: State, digests: Sequence[bytes]) -> None:
         replica, member = self._member.replica, self._member
 
-        async def put_right(contribution: Contribution | None) -> bool:
+        async def put_right() -> bool:
             if not member.idle or (replica.log.head, replica.state_root) != (head, wrong):
                 return False
             await replica.repair(state, digests, self._local)

@@ -14,7 +14,7 @@ from shoal.protocol.identity import PeerId
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import parse
 from shoal.training.outer.fetch import fetch_parts
-from shoal.training.outer.local import Rebase, Sent
+from shoal.training.outer.local import Rebase, Sent, Take
 from shoal.training.outer.reduce import Published
 from shoal.training.outer.replica import Replica
 from shoal.training.outer.snapshot import Snapshot
@@ -48,7 +48,7 @@ class Nowhere:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    async def sent(self, span: slice, into: torch.Tensor) -> Sent:
+    async def sent(self, span: slice, take: Take) -> Sent:
         return Sent(torch.empty(0), 0, 0)
 
     async def rebase(self, changes: Sequence[Rebase]) -> None:

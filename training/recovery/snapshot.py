@@ -76,3 +76,12 @@ def load(path: Path, size: int, fragments: Sequence[Fragment]) -> Snapshot:
     if snapshot.state_root != root:
         raise StorageError(f"snapshot {path}: the state root does not match its content")
     return snapshot
+
+
+def is_kept(path: Path, state_root: bytes) -> bool:
+    """Whether the file says that it has this state; `load` finds out whether that is so."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool((file.metadata() or {}).get("state_root") == state_root.hex())
+    except (OSError, SafetensorError):
+        return False

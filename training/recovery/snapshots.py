@@ -44,6 +44,8 @@ class Snapshots:
         self._watchers: list[Callable[[Snapshot], None]] = []
         self._writes: asyncio.Queue[tuple[Callable[..., None], tuple[Any, ...]]] = asyncio.Queue(QUEUED)
         self._writer: asyncio.Task[None] | None = None
+        self._refused: set[str] = set()  # kinds of writes, by the disk
+        self._restoring = False  # entries come from the disk
         replica.applied.append(self._on_entry)
 
     @property
@@ -131,12 +133,14 @@ class Snapshots:
             self.directory,
             self._replica.log.height + 1,
         )
-        for data, parts in entries:
-            try:
+        self._restoring = True
+        try:
+            for data, parts in entries:
                 await self._replica.apply(data, parts, local, None)
-            except ShoalError as error:
-                self._context.event("journal-cut", {"height": self._replica.log.height, "why": str(error)})
-                return
+        except ShoalError as error:
+            self._context.event("journal-cut", {"height": self._replica.log.height, "why": str(error)})
+        finally:
+            self._restoring = False
 
     async def close(self) -> None:
         """Finish the writes that are queued, then stop."""
@@ -146,7 +150,7 @@ class Snapshots:
             await asyncio.gather(self._writer, return_exceptions=True)
 
     def _on_entry(self, entry: Entry, data: bytes, parts: Mapping[int, Published]) -> None:
-        if self.directory is not None:
+        if self.directory is not None and not self._restoring:
             self.write(journal.write_entry, self.directory, entry.height, data, parts)
         if entry.height % self._context.spec.outer.snapshot_every == 0:
             self.take()
@@ -173,10 +177,29 @@ class Snapshots:
                 await point(self._context.transport, _WRITING)
                 await self._context.offload(function, *arguments)
                 await point(self._context.transport, _WRITTEN)
+                self._tell_of_disk(function)
             except Exception as error:  # the edge of this task: training goes on without the disk
-                self._context.event("disk-refused", {"why": str(error) or repr(error)})
+                self._tell_of_disk(function, str(error) or repr(error))
             finally:
                 self._writes.task_done()
+
+    def _tell_of_disk(self, write: Callable[..., None], why: str = "") -> None:
+        """Why it refused a write, empty where it took it. In words only what has changed: that it takes a
+        small one proves nothing for the large ones."""
+        before = bool(self._refused)
+        if why:
+            self._refused.add(write.__name__)
+        elif write in (store, rewrite):
+            self._refused.clear()
+        else:
+            self._refused.discard(write.__name__)
+        stage = self._context.stage
+        if why:
+            text = f"the state of stage {stage} is not on disk, training goes on without: {why}"
+            self._context.event("disk-refused", {"why": why} if before else {"why": why, "text": text})
+        elif before and not self._refused:
+            text = f"the disk takes the state of stage {stage} again"
+            self._context.event("disk-back", {"stage": stage, "text": text})
 
 
 def stage_directory(context: Context, directory: Path) -> Path:
@@ -190,13 +213,26 @@ def snapshot_path(directory: Path, height: int) -> Path:
 
 
 def store(directory: Path, snapshot: Snapshot, oldest: int) -> None:
-    """Write a snapshot to a stage's folder, and let go of what is older than height `oldest` there."""
-    save(snapshot, snapshot_path(directory, snapshot.height))
+    """Write a snapshot to a stage's folder, and let go of what is older than height `oldest` there.
+
+    Where there is no room for it, what is older goes first, if that one is there. Raises StorageError.
+    """
+    try:
+        save(snapshot, snapshot_path(directory, snapshot.height))
+    except StorageError:
+        if not snapshot_path(directory, oldest).exists():
+            raise
+        _let_go(directory, oldest)
+        save(snapshot, snapshot_path(directory, snapshot.height))
+    _let_go(directory, oldest)
+    sweep(directory)
+
+
+def _let_go(directory: Path, oldest: int) -> None:
     for path in directory.glob("snapshot-*.safetensors"):
         if path < snapshot_path(directory, oldest):
             path.unlink(missing_ok=True)
     journal.prune(directory, oldest + 1)
-    sweep(directory)
 
 
 def rewrite(directory: Path, snapshot: Snapshot, tail: Sequence[Written]) -> None:
@@ -225,6 +261,16 @@ def clear(directory: Path, but: Collection[Path] = ()) -> None:
             for path in directory.glob(pattern):
                 if path not in but:
                     path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{directory}: {error}; remove it by hand") from error
+
+
+def forget(directory: Path) -> None:
+    """Remove all that is large of a stage's folder; a promise is kept. Raises StorageError."""
+    clear(directory)
+    try:
+        for path in directory.glob("residual-*.safetensors"):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{directory}: {error}; remove it by hand") from error
 

@@ -8,7 +8,7 @@ from shoal.training.outer.entry import SKIP, Entry, parse
 from shoal.training.outer.fork import Chain, share
 from shoal.training.outer.local import Rebase
 from shoal.training.outer.log import Log
-from shoal.training.outer.lost import LostEntry, contributors, last_listed, listed_in
+from shoal.training.outer.lost import Listed, LostEntry, contributors, last_listed, listed_in
 from shoal.training.outer.replica import Replica
 from shoal.training.recovery.chain import Rival
 
@@ -30,14 +30,16 @@ def lost_entries(replica: Replica, won_log: Log, rival: Rival, lost: Chain, won:
         source = entry.source()
         if not won_log.holds(source):
             scale = factor * (entry.scale if entry.lost else 1.0)
-            barred = _barred(entry, before, theirs)
+            processes = {process for process, _ in contributors(source)}
+            ours = last_listed(before, source.fragment, processes)
+            barred = _barred(entry, ours, last_listed(theirs, source.fragment, processes))
             parts = replica.payloads.parts_at(height)
-            found.append(LostEntry(entry.lost or data, source, scale, parts, barred))
+            found.append(LostEntry(entry.lost or data, source, scale, parts, ours, barred))
         before.append(entry)
     return found
 
 
-def _barred(entry: Entry, before: Sequence[Entry], won: Sequence[Entry]) -> set[int]:
+def _barred(entry: Entry, ours: Listed, theirs: Listed) -> set[int]:
     """Parts of a lost entry that hold steps which the chain that won holds as well.
 
     A part holds of each process it lists the steps since the chain last listed it there. Of a lost re-entry
@@ -45,11 +47,6 @@ def _barred(entry: Entry, before: Sequence[Entry], won: Sequence[Entry]) -> set[
     """
     source = entry.source()
     barred = {part for part in range(entry.parts) if entry.digest(part) == SKIP}
-    processes = {process for process, _ in contributors(source)}
-    theirs = last_listed(won, source.fragment, processes)
-    if not theirs:
-        return barred
-    ours = last_listed(before, source.fragment, processes)
     for part in range(source.parts):
         if any(theirs.get((p, part), 0) > ours.get((p, part), 0) for p in listed_in(source, part)):
             barred.add(part)
