@@ -682,8 +682,9 @@ def test_who_hears_nobody_because_its_own_p2pd_froze_is_told_so(
     asyncio.run(scenario())
 
 
-def test_calls_cancelled_as_their_answer_comes_do_no_harm(run: Run) -> None:
-    """hivemind alone loses its connection to p2pd here, within a hundred calls."""
+def test_calls_cancelled_at_any_moment_do_no_harm(run: Run) -> None:
+    """hivemind alone loses its connection to p2pd here, within a hundred calls; and p2pd that is told of a
+    cancelled call panics once in some thousands (seen: as the stream opens), so it is never told."""
     rng = random.Random(1)
 
     async def scenario() -> None:
@@ -692,8 +693,17 @@ def test_calls_cancelled_as_their_answer_comes_do_no_harm(run: Run) -> None:
             assert isinstance(second, HivemindDirectory) and second._daemon is not None
             from hivemind.p2p import PeerID
 
+            said: list[str] = []
+            messages = second._daemon.check()[0]._client.control._pending_messages
+            put = messages.put
+
+            async def heard(message: Any) -> None:
+                said.append(message.WhichOneof("message"))
+                await put(message)
+
+            messages.put = heard
+            peer = PeerID.from_base58(ann.key.peer)
             for _ in range(150):
-                peer = PeerID.from_base58(ann.key.peer)
                 calls = {asyncio.ensure_future(second._node.protocol.call_ping(peer)) for _ in range(4)}
                 await asyncio.wait(calls, timeout=rng.uniform(0, 0.01), return_when=asyncio.FIRST_COMPLETED)
                 for call in calls:
@@ -701,6 +711,7 @@ def test_calls_cancelled_as_their_answer_comes_do_no_harm(run: Run) -> None:
                 await asyncio.wait(calls)
             second._daemon.check()
             assert second.status().restarts == 0
+            assert said.count("callUnary") > 150 and "cancel" not in said
 
     asyncio.run(scenario())
 

@@ -324,8 +324,8 @@ def test_what_is_handed_to_a_guardian_has_to_be_a_lone_replicas_own_next_entry()
             last = replica.trainer.outer.entry(height)
             assert last is not None
             seat = Seat(replica.peer, replica.incarnation, 1.0, present=True)
-            lone = dataclasses.replace(last, roster=(seat,), contributors=(), leader=replica.peer, leaving="")
-            own = dataclasses.replace(lone, digests=b"", listed=b"")
+            nothing = dataclasses.replace(last, contributors=(), leaving="", digests=b"", listed=b"")
+            own = dataclasses.replace(nothing, roster=(seat,), leader=replica.peer)
             stranger = dataclasses.replace(seat, peer=other.peer)
             others = dataclasses.replace(own, roster=(stranger,), leader=other.peer)
             cases = (
