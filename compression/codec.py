@@ -57,6 +57,18 @@ class Codec(ABC):
         torch.sub(delta, self.decode(data, delta.numel()), out=remainder).mul_(decay)
         return data, _square(remainder)
 
+    def take(
+        self,
+        source: torch.Tensor,
+        into: torch.Tensor,
+        anchor: torch.Tensor,
+        carried: torch.Tensor | None = None,
+    ) -> tuple[float, Buffer] | None:
+        """What `copying.take` does, and the bytes of anchor − source + carried, by a codec with a pass for
+        both and feeds nothing back. None where it has not, or they cannot be encoded: nothing is taken then.
+        """
+        return None
+
     @abstractmethod
     def check(self, data: Buffer, count: int) -> None:
         """Raises CodecError unless an encoder makes `data` of `count` values. Cheaper than decoding."""

@@ -17,7 +17,7 @@ import torch
 from shoal.compression import kernels
 from shoal.compression.codec import Buffer, Codec, CodecError, require_total, require_vector, require_vectors
 
-_NONE = np.empty(0, np.float32)  # what a kernel takes for an array that is not wanted
+NONE = np.empty(0, np.float32)  # what a kernel takes for an array that is not wanted
 _ONE = np.float32(1.0)
 _PIECE = 1 << 15  # values that stay in a core's cache; a multiple of all blocks
 
@@ -63,8 +63,8 @@ class FusedCodec(Codec):
             return super().encode_difference(values, minus, plus, remainder, decay)
         require_vectors(values, minus, plus, remainder)
         result = np.empty(self.encoded_bytes(values.numel()), np.uint8)
-        arrays = [_NONE if each is None else each.numpy() for each in (minus, plus)]
-        left = _NONE if remainder is None else remainder.numpy()
+        arrays = [NONE if each is None else each.numpy() for each in (minus, plus)]
+        left = NONE if remainder is None else remainder.numpy()
         lost = float(kernel(values.numpy(), *arrays, self.block, np.float32(decay), result, left))
         if lost < 0.0:
             raise self.not_finite()
@@ -85,7 +85,7 @@ class FusedCodec(Codec):
         if kernel is None:
             return self._decode(flat, count)
         result = np.empty(count, np.float32)
-        kernel(flat, self.block, _NONE, _ONE, result)
+        kernel(flat, self.block, NONE, _ONE, result)
         return torch.from_numpy(result)
 
     def add_decoded(self, data: Buffer, count: int, weight: float, total: torch.Tensor) -> float:

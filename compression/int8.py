@@ -10,9 +10,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from shoal.compression import kernels
 from shoal.compression import scales as bfloat
-from shoal.compression.codec import CodecError
-from shoal.compression.fused import Fault, FusedCodec, codes_of_zero_scales, in_blocks
+from shoal.compression.codec import Buffer, CodecError, require_vectors
+from shoal.compression.fused import NONE, Fault, FusedCodec, codes_of_zero_scales, in_blocks
 
 BLOCKS = (256, 512, 1024)
 _INVERSE_127 = float(np.float32(1 / 127))  # the code of the largest is 127 all the same, for scales round up
@@ -31,6 +32,21 @@ class Int8(FusedCodec):
 
     def encoded_bytes(self, count: int) -> int:
         return count + 4 * self._blocks(count)
+
+    def take(
+        self,
+        source: torch.Tensor,
+        into: torch.Tensor,
+        anchor: torch.Tensor,
+        carried: torch.Tensor | None = None,
+    ) -> tuple[float, Buffer] | None:
+        if kernels.active is None or source.device.type != "cpu":
+            return None
+        require_vectors(source, into, anchor, carried)
+        arrays = source.numpy(), anchor.numpy(), NONE if carried is None else carried.numpy()
+        result = np.empty(self.encoded_bytes(source.numel()), np.uint8)
+        square = kernels.active.int8_take(*arrays, self.block, into.numpy(), result)
+        return None if square < 0.0 else (float(square), result.data)
 
     def _encode(self, values: torch.Tensor) -> torch.Tensor:
         if values.numel() == 0:

@@ -40,13 +40,18 @@ def _kernel(result: Any, *arguments: Any) -> Callable[[_F], _F]:
     return compiled
 
 
+# Without counts of references: each waits for all that is being written past the cache, which took kernels a
+# third to two thirds of their time. There are no slices in their loops for the same reason.
+_INLINED: dict[str, Any] = {"nogil": True, "forceinline": True, "_nrt": False}
+
+
 def _inline(function: _F) -> _F:
-    return cast(_F, njit(nogil=True)(function))
+    return cast(_F, njit(**_INLINED)(function))
 
 
 def _any_order(function: _F) -> _F:
     """Inlined, its additions in whatever order is fastest: for norms, whose last bits nobody compares."""
-    return cast(_F, njit(nogil=True, fastmath={"reassoc"})(function))
+    return cast(_F, njit(**_INLINED, fastmath={"reassoc"})(function))
 
 
 def _generated(function: Callable[..., Any]) -> Any:
@@ -111,6 +116,8 @@ _VOID, _F32, _F64 = types.void, types.float32, types.float64
 _ENCODE = (_F64, _VALUES, _VALUES, _VALUES, _INT, _F32, _ENCODED, _RESULT)
 # take(sent, anchor, carried, copy): copy = sent; the squared norm of anchor − sent + carried.
 _TAKE = (_F64, _VALUES, _VALUES, _VALUES, _RESULT)
+# …_take(sent, anchor, carried, block, copy, result): that, and the codes of it (−1: not finite).
+_TAKE_ENCODED = (_F64, _VALUES, _VALUES, _VALUES, _INT, _RESULT, _ENCODED)
 # decode(data, block, base, rate, result): base − rate·values; the values themselves where base is empty.
 _DECODE = (_VOID, _DATA, _INT, _VALUES, _F32, _RESULT)
 # add(data, count, block, first, weight, total): total += weight·values, for the values of the `count` in data
@@ -130,7 +137,13 @@ _INVERSE_127 = np.float32(1 / 127)
 _INVERSE_RANGE = np.float32(1 / 8.25)
 _ZERO, _ONE, _HALF = np.float32(0.0), np.float32(1.0), np.float32(0.5)
 _SCALE, _CODE, _PADDING = 1, 2, 3  # fused.Fault
-_BLOCK = 1024  # values whose squares are summed in fp32
+_BLOCK = 256  # values copied and squared at a time, and fetched ahead
+
+
+@_inline
+def _at(start: int, i: int) -> Any:
+    """The index start + i, which is never counted from the end: unsigned, so that LLVM knows it."""
+    return np.uint64(start) + np.uint64(i)
 
 
 @_inline
@@ -188,10 +201,10 @@ def _ordered(bits: np.int32) -> np.int32:
 
 
 @_inline
-def _extremes(bits: Integers) -> tuple[np.int32, np.int32]:
-    """Least and largest value, as ordered integers."""
+def _extremes(bits: Integers, count: int) -> tuple[np.int32, np.int32]:
+    """Least and largest of the first values, as ordered integers."""
     low, high = _MAGNITUDE, np.int32(~_MAGNITUDE)
-    for i in range(bits.size):
+    for i in range(count):
         value = _ordered(bits[i])
         low, high = min(low, value), max(high, value)
     return low, high
@@ -210,8 +223,8 @@ def _fold(sums: Floats, half: int) -> None:
 
 @_inline
 def _near(values: Floats, start: int, count: int) -> None:
-    """Ask memory for what comes next: else it is waited for at every block."""
-    for i in range(start, start + count, _LINE):
+    """Ask memory for what comes soon: else it is waited for at every block."""
+    for i in range(start + _AHEAD, start + _AHEAD + count, _LINE):
         _fetch(values, i)
 
 
@@ -222,72 +235,64 @@ def _in_lines(result: Floats) -> bool:
 
 
 @_inline
-def _write(x: Floats, count: int, result: Floats, start: int, in_lines: bool) -> None:
-    """result = x[:count] from `start`, a multiple of _LINE, on; past the cache, which has no use for it.
-
-    Without slices: numba would count references to them, and that waits for all that is being written.
-    """
+def _write(x: Floats, first: int, count: int, result: Floats, start: int, in_lines: bool) -> None:
+    """result = x[first:][:count] from `start`, a multiple of _LINE, on: past the cache, not needed there."""
     lines = count // _LINE if in_lines else 0
     for i in range(0, lines * _LINE, _LINE):
-        _stream(x, i, result, start + i)
+        _stream(x, first + i, result, start + i)
     for i in range(lines * _LINE, count):
-        result[start + i] = x[i]
+        result[start + i] = x[first + i]
 
 
 @_inline
-def _take_delta(x: Floats, start: int, anchor: Floats, sent: Floats, carried: Floats) -> None:
-    """x = anchor − sent + carried from `start` on; the last two may be empty."""
-    a = anchor[start : start + x.size]
-    _near(anchor, start + x.size, x.size)
+def _take_delta(x: Floats, count: int, start: int, anchor: Floats, sent: Floats, carried: Floats) -> None:
+    """x[:count] = anchor − sent + carried from `start` on; the last two may be empty."""
+    _near(anchor, start, count)
     if sent.size > 0:
-        s = sent[start : start + x.size]
-        _near(sent, start + x.size, x.size)
-        for i in range(x.size):
-            x[i] = a[i] - s[i]
+        _near(sent, start, count)
+        for i in range(count):
+            x[i] = anchor[_at(start, i)] - sent[_at(start, i)]
     else:
-        for i in range(x.size):
-            x[i] = a[i]
+        for i in range(count):
+            x[i] = anchor[_at(start, i)]
     if carried.size > 0:
-        e = carried[start : start + x.size]
-        _near(carried, start + x.size, x.size)
-        for i in range(x.size):
-            x[i] += e[i]
+        _near(carried, start, count)
+        for i in range(count):
+            x[i] += carried[_at(start, i)]
 
 
 @_any_order
-def _square(x: Floats) -> float:
-    """Σx² of a block."""
+def _square(x: Floats, count: int) -> float:
+    """Σx² of the first values of a block."""
     total = _ZERO
-    for i in range(x.size):
+    for i in range(count):
         total += x[i] * x[i]
     return np.float64(total)
 
 
 @_inline
-def _leave(x: Floats, decoded: Floats, start: int, decay: np.float32, remainder: Floats) -> float:
+def _leave(x: Floats, count: int, decoded: Floats, start: int, decay: np.float32, remainder: Floats) -> float:
     """remainder = (x − decoded)·decay from `start` on; its squared norm."""
-    r = remainder[start : start + x.size]
-    for i in range(x.size):
-        r[i] = (x[i] - decoded[i]) * decay
-    return _square(r)
+    for i in range(count):
+        decoded[i] = (x[i] - decoded[i]) * decay
+        remainder[_at(start, i)] = decoded[i]
+    return _square(decoded, count)
 
 
 @_inline
-def _put(x: Floats, start: int, base: Floats, rate: np.float32, result: Floats) -> None:
-    """result = base − rate·x from `start` on; x itself where `base` is empty."""
-    y = result[start : start + x.size]
+def _put(x: Floats, count: int, start: int, base: Floats, rate: np.float32, result: Floats) -> None:
+    """result = base − rate·x[:count] from `start` on; x itself where `base` is empty."""
     if base.size > 0:
-        b = base[start : start + x.size]
-        for i in range(x.size):
-            y[i] = b[i] - np.float32(x[i] * rate)
+        for i in range(count):
+            result[_at(start, i)] = base[_at(start, i)] - np.float32(x[i] * rate)
     else:
-        for i in range(x.size):
-            y[i] = x[i]
+        for i in range(count):
+            result[_at(start, i)] = x[i]
 
 
 @_inline
-def _int8_put(x: Floats, b: int, blocks: int, block: int, result: Bytes) -> bool:
-    low_bits, high_bits = _extremes(x.view(np.int32))
+def _int8_put(x: Floats, bits: Integers, count: int, b: int, blocks: int, block: int, result: Bytes) -> bool:
+    low_bits, high_bits = _extremes(bits, count)
     if not _finite(low_bits, high_bits):
         return False
     low, high = _float(_ordered(low_bits)), _float(_ordered(high_bits))
@@ -297,19 +302,17 @@ def _int8_put(x: Floats, b: int, blocks: int, block: int, result: Bytes) -> bool
         return False
     _put_scale(result, b, scale)
     _put_scale(result, blocks + b, offset)
-    inverse = _ONE / scale if scale > _ZERO else _ZERO
-    codes = result[4 * blocks + b * block :]
-    for i in range(x.size):
-        codes[i] = np.uint8(np.float32((x[i] - offset) * inverse + _ROUNDER).view(np.uint32))
+    inverse, first = _ONE / scale if scale > _ZERO else _ZERO, 4 * blocks + b * block
+    for i in range(count):
+        result[_at(first, i)] = np.uint8(np.float32((x[i] - offset) * inverse + _ROUNDER).view(np.uint32))
     return True
 
 
 @_inline
-def _int8_take(data: Bytes, b: int, blocks: int, block: int, x: Floats) -> None:
-    scale, offset = _scale(data, b), _scale(data, blocks + b)
-    codes = data[4 * blocks + b * block :].view(np.int8)
-    for i in range(x.size):
-        x[i] = np.float32(codes[i]) * scale + offset
+def _int8_values(data: Bytes, b: int, blocks: int, block: int, x: Floats, count: int) -> None:
+    scale, offset, first = _scale(data, b), _scale(data, blocks + b), 4 * blocks + b * block
+    for i in range(count):
+        x[i] = np.float32(np.int8(data[_at(first, i)])) * scale + offset
 
 
 @_kernel(*_ENCODE)
@@ -323,51 +326,45 @@ def int8_encode(
     remainder: Floats,
 ) -> float:
     blocks, left = -(-anchor.size // block), 0.0
-    scratch, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
+    x, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
+    bits = x.view(np.int32)
     for b in range(blocks):
-        start = b * block
-        x = scratch[: min(block, anchor.size - start)]
-        _take_delta(x, start, anchor, sent, carried)
-        if not _int8_put(x, b, blocks, block, result):
+        start, count = b * block, min(block, anchor.size - b * block)
+        _take_delta(x, count, start, anchor, sent, carried)
+        if not _int8_put(x, bits, count, b, blocks, block, result):
             return -1.0
         if remainder.size > 0:
-            _int8_take(result, b, blocks, block, decoded[: x.size])
-            left += _leave(x, decoded, start, decay, remainder)
+            _int8_values(result, b, blocks, block, decoded, count)
+            left += _leave(x, count, decoded, start, decay, remainder)
     return left
 
 
+@_kernel(*_TAKE_ENCODED)
+def int8_take(
+    sent: Floats, anchor: Floats, carried: Floats, block: int, copied: Floats, result: Bytes
+) -> float:
+    blocks, square, in_lines = -(-sent.size // block), 0.0, _in_lines(copied)
+    x = np.empty(block, np.float32)
+    bits = x.view(np.int32)
+    for b in range(blocks):
+        start, count = b * block, min(block, sent.size - b * block)
+        _take_delta(x, count, start, anchor, sent, carried)
+        if not _int8_put(x, bits, count, b, blocks, block, result):
+            return -1.0
+        square += _square(x, count)
+        _write(sent, start, count, copied, start, in_lines)
+    return square
+
+
 @_kernel(*_TAKE)
-def take(sent: Floats, anchor: Floats, carried: Floats, result: Floats) -> float:
-    """Without slices, for the reason that `_write` gives."""
-    total, in_lines, carries = 0.0, _in_lines(result), carried.size > 0
-    lines = sent.size // _LINE if in_lines else 0
-    line = np.zeros(_LINE, np.float32)  # sums, each added up in more before it loses digits
-    for i in range(0, lines * _LINE, _LINE):
-        _fetch(sent, i + _AHEAD)
-        _fetch(anchor, i + _AHEAD)
-        if carries:
-            _fetch(carried, i + _AHEAD)
-            for j in range(_LINE):
-                x = anchor[i + j] - sent[i + j] + carried[i + j]
-                line[j] += x * x
-        else:
-            for j in range(_LINE):
-                x = anchor[i + j] - sent[i + j]
-                line[j] += x * x
-        _stream(sent, i, result, i)
-        if i % _BLOCK == 0:
-            for j in range(_LINE):
-                total += np.float64(line[j])
-                line[j] = _ZERO
-    for j in range(_LINE):
-        total += np.float64(line[j])
-    for i in range(lines * _LINE, sent.size):
-        x = anchor[i] - sent[i]
-        if carries:
-            x += carried[i]
-        total += np.float64(x) * np.float64(x)
-        result[i] = sent[i]
-    return total
+def take(sent: Floats, anchor: Floats, carried: Floats, copied: Floats) -> float:
+    square, in_lines, x = 0.0, _in_lines(copied), np.empty(_BLOCK, np.float32)
+    for start in range(0, sent.size, _BLOCK):
+        count = min(_BLOCK, sent.size - start)
+        _take_delta(x, count, start, anchor, sent, carried)
+        square += _square(x, count)
+        _write(sent, start, count, copied, start, in_lines)
+    return square
 
 
 @_kernel(*_COPY)
@@ -411,8 +408,8 @@ def int8_decode(data: Bytes, block: int, base: Floats, rate: np.float32, result:
             a = base[b * block : (b + 1) * block]
             for i in range(y.size):
                 x[i] = a[i] - np.float32((np.float32(c[i]) * scale + offset) * rate)
-            _near(base, (b + 1) * block, block)
-            _write(x, y.size, result, b * block, in_lines)
+            _near(base, b * block, block)
+            _write(x, 0, y.size, result, b * block, in_lines)
         else:
             for i in range(y.size):
                 y[i] = np.float32(c[i]) * scale + offset
@@ -445,19 +442,19 @@ def _code4(value: np.float32, inverse: np.float32) -> np.int32:
 
 
 @_inline
-def _int4_put(x: Floats, b: int, blocks: int, block: int, result: Bytes) -> bool:
-    low_bits, high_bits = _extremes(x.view(np.int32))
+def _int4_put(x: Floats, bits: Integers, count: int, b: int, blocks: int, block: int, result: Bytes) -> bool:
+    low_bits, high_bits = _extremes(bits, count)
     if not _finite(low_bits, high_bits):
         return False
     low, high = _float(_ordered(low_bits)), _float(_ordered(high_bits))
     scale = _nearest((high if high >= -low else low) * -_INVERSE_RANGE)
     _put_scale(result, b, scale)
-    inverse = _ONE / scale if scale != _ZERO else _ZERO
-    pairs = result[2 * blocks + b * block // 2 :]
-    for i in range(x.size // 2):
-        pairs[i] = np.uint8(_code4(x[2 * i], inverse) | _code4(x[2 * i + 1], inverse) << np.int32(4))
-    if x.size % 2:
-        pairs[x.size // 2] = np.uint8(_code4(x[x.size - 1], inverse))
+    inverse, first = _ONE / scale if scale != _ZERO else _ZERO, 2 * blocks + b * block // 2
+    for i in range(count // 2):
+        low4, high4 = _code4(x[2 * i], inverse), _code4(x[2 * i + 1], inverse)
+        result[_at(first, i)] = np.uint8(low4 | high4 << np.int32(4))
+    if count % 2:
+        result[_at(first, count // 2)] = np.uint8(_code4(x[count - 1], inverse))
     return True
 
 
@@ -489,13 +486,14 @@ def _high4(pair: np.uint8) -> np.int32:
 
 
 @_inline
-def _int4_take(data: Bytes, b: int, blocks: int, block: int, x: Floats) -> None:
-    scale, pairs = _scale(data, b), data[2 * blocks + b * block // 2 :]
-    for i in range(x.size // 2):
-        x[2 * i] = np.float32(_low4(pairs[i])) * scale
-        x[2 * i + 1] = np.float32(_high4(pairs[i])) * scale
-    if x.size % 2:
-        x[x.size - 1] = np.float32(_low4(pairs[x.size // 2])) * scale
+def _int4_values(data: Bytes, b: int, blocks: int, block: int, x: Floats, count: int) -> None:
+    scale, first = _scale(data, b), 2 * blocks + b * block // 2
+    for i in range(count // 2):
+        pair = data[_at(first, i)]
+        x[2 * i] = np.float32(_low4(pair)) * scale
+        x[2 * i + 1] = np.float32(_high4(pair)) * scale
+    if count % 2:
+        x[count - 1] = np.float32(_low4(data[_at(first, count // 2)])) * scale
 
 
 @_kernel(*_ENCODE)
@@ -509,26 +507,26 @@ def int4_encode(
     remainder: Floats,
 ) -> float:
     blocks, left = -(-anchor.size // block), 0.0
-    scratch, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
+    x, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
+    bits = x.view(np.int32)
     for b in range(blocks):
-        start = b * block
-        x = scratch[: min(block, anchor.size - start)]
-        _take_delta(x, start, anchor, sent, carried)
-        if not _int4_put(x, b, blocks, block, result):
+        start, count = b * block, min(block, anchor.size - b * block)
+        _take_delta(x, count, start, anchor, sent, carried)
+        if not _int4_put(x, bits, count, b, blocks, block, result):
             return -1.0
         if remainder.size > 0:
-            _int4_take(result, b, blocks, block, decoded[: x.size])
-            left += _leave(x, decoded, start, decay, remainder)
+            _int4_values(result, b, blocks, block, decoded, count)
+            left += _leave(x, count, decoded, start, decay, remainder)
     return left
 
 
 @_kernel(*_DECODE)
 def int4_decode(data: Bytes, block: int, base: Floats, rate: np.float32, result: Floats) -> None:
-    blocks, scratch = -(-result.size // block), np.empty(block, np.float32)
+    blocks, x = -(-result.size // block), np.empty(block, np.float32)
     for b in range(blocks):
-        x = scratch[: min(block, result.size - b * block)]
-        _int4_take(data, b, blocks, block, x)
-        _put(x, b * block, base, rate, result)
+        count = min(block, result.size - b * block)
+        _int4_values(data, b, blocks, block, x, count)
+        _put(x, count, b * block, base, rate, result)
 
 
 @_kernel(*_ADD)
@@ -567,31 +565,32 @@ def _mean(x: Floats, sums: Floats) -> np.float32:
 
 
 @_inline
-def _onebit_put(x: Floats, b: int, blocks: int, sums: Floats, last: Floats, result: Bytes) -> bool:
-    if x.size == last.size:
-        mean = _mean(x, sums)
-    else:
-        last[: x.size] = x
-        last[x.size :] = _ZERO
-        mean = _mean(last, sums) * np.float32(last.size / x.size)
+def _onebit_put(x: Floats, count: int, b: int, blocks: int, block: int, sums: Floats, result: Bytes) -> bool:
+    """Of a block that is not full, what lies behind x[:count] is overwritten."""
+    for i in range(count, block):
+        x[i] = _ZERO
+    mean = _mean(x, sums)
+    if count < block:
+        mean *= np.float32(block / count)
     scale = _nearest(mean) if mean < np.inf else mean
     if not scale < np.inf:
         return False
     _put_scale(result, b, scale)
-    bits = result[2 * blocks + b * last.size // 8 :]
+    first = 2 * blocks + b * block // 8
     if scale == _ZERO:
-        bits[: -(-x.size // 8)] = 0
+        for j in range(-(-count // 8)):
+            result[_at(first, j)] = 0
         return True
-    for j in range(x.size // 8):
+    for j in range(count // 8):
         eight = np.uint32(0)
         for place in range(8):
             eight |= np.uint32(x[8 * j + place] < _ZERO) << np.uint32(place)
-        bits[j] = np.uint8(eight)
-    if x.size % 8:
+        result[_at(first, j)] = np.uint8(eight)
+    if count % 8:
         rest = np.uint32(0)
-        for place in range(x.size % 8):
-            rest |= np.uint32(x[x.size // 8 * 8 + place] < _ZERO) << np.uint32(place)
-        bits[x.size // 8] = np.uint8(rest)
+        for place in range(count % 8):
+            rest |= np.uint32(x[count // 8 * 8 + place] < _ZERO) << np.uint32(place)
+        result[_at(first, count // 8)] = np.uint8(rest)
     return True
 
 
@@ -618,14 +617,13 @@ def _flipped(magnitude: np.uint32, bits: np.uint8, place: int) -> np.float32:
 
 
 @_inline
-def _onebit_take(data: Bytes, b: int, blocks: int, block: int, x: Floats) -> None:
-    magnitude = np.float32(_scale(data, b)).view(np.uint32)
-    bits = data[2 * blocks + b * block // 8 :]
-    for j in range(x.size // 8):
+def _onebit_values(data: Bytes, b: int, blocks: int, block: int, x: Floats, count: int) -> None:
+    magnitude, first = np.float32(_scale(data, b)).view(np.uint32), 2 * blocks + b * block // 8
+    for j in range(count // 8):
         for place in range(8):
-            x[8 * j + place] = _flipped(magnitude, bits[j], place)
-    for i in range(x.size // 8 * 8, x.size):
-        x[i] = _flipped(magnitude, bits[i // 8], i % 8)
+            x[8 * j + place] = _flipped(magnitude, data[_at(first, j)], place)
+    for i in range(count // 8 * 8, count):
+        x[i] = _flipped(magnitude, data[_at(first, i // 8)], i % 8)
 
 
 @_kernel(*_ENCODE)
@@ -639,35 +637,25 @@ def onebit_encode(
     remainder: Floats,
 ) -> float:
     blocks, left = -(-anchor.size // block), 0.0
-    scratch, decoded = np.empty(block, np.float32), np.empty(block, np.float32)
-    sums, last = np.empty(block // 2, np.float32), np.empty(block, np.float32)
+    x, decoded, sums = np.empty(block, np.float32), np.empty(block, np.float32), np.empty(block, np.float32)
     for b in range(blocks):
-        start = b * block
-        x = scratch[: min(block, anchor.size - start)]
-        _take_delta(x, start, anchor, sent, carried)
-        if not _onebit_put(x, b, blocks, sums, last, result):
+        start, count = b * block, min(block, anchor.size - b * block)
+        _take_delta(x, count, start, anchor, sent, carried)
+        if not _onebit_put(x, count, b, blocks, block, sums, result):
             return -1.0
         if remainder.size > 0:
-            _onebit_take(result, b, blocks, block, decoded[: x.size])
-            left += _leave(x, decoded, start, decay, remainder)
+            _onebit_values(result, b, blocks, block, decoded, count)
+            left += _leave(x, count, decoded, start, decay, remainder)
     return left
 
 
 @_kernel(*_DECODE)
 def onebit_decode(data: Bytes, block: int, base: Floats, rate: np.float32, result: Floats) -> None:
-    blocks = -(-result.size // block)
+    blocks, x = -(-result.size // block), np.empty(block, np.float32)
     for b in range(blocks):
-        y, bits = result[b * block : (b + 1) * block], data[2 * blocks + b * block // 8 :]
-        if base.size == 0:
-            _onebit_take(data, b, blocks, block, y)
-            continue
-        a = base[b * block : b * block + y.size]
-        magnitude = np.float32(_scale(data, b) * rate).view(np.uint32)
-        for j in range(y.size // 8):
-            for place in range(8):
-                y[8 * j + place] = a[8 * j + place] - _flipped(magnitude, bits[j], place)
-        for i in range(y.size // 8 * 8, y.size):
-            y[i] = a[i] - _flipped(magnitude, bits[i // 8], i % 8)
+        count = min(block, result.size - b * block)
+        _onebit_values(data, b, blocks, block, x, count)
+        _put(x, count, b * block, base, rate, result)
 
 
 @_kernel(*_ADD)

@@ -9,6 +9,7 @@ import torch
 from codecs_world import on, same_bits
 
 from shoal.compression import copying
+from shoal.compression.codec import CodecError
 from shoal.compression.copying import copy, take
 from shoal.compression.registry import codec_by_tag
 from shoal.training.outer.buffers import Buffers
@@ -56,6 +57,43 @@ def test_one_value_that_is_no_number_makes_the_norm_none(path: str, place: int, 
     source[place] = wrong
     with on(path):
         assert not math.isfinite(take(source, torch.empty(3000), anchor))
+
+
+@pytest.mark.parametrize("block", [256, 512, 1024])
+@pytest.mark.parametrize("count", [1, 15, 17, 255, 256, 1040, 5003, 70_000])
+@pytest.mark.parametrize("carries", [False, True])
+@pytest.mark.parametrize("at", [0, 1])
+def test_int8_copies_measures_and_encodes_in_one_pass_what_it_does_in_two(
+    block: int, count: int, carries: bool, at: int
+) -> None:
+    source, anchor, carried = torch.randn(3, count).unbind()
+    codec, plus, into = (
+        codec_by_tag(f"int8/{block}"),
+        carried if carries else None,
+        torch.full((count + 48,), -1.0),
+    )
+    with on("compiled"):
+        taken = codec.take(source, into[at : at + count], anchor, plus)
+        square = take(source, torch.empty(count), anchor, plus)
+    assert taken is not None
+    with on("portable"):
+        assert codec.take(source, torch.empty(count), anchor, plus) is None
+        assert bytes(taken[1]) == bytes(codec.encode_difference(anchor, source, plus)[0])
+    assert taken[0] == pytest.approx(square, rel=1e-6)
+    assert same_bits(into[at : at + count], source)
+    assert bool((into[:at] == -1.0).all()) and bool((into[at + count :] == -1.0).all())
+
+
+@pytest.mark.parametrize("place", [0, 1023, 2999])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 3e38])
+def test_what_cannot_be_encoded_is_left_to_the_pass_that_says_so(place: int, wrong: float) -> None:
+    source, anchor = torch.randn(2, 3000).unbind()
+    source[place], anchor[place] = wrong, -wrong
+    codec = codec_by_tag("int8/256")
+    with on("compiled"):
+        assert codec.take(source, torch.empty(3000), anchor) is None
+        with pytest.raises(CodecError):
+            codec.encode_difference(anchor, source)
 
 
 def test_other_types_and_strides_are_copied_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from outer_faults import Faults
 from outer_world import Node, World, inline, round_spec
 from partition_world import PartitionWorld
 
+from shoal.compression import kernels
 from shoal.protocol.identity import PeerId
 from shoal.protocol.memory_transport import Link
 from shoal.protocol.virtual_time import run
@@ -28,7 +29,8 @@ PART_VALUES = 1024
 
 @pytest.fixture(autouse=True)
 def part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work off the loop comes in pieces of a part, however small that is."""
+    """Work off the loop comes in pieces of a part, however small that is, and after what was taken."""
+    monkeypatch.setattr(kernels, "active", None)
     monkeypatch.setattr(contribution, "_GROUP_VALUES", 1)
 
 

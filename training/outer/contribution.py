@@ -1,7 +1,8 @@
 """Contribution: what a process offers a round. Taken at PREPARE by `Member`, encoded while `Round` sends it.
 
 PREPARE is answered once its norm is known, and parts go out one by one as they are encoded: else the link
-would be idle for as long as the whole fragment takes.
+would be idle for as long as the whole fragment takes. Codecs that encode in the pass that copies and measures
+have done so by then: less than that link would wait for a second one, and than memory for its traffic.
 """
 
 from __future__ import annotations
@@ -65,23 +66,32 @@ class Contribution:
         anchor: torch.Tensor,
         carried: dict[int, torch.Tensor],
     ) -> Contribution:
-        """What there is now. Its norm is found while local weights are copied."""
+        """What there is now. Its norm is found as local weights are copied; so are its bytes if possible."""
         squares: list[float] = []
+        encoded: dict[int, Buffer] = {}
+        measures = context.spec.compression.contribution == LAYERS
 
         def copied(weights: torch.Tensor) -> torch.Tensor:
             into = context.buffers.take(fragment.count)
-            for part in fragment.parts:
-                span = fragment.within(part)
-                squares.append(take(weights[span], into[span], anchor[span], carried.get(part.index)))
+            for place, part in enumerate(fragment.parts):
+                span, plus = fragment.within(part), carried.get(part.index)
+                vectors = weights[span], into[span], anchor[span], plus
+                taken = None if measures else codecs.contribution(place).take(*vectors)
+                if taken is None:
+                    squares.append(take(*vectors))
+                else:
+                    squares.append(taken[0])
+                    encoded[part.index] = taken[1]
             return into
 
         sent = await local.sent(fragment.span, copied)
-        return cls(fragment, codecs, anchor, sent, carried, math.sqrt(sum(squares)))
+        return cls(fragment, codecs, anchor, sent, carried, math.sqrt(sum(squares)), _encoded=encoded)
 
     async def encode(self, context: Context) -> None:
         """Encode all parts, in `order`, off the loop. The run's owner is told of those that cannot be."""
         measured: dict[int, list[Choice]] = {}
-        groups = iter(grouped([self.fragment.parts[number] for number in self.order]))
+        parts = [self.fragment.parts[number] for number in self.order]
+        groups = iter(grouped([part for part in parts if part.index not in self._encoded]))
         try:
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(_AT_ONCE):
@@ -158,5 +168,5 @@ class Contribution:
 
 def grouped(parts: Sequence[Part]) -> list[Sequence[Part]]:
     """Runs of parts of about _GROUP_VALUES values, each one piece of off-loop work."""
-    each = max(1, _GROUP_VALUES // parts[0].count)
+    each = max(1, _GROUP_VALUES // parts[0].count) if parts else 1
     return [parts[i : i + each] for i in range(0, len(parts), each)]
