@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from shoal.compression import kernels
 from shoal.node.simulate.options import Options
 from shoal.node.simulate.run import simulate_run
 from shoal.training.spec import RunSpec
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--until", type=float, default=0.0, help="begin no seed after so many CPU seconds")
     options = parser.parse_args()
+    kernels.warm()  # what real peers encode with
     first, last = map(int, options.seeds.split("-"))
     failed = done = 0
     for seed in range(first, last):
