@@ -1,6 +1,6 @@
 """Real processes on loopback: a peer moves to a stage one loss from empty, an empty one comes back.
 
-Both tests share a swarm, in this order; times are printed, none is asserted.
+Each test has a swarm of its own; times are printed, none is asserted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shoal.node.paths import CACHE_KEY
 WINDOW_S = 3.0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def moving() -> Iterator[Shared]:
     """Two replicas of each of two stages, who stay there; who comes without --stage may move."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as text:
