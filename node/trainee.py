@@ -195,7 +195,7 @@ class Trainee:
         if kind in ("stage-lost", "stage-found", "stage-rebuilt"):
             self.trouble = str(fields.get("text", ""))
         if kind == "round" and trainer is not None:
-            progress = trainer.beat()[0]
+            progress = trainer.heartbeat().stages[0]
             status = trainer.status()
             fields = {
                 **fields,

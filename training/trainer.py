@@ -1,22 +1,21 @@
-"""One replica of one stage, put together: weights, pipeline, rounds, and what it reports about itself.
+"""One replica of one stage, put together: weights, pipeline, rounds, recovery, serving.
 
 The daemon makes one and runs it; the simulator makes many. The trainer decides nothing by itself: it connects
-the parts, evaluates the held-out loss now and then, and drains in order when the peer leaves.
+the parts, and drains them in order when the peer leaves. What it says of itself is in `report`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shoal.dht.beats import Beat, StageBeat
+from shoal.dht.beats import Beat
 from shoal.dht.members import Members
 from shoal.protocol.faults import define
 from shoal.protocol.faulty_transport import point
@@ -32,7 +31,6 @@ from shoal.training.lane import Lane
 from shoal.training.model.layout import genesis, stage_layout
 from shoal.training.model.stage import StageModel
 from shoal.training.neighbours import MemberReplicas, group_members, may_hold, met, stage_guardians
-from shoal.training.outer.policy import SILENT_S
 from shoal.training.outer.service import GroupMember, Outer
 from shoal.training.outer.snapshot import Inherited
 from shoal.training.partition import stage_ranges
@@ -41,15 +39,15 @@ from shoal.training.pipeline.inference import InferenceHop
 from shoal.training.pipeline.ledger import Ledger
 from shoal.training.pipeline.station import Station
 from shoal.training.pipeline.successors import Event
+from shoal.training.reading import Reading
 from shoal.training.recovery.guarding import Guarding
 from shoal.training.recovery.left_stages import LeftStages
 from shoal.training.recovery.lost_stage import LostStage
 from shoal.training.recovery.moments import MomentsDonor, take_moments
 from shoal.training.recovery.prefetch import prefetch
+from shoal.training.report import Progress, Report
 from shoal.training.serving.replica import ServedStage
 from shoal.training.spec import RunSpec
-from shoal.training.streams import Reader, Streams, readers, unmet
-from shoal.training.uplinks import UNKNOWN, claimed_uplink
 from shoal.training.weights import Weights, learning_rate
 
 if TYPE_CHECKING:
@@ -90,7 +88,8 @@ class Trainer:
         decisions: DecisionLog | None = None,
     ) -> None:
         self.recovered = False
-        self._decisions = decisions
+        self.decisions = Ledger()  # what was decided here, for whoever checks it from outside
+        self._decision_log = decisions
         self.spec = spec
         self.stage = stage
         self._transport = transport
@@ -137,13 +136,9 @@ class Trainer:
             session_bytes=session_bytes,
             introduced=members.introduced,
         )
-        self._ledger = Ledger()
         self._book = StreamBook()
-        self._streams: Streams | None = None  # of a driver
-        self._unmet = frozenset[PeerId]()  # other drivers of whom only the log told when this one began
-        self._unmet_until_s: float | None = None
+        self._reading: Reading | None = None  # of a driver
         self._held_out: HeldOut | None = None  # of a driver
-        self._uplink_bytes_per_s = UNKNOWN  # as this peer claims it
 
     @property
     def layers(self) -> range:
@@ -184,18 +179,19 @@ class Trainer:
             peers=self._group,
             suspect=self._replicas.suspect,
             offload=self._offload,
-            positions=self._positions,
+            positions=self._book.at,
             first_stage_head=self._first_stage_head,
             event=self._outer_event,
             rng=random.Random(self._rng.getrandbits(64)),
             guardians=lambda: stage_guardians(self._members, self.stage),
             directory=self._data_dir,
             inherited=inherited,
-            decisions=self._decisions,
+            decisions=self._decision_log,
             amended=self._amended,
             meet=self._members.meet,
             holds=lambda peer: may_hold(self._members.view(), self.stage, peer),
         )
+        self._progress = Progress(self.outer, self.weights, self.serving, self._lane, fixed=self._fixed)
         self._guarding = Guarding(
             self.outer.context, self._members, self._spare_bytes, self._data_dir, self._guards
         )
@@ -214,16 +210,7 @@ class Trainer:
                 await self._take_moments()
             unfinished.pop_all()
         if self._feed is not None:
-            self._streams = Streams(
-                self._me,
-                self._feed.own,
-                self._other_readers,
-                self.outer.positions,
-                self.outer.readers,
-                self._read,
-                self._event,
-            )
-            self._streams.begin()
+            self._reading = Reading(self._feed, self._book, self.outer, self._members.view, self._event)
         self.station = Station(
             self.spec,
             self.stage,
@@ -233,12 +220,12 @@ class Trainer:
             replicas=self._replicas,
             compute=compute,
             lane=self._lane,
-            ledger=self._ledger,
+            ledger=self.decisions,
             stepped=self.outer.stepped,
             added=self._book.add,
             event=self._event,
             rng=self._rng,
-            decisions=self._decisions,
+            decisions=self._decision_log,
             stages=self._stages_most,
         )
         self.station.serve()
@@ -266,6 +253,20 @@ class Trainer:
         self.serving.serve()
         MomentsDonor(self.stage, self._transport, self.weights, self._offload).serve()
         self.outer.serve()
+        self._report = Report(
+            layout=self.layout,
+            progress=self._progress,
+            outer=self.outer,
+            weights=self.weights,
+            station=self.station,
+            lane=self._lane,
+            serving=self.serving,
+            guarding=self._guarding,
+            book=self._book,
+            reading=self._reading,
+            held_out=self._held_out,
+            checkpoints=self._checkpoints,
+        )
         self.recovered = True
         await point(self._transport, _ENTERED)
 
@@ -297,9 +298,11 @@ class Trainer:
             tasks.create_task(self._obey())
             if self._checkpoints is not None:
                 tasks.create_task(self._checkpoints.run())
-            if self._streams is not None:
-                tasks.create_task(self._streams.run())
-            tasks.create_task(self.station.run(self._next_batch if self._feed is not None else None))
+            if self._reading is not None:
+                tasks.create_task(self._reading.streams.run())
+            tasks.create_task(
+                self.station.run(self._reading.next_batch if self._reading is not None else None)
+            )
             if self._held_out is not None:
                 tasks.create_task(self._held_out.run())
 
@@ -345,114 +348,20 @@ class Trainer:
         except TimeoutError:
             self._event("drain-cut", {"after_s": deadline_s})
 
-    def beat(self, tokens_per_s: float = 0.0) -> tuple[StageBeat, ...]:
-        """What heartbeats say of this stage."""
-        outer, weights = self.outer, self.weights
-        measured = self._transport.uplink_bytes_per_s()
-        self._uplink_bytes_per_s = claimed_uplink(measured, self._uplink_bytes_per_s)
-        return (
-            StageBeat(
-                stage=self.stage,
-                height=outer.height,
-                head=outer.head,
-                state_root=outer.state_root,
-                log_tokens=outer.tokens,
-                inner_steps=weights.inner_steps,
-                tokens=weights.tokens,
-                steps_since_round=outer.steps_since_round,
-                tokens_since_round=outer.tokens_since_round,
-                uplink_bytes_per_s=self._uplink_bytes_per_s,
-                service_s=self._lane.load().service_s,
-                fixed=self._fixed,
-                step_s=self.serving.claimed_step_s(),
-                incarnation=self._incarnation,
-                tokens_per_s=tokens_per_s,
-                reentering=outer.reentering,
-            ),
-        )
-
     def heartbeat(self) -> Beat:
-        """What neighbours hear of this replica."""
-        load, rate = self._lane.load(), self.station.tokens_per_s()
-        return Beat(
-            backlog_s=load.backlog_s,
-            tokens_per_s=rate,
-            finished_work=load.finished,
-            stages=self.beat(rate),
-            guards=self._guarding.beats(),
-            spare_bytes=self._guarding.spare_bytes,
-            streams=self._streams.claims if self._streams is not None else (),
-        )
+        """What neighbours hear of this replica, once it has recovered."""
+        return self._report.heartbeat()
 
-    @property
-    def decisions(self) -> Ledger:
-        """What was decided here, for whoever checks it from outside."""
-        return self._ledger
+    def status(self) -> dict[str, object]:
+        """Figures for `shoal status`, likewise."""
+        return self._report.status()
 
     def ledger(self) -> dict[str, list[tuple[int, int]]]:
         """Applied micro-batches, `driver/incarnation` -> intervals."""
-        return self._ledger.applied()
-
-    def under_way(self) -> dict[PeerId, int]:
-        """How many micro-batches each replica of the next stage has been asked for by this one."""
-        return self.station.under_way()
-
-    def status(self) -> dict[str, object]:
-        """Figures for `shoal status`, JSON-able, keys stable."""
-        outer, weights, load = self.outer, self.weights, self._lane.load()
-        figures: dict[str, object] = {
-            **self.station.status(),
-            "stage": self.stage,
-            "layers": [self.layout.layers.start, self.layout.layers.stop],
-            "parameters": self.layout.size,
-            "height": outer.height,
-            "head": outer.head.hex(),
-            "state_root": outer.state_root.hex(),
-            "log_tokens": outer.tokens,
-            "revision": outer.revision,
-            "learning_rate": self._learning_rate(),
-            "round_inner_steps": outer.spec.outer.inner_steps,
-            "inner_steps": weights.inner_steps,
-            "gradient_norm": weights.gradient_norm,
-            "lane_queued": load.queued,
-            "lane_backlog_s": load.backlog_s,
-            "lane_busy_s": load.busy_s,
-            "lane_served_s": load.served_s,
-            "lane_service_s": load.service_s,
-            "lane_finished": load.finished,
-            "sessions": self.serving.sessions.status(),
-            "held_out_loss": _number(self._held_out.loss) if self._held_out is not None else None,
-            "outer": outer.status(),
-            "guards": self._guarding.status(),
-            "checkpoint": self._checkpoints.status() if self._checkpoints is not None else {},
-        }
-        if self.stage == 0:
-            figures["streams"] = dict(self._book.at(self.weights.inner_steps))
-        return figures
+        return self.decisions.applied()
 
     def _learning_rate(self) -> float:
         return learning_rate(self.outer.spec, self.outer.tokens)
-
-    def _positions(self, step: int) -> tuple[tuple[int, int], ...]:
-        """Of its data streams, as of an inner step."""
-        return self._book.at(step)
-
-    def _other_readers(self) -> list[Reader]:
-        last = [PeerId(seat.peer) for seat in self.outer.last_seats]
-        view, logged_by, now_s = self._members.view(), self.outer.readers(), asyncio.get_running_loop().time()
-        if self._unmet_until_s is None:
-            self._unmet, self._unmet_until_s = unmet(view, logged_by, last), now_s + SILENT_S
-        return readers(view, logged_by, last, self._unmet if now_s < self._unmet_until_s else ())
-
-    def _read(self, positions: Mapping[int, int]) -> None:
-        if self._feed is not None:
-            self._feed.read(positions)
-            self._book.read(positions)
-
-    async def _next_batch(self) -> torch.Tensor:
-        if self._feed is None:
-            raise RuntimeError("a driver has a feed")
-        return self._book.draw(await self._feed.next_batch())
 
     def _first_stage_head(self) -> bytes:
         """Of the first stage's longest log that is heard of: entries of the other stages name it."""
@@ -469,13 +378,9 @@ class Trainer:
 
     def _group(self) -> Sequence[GroupMember]:
         view = self._members.view()
-        return group_members(view, self._incarnation, self.beat()[0], self.outer.last_seats)
+        return group_members(view, self._incarnation, self._progress.beat(), self.outer.last_seats)
 
     def _is_scorer(self) -> bool:
         """Of all drivers the one of lowest id."""
         drivers = [member.peer for member in self._members.view().online(0)]
         return not self._amended.paused and self._me == min(drivers, default=self._me)
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

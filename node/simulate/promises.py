@@ -80,7 +80,7 @@ class Promises:
 
     def _nobody_waits_for_the_dead(self, now: float, name: PeerId, peer: SimulatedPeer) -> None:
         for trainer in peer.replicas.values():
-            for asked, under_way in trainer.under_way().items():
+            for asked, under_way in trainer.station.under_way().items():
                 dead_for_s = now - self._dead_s.get(asked, now)
                 if under_way and dead_for_s > BLIND_S:
                     self._break(f"P3: {name} still waits for {asked}, dead for {dead_for_s:.0f} s")

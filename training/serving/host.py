@@ -163,10 +163,6 @@ class Host:
         )
         return Beat(backlog_s=load.backlog_s, finished_work=load.finished, stages=(stage,))
 
-    def beat(self) -> tuple[StageBeat, ...]:
-        """What heartbeats say of this stage."""
-        return self.heartbeat().stages
-
     def ledger(self) -> dict[str, list[tuple[int, int]]]:
         """No micro-batch is applied here."""
         return {}
