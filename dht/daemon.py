@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,6 +37,7 @@ PING_DEADLINE_S = 1.0
 LAUNCH_S = 20.0
 CLOSE_S = 2.0
 FIRST_RESTART_S, LAST_RESTART_S = 0.2, 30.0
+STEADY_S = 20.0  # a p2pd that lived as long is restarted as soon as the first; until then, ever later
 DOWN_AFTER_STARTS = 3  # failed starts in a row until the state says so; trying goes on
 _SOCKET_PATH_BYTES = 100  # Unix allows 107 (sun_path)
 _SOCKET_NAME_BYTES = 40  # "/p2pclient-", 11 random characters, ".sock", and some air
@@ -83,7 +84,7 @@ class Daemon:
         self._lost: asyncio.Future[str] | None = None  # done when the p2pd of the moment is
         self._watch: asyncio.Task[None] | None = None
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
-        self._socket_path = ""
+        self._delay_s = FIRST_RESTART_S
 
     async def start(self) -> None:
         """Start p2pd and watch it.
@@ -92,7 +93,8 @@ class Daemon:
         """
         if self._settings.announce and not self._settings.port:
             raise UsageError("to announce addresses, choose the port that they lead to")
-        await asyncio.to_thread(self._prepare_files)
+        if not self._port:
+            self._port = await asyncio.to_thread(self._last_port)
         try:
             await self._launch()
         except TransportLost:
@@ -152,21 +154,31 @@ class Daemon:
             raise PeerSilent(f"no peer of the directory answered within {timeout_s:g} s")
         return task.result()
 
-    def _prepare_files(self) -> None:
+    def _last_port(self) -> int:
+        return int(read_private(self._settings.state_dir / "p2pd.port", 8) or b"0")
+
+    def _make_files(self) -> str:
+        """What p2pd finds, its folder for sockets; before each start, for somebody may have cleared it away.
+
+        Without the identity, hivemind would make one, and this peer another.
+        """
         directory = self._settings.state_dir
         private_directory(directory)
         write_private(directory / "p2pd.identity", self._settings.identity)
-        if not self._settings.port:
-            self._port = int(read_private(directory / "p2pd.port", 8) or b"0")
-        self._sockets = _socket_directory(directory)
-        self._socket_path = self._sockets.name
+        if self._sockets is not None and not os.path.isdir(self._sockets.name):
+            self._sockets.cleanup()
+            self._sockets = None
+        if self._sockets is None:
+            self._sockets = _socket_directory(directory)
+        return self._sockets.name
 
     async def _launch(self) -> None:
-        """One p2pd, attached. Raises TransportLost."""
+        """One p2pd, attached. Raises TransportLost or StorageError."""
         guarded_p2p = await load_hivemind()
         settings = self._settings
+        sockets = await asyncio.to_thread(self._make_files)
         attributes = {
-            "_UNIX_SOCKET_PREFIX": f"/unix{self._socket_path}/",
+            "_UNIX_SOCKET_PREFIX": f"/unix{sockets}/",
             "guard": self._guard,
             "born": [],
         }
@@ -183,9 +195,7 @@ class Daemon:
                     nat_port_map=settings.nat_port_map,
                     startup_timeout=LAUNCH_S,
                 )
-                routes = await p2p.identify()
-                self._guard.my_routes = routes
-                await self._attach(p2p)
+                routes = await _while_it_lives(p2p, self._introduce(p2p))
         except BaseException as error:
             for unfinished in kind.born:
                 await _dispose(unfinished)
@@ -196,6 +206,11 @@ class Daemon:
         self._p2p = p2p
         self._lost = asyncio.get_running_loop().create_future()
         self.state = DaemonState.UP
+
+    async def _introduce(self, p2p: GuardedP2P) -> tuple[str, ...]:
+        self._guard.my_routes = routes = await p2p.identify()
+        await self._attach(p2p)
+        return routes
 
     def _keep_port(self, routes: tuple[str, ...]) -> None:
         """Whatever port was chosen, tokens carry it: use it from now on."""
@@ -209,7 +224,10 @@ class Daemon:
 
     async def _supervise(self) -> None:
         while (p2p := self._p2p) is not None:
+            begun_s = self._now()
             self.last_fault = await self._until_lost(p2p)
+            if self._now() - begun_s >= STEADY_S:
+                self._delay_s = FIRST_RESTART_S
             logger.warning("lost p2pd (%s); restarting it", self.last_fault)
             self.state = DaemonState.RESTARTING
             self.restarts += 1
@@ -219,9 +237,10 @@ class Daemon:
             await self._restart()
 
     async def _restart(self) -> None:
-        delay_s, failures = FIRST_RESTART_S, 0
+        failures = 0
         while True:
-            await asyncio.sleep(delay_s * self._rng.uniform(0.5, 1.5))
+            await asyncio.sleep(self._delay_s * self._rng.uniform(0.5, 1.5))
+            self._delay_s = min(self._delay_s * 2, LAST_RESTART_S)
             try:
                 await self._launch()
                 return
@@ -232,7 +251,6 @@ class Daemon:
             if failures >= DOWN_AFTER_STARTS:
                 self.state = DaemonState.DOWN
                 self._port = self._settings.port  # somebody else may have taken the port
-            delay_s = min(delay_s * 2, LAST_RESTART_S)
 
     async def _until_lost(self, p2p: GuardedP2P) -> str:
         """Watch the process, the connection to it, and whether it answers."""
@@ -259,9 +277,27 @@ class Daemon:
             return f"p2pd does not answer: {error}"
         return None
 
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
     def _fail_pending(self, fault: str) -> None:
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(fault)
+
+
+async def _while_it_lives(p2p: GuardedP2P, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; if p2pd ends first, hivemind would wait for its answers. Raises TransportLost."""
+    ended, working = asyncio.ensure_future(p2p.until_fault()), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({ended, working}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise TransportLost(f"p2pd does not start: {ended.result()}")
+        return working.result()
+    finally:
+        ended.cancel()
+        working.cancel()
+        await asyncio.wait({ended, working})
 
 
 async def _dispose(p2p: GuardedP2P, gently: bool = True) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, ClassVar
 
 from google.protobuf.message import DecodeError
@@ -113,20 +113,21 @@ class GuardedP2P(P2P):  # type: ignore[misc]  # hivemind is untyped
 
     async def dial(self, peer: PeerID, routes: tuple[str, ...]) -> None:
         """Connect, or stay connected. Raises ControlFailure with libp2p's reasons."""
-        target = p2pd_pb2.ConnectRequest(
-            peer=peer.to_bytes(), addrs=[Multiaddr(route).to_bytes() for route in routes]
-        )
+        target = p2pd_pb2.ConnectRequest(peer=peer.to_bytes(), addrs=list(_encoded(routes)))
         response = await self._control(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=target))
         if response.type == p2pd_pb2.Response.ERROR:
             raise ControlFailure(response.error.msg)
 
     async def _control(self, request: Any) -> Any:
+        """What p2pd answers. Raises OSError, and EOFError where it closes the connection."""
         reader, writer = await self._client.control.daemon_connector.open_connection()
         try:
             await write_pbmsg(writer, request)
             response = p2pd_pb2.Response()
             await read_pbmsg_safe(reader, response)
             return response
+        except (DecodeError, ValueError) as error:
+            raise ConnectionError(f"its answer cannot be read: {error}") from error
         finally:
             writer.close()
 
@@ -239,12 +240,20 @@ class _Raw:
         return self.data
 
     @classmethod
-    def FromString(cls, data: bytes) -> _Raw:  # noqa: N802
-        return cls(data)
+    def FromString(cls, data: bytes | None) -> _Raw:  # noqa: N802
+        """None is what hivemind makes of p2pd's word for an empty answer."""
+        return cls(data or b"")
 
 
 def _peer(peer_id: PeerID) -> PeerId:
     return PeerId(peer_id.to_base58())
+
+
+def _encoded(routes: tuple[str, ...]) -> Iterator[bytes]:
+    """Those that libp2p understands: others say of a peer what they like."""
+    for route in routes:
+        with contextlib.suppress(ValueError):
+            yield Multiaddr(route).to_bytes()
 
 
 def _parsed(kind: type[Any], body: bytes) -> Any:
