@@ -122,5 +122,5 @@ class AddressBook:
         return self._known.get(peer, ((), False))[0]
 
     def recent(self, most: int) -> tuple[PeerId, ...]:
-        """Peers learnt of last, the last one first."""
-        return tuple(reversed(self._known))[:most]
+        """Peers learnt of last, the last one first, but those that spoke for themselves before the others."""
+        return tuple(sorted(reversed(self._known), key=lambda peer: not self._known[peer][1])[:most])

@@ -22,7 +22,7 @@ from shoal.dht.addresses import AddressBook, Multiaddress
 from shoal.dht.bootstrap import Bootstrap, check_port, libp2p_reason
 from shoal.dht.daemon import Daemon
 from shoal.dht.kademlia.guarded_p2p import P2P_ERRORS, GuardedP2P
-from shoal.protocol.errors import AccessError, BootstrapFailed, NetworkError, StorageError, UsageError
+from shoal.protocol.errors import AccessError, BootstrapFailed, ShoalError, StorageError, UsageError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.private_files import read_private, write_private
 
@@ -95,7 +95,7 @@ class Joiner:
                 wait_s = FIRST_RETRY_S
             try:
                 await self.join()
-            except NetworkError as error:
+            except ShoalError as error:
                 logger.info("%s", error)
             wait_s = LAST_RETRY_S if self._joined() else min(wait_s * 2, LAST_RETRY_S)
             await self._save_met()
@@ -125,13 +125,13 @@ class Joiner:
         routes = self._book.routes(peer)
         try:
             await self._greet(Multiaddress.parse(f"{routes[0]}/p2p/{peer}"), routes)
-        except (NetworkError, AccessError, UsageError) as error:
+        except ShoalError as error:  # some are nonsense that it answers
             logger.debug("met before, gone now: %s: %s", peer, error)
             return False
         return True
 
     async def _greet(self, target: Multiaddress, routes: tuple[str, ...]) -> None:
-        """Connect and ping; then both know each other. Raises NetworkError or AccessError with the reason."""
+        """Connect and ping; then both know each other. Raises ShoalError with the reason."""
         peer_id = PeerID.from_base58(target.peer)
         protocol = self._node().protocol
         request = dht_pb2.PingRequest(peer=protocol.node_info)
@@ -148,8 +148,9 @@ class Joiner:
             if "AccessError" in str(error):
                 raise AccessError("it refuses our calls: this peer and that one are not of one run") from None
             raise libp2p_reason(str(error), target) from None
-        node_id = DHTID.from_bytes(response.peer.node_id)
-        await protocol.update_routing_table(node_id, peer_id, responded=True)
+        if response.peer.node_id:  # else it only asks, and has no place in the DHT
+            node_id = DHTID.from_bytes(response.peer.node_id)
+            await protocol.update_routing_table(node_id, peer_id, responded=True)
 
     async def _load_met(self) -> None:
         try:
