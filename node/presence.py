@@ -32,6 +32,7 @@ from shoal.protocol.errors import BootstrapFailed, NetworkError, ShoalError
 from shoal.protocol.grpc_transport import GrpcTransport
 from shoal.protocol.identity import PeerId, PeerKey
 from shoal.protocol.revocation import RevocationBook
+from shoal.protocol.write_behind import WriteBehind
 
 _SPEC_S = 30.0  # for somebody who knows the spec to be found ...
 _ASKED = 12  # ... of these at a time, which takes less even if none answers
@@ -180,8 +181,9 @@ async def present(
     no limit. Raises
     AccessError, BootstrapFailed, TransportLost, and UsageError for a limit that is too low.
     """
-    book = RevocationBook(token.run_id, token.root_der, revocations_path or folder / "revocations")
-    orders = AmendmentBook(token.run_id, token.root_der, amendments_path or folder / "amendments")
+    lists = WriteBehind()
+    book = RevocationBook(token.run_id, token.root_der, revocations_path or folder / "revocations", lists)
+    orders = AmendmentBook(token.run_id, token.root_der, amendments_path or folder / "amendments", lists)
     membership = Membership(token, key, time.time, book, orders)
     contacts = ContactBook()
     transport = GrpcTransport(membership, contacts, listening.host, listening.port, upload_bytes_per_s)
@@ -200,6 +202,7 @@ async def present(
     serve_spec(transport, lambda: presence.spec, membership)
     serve_dial_back(transport)
     async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(lists.close)
         await transport.start()
         stack.push_async_callback(transport.close)
         stack.push_async_callback(directory.close)

@@ -52,22 +52,32 @@ class SignedBook(ABC, Generic[Signed, Listed]):
         Raises ProtocolViolation for one that is forged or drops what must stay, StorageError if the disk
         refuses (the list counts nevertheless).
         """
-        listed = self._newer(signed)
-        if listed is None:
+        if not self._take(signed):
             return False
-        self.signed, self.current = signed, listed
         try:
             if self._path:
                 self._write(self._path, self._file(signed))
         finally:
-            for notify in list(self.changed):
-                notify()
+            self._tell()
         return True
 
     def reload(self) -> bool:
-        """Adopt what a command wrote to the same file meanwhile; whether it was newer."""
+        """Take over what a command wrote to the same file meanwhile; whether it was newer."""
         stored = self._load(self._path) if self._path else None
-        return stored is not None and self.adopt(stored[0])
+        if stored is None or not self._take(stored[0]):
+            return False
+        self._tell()
+        return True
+
+    def _take(self, signed: Signed) -> bool:
+        listed = self._newer(signed)
+        if listed is not None:
+            self.signed, self.current = signed, listed
+        return listed is not None
+
+    def _tell(self) -> None:
+        for notify in list(self.changed):
+            notify()
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[asyncio.Event]:
