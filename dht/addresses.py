@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -84,6 +85,18 @@ def host_route(host: str, port: int) -> str:
     except ValueError:
         raise UsageError(f"cannot listen on {host!r}: give an IP address, such as 0.0.0.0") from None
     return f"/ip{number.version}/{number}/tcp/{port}"
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Whether nobody can listen there any more. `host`: an IP address of this machine; port 0 never is."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False
 
 
 def _split_route(route: str) -> tuple[str, int, str]:

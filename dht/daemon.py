@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shoal.dht.addresses import host_route
+from shoal.dht.addresses import host_route, is_taken
 from shoal.dht.hivemind_loading import load_hivemind
 from shoal.protocol.errors import PeerSilent, ShoalError, StorageError, TransportLost, UsageError
 from shoal.protocol.private_files import private_directory, read_private, write_private
@@ -100,7 +100,7 @@ class Daemon:
         except TransportLost:
             if self._port == self._settings.port:
                 raise
-            self._port = self._settings.port  # the port of the last time is taken
+            await self._give_up_taken_port()
             await self._launch()
         self._watch = asyncio.create_task(self._supervise(), name="p2pd supervisor")
 
@@ -207,6 +207,11 @@ class Daemon:
         self._lost = asyncio.get_running_loop().create_future()
         self.state = DaemonState.UP
 
+    async def _give_up_taken_port(self) -> None:
+        """For one to listen on, where somebody else has that of the last time."""
+        if await asyncio.to_thread(is_taken, self._settings.host, self._port):
+            self._port = self._settings.port
+
     async def _introduce(self, p2p: GuardedP2P) -> tuple[str, ...]:
         self._guard.my_routes = routes = await p2p.identify()
         await self._attach(p2p)
@@ -250,7 +255,7 @@ class Daemon:
                 logger.warning("%s (attempt %d)", error, failures)
             if failures >= DOWN_AFTER_STARTS:
                 self.state = DaemonState.DOWN
-                self._port = self._settings.port  # somebody else may have taken the port
+                await self._give_up_taken_port()
 
     async def _until_lost(self, p2p: GuardedP2P) -> str:
         """Watch the process, the connection to it, and whether it answers."""

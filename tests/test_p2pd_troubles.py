@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from directory_world import HivemindWorld, Person, Run
 from shoal.dht.daemon import Daemon, DaemonSettings, DaemonState
 from shoal.dht.hivemind_directory import HivemindDirectory
 from shoal.protocol.errors import ShoalError, TransportLost
+from shoal.protocol.private_files import write_private
 from shoal.protocol.virtual_time import run as run_in_virtual_time
 
 
@@ -95,6 +97,35 @@ def test_one_that_dies_while_it_is_attached_is_not_waited_for(tmp_path: Path) ->
                 await daemon.start()
         finally:
             await daemon.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "free"])
+def test_the_port_that_tokens_carry_is_given_up_only_to_somebody_who_has_taken_it(
+    tmp_path: Path, taken: bool
+) -> None:
+    """Not because p2pd started too slowly, on a machine that has much else to do."""
+
+    async def scenario() -> None:
+        unused: Any = SimpleNamespace(my_routes=())
+        daemon: Any = Daemon(DaemonSettings(tmp_path, b""), unused, unused, random.Random(1))
+        tried: list[int] = []
+
+        async def launch() -> None:
+            tried.append(daemon._port)
+            if len(tried) == 1:
+                raise TransportLost("p2pd does not start")
+
+        daemon._launch = launch
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            port = listening.getsockname()[1]
+            write_private(tmp_path / "p2pd.port", str(port).encode())
+            if not taken:
+                listening.close()
+            await daemon.start()
+            await daemon.close()
+        assert tried == [port, 0 if taken else port]
 
     asyncio.run(scenario())
 
