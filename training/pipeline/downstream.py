@@ -103,7 +103,8 @@ class Downstream:
             if runner is None:
                 again = failed_at is not None
                 pick = await self.successors.room(errand.sequences, errand.deadline, again=again)
-                runner = self._start(errand, pick, await errand.boundary.payload(pick.codec), behind)
+                payload = await errand.boundary.payload(pick.codec)
+                runner = self._start(errand, pick, payload, behind, again=again)
             try:
                 winner, answer = await self._race(errand, runner)
                 try:
@@ -205,7 +206,13 @@ class Downstream:
         return self._run(errand, pick, request, memoryview(b""))
 
     def _start(
-        self, errand: Errand, pick: Pick, payload: memoryview, adopt: tuple[Link, ...] = ()
+        self,
+        errand: Errand,
+        pick: Pick,
+        payload: memoryview,
+        adopt: tuple[Link, ...] = (),
+        *,
+        again: bool = False,
     ) -> _Runner:
         left_s = errand.deadline - asyncio.get_running_loop().time()
         request = Propagate(
@@ -218,6 +225,7 @@ class Downstream:
             pick.codec,
             errand.journey.hedged,
             adopt,
+            again,
         )
         return self._run(errand, pick, request, payload)
 

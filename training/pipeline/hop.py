@@ -144,7 +144,7 @@ class Hop:
         """Take the activations, and begin to work on them."""
         begun = asyncio.get_running_loop().time()
         age_s = self._limits.hop_timeout_s - request.deadline_s  # of the whole chain's time
-        since = waiting_since(begun, age_s, self._lane.load().service_s)
+        since = waiting_since(begun, age_s, self._lane.load().service_s, request.again)
         self._admit(request, caller, since)
         journey = Journey(self.stage, request.hedged)
         form, sequences = self._compute.format, request.sequences

@@ -1,5 +1,7 @@
 """A line in which the oldest goes first: micro-batches that wait for room at the next stage.
 
+Before all others those go whose replica has failed: there they had a place already.
+
 `Successors` lets one of them at a time look for a replica with room. Were all free to try, who comes just
 when somebody is done would get the place, and one that is unlucky could wait for a minute while hundreds that
 began after it go through, its activations held at every stage before. Whoever looks, and finds none, gives
@@ -14,12 +16,14 @@ import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+Place = tuple[bool, float]  # (no replica has failed with it, its deadline): the least goes first
+
 
 class Turn:
-    """What its holder has of it. `overtaken` is set once somebody older waits."""
+    """What its holder has of it. `overtaken` is set once somebody waits who goes before."""
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self, place: Place) -> None:
+        self.place = place
         self.overtaken = asyncio.Event()
 
 
@@ -29,19 +33,20 @@ class Line:
     def __init__(self) -> None:
         self._taken = False
         self._held: Turn | None = None
-        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Place, int, asyncio.Future[None]]] = []
         self._arrivals = itertools.count()
 
     @asynccontextmanager
-    async def turn(self, deadline: float) -> AsyncIterator[Turn]:
-        """Hold the turn: of those who wait, whose deadline is the earliest gets it next."""
+    async def turn(self, deadline: float, *, again: bool = False) -> AsyncIterator[Turn]:
+        """Hold the turn: of those who wait, whose deadline is the earliest gets it next; `again` before."""
+        place = (not again, deadline)
         if self._taken:
-            if self._held is not None and deadline < self._held.deadline:
+            if self._held is not None and place < self._held.place:
                 self._held.overtaken.set()
-            await self._wait(deadline)
+            await self._wait(place)
         self._taken = True
-        self._held = Turn(deadline)
-        if self._waiting and self._waiting[0][0] < deadline:  # it came while the turn was on its way here
+        self._held = Turn(place)
+        if self._waiting and self._waiting[0][0] < place:  # it came while the turn was on its way here
             self._held.overtaken.set()
         try:
             yield self._held
@@ -49,9 +54,9 @@ class Line:
             self._held = None
             self._pass_on()
 
-    async def _wait(self, deadline: float) -> None:
+    async def _wait(self, place: Place) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (deadline, next(self._arrivals), turn))
+        heapq.heappush(self._waiting, (place, next(self._arrivals), turn))
         try:
             await turn
         except asyncio.CancelledError:

@@ -33,6 +33,7 @@ OWN_WORK_OFF = 0.5
 BUSY_SERVICES = 4.0  # micro-batches queued, weight gradients that fill gaps included
 HEAD_START_SERVICES = 32.0  # a micro-batch's age is its caller's claim: it gets nobody further ahead
 YOUNGER_SERVICES = 2.0  # of these, besides, for who is older than what is queued
+AGAIN_SERVICES = BUSY_SERVICES + YOUNGER_SERVICES  # ahead of a queue that filled while its replica had it
 UNKNOWN_BUSY_S = 0.5  # until a lane has finished its first piece of work, ask so often
 HEDGE_QUANTILE = 0.95
 HEDGE_SAMPLES = 20  # fewer say nothing about a 95th percentile, and until then ...
@@ -138,12 +139,14 @@ def busy_for_s(queued: int, backlog_s: float, service_s: float, younger_s: float
     return excess_s + service_s / 2 if excess_s > 0.0 else 0.0
 
 
-def waiting_since(now: float, age_s: float, service_s: float) -> float:
+def waiting_since(now: float, age_s: float, service_s: float, again: bool = False) -> float:
     """From when on a micro-batch counts as waiting in a queue where the oldest goes first.
 
     `age_s`: since its driver began it, as the caller says. What went round trouble is older than the rest.
+    `again`: a replica failed with it.
     """
-    return now - min(max(age_s, 0.0), HEAD_START_SERVICES * service_s)
+    age_s = max(age_s, 0.0) + (AGAIN_SERVICES * service_s if again else 0.0)
+    return now - min(age_s, HEAD_START_SERVICES * service_s)
 
 
 def hedge_after_s(expected_s: float, ratios: Sequence[float]) -> float:

@@ -191,8 +191,11 @@ class Standing(NamedTuple):
     def established(self) -> bool:
         return is_established(self)
 
-    def admits(self, now: float, in_flight: int, *, all_new: bool = False) -> bool:
-        """As `is_admitted`."""
+    def admits(self, now: float, in_flight: int, *, all_new: bool = False, again: bool = False) -> bool:
+        """As `is_admitted`. `again`: no window holds what another replica failed with back from one that is
+        known to work: that one keeps room for it, or says how long it has none."""
+        if again and self.established and not self.failures:
+            in_flight = 0
         return is_admitted(self, now, in_flight, all_new)
 
     def outrun(self) -> Standing:

@@ -47,8 +47,8 @@ class _Known:
     seen_s: float = 0.0
     met: bool = False  # its beats were heard, or it has worked for us: it is no mere record
 
-    def has_room(self, now: float, all_new: bool) -> bool:
-        return self.standing.admits(now, len(self.attempts), all_new=all_new)
+    def has_room(self, now: float, all_new: bool, again: bool) -> bool:
+        return self.standing.admits(now, len(self.attempts), all_new=all_new, again=again)
 
 
 class Successors:
@@ -92,7 +92,7 @@ class Successors:
         now = asyncio.get_running_loop().time()
         listed = [replica for replica in self._look(now) if replica.peer not in besides]
         all_new = not any(self._known[replica.peer].standing.established for replica in listed)
-        roomy = [replica for replica in listed if self._known[replica.peer].has_room(now, all_new)]
+        roomy = [replica for replica in listed if self._known[replica.peer].has_room(now, all_new, again)]
         roomy = self._acquainted(roomy, again) or roomy
         sizes = {codec: self._form.hidden_bytes(sequences, codec) for codec in self._form.codecs}
         chosen = self._choose(self._candidates(roomy, now), 2 * sizes[self.usual_codec])
@@ -201,13 +201,14 @@ class Successors:
         self._event("retry", {"stage": self.stage, "peer": attempt.peer, "reason": str(error)})
 
     async def room(self, sequences: int, deadline: float, *, again: bool = False) -> Pick:
-        """Whom to ask, once somebody has room; the oldest micro-batch first. Raises StageEmpty.
+        """Whom to ask, once somebody has room; the oldest micro-batch first, but for those `again`.
+        Raises StageEmpty.
 
         `again`: as in `pick`."""
         try:
             async with asyncio.timeout_at(deadline):
                 while True:
-                    async with self._line.turn(deadline) as turn:
+                    async with self._line.turn(deadline, again=again) as turn:
                         while not turn.overtaken.is_set():
                             if (found := self.pick(sequences, again=again)) is not None:
                                 return found
