@@ -149,6 +149,20 @@ def test_a_lane_that_stands_still_while_its_loop_answers_is_given_up() -> None:
     virtual_time.run(main, limit_s=3600.0)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_nobody_is_hedged_for_the_time_that_the_stages_behind_take(seed: int) -> None:
+    """A replica says only every half second who has a micro-batch. All of that in which it passed one on was
+    held against it: where the stage behind was slow one in sixty was begun twice."""
+
+    async def main() -> None:
+        spec = spec_of(3)
+        async with World(spec, 2, seed, lambda stage, number: 0.36 if stage == 2 else 0.12) as world:
+            await world.train(batches(spec, 200))
+            assert not hedges(world.stage(0))
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_slow_machine_is_not_taken_for_one_that_stands_still_while_nobody_knows_it(replicas: int) -> None:
     """What was: each piece of work over five seconds made its caller give it up and begin it elsewhere."""

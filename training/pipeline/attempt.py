@@ -208,10 +208,10 @@ class Attempt:
                 else:
                     self.stalled.set()
                 continue
-            self._heard_s = self._now()
+            before_s, self._heard_s = self._heard_s, self._now()
             if isinstance(message.header, Gradient):
                 return message.header
-            self._working(message.header)
+            self._working(message.header, before_s)
 
     async def _values(self, stream: Stream, most_bytes: int) -> Message[Activations]:
         """What follows the Gradient: at once, or when a slow uplink has time, but not from one that is gone.
@@ -248,8 +248,9 @@ class Attempt:
         own_s = self._own_before_s + self._now() - self._own_since_s
         return own_s >= self._hedge_after_s(self._asking_s)
 
-    def _working(self, word: Working) -> None:
-        now = self._now()
+    def _working(self, word: Working, before_s: float) -> None:
+        """`before_s`: when its last word came, since when it may have passed the micro-batch on."""
+        now = self._heard_s
         self._journey.stage = word.stage
         self._journey.hedged |= word.hedged
         if word.chain:
@@ -266,7 +267,7 @@ class Attempt:
                 self._has_passed = True
                 self._passed()
             if self._own_since_s is not None:
-                self._own_before_s += now - self._own_since_s
+                self._own_before_s += max(0.0, before_s - self._own_since_s)
                 self._own_since_s = None
             return
         if self._own_since_s is None:
