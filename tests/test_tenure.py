@@ -20,6 +20,7 @@ from shoal.node.worker import Worker
 from shoal.protocol.errors import HardwareTooSmall
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.virtual_time import run
+from shoal.protocol.wire import decode, encode
 from shoal.training.spec import RunSpec
 from shoal.training.tenure import Tenure
 
@@ -181,6 +182,43 @@ def test_a_second_stage_that_there_is_no_memory_for_is_refused_once_and_the_firs
     assert begun == [0, 1]
     assert events.count("take-cut") == 1
     assert said[-1] == {0: "online"}
+
+
+def test_who_moves_goes_on_to_be_heard() -> None:
+    """Found on real processes: who still held one stage of three and was bound for another one said that it had
+    room for -1 more. No beat of it could be sent, its streams broke, and it stood alone until it was there."""
+    said: list[tuple[dict[int, str], Beat]] = []
+
+    @contextlib.asynccontextmanager
+    async def begin(stage: int) -> AsyncIterator[Slow]:
+        yield Slow()
+
+    async def main() -> None:
+        me = PeerId("z")
+        stages = {PeerId("a"): 0, PeerId("b"): 0, me: 0, PeerId("c"): 1, PeerId("d"): 1}
+        beats = {peer: Beat(stages=(StageBeat(stage),)) for peer, stage in stages.items()}
+        members = [Member(peer=peer, stages=(stages[peer],), beat=beat) for peer, beat in beats.items()]
+        tenure = Tenure(
+            moving_spec(3),
+            view=lambda: SwarmView(me, 0.0, tuple(members)),
+            begin=begin,
+            announce=lambda held: said.append((dict(held), tenure.complete(Beat()))),
+            prefetch=Slow().prefetch,
+            fits=lambda stages: True,
+            event=lambda kind, fields: None,
+            rng=random.Random(1),
+        )
+        living = asyncio.create_task(tenure.run(0))
+        while not said or said[-1][0] != {2: "online"}:
+            await asyncio.sleep(0.1)
+        living.cancel()
+        await asyncio.gather(living, return_exceptions=True)
+
+    run(main, limit_s=120.0)
+    held = [stages for stages, _ in said]
+    assert {0: "draining", 2: "joining"} in held
+    for _, beat in said:
+        assert decode(Beat, encode(beat)) == beat
 
 
 def test_who_is_leaving_takes_no_other_stage_meanwhile(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ class Tenure:
         stages = {stage: held.state for stage, held in self._held.items()}
         if self._bound is not None:
             stages[self._bound] = "joining"
-        more = self._most - len(stages) if self.terms and not self._leaving else 0
+        more = max(0, self._most - len(stages)) if self.terms and not self._leaving else 0
         others = set(range(self._spec.stages.count)) - stages.keys()
         self.room = more if more and any(self._fits([*stages, other]) for other in others) else 0
         if stages:
