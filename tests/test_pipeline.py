@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from shoal.protocol.errors import MessageInvalid
 from shoal.protocol.faults import Action, Arming
 from shoal.training.pipeline.driver import Driver
 from shoal.training.pipeline.messages import MicroBatch
+from shoal.training.pipeline.replicas import Replica
+from shoal.training.pipeline.successors import LEAVER_WAITS_S
 from shoal.training.spec import RunSpec
 
 HOP_TIMEOUT_S = small_spec(1).limits.hop_timeout_s
@@ -291,3 +295,41 @@ def test_a_micro_batch_whose_chains_fail_at_once_is_tried_less_and_less_often(
     virtual_time.run(main)
     assert 60.0 / 8.0 <= len(tried_s) <= 25
     assert tried_s[1] - tried_s[0] <= 0.5, "most chains fail for a reason that is over by then"
+
+
+@pytest.mark.parametrize("away_s", [1.0, math.inf])
+def test_who_leaves_waits_for_a_replica_that_is_suspect_for_a_moment_and_not_for_one_that_is_gone(
+    away_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found on real processes: one replica of the next stage was killed while somebody drained, and the other
+    one was suspect for a moment. All that the leaver had went back to its drivers."""
+
+    async def main() -> None:
+        spec = small_spec(3, mode="stream", in_flight=4)
+        async with World(spec, 2, service_s=lambda stage, number: 0.4 if stage == 2 else 0.01) as world:
+            loop, listed = asyncio.get_running_loop(), world.of_stage
+            training = asyncio.create_task(world.train(batches(spec, 8)))
+            await asyncio.sleep(0.3)
+            struck_s = loop.time()
+
+            def of_stage(stage: int) -> Sequence[Replica]:
+                suspect = stage == 2 and loop.time() < struck_s + away_s
+                return [] if suspect else listed(stage)
+
+            monkeypatch.setattr(world, "of_stage", of_stage)
+            for leaver in world.stage(1):
+                assert leaver.hop is not None and leaver.hop._downstream is not None
+                leaver.hop._downstream.successors.leave()
+            world.kill(world.stage(2)[0])
+            if away_s < math.inf:
+                await training
+                assert not [kind for one in world.stage(0) for kind, _ in one.events if kind == "retry"]
+            else:
+                world.kill(world.stage(2)[1])
+                while not any(kind == "retry" for one in world.stage(0) for kind, _ in one.events):
+                    await asyncio.sleep(0.05)
+                assert loop.time() < struck_s + LEAVER_WAITS_S + 1.0
+                training.cancel()
+                await asyncio.gather(training, return_exceptions=True)
+
+    virtual_time.run(main, limit_s=3600.0)

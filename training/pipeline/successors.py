@@ -15,6 +15,7 @@ from typing import Any
 
 from shoal.protocol.errors import Busy, ShoalError, StageEmpty
 from shoal.protocol.identity import PeerId
+from shoal.protocol.limits import ABORT_AFTER_S
 from shoal.training.decisions import DecisionLog
 from shoal.training.lane import Lane
 from shoal.training.pipeline.attempt import Answer, Attempt, Pick
@@ -33,6 +34,7 @@ from shoal.training.pipeline.standing import Standing
 
 RATIOS_KEPT = 128  # answers whose lateness the hedges go by
 STRANGERS_SHARE = 0.25  # of what is under way, while others have room: anybody can make up peers
+LEAVER_WAITS_S = ABORT_AFTER_S  # a replica that is suspect, and not listed, is back or gone by then
 _FORGET_S = 600.0  # a replica that is away for so long is new when it comes back
 Event = Callable[[str, dict[str, object]], None]
 
@@ -75,13 +77,14 @@ class Successors:
         self._known: dict[PeerId, _Known] = {}
         self._ratios: deque[float] = deque(maxlen=RATIOS_KEPT)
         self._leaving = asyncio.Event()
+        self._empty_since_s: float | None = None  # nobody is listed
         self._line = Line()
         self._freed = asyncio.Event()  # pulsed when an attempt ends or a window grows
         self.usual_codec = form.widest  # the last one picked
         self.retries = 0
 
     def leave(self) -> None:
-        """This peer is going: from now on nothing waits for a replica where there is none."""
+        """This peer is going: from now on nothing waits for long for a replica where there is none."""
         self._leaving.set()
 
     def pick(self, sequences: int, besides: Collection[PeerId] = (), *, again: bool = False) -> Pick | None:
@@ -223,9 +226,11 @@ class Successors:
         """Until a replica appears, one may have room, a breaker half-opens, or somebody older waits."""
         now = asyncio.get_running_loop().time()
         listed = [self._known[replica.peer] for replica in self._look(now)]
-        if self._leaving.is_set() and not listed:
-            raise StageEmpty(f"stage {self.stage} has no replica, and this peer is leaving")
         openings = [k.standing.closed_until_s - now for k in listed if k.standing.closed_until_s > now]
+        if self._leaving.is_set() and self._empty_since_s is not None:
+            openings.append(self._empty_since_s + LEAVER_WAITS_S - now)
+            if openings[-1] <= 0.0:
+                raise StageEmpty(f"stage {self.stage} has no replica, and this peer is leaving")
         reasons: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._replicas.changed()),
             asyncio.create_task(self._freed.wait()),
@@ -271,6 +276,10 @@ class Successors:
     def _look(self, now: float) -> list[Replica]:
         """Who is listed; notes who came, who went and who is back."""
         listed = list(self._replicas.of_stage(self.stage))
+        if listed:
+            self._empty_since_s = None
+        elif self._empty_since_s is None:
+            self._empty_since_s = now
         for replica in listed:
             known = self._known.setdefault(replica.peer, _Known(LinkCodec(self._form.widest), Standing()))
             known.seen_s = now
