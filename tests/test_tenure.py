@@ -185,8 +185,8 @@ def test_a_second_stage_that_there_is_no_memory_for_is_refused_once_and_the_firs
 
 
 def test_who_moves_goes_on_to_be_heard() -> None:
-    """Found on real processes: who still held one stage of three and was bound for another one said that it had
-    room for -1 more. No beat of it could be sent, its streams broke, and it stood alone until it was there."""
+    """Found on real processes: who held one stage of three and left for another said that it had room for
+    -1 more. No beat of it could be sent, its streams broke, and it stood alone until it was there."""
     said: list[tuple[dict[int, str], Beat]] = []
 
     @contextlib.asynccontextmanager
