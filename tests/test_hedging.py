@@ -218,6 +218,27 @@ def test_the_first_activation_of_all_is_hedged_when_it_is_lost_though_the_lane_w
     virtual_time.run(main, limit_s=3600.0)
 
 
+@pytest.mark.parametrize("stood_s", [1.6, 2.1, 2.8, 6.0, 20.0])
+def test_who_stood_still_itself_holds_no_silence_against_others(stood_s: float) -> None:
+    """A laptop that sleeps, or a debugger. What was: two to three seconds of it, and those who were asked for
+    something were given up; after more, those whose lane had just begun a piece of work."""
+
+    async def main() -> None:
+        async with World(spec_of(2), 2, service_s=lambda stage, number: 4.0 if stage else 0.1) as world:
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, virtual_time.VirtualTimeLoop)
+            feeding = feeds(world)
+            await asyncio.sleep(30.0)
+            for number in range(10):
+                await asyncio.sleep(5.0 + 3 * stood_s + 0.07 * number)
+                loop.stand_still(stood_s)
+            await asyncio.sleep(5.0)
+            assert not world.suspected
+            await ended(feeding)
+
+    virtual_time.run(main, limit_s=3600.0)
+
+
 @pytest.mark.parametrize("slow_pieces", [1, 6])
 def test_a_slow_start_of_everybody_makes_no_storm_of_hedges(slow_pieces: int) -> None:
     """The first pieces of each lane take a hundred times as long: imports, compilers, cold disks."""

@@ -33,7 +33,7 @@ from shoal.training.pipeline.standing import UNKNOWN_SERVICE_S, Report
 WORKING_EVERY_S = 0.5  # four times within SUSPECT_AFTER_S
 _PARTING_S = 0.1  # for the last word to a replica whose answer nobody wants
 _GUILTY = 4.0  # times what was expected of a replica, before it is to blame for a lack of time
-_OWN_PAUSE_S = 1.0  # a timer that is late by so much
+_LISTENED_S = WORKING_EVERY_S  # the last of a silence that counts: awake, with time to read what has come
 _MISSED_S = 2 * WORKING_EVERY_S  # of silence: enough to hedge, not to give up
 
 
@@ -193,22 +193,25 @@ class Attempt:
                 return  # `run` hears of it, too
 
     async def _listen(self, stream: Stream) -> Gradient:
+        """Where this process stood still others were not silent: it listens for a while before it judges."""
+        doubted_s: float | None = None
         while True:
-            silent_s = self._heard_s + SUSPECT_AFTER_S + self._pick.rtt_s
+            silent_s = self._heard_s + SUSPECT_AFTER_S + self._pick.rtt_s - _LISTENED_S
+            if doubted_s is not None:
+                silent_s = doubted_s + _LISTENED_S
             try:
                 async with asyncio.timeout_at(min(silent_s, self._hedge_s())):
                     message = await stream.receive(Working, Gradient)
             except TimeoutError:
-                if self._now() >= silent_s + _OWN_PAUSE_S:
-                    self._heard_s = self._now()  # this process stood still, and others are not to blame
-                elif self._now() >= silent_s:
-                    raise PeerSilent(
-                        f"{self.peer} said nothing for {SUSPECT_AFTER_S:.1f} s while computing"
-                    ) from None
-                else:
+                if self._now() < silent_s:
                     self.stalled.set()
+                elif doubted_s is None:
+                    doubted_s = self._now()
+                else:
+                    text = f"{self.peer} said nothing for {SUSPECT_AFTER_S:.1f} s while computing"
+                    raise PeerSilent(text) from None
                 continue
-            before_s, self._heard_s = self._heard_s, self._now()
+            before_s, self._heard_s, doubted_s = self._heard_s, self._now(), None
             if isinstance(message.header, Gradient):
                 return message.header
             self._working(message.header, before_s)
@@ -270,8 +273,8 @@ class Attempt:
                 self._own_before_s += max(0.0, before_s - self._own_since_s)
                 self._own_since_s = None
             return
-        if self._own_since_s is None:
-            self._own_since_s = self._finished_s = now
+        if self._own_since_s is None or now - before_s > SUSPECT_AFTER_S + self._pick.rtt_s + _LISTENED_S:
+            self._own_since_s = self._finished_s = now  # it has just come back, or this process has
         idle_s = now - self._finished_s
         known = word.finished > 0 and self._pick.service_s != UNKNOWN_SERVICE_S
         if stands_still(idle_s, max(self._pick.service_s, self._gap_s), known):
