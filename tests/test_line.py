@@ -58,6 +58,26 @@ def test_the_oldest_gets_the_turn_next_and_who_gives_up_holds_up_nobody() -> Non
     virtual_time.run(main)
 
 
+def test_what_a_replica_failed_with_goes_before_what_is_older() -> None:
+    async def main() -> None:
+        line, served = Line(), list[tuple[float, bool]]()
+
+        async def stand(deadline: float, again: bool) -> None:
+            async with line.turn(deadline, again=again):
+                served.append((deadline, again))
+
+        async with line.turn(1.0) as held:
+            standing = [asyncio.create_task(stand(2.0, False)), asyncio.create_task(stand(4.0, True))]
+            await asyncio.sleep(0)
+            assert held.overtaken.is_set()
+            standing.append(asyncio.create_task(stand(3.0, True)))
+            await asyncio.sleep(0)
+        await asyncio.gather(*standing)
+        assert served == [(3.0, True), (4.0, True), (2.0, False)]
+
+    virtual_time.run(main)
+
+
 def test_a_turn_that_fails_is_passed_on() -> None:
     async def main() -> None:
         line = Line()

@@ -71,6 +71,15 @@ def test_a_busy_replica_is_left_alone_for_its_time_and_not_held_guilty() -> None
 # --- slow start
 
 
+def test_a_window_is_wider_for_what_another_replica_failed_with_where_one_is_known_to_work() -> None:
+    known = answered(Standing(), 10).busy(0.0, 1.0, 3, random.Random(1))
+    assert [known.admits(2.0, n, again=True) for n in (3, 4, 5)] == [True, True, False]
+    assert not known.admits(2.0, 3)
+    assert not known.admits(0.1, 0, again=True), "it has said for how long it is full"
+    assert not Standing().admits(0.0, 1, again=True), "a newcomer is not flooded"
+    assert not known.failed(2.0, random.Random(1)).admits(60.0, 1, again=True), "a probe goes alone"
+
+
 def test_a_forward_passed_on_admits_one_more_long_before_the_answer() -> None:
     standing = Standing()
     assert not standing.admits(0.0, 1)

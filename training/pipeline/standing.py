@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from shoal.training.pipeline.replicas import Replica
-from shoal.training.pipeline.routing import Candidate, Chance
+from shoal.training.pipeline.routing import YOUNGER_SERVICES, Candidate, Chance
 
 OWN_MEASUREMENTS = 3  # from then on what a replica claims of its rate no longer counts
 STALE_S, STALE_SERVICES = 30.0, 20.0  # after so long, and so many of its micro-batches, it is measured anew
@@ -192,10 +192,10 @@ class Standing(NamedTuple):
         return is_established(self)
 
     def admits(self, now: float, in_flight: int, *, all_new: bool = False, again: bool = False) -> bool:
-        """As `is_admitted`. `again`: no window holds what another replica failed with back from one that is
-        known to work: that one keeps room for it, or says how long it has none."""
+        """As `is_admitted`. `again`: another replica failed with it; who is known to work keeps a little room
+        for what is older than its queue, so the window is wider by that."""
         if again and self.established and not self.failures:
-            in_flight = 0
+            in_flight -= int(YOUNGER_SERVICES)
         return is_admitted(self, now, in_flight, all_new)
 
     def outrun(self) -> Standing:
