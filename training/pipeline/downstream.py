@@ -47,6 +47,7 @@ class Errand:
     deadline: float  # loop time
     journey: Journey
     adopt: tuple[Link, ...] = ()  # from the next stage on: who may have it already
+    again: bool = False  # a replica of a stage before failed with it
 
 
 @dataclass(slots=True)
@@ -101,7 +102,7 @@ class Downstream:
                 raise PeerSilent(f"stage {self.stage} gave no gradient of {number} in time")
             runner, adopting = self._adopt(errand) if adopting else None, False
             if runner is None:
-                again = failed_at is not None
+                again = errand.again or failed_at is not None
                 pick = await self.successors.room(errand.sequences, errand.deadline, again=again)
                 payload = await errand.boundary.payload(pick.codec)
                 runner = self._start(errand, pick, payload, behind, again=again)

@@ -248,7 +248,14 @@ class Hop:
                 deadline = begun + min(request.deadline_s, self._limits.hop_timeout_s)
                 whole = (*request.chain, *chain)
                 errand = Errand(
-                    request.micro_batch, whole, sequences, boundary, deadline, journey, request.adopt
+                    request.micro_batch,
+                    whole,
+                    sequences,
+                    boundary,
+                    deadline,
+                    journey,
+                    request.adopt,
+                    request.again,
                 )
                 answer, (gradient, loss) = await self._downstream.propagate(errand, backward)
                 chain, total_loss = (*chain, *answer.chain), answer.loss

@@ -69,7 +69,7 @@ class Propagate:
     codec: HopCodec = "float32"  # of the hidden states there and of their gradient back
     hedged: bool = False  # the chain's one hedge is spent
     adopt: Chain = ()  # the hops behind a failed replica of this stage: they may have it already
-    again: bool = False  # a replica of this stage failed with it: it goes before those of its age
+    again: bool = False  # a replica, here or before, failed with it: it goes before those of its age
 
 
 @wire_message
