@@ -139,10 +139,11 @@ async def _move(group: PipelineGroup, case: Transfer) -> Cast:
         group.spare_stage = 1
         await group.start(SPARE)
         await group.at_work(group.members)
-    forget(group)
     mover = group.spare
     assert mover is not None
     target = (mover.stage + 1) % STAGES
+    await group.high(target, 5)  # a snapshot to copy
+    forget(group)
     if case.blow is Blow.EMPTY:
         await group.guarded(target)
     others = [replica for replica in group.of_stage(mover.stage) if replica is not mover]
