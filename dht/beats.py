@@ -20,6 +20,7 @@ NO_DIGEST = bytes(32)  # of a log or a state that does not exist yet
 STREAMS_CLAIMED = 8
 RECORDS_IN_MESSAGE = 8  # of up to 4 KiB: half a header
 NAMES_IN_MESSAGE = 64
+ABSENCES = 16
 TokensPerS = Annotated[float, Bounds(0.0, 1e12)]
 BytesPerS = Annotated[float, Bounds(0.0, 1e12)]
 
@@ -45,6 +46,15 @@ class StageBeat:
     incarnation: Identifier = 0  # of the replica, where its peer began it later than itself; 0: the peer's
     tokens_per_s: TokensPerS = 0.0  # committed at this stage of late: those of one peer may differ
     reentering: Count = 0  # entries of a chain that lost, which it has still to bring back
+
+
+@wire_message
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """A stage of which the sender has met no copy for so long."""
+
+    stage: StageIndex
+    for_s: Seconds
 
 
 @wire_message
@@ -79,6 +89,7 @@ class Beat:
     amendment_version: Count = 0  # of the owner's orders that the sender holds; filled in by `Members`
     room: Count = 0  # for more stages beside those it holds, should nobody else have them
     offers: Annotated[tuple[RosterEntry, ...], Items(NAMES_IN_MESSAGE)] = ()  # learned; ask for what you want
+    absences: Annotated[tuple[Absence, ...], Items(ABSENCES)] = ()  # filled in by `Members`
 
     @property
     def service_s(self) -> float:

@@ -3,9 +3,9 @@
 It merges what the directory spreads (records) with what neighbours say on heartbeat streams, which are the
 truth. After joining it lives without the directory: neighbours pass records and revocations on. In a large
 swarm it knows those who concern it (`circle`). Its parts: `table` (state, brought up to date by `judging`),
-`liveness`, `neighbours` and `interest` (policies), `roster` (records), `own_beat`, `neighbourhood` and `link`
-(streams), `introductions` (to those it does not know). The daemon makes one, starts transport and directory,
-then enters it.
+`liveness`, `absence`, `neighbours` and `interest` (policies), `roster` (records), `own_beat`, `neighbourhood`
+and `link` (streams), `introductions` (to those it does not know). The daemon makes one, starts transport and
+directory, then enters it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from shoal.dht.absence import Absences
 from shoal.dht.beats import METHOD, Beat, RosterEntry
 from shoal.dht.circle import Circle
 from shoal.dht.directory import Directory, PeerRecord, SignedRecord
@@ -89,7 +90,10 @@ class Members:
         self._transport = transport
         self._directory = directory
         self._membership = membership
-        self._own = OwnBeat(membership, lambda: self._running().record, make_beat, self._announce)
+        self._absences = Absences(membership.me.token_id)
+        self._own = OwnBeat(
+            membership, lambda: self._running().record, make_beat, self._announce, self._absences.told
+        )
         self.neighbour_limit = neighbour_limit
         self._circle = Circle(membership.me, known, self.table)
         self._neighbourhood = Neighbourhood(self, transport)
@@ -130,7 +134,15 @@ class Members:
         self._membership.renewed.append(self.changed_now)
         self._spawn(roster.keep_published(), "members: publish")
         self._spawn(roster.keep_looking(), "members: look up")
-        judging = keep_judging(self.table, self._circle, self._directory.sizes, self._shut_out_unwelcome)
+        self._absences.begin(self._now())
+        judging = keep_judging(
+            self.table,
+            self._circle,
+            self._absences,
+            self._directory.sizes,
+            self._own.joining,
+            self._shut_out_unwelcome,
+        )
         self._spawn(judging, "members: judge")
         self._spawn(self._keep_choosing(), "members: choose neighbours")
 
@@ -182,7 +194,8 @@ class Members:
             members = [*self.table.members(), self._own.member()]
             known = tuple(sorted(members, key=lambda member: member.peer))
             sizes = self._directory.sizes()
-            self._view = SwarmView(self.me, now, known, sizes, sampled=bool(self._circle.sizes))
+            sampled, absent_since_s = bool(self._circle.sizes), self._absences.since_s
+            self._view = SwarmView(self.me, now, known, sizes, sampled, absent_since_s)
         elif self._view.now_s != now:
             self._view = replace(self._view, now_s=now)
         return self._view

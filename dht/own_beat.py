@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from shoal.dht.beats import Beat
+from shoal.dht.beats import Absence, Beat
 from shoal.dht.directory import PeerRecord
 from shoal.dht.view import Member
 from shoal.protocol.admission import Membership
@@ -24,12 +24,14 @@ class OwnBeat:
         record: Callable[[], PeerRecord],
         make_beat: Callable[[], Beat],
         announce: Callable[[], None],
+        absences: Callable[[float], tuple[Absence, ...]],
     ) -> None:
         self.leaving = False
         self._membership = membership
         self._record = record
         self._make_beat = make_beat
         self._announce = announce
+        self._absences = absences
         self._beat: Beat | None = None
         self._beaten_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -77,6 +79,11 @@ class OwnBeat:
             beat=beat,
         )
 
+    def joining(self) -> list[int]:
+        """Stages that it waits for."""
+        member = self.member()
+        return [stage for stage in member.stages if member.state_at(stage) == "joining"]
+
     def _fresh(self) -> Beat:
         record, beat = self._record(), self._make_beat()
         return changed(
@@ -86,6 +93,7 @@ class OwnBeat:
             revocation_version=self._membership.revocations.version,
             amendment_version=self._membership.amendments.version,
             draining=beat.draining or self.leaving,
+            absences=self._absences(asyncio.get_running_loop().time()),
         )
 
     def _now_due(self) -> None:

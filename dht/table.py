@@ -220,7 +220,7 @@ class MemberTable:
         if entry is None or beat.incarnation != entry.record.incarnation or entry.said_goodbye:
             return
         if not entry.owner.roles & HOLDERS:  # what it says of stages is none of its business
-            beat = changed(beat, stages=(), guards=(), streams=(), spare_bytes=0, room=0)
+            beat = changed(beat, stages=(), guards=(), streams=(), spare_bytes=0, room=0, absences=())
         worked = entry.beat is None or beat.finished_work > entry.beat.finished_work
         if worked and entry.beat is not None and entry.beat.backlog_s > 0.0:
             gap_s = (now - entry.worked_s) / (beat.finished_work - entry.beat.finished_work)

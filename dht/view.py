@@ -83,6 +83,7 @@ class SwarmView:
     members: tuple[Member, ...]
     sizes: Mapping[int, float] = field(default_factory=dict)  # about, of stages; empty: everybody is known
     sampled: bool = False  # records are kept of a part of the swarm only
+    absent_since_s: Mapping[int, float] = field(default_factory=dict)  # stages of which nobody meets a copy
 
     def get(self, peer: PeerId) -> Member | None:
         index = bisect_left(self.members, peer, key=lambda member: member.peer)

@@ -124,6 +124,35 @@ def test_who_joins_amid_a_cut_does_not_rebuild_a_stage_that_the_other_side_holds
     virtual_time.run(main)
 
 
+def test_where_sessions_are_short_a_lost_stage_is_rebuilt_two_minutes_after_it_was_met_last() -> None:
+    """What was: each newcomer waited its own two minutes, and none of them stayed for so long."""
+
+    async def main() -> None:
+        async with TrainerWorld(spec_of(3, "mean"), slower=30.0) as world:
+            await trained(world, 3, 1)
+            await world.kill(1)
+            lost_s = asyncio.get_running_loop().time()
+            await asyncio.sleep(limits.RECORD_TTL_S + 5.0)  # no newcomer knows who it was
+            for number in range(5, 9):
+                joiner = world.make(number)
+                await joiner.start(1)
+                recovering = asyncio.create_task(
+                    joiner.train_at(1, world._duration_s, RandomFeed(world.spec, number))
+                )
+                await asyncio.wait([recovering], timeout=40.0)
+                if joiner.heard("stage-rebuilt"):
+                    break
+                recovering.cancel()
+                await joiner.kill()
+            else:
+                raise AssertionError("nobody rebuilt it")
+            rebuilt_s = next(at_s for at_s, kind, _ in joiner.events if kind == "stage-rebuilt")
+            assert SILENT_S - 2.0 <= rebuilt_s - lost_s <= SILENT_S + 15.0
+            await joiner.kill()
+
+    virtual_time.run(main)
+
+
 def test_a_log_that_says_it_was_rebuilt_is_believed_only_under_its_own_head() -> None:
     run, digest = bytes(32), bytes(range(32))
     entry = Rebuilt(2, 8, "mean", 5, PeerId("p" * 46), (digest, digest), digest)

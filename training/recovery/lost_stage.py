@@ -45,7 +45,7 @@ class Loss:
     height: int  # of the highest log
     log_tokens: int  # of the longest
     certain: bool  # whoever held or guarded the stage is gone for good; else it may yet come from somebody
-    known: bool  # who held it; a newcomer on one side of a cut has never met those on the other
+    known: bool  # who held it, or that nobody has for long: a newcomer amid a cut has met one side only
 
 
 def loss_of(view: SwarmView, stage: int) -> Loss | None:
@@ -69,7 +69,9 @@ def loss_of(view: SwarmView, stage: int) -> Loss | None:
         or (not member.departed and view.now_s - silent_since_s(member, view.now_s) < SILENT_S)
         for member in (*holders, *guardians)
     )
-    return Loss(height, _believed([beat.log_tokens for beat in beats]), not hoped_for, bool(holders))
+    absent = view.now_s - view.absent_since_s.get(stage, view.now_s) >= SILENT_S
+    tokens = _believed([beat.log_tokens for beat in beats])
+    return Loss(height, tokens, absent or not hoped_for, absent or bool(holders))
 
 
 def _believed(claims: Sequence[int]) -> int:
