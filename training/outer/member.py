@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from shoal.protocol.errors import Busy, MessageInvalid, NotHere, Stale
+from shoal.protocol.errors import Busy, MessageInvalid, NotHere, ShoalError, Stale
 from shoal.protocol.faults import define
 from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
@@ -40,6 +41,7 @@ APART_S = 2.0  # that others go without a member which repairs its state: as lon
 _TOKENS_REMEMBERED = 1024  # contributions; of older ones the log's count has to do
 NORM_MOST = 1e18  # entry.Norm's bound
 _APPLYING, _APPLIED = define("entry.applying"), define("entry.applied")
+log = logging.getLogger(__name__)
 Positions = Callable[[int], Sequence[tuple[int, int]]]  # of the data streams, as of an inner step
 
 
@@ -249,8 +251,11 @@ class Member:
 
     def _finished(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # the caller has it, or went away and will learn from the next PREPARE
+        error = task.exception() if not task.cancelled() else None
+        if error is not None and not isinstance(error, ShoalError):
+            # Others the caller has, or went away and will learn from the next PREPARE.
+            log.error("the work of a round failed", exc_info=error)
+            self._context.event("round-failed", {"height": self.next_height, "why": repr(error)})
 
     async def _commit(self, data: bytes, holders: Sequence[PeerId], replayed: bool) -> None:
         entry = parse(data)

@@ -7,6 +7,7 @@ lost entry. What a majority cannot fetch is not committed, like any other part.
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
@@ -17,6 +18,8 @@ from shoal.training.outer.entry import SKIP, Entry, draft_id
 from shoal.training.outer.fetch import AT_A_TIME, fetch_part
 from shoal.training.outer.lost import Lost
 from shoal.training.outer.reduce import Published
+
+log = logging.getLogger(__name__)
 
 
 class Reentering:
@@ -73,9 +76,14 @@ class Reentering:
     async def _fetch_all(self) -> None:
         holders = [self.draft.roster[seat].peer for seat in self.draft.present()]
         others = [peer for peer in holders if peer != self._context.me]
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(AT_A_TIME):
-                tasks.create_task(self._fetch(others))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(AT_A_TIME):
+                    tasks.create_task(self._fetch(others))
+        except* Exception as errors:  # a bug of ours: what is not held is not committed
+            log.error("the work of a re-entry failed", exc_info=errors)
+            why = "; ".join(repr(error) for error in errors.exceptions)
+            self._context.event("round-failed", {"height": self.draft.height, "why": why})
         asyncio.get_running_loop().call_soon(self._change.notify)  # when this task counts as done
 
     async def _fetch(self, holders: list[PeerId]) -> None:

@@ -7,8 +7,9 @@ round never fails: what does not arrive is not held, and what is not held everyw
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import torch
 
@@ -21,7 +22,7 @@ from shoal.training.outer.change import Change
 from shoal.training.outer.codecs import RoundCodecs
 from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
-from shoal.training.outer.entry import Contributor, Entry, draft_id, seats_in
+from shoal.training.outer.entry import SKIP, Contributor, Entry, draft_id, seats_in
 from shoal.training.outer.messages import ContributedPart, Contributing, PublishedPart, Publishing
 from shoal.training.outer.parts import Fragment, Part
 from shoal.training.outer.phases import Phases
@@ -29,6 +30,8 @@ from shoal.training.outer.policy import closes_at, is_half, owners
 from shoal.training.outer.reduce import Mean, Published, checked, weighted_mean
 from shoal.training.outer.report import report
 from shoal.training.outer.residuals import Residuals
+
+log = logging.getLogger(__name__)
 
 
 def draw_owners(context: Context, draft: Entry, fragment: Fragment) -> list[int]:
@@ -43,6 +46,15 @@ def draw_owners(context: Context, draft: Entry, fragment: Fragment) -> list[int]
         [seat.uplink for seat in seats],
     )
     return [present[index] for index in drawn]
+
+
+def delivered(draft: Entry, owner_of: Sequence[int], held: Sequence[bool]) -> dict[PeerId, bool]:
+    """The owners of a draft's parts, and whether any of theirs came to be held."""
+    found: dict[PeerId, bool] = {}
+    for seat, here in zip(owner_of, held, strict=True):
+        peer = PeerId(draft.roster[seat].peer)
+        found[peer] = found.get(peer, False) or here
+    return found
 
 
 class Round:
@@ -119,6 +131,13 @@ class Round:
         """For the leader: what is held."""
         return report(self.held, len(self._parts), self.draft.bitmap_bytes)
 
+    def delivered(self, entry: Entry) -> dict[PeerId, bool]:
+        """The owners in this round, and whether any of their parts are in its entry; none for another's."""
+        if (entry.roster, entry.fragment) != (self.draft.roster, self.draft.fragment):
+            return {}
+        held = [entry.digest(part) != SKIP for part in range(entry.parts)]
+        return delivered(self.draft, self._owner_of, held)
+
     def remainders(self, entry: Entry) -> dict[int, torch.Tensor | None]:
         """What the means published here left out, by part index, as far as an entry commits them."""
         return {
@@ -190,16 +209,23 @@ class Round:
     # -- what goes out
 
     async def _run(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            if self._mine in self._rows:
-                self._awaiting = set(self._owner_of) - {self._mine}
-                for owner in sorted(set(self._owner_of)):
-                    tasks.create_task(self._contribute(owner))
-            if self._to_reduce:
-                for seat in self.draft.present():
-                    if seat != self._mine:
-                        tasks.create_task(self._publish(seat))
-                tasks.create_task(self._reduce())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                if self._mine in self._rows:
+                    self._awaiting = set(self._owner_of) - {self._mine}
+                    for owner in sorted(set(self._owner_of)):
+                        tasks.create_task(self._contribute(owner))
+                if self._to_reduce:
+                    for seat in self.draft.present():
+                        if seat != self._mine:
+                            tasks.create_task(self._publish(seat))
+                    tasks.create_task(self._reduce())
+        except* Exception as errors:  # a bug of ours: its streams broke, so nobody waits for this peer
+            log.error("the work of a round failed", exc_info=errors)
+            why = "; ".join(repr(error) for error in errors.exceptions)
+            self._context.event("round-failed", {"height": self.draft.height, "why": why})
+            self._to_reduce.clear()
+            self._change.notify()
 
     async def _contribute(self, owner: int) -> None:
         """Send the owner its parts; nothing but END when this peer has nothing that the draft could list."""
@@ -279,7 +305,8 @@ class Round:
                 self._residuals.published(self._parts[part]),
                 section.feedback_decay if section.feedback else None,
             )
-        except CodecError as error:  # too large to publish: skipped by all, and nothing is lost
+        except (CodecError, MemoryError, RuntimeError) as error:  # the last is torch's for no memory
+            # Or it is too large to publish: skipped by all, and nothing is lost.
             self._context.event("part-not-published", {"part": part, "why": str(error)})
             mean = Mean(None, {})
         for seat, reason in mean.refused.items():
