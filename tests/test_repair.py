@@ -12,6 +12,7 @@ from outer_faults import Faults
 from outer_world import Node, World, inline, round_spec
 
 from shoal.protocol.errors import MessageInvalid, ShoalError, Stale
+from shoal.protocol.faults import Action, Arming
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Buffer, Channel, call
 from shoal.protocol.virtual_time import run
@@ -334,3 +335,28 @@ def test_who_may_be_right_is_a_matter_of_votes(
     found = dissent(head, MINE, group)
     told = found and (found.members[0].state_root, len(found.members), found.outvoted)
     assert told == expected
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_donors_that_stand_still_amid_a_repair_cost_a_moment_each(seed: int) -> None:
+    """What was: one after the other, each for as long as a part may take, while the member is apart."""
+    faults = Faults()
+
+    async def main() -> None:
+        async with World(4, wrap=faults.wrap, seed=seed) as world:
+            await world.rounds(1)
+            broken, *donors = world.nodes
+            for donor in donors[:2]:
+                faults.arm_also(Arming("StatePart.sending", Action.FREEZE, who=donor.name))
+            for at in (1100, 2100):
+                broken.outer.momentum[at] += 1.0
+            await world.rounds(1)
+            async with asyncio.timeout(4.5):  # less than one donor that is silent may take
+                while not world.equal():
+                    await asyncio.sleep(0.05)
+            assert repaired_parts(broken) == 2
+            faults.disarm()
+            await world.rounds(1)
+            world.assert_every_step_is_in_once()
+
+    run(main)

@@ -178,12 +178,12 @@ class Jumping:
             return await fetch_chain(self._context, log.height, log.head, target)
         except ShoalError as error:
             self._context.event("entry-not-found", {"height": height, "why": str(error)})
-        for donor in target.donors:
-            try:
-                return [(await fetch_entry(self._context, donor, height)).encode()]
-            except ShoalError as error:
-                self._context.event("entry-not-found", {"height": height, "why": str(error)})
-        return ()
+        found, failures = await ask_around(
+            self._context, target.donors, lambda donor: fetch_entry(self._context, donor, height)
+        )
+        if found is None:
+            self._context.event("entry-not-found", {"height": height, "why": reasons(failures)})
+        return [found.encode()] if found is not None else ()
 
     def _require_listing(self, shadow: Replica, passed: Sequence[Entry]) -> None:
         """Raises NotHere where the donors came by a snapshot themselves, and know less than its log tells:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from shoal.compression.codec import Buffer, bytes_of
-from shoal.protocol.errors import MessageInvalid, NotHere, ProtocolViolation, ShoalError, Stale
+from shoal.protocol.errors import MessageInvalid, NotHere, Stale
 from shoal.protocol.identity import PeerId
 from shoal.protocol.limits import MIB
 from shoal.protocol.transport import Channel, call
@@ -33,7 +33,7 @@ from shoal.training.recovery.policy import Target, dissent
 from shoal.training.recovery.shadow import replay
 from shoal.training.recovery.snapshots import Snapshots
 
-BATCH = 64  # parts asked for in one stream
+BATCH = 16  # parts asked for in one stream
 _ROOTS_REMEMBERED = 64
 State = dict[int, tuple[torch.Tensor, torch.Tensor]]  # part -> anchor and momentum
 
@@ -158,36 +158,39 @@ class Repairing:
         return found
 
     async def _fetch(self, target: Target, wanted: dict[int, bytes]) -> State:
-        """Parts by their digests; what one donor owes the next one gives. Raises NotHere."""
+        """Parts by their digests. What one donor owes for a moment another gives, too. Raises NotHere."""
         found: State = {}
-        failures: dict[PeerId, ShoalError] = {}
-        for donor in self._shuffled(target.donors):
-            try:
-                await self._fetch_from(donor, target, wanted, found)
-                return found
-            except ShoalError as error:
-                failures[donor] = error
-                if isinstance(error, ProtocolViolation):
-                    self._context.refuse(donor, str(error))
-        raise NotHere(f"{len(wanted) - len(found)} parts of the state: {reasons(failures)}")
+        asked: list[int] = []  # of somebody, perhaps of one that stands still
+
+        async def ask(donor: PeerId) -> State:
+            while missing := sorted(wanted.keys() - found.keys()):
+                batch = [index for index in missing if index not in asked][:BATCH] or missing[:-BATCH:-1]
+                asked.extend(batch)
+                await self._fetch_from(donor, target, batch, wanted, found)
+            return found
+
+        if not wanted:
+            return found
+        whole, failures = await ask_around(self._context, self._shuffled(target.donors), ask)
+        if whole is None:
+            raise NotHere(f"{len(wanted) - len(found)} parts of the state: {reasons(failures)}")
+        return whole
 
     async def _fetch_from(
-        self, donor: PeerId, target: Target, wanted: dict[int, bytes], found: State
+        self, donor: PeerId, target: Target, batch: Sequence[int], wanted: dict[int, bytes], found: State
     ) -> None:
         context = self._context
-        missing = sorted(wanted.keys() - found.keys())
-        for batch in (tuple(missing[at : at + BATCH]) for at in range(0, len(missing), BATCH)):
-            async with context.transport.open(donor, context.method("state"), Channel.BULK) as stream:
-                await stream.send(StateRequest(target.head, target.state_root, batch))
-                await stream.end()
-                for index in batch:
-                    part = self._parts[index]
-                    size = 8 * part.count
-                    within_s = DONOR_S * max(1.0, size / MIB)
-                    message = await receive_soon(stream, StatePart, size, within_s)
-                    if message.header.part != index:
-                        raise MessageInvalid(f"part {message.header.part} of {donor} where {index} was due")
-                    found[index] = await context.offload(_tensors, message.payload, part, wanted[index])
+        async with context.transport.open(donor, context.method("state"), Channel.BULK) as stream:
+            await stream.send(StateRequest(target.head, target.state_root, tuple(batch)))
+            await stream.end()
+            for index in batch:
+                part = self._parts[index]
+                size = 8 * part.count
+                within_s = DONOR_S * max(1.0, size / MIB)
+                message = await receive_soon(stream, StatePart, size, within_s)
+                if message.header.part != index:
+                    raise MessageInvalid(f"part {message.header.part} of {donor} where {index} was due")
+                found[index] = await context.offload(_tensors, message.payload, part, wanted[index])
 
     def _shuffled(self, donors: Sequence[PeerId]) -> list[PeerId]:
         return self._context.rng.sample(donors, len(donors))
