@@ -21,7 +21,7 @@ from shoal.protocol.virtual_time import run
 from shoal.training.outer.entry import ENTRY_BYTES, Seat
 from shoal.training.outer.leaders import Leaders
 from shoal.training.outer.messages import Answer, Prepare, Tick
-from shoal.training.outer.policy import GroupMember
+from shoal.training.outer.policy import REPORT_SLACK_S, GroupMember
 
 LIMIT_S = 60.0
 
@@ -119,7 +119,7 @@ def test_where_half_of_a_group_would_be_set_aside_nobody_is(members: int, aside:
     async def main() -> None:
         async with World(1) as world:
             leaders = Leaders(world.nodes[0].outer.context, lambda peer: True, lambda: members)
-            held_s = 2.0 * world.spec.outer.round_deadline_s + 0.1
+            held_s = 3.0 * world.spec.outer.round_deadline_s + REPORT_SLACK_S + 0.1
             for peer, begin_s in ((FIRST, 0.0), (SECOND, held_s)):
                 leaders.engage(peer, begin_s)
                 leaders.disengage(begin_s + held_s)

@@ -19,12 +19,18 @@ from shoal.training.outer.entry import SKIP, Entry
 from shoal.training.outer.line import LEADER_SILENCE_S, TICK_S
 from shoal.training.outer.log import Log
 from shoal.training.outer.lost import LostEntry
-from shoal.training.outer.policy import GroupMember, closes_at, holds_quorum, introducers
+from shoal.training.outer.policy import (
+    REPORT_SLACK_S,
+    GroupMember,
+    closes_at,
+    holds_quorum,
+    introducers,
+)
 from shoal.training.outer.proposal import draft_of, plain_offer, reentry_offer, with_present
 from shoal.training.outer.report import Decided, most_held
+from shoal.training.outer.round import delivered, draw_owners
 
 COMMIT_S = 5.0  # for members to apply the entry; after that they are on their own, and catch up
-_REPORT_SLACK_S = 2.0
 HOLDERS_S = 30.0  # after a switch, for others of that chain to follow with the payloads that only they have
 
 
@@ -67,6 +73,7 @@ class Leader:
         self._change = self._group.change
         self._ran_s = self._now()
         self._told: set[PeerId] = set()  # who told of the undecided entry that was re-issued
+        self.published: dict[PeerId, bool] = {}  # owners in the last draft: something came of theirs
 
     @property
     def highest_ballot(self) -> int:
@@ -223,22 +230,35 @@ class Leader:
         return draft
 
     async def _gather_reports(self, draft: Entry, data: bytes) -> list[Decided | None]:
-        """GO, then wait for the report of everybody present who is not lost."""
+        """GO, then wait for the report of everybody present who is not lost; for some only as long again as
+        it took most of them, or one that ticks and reports nothing would hold every round up.
+
+        Who reports has all that can come: what the others still wait for is with a majority.
+        """
         present = {draft.roster[seat].peer for seat in draft.present()}
         self._group.go(draft, data, self._deadline_s)
-        limit_s = self._now() + 2 * self._deadline_s + _REPORT_SLACK_S
+        opened_s, longest_s = self._now(), 2 * self._deadline_s + REPORT_SLACK_S
+        quorum_s: float | None = None
 
         def complete() -> bool:
+            nonlocal quorum_s
+            if quorum_s is None and 2 * len(self._group.reports) > len(present):
+                quorum_s = self._now()
             open_ = {draft.seat_of(peer) for peer in self._group.open & present}
             return open_ <= self._group.reports.keys()
 
-        await self._change.until(complete, lambda: limit_s)
+        await self._change.until(complete, lambda: closes_at(opened_s, quorum_s, longest_s))
         reporters = [draft.roster[seat].peer for seat in self._group.reports]
         bystanders = self._bystanders(draft)
         self._require_quorum([*reporters, *bystanders])
         reports = [payload for _, payload in sorted(self._group.reports.items())]
-        parts = len(self._context.fragments[draft.fragment].parts)
-        return most_held(reports, len(reporters) + len(bystanders), parts, draft.bitmap_bytes)
+        fragment = self._context.fragments[draft.fragment]
+        size = len(reporters) + len(bystanders)
+        results = most_held(reports, size, len(fragment.parts), draft.bitmap_bytes)
+        if not draft.lost:
+            owner_of = draw_owners(self._context, draft, fragment)
+            self.published = delivered(draft, owner_of, [result is not None for result in results])
+        return results
 
     def _bystanders(self, draft: Entry) -> set[PeerId]:
         """Those here who were not present in a draft that is gone on with: they can hold nothing of it.

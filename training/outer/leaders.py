@@ -17,8 +17,9 @@ from shoal.training.outer.claims import ASIDE_MOST_S, ASIDE_S
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import Entry
 from shoal.training.outer.messages import Prepare
+from shoal.training.outer.policy import REPORT_SLACK_S
 
-_HELD_DEADLINES = 2.0  # for answers one, for what is contributed another
+_HELD_DEADLINES = 3.0  # for answers one, for reports two (`Leader`), and the slack of these
 
 Holds = Callable[[PeerId], bool]  # whether a peer may be a replica of the stage, as far as is known here
 
@@ -31,7 +32,7 @@ class Leaders:
         self._context = context
         self._holds = holds
         self._members = members
-        self._most_s = _HELD_DEADLINES * context.spec.outer.round_deadline_s
+        self._most_s = _HELD_DEADLINES * context.spec.outer.round_deadline_s + REPORT_SLACK_S
         self._leader: PeerId | None = None  # of the round under way
         self._since_s = 0.0
         self._held_s: dict[PeerId, float] = {}  # in vain, at the height to come

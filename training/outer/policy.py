@@ -21,7 +21,9 @@ CLIP_FACTOR = 3.0  # times the group's median (notes: verification B2, "robust r
 COUNTED_MOST = 2  # times the tokens of the whole group's round, that one contribution counts for
 STEPS_MOST = 8  # times the middle one's: no honest replica is that much faster than its group (`fork`)
 TAKEOVER_S = 1.0  # silence after which the next in order acts (design section 9)
+NO_UPLINK = 0.0  # of a seat that is to own nothing
 GRACE_FACTOR = 1.0  # after quorum, as long again as the quorum took
+REPORT_SLACK_S = 2.0  # beyond two deadlines, for reports to come in
 GRACE_MIN_S = 1.0  # a scheduler hiccup must not cost a contribution
 SILENT_S = 120.0  # until a peer that stopped talking counts as departed (design section 9, partitions)
 INTRODUCERS = 4  # asked for a stranger, one after another
@@ -108,8 +110,10 @@ def _quotas(weights: np.ndarray, parts: int) -> list[int]:
 
 
 def slowest_uplink(uplinks: Sequence[float]) -> float:
-    """Bytes a second of the slowest in a roster; 0 while nobody's is known (then all are 1)."""
-    slowest = min(uplinks)
+    """Bytes a second of the slowest in a roster; 0 while nobody's is known (then all are 1).
+
+    NO_UPLINK says nothing of its owner's."""
+    slowest = min((uplink for uplink in uplinks if uplink > NO_UPLINK), default=NO_UPLINK)
     return slowest if slowest > 1.0 else 0.0
 
 

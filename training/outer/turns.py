@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.faults import define
@@ -15,7 +16,7 @@ from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.training.decisions import DecisionLog
 from shoal.training.outer.change import Change
-from shoal.training.outer.claims import Claims
+from shoal.training.outer.claims import Claims, Owners
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import Entry
 from shoal.training.outer.figures import Figures
@@ -24,6 +25,7 @@ from shoal.training.outer.leader import Leader
 from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.member import Member
 from shoal.training.outer.policy import (
+    NO_UPLINK,
     SILENT_S,
     TAKEOVER_S,
     CatchUp,
@@ -38,6 +40,7 @@ from shoal.training.outer.policy import (
 )
 from shoal.training.outer.promise import Promises
 from shoal.training.outer.replica import Replica
+from shoal.training.outer.round import Round
 from shoal.training.recovery.catch_up import CatchingUp
 from shoal.training.recovery.guarded import Guarded
 from shoal.training.recovery.policy import choose_target
@@ -96,6 +99,7 @@ class Turns:
         self._unreached_s: dict[PeerId, float] = {}  # by no attempt at the height to come, since when
         self._departed: set[PeerId] = set()  # those of them that were asked in vain for so long
         self._claims = Claims()
+        self._owners = Owners()
 
     # -- what is due
 
@@ -157,6 +161,8 @@ class Turns:
         self._unreached_s.clear()
         self._departed.clear()
         self._claims.next_height()
+        if isinstance(round_ := self._member.round, Round):
+            self._note_owners(round_.delivered(entry))
         self._brought_back_by = entry.leader if entry.lost else None
 
     async def final_round(self) -> None:
@@ -301,6 +307,7 @@ class Turns:
             self._ballot = leader.highest_ballot
             self._note_unreached(leader)
             self._note_claims(leader.claimed, group)
+            self._note_owners(leader.published)
             self._back_off(f"round {height} not committed: {error}")
         finally:
             self._leading = 0
@@ -318,6 +325,8 @@ class Turns:
     def _leader(self, group: Sequence[GroupMember], silent: Sequence[PeerId]) -> Leader:
         """Raises MessageInvalid for an offer that no entry can hold: of a group that is too large, say."""
         promise, log = self._promises.current, self._replica.log
+        idle = self._owners.aside(asyncio.get_running_loop().time())
+        group = [replace(member, uplink=NO_UPLINK) if member.peer in idle else member for member in group]
         promised = promise.ballot if promise.previous == log.head else 0
         return Leader(
             self._context,
@@ -350,6 +359,10 @@ class Turns:
         heard = sum(member.heard for member in group)
         for peer in self._claims.failed(peers, heard, asyncio.get_running_loop().time()):
             self._context.event("set-aside", {"peer": peer, "height": self._replica.log.height})
+
+    def _note_owners(self, published: Mapping[PeerId, bool]) -> None:
+        for peer in self._owners.note(published, asyncio.get_running_loop().time()):
+            self._context.event("owner-set-aside", {"peer": peer, "height": self._replica.log.height})
 
     def _back_off(self, reason: str) -> None:
         """Wait a random while, longer after each failure in a row."""
