@@ -17,6 +17,7 @@ from shoal.protocol.identity import PeerId
 from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import Entry, seats_in
 from shoal.training.outer.local import Rebase
+from shoal.training.outer.log import Log
 from shoal.training.outer.policy import GroupMember
 
 MOST = 6  # rounds of a fragment
@@ -151,6 +152,27 @@ class Offered:
         """Of what was offered after that head the agreed state holds no parts `out`, and does `into`."""
         now = (offer.listed for offer in self._offers if offer.previous == previous)
         return [change for listed in now for change in self.settle(previous, listed - {*out} | {*into})]
+
+    def found(self, log: Log, passed: Sequence[Entry], settled: int | None) -> list[Rebase]:
+        """This peer comes to a chain of which it knows no beginning: where that log's count of its steps ends
+        with what is open here, it holds that; in all parts, where none of the entries `passed` tells which.
+
+        Who lists a process lists nearly always all that it sent, and what was not is missed once. `settled`:
+        of this fragment the round under way has the same steps, and settles them.
+        """
+        changes = []
+        for offer in self._offers:
+            index = offer.mine.fragment.index
+            step, _ = log.end_of(self._me, self._incarnation, index)
+            if not offer.open or offer.mine.sent.inner_step != step:
+                continue
+            told = [self.lists(entry) for entry in passed if entry.previous == offer.previous]
+            if index != settled:
+                every = range(len(offer.mine.fragment.parts))
+                changes += self.settle(offer.previous, told[0] if told else every)
+            for other in self._offers:  # the same steps
+                other.open &= other.mine.fragment.index != index
+        return changes
 
     def settle(self, previous: bytes, listed: Collection[int]) -> list[Rebase]:
         """The agreed state now holds just these parts of what was offered after that head."""

@@ -65,10 +65,14 @@ class Jumping:
         async def jump() -> bool:
             nonlocal jumped
             changes: list[Rebase] = []
+            round_, sent = self._member.round, self._member.sent
+            listed = self._listed_parts(shadow, passed)
             if leaves:
                 if replica.log.head != begun:
                     return False  # the comparison has to be made again
                 self._tell_of_lost_steps(replica, shadow)
+                settled = sent.fragment.index if sent is not None and listed else None
+                changes = replica.offered.found(shadow.log, passed, settled)
             elif fork is None:
                 on_the_way = replica.log.head in (begun, shadow.log.head_at(replica.log.height))
                 if shadow.log.height <= replica.log.height or not on_the_way:
@@ -78,8 +82,6 @@ class Jumping:
                 return False  # as above
             else:
                 changes = self._leave_chain(shadow, fork)
-            round_, sent = self._member.round, self._member.sent
-            listed = self._listed_parts(shadow, passed)
             if sent is not None and not listed and round_ is not None:
                 replica.offered.note_open(round_.draft, sent, asyncio.get_running_loop().time())
             if fork is not None:
