@@ -15,6 +15,7 @@ from outer_faults import Faults
 from outer_world import Node, World, inline, round_spec
 
 from shoal.protocol.errors import MessageTooLarge, StageEmpty, StorageError
+from shoal.protocol.faults import Action, Arming
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Buffer
 from shoal.protocol.virtual_time import run
@@ -197,6 +198,26 @@ def test_what_a_donor_had_taken_when_it_fails_at_the_end_goes_to_one_that_was_th
             offer = await ask_manifest(context, second.name, 0)
             faults.arm(Chunk, "before", lambda peer: world.kill(first), who=first.name)
             snapshot = await download(context, offer, [first.name, second.name])  # of one batch
+            assert faults.hit == first.name
+            assert snapshot.state_root == second.outer.state_root
+
+    run(main)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_what_a_donor_owes_that_stands_still_at_the_end_others_give(nth: int) -> None:
+    """What was: all waited for it, as long as one chunk may take, or eight of them where it drips."""
+    faults = Faults()
+
+    async def main() -> None:
+        async with World(3, round_spec(outer={"snapshot_every": 2}), wrap=faults.wrap) as world:
+            await world.rounds(2)
+            first, second, asker = world.nodes
+            context = asker.outer.context
+            offer = await ask_manifest(context, second.name, 0)
+            faults.arm_also(Arming("Chunk.sending", Action.FREEZE, nth=nth, who=first.name))
+            async with asyncio.timeout(4.0):
+                snapshot = await download(context, offer, [first.name, second.name])
             assert faults.hit == first.name
             assert snapshot.state_root == second.outer.state_root
 

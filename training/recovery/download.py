@@ -6,6 +6,7 @@ Where all donors fail, `Downloads` goes on later from where it came to.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from shoal.protocol.faults import define
 from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, Message, Stream, call
-from shoal.training.outer.ask_around import ask_around, reasons
+from shoal.training.outer.ask_around import HURRY_S, ask_around, reasons
 from shoal.training.outer.context import Context
 from shoal.training.outer.log import LOG_STATE_BYTES, LogState, check_beginning
 from shoal.training.outer.messages import Chunk, ChunkRequest, Manifest, ManifestRequest
@@ -49,13 +50,13 @@ class _Begun:
 
     hashes: tuple[bytes, ...]
     tensors: tuple[torch.Tensor, torch.Tensor]
-    missing: list[int]
+    missing: dict[int, None]  # in order
 
     @classmethod
     def of(cls, context: Context, offer: Offer) -> _Begun:
         """Nothing yet."""
         anchor, momentum = (torch.empty(context.size, dtype=torch.float32) for _ in range(2))
-        return cls(offer.hashes, (anchor, momentum), list(range(len(offer.hashes)))[::-1])
+        return cls(offer.hashes, (anchor, momentum), dict.fromkeys(range(len(offer.hashes))))
 
 
 class Downloads:
@@ -131,27 +132,42 @@ async def download(
     """
     begun = begun or _Begun.of(context, offer)
     tensors, missing = begun.tensors, begun.missing
-    able, failed = list(donors), list[str]()
+    waiting, asked, failed = list(donors)[::-1], set[int](), list[str]()
+
+    async def next_batch() -> list[int]:
+        """What nobody was asked for yet; else what others owe for a while: they may stand still, or drip."""
+        if not missing:
+            return []
+        if free := list(itertools.islice((index for index in missing if index not in asked), BATCH)):
+            return free
+        await asyncio.sleep(HURRY_S)
+        return context.rng.sample(list(missing), min(BATCH, len(missing)))
 
     async def work(donor: PeerId) -> None:
-        while missing:
-            batch = [missing.pop() for _ in range(min(BATCH, len(missing)))]
+        while batch := await next_batch():
+            asked.update(batch)
             try:
-                await _fetch(context, offer, donor, batch, tensors)
+                await _fetch(context, offer, donor, batch, begun)
+            finally:
+                asked.difference_update(batch)
+
+    async def work_on() -> None:
+        """With one donor after the other, as long as each gives what it is asked for."""
+        while missing and waiting:
+            donor = waiting.pop()
+            try:
+                await work(donor)
             except ShoalError as error:
-                able.remove(donor)
                 failed.append(f"{donor}: {error}")
                 if isinstance(error, ProtocolViolation):
                     context.refuse(donor, str(error))
-                return
-            finally:
-                missing.extend(batch)  # those that arrived have left the batch
+        if not missing:
+            for worker in workers:
+                if worker is not asyncio.current_task():
+                    worker.cancel()
 
-    # What a donor that failed had taken goes to those that were through, and to those later in the list.
-    while missing and able:
-        async with asyncio.TaskGroup() as tasks:
-            for donor in able[:DONORS]:
-                tasks.create_task(work(donor))
+    async with asyncio.TaskGroup() as tasks:
+        workers = [tasks.create_task(work_on()) for _ in donors[:DONORS]]
     if missing:
         raise NotHere(f"{len(missing)} of {len(offer.hashes)} chunks not found: {'; '.join(failed[:4])}")
     snapshot: Snapshot = await context.offload(
@@ -162,25 +178,24 @@ async def download(
     return snapshot
 
 
-async def _fetch(
-    context: Context, offer: Offer, donor: PeerId, batch: list[int], tensors: Sequence[torch.Tensor]
-) -> None:
-    """Fetch a batch; takes each index out of it as its chunk arrives."""
+async def _fetch(context: Context, offer: Offer, donor: PeerId, batch: Sequence[int], begun: _Begun) -> None:
+    """Fetch a batch; what has arrived is not missing any more."""
     manifest = offer.manifest
     async with context.transport.open(donor, context.method("chunks"), Channel.BULK) as stream:
         await stream.send(ChunkRequest(manifest.height, manifest.state_root, tuple(batch)))
         await stream.end()
-        while batch:
+        for index in batch:
             message = await receive_soon(stream, Chunk, manifest.chunk_bytes)
-            index = batch[0]
             which, start, count = chunk_values(context.size, index)
             if message.header.index != index or len(message.payload) != 4 * count:
                 raise MessageInvalid(
                     f"chunk {message.header.index} of {len(message.payload)} bytes for {index}"
                 )
-            await context.offload(_place, offer.hashes[index], message.payload, tensors[which], start, count)
+            await context.offload(
+                _place, offer.hashes[index], message.payload, begun.tensors[which], start, count
+            )
             await point(context.transport, _PLACED)
-            batch.pop(0)
+            begun.missing.pop(index, None)
 
 
 async def receive_soon(
