@@ -15,11 +15,12 @@ from test_outer_lies import Lying
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Stream, Transport
 from shoal.protocol.virtual_time import run
-from shoal.training.outer.claims import ASIDE_MOST_S, ASIDE_S, Owners
+from shoal.training.outer.claims import ASIDE_MOST_S, ASIDE_S
 from shoal.training.outer.context import GROUP_ROLES
 from shoal.training.outer.entry import ENTRY_BYTES, parse
 from shoal.training.outer.line import LEADER_SILENCE_S, lifeline
 from shoal.training.outer.messages import Answer, Commit, Go, Gone, Prepare
+from shoal.training.outer.owners import Owners
 
 
 async def mute(stream: Stream) -> None:

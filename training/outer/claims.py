@@ -1,16 +1,14 @@
-"""Claims: who says that it is ahead, and hands over nothing of what it says it has. `Owners`: who publishes
-nothing of the parts that it owns.
+"""Claims: who says that it is ahead, and hands over nothing of what it says it has.
 
-A few such members must not keep the others from going on (P3): after some attempts in vain the first count as
-silent for a while, longer each time. They keep their place in the quorum, for they may speak the truth. The
-others own nothing for a while: who answers, but whose bulk stream is stuck, say, would have its parts skipped
-in every round. `Turns` has one of each.
+A few such members must not keep the others from going on (P3): after some attempts in vain they count as
+silent for a while, longer each time. They keep their place in the quorum, for they may speak the truth.
+`Turns` owns one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from shoal.protocol import limits
 from shoal.protocol.identity import PeerId
@@ -55,30 +53,5 @@ class Claims:
 
     def aside(self, now_s: float) -> Collection[PeerId]:
         """Who counts as silent."""
-        self._until_s = {peer: until_s for peer, until_s in self._until_s.items() if now_s < until_s}
-        return self._until_s.keys()
-
-
-class Owners:
-    """See the module. Times are the loop's."""
-
-    def __init__(self) -> None:
-        self._times: Counter[PeerId] = Counter()  # set aside since it last published anything
-        self._until_s: dict[PeerId, float] = {}
-
-    def note(self, published: Mapping[PeerId, bool], now_s: float) -> list[PeerId]:
-        """Whether each owner in a round published anything that most have; whom that sets aside."""
-        aside = sorted(peer for peer, something in published.items() if not something)
-        for peer in published.keys() - aside:
-            self._times.pop(peer, None)
-        for peer in aside:
-            self._until_s[peer] = now_s + min(ASIDE_S * 2.0 ** self._times[peer], ASIDE_MOST_S)
-            self._times[peer] = min(self._times[peer] + 1, 16)
-        if len(self._times) > limits.RECORDS_HELD:  # ids cost nothing
-            self._times.clear()
-        return aside
-
-    def aside(self, now_s: float) -> Collection[PeerId]:
-        """Who is to own nothing."""
         self._until_s = {peer: until_s for peer, until_s in self._until_s.items() if now_s < until_s}
         return self._until_s.keys()

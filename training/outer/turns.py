@@ -16,7 +16,7 @@ from shoal.protocol.faulty_transport import point
 from shoal.protocol.identity import PeerId
 from shoal.training.decisions import DecisionLog
 from shoal.training.outer.change import Change
-from shoal.training.outer.claims import Claims, Owners
+from shoal.training.outer.claims import Claims
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import Entry
 from shoal.training.outer.figures import Figures
@@ -24,6 +24,7 @@ from shoal.training.outer.follow import follow
 from shoal.training.outer.leader import Leader
 from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.member import Member
+from shoal.training.outer.owners import Owners
 from shoal.training.outer.policy import (
     NO_UPLINK,
     SILENT_S,
