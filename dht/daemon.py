@@ -155,7 +155,9 @@ class Daemon:
         return task.result()
 
     def _last_port(self) -> int:
-        return int(read_private(self._settings.state_dir / "p2pd.port", 8) or b"0")
+        """0, for any, where the file names none: nobody's start is to fail for that."""
+        stored = read_private(self._settings.state_dir / "p2pd.port", 8) or b""
+        return int(stored) if stored.isdigit() and int(stored) < 1 << 16 else 0
 
     def _make_files(self) -> str:
         """What p2pd finds, its folder for sockets; before each start, for somebody may have cleared it away.

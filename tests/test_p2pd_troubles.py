@@ -130,6 +130,13 @@ def test_the_port_that_tokens_carry_is_given_up_only_to_somebody_who_has_taken_i
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("stored", [b"", b"many", b"-1", b"65536"])
+def test_a_file_that_names_no_port_is_as_good_as_none(tmp_path: Path, stored: bytes) -> None:
+    unused: Any = SimpleNamespace(my_routes=())
+    write_private(tmp_path / "p2pd.port", stored)
+    assert Daemon(DaemonSettings(tmp_path, b""), unused, unused, random.Random(1))._last_port() == 0
+
+
 class ShortLived:
     """A p2pd that is up at once, and dies after so long."""
 
