@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from itertools import pairwise
 
 import pytest
@@ -107,12 +108,15 @@ def test_each_link_gets_the_codec_it_can_carry() -> None:
 
 
 def test_hops_in_int8_learn_as_well_as_exact_ones() -> None:
-    """Within 1.5 % of the loss after the same tokens (notes: the band for a small trial), two seeds."""
-    for seed in (1, 2):
+    """Within 1.5 % of the loss after the same tokens (notes: the band for a small trial), the mean of four
+    seeds: one alone is 1 % off (the deviation over eight), to either side, and another on another CPU."""
+    ratios = []
+    for seed in (1, 2, 3, 4):
         exact, rounded = (learn(Chain.tiny(codec, seed), steps=120) for codec in ("float32", "int8"))
         print(f"seed {seed}: float32 {exact:.4f}, int8 {rounded:.4f}")
         assert exact < 3.2, "it has learned something"
-        assert abs(rounded / exact - 1.0) <= 0.015
+        ratios.append(rounded / exact)
+    assert abs(statistics.mean(ratios) - 1.0) <= 0.015
 
 
 def test_the_test_can_see_damage() -> None:

@@ -20,7 +20,7 @@ from shoal.training.outer.context import GROUP_ROLES
 from shoal.training.outer.entry import ENTRY_BYTES, parse
 from shoal.training.outer.line import LEADER_SILENCE_S, lifeline
 from shoal.training.outer.messages import Answer, Commit, Go, Gone, Prepare
-from shoal.training.outer.owners import Owners
+from shoal.training.outer.owners import Owner, Owners
 
 
 async def mute(stream: Stream) -> None:
@@ -73,9 +73,9 @@ def test_rounds_are_not_held_up_by_one_that_reports_nothing() -> None:
 
 
 def test_who_publishes_nothing_owns_nothing_for_a_while_longer_each_time() -> None:
-    owners, one, other = Owners(), PeerId("one"), PeerId("other")
+    owners, one, other = Owners(), Owner(PeerId("one"), 1), Owner(PeerId("other"), 1)
     assert owners.note({one: False, other: True}, 0.0) == [one]
-    assert {*owners.aside(0.0)} == {one}
+    assert {*owners.aside(0.0)} == {one}, "not the process that comes after it"
     assert not owners.aside(ASIDE_S)
     owners.note({one: False}, 100.0)
     assert owners.aside(100.0 + 2.0 * ASIDE_S - 0.1) and not owners.aside(100.0 + 2.0 * ASIDE_S)

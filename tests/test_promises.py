@@ -14,7 +14,7 @@ A, B = PeerId("a"), PeerId("b")
 
 def peer(stage: int, root: bytes = b"1", head: bytes = b"h", **asked: int) -> Any:
     outer = SimpleNamespace(head=head, state_root=root, height=7)
-    trainer = SimpleNamespace(outer=outer, under_way=lambda: asked)
+    trainer = SimpleNamespace(outer=outer, station=SimpleNamespace(under_way=lambda: asked))
     return SimpleNamespace(online=True, replicas={stage: trainer})
 
 

@@ -19,6 +19,7 @@ from shoal.training.outer.entry import SKIP, Entry
 from shoal.training.outer.line import LEADER_SILENCE_S, TICK_S
 from shoal.training.outer.log import Log
 from shoal.training.outer.lost import LostEntry
+from shoal.training.outer.owners import Owner
 from shoal.training.outer.policy import (
     REPORT_SLACK_S,
     GroupMember,
@@ -73,7 +74,7 @@ class Leader:
         self._change = self._group.change
         self._ran_s = self._now()
         self._told: set[PeerId] = set()  # who told of the undecided entry that was re-issued
-        self.published: dict[PeerId, bool] = {}  # owners in the last draft: something came of theirs
+        self.published: dict[Owner, bool] = {}  # owners in the last draft: something came of theirs
 
     @property
     def highest_ballot(self) -> int:

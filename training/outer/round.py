@@ -24,6 +24,7 @@ from shoal.training.outer.context import Context
 from shoal.training.outer.contribution import Contribution
 from shoal.training.outer.entry import SKIP, Contributor, Entry, draft_id, seats_in
 from shoal.training.outer.messages import ContributedPart, Contributing, PublishedPart, Publishing
+from shoal.training.outer.owners import Owner
 from shoal.training.outer.parts import Fragment, Part
 from shoal.training.outer.phases import Phases
 from shoal.training.outer.policy import closes_at, is_half, owners
@@ -48,12 +49,13 @@ def draw_owners(context: Context, draft: Entry, fragment: Fragment) -> list[int]
     return [present[index] for index in drawn]
 
 
-def delivered(draft: Entry, owner_of: Sequence[int], held: Sequence[bool]) -> dict[PeerId, bool]:
+def delivered(draft: Entry, owner_of: Sequence[int], held: Sequence[bool]) -> dict[Owner, bool]:
     """The owners of a draft's parts, and whether any of theirs came to be held."""
-    found: dict[PeerId, bool] = {}
-    for seat, here in zip(owner_of, held, strict=True):
-        peer = PeerId(draft.roster[seat].peer)
-        found[peer] = found.get(peer, False) or here
+    found: dict[Owner, bool] = {}
+    for place, here in zip(owner_of, held, strict=True):
+        seat = draft.roster[place]
+        owner = Owner(PeerId(seat.peer), seat.incarnation)
+        found[owner] = found.get(owner, False) or here
     return found
 
 
@@ -131,7 +133,7 @@ class Round:
         """For the leader: what is held."""
         return report(self.held, len(self._parts), self.draft.bitmap_bytes)
 
-    def delivered(self, entry: Entry) -> dict[PeerId, bool]:
+    def delivered(self, entry: Entry) -> dict[Owner, bool]:
         """The owners in this round, and whether any of their parts are in its entry; none for another's."""
         if (entry.roster, entry.fragment) != (self.draft.roster, self.draft.fragment):
             return {}

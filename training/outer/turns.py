@@ -24,7 +24,7 @@ from shoal.training.outer.follow import follow
 from shoal.training.outer.leader import Leader
 from shoal.training.outer.local import LocalWeights
 from shoal.training.outer.member import Member
-from shoal.training.outer.owners import Owners
+from shoal.training.outer.owners import Owner, Owners
 from shoal.training.outer.policy import (
     NO_UPLINK,
     SILENT_S,
@@ -327,7 +327,10 @@ class Turns:
         """Raises MessageInvalid for an offer that no entry can hold: of a group that is too large, say."""
         promise, log = self._promises.current, self._replica.log
         idle = self._owners.aside(asyncio.get_running_loop().time())
-        group = [replace(member, uplink=NO_UPLINK) if member.peer in idle else member for member in group]
+        group = [
+            replace(member, uplink=NO_UPLINK) if (member.peer, member.incarnation) in idle else member
+            for member in group
+        ]
         promised = promise.ballot if promise.previous == log.head else 0
         return Leader(
             self._context,
@@ -361,9 +364,9 @@ class Turns:
         for peer in self._claims.failed(peers, heard, asyncio.get_running_loop().time()):
             self._context.event("set-aside", {"peer": peer, "height": self._replica.log.height})
 
-    def _note_owners(self, published: Mapping[PeerId, bool]) -> None:
-        for peer in self._owners.note(published, asyncio.get_running_loop().time()):
-            self._context.event("owner-set-aside", {"peer": peer, "height": self._replica.log.height})
+    def _note_owners(self, published: Mapping[Owner, bool]) -> None:
+        for owner in self._owners.note(published, asyncio.get_running_loop().time()):
+            self._context.event("owner-set-aside", {"peer": owner.peer, "height": self._replica.log.height})
 
     def _back_off(self, reason: str) -> None:
         """Wait a random while, longer after each failure in a row."""
