@@ -6,8 +6,9 @@ from outer_world import Node, World
 
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.transport import Stream, Transport
-from shoal.training.outer.entry import ENTRY_BYTES, Entry, Seat
-from shoal.training.outer.messages import Answer, Prepare, Tick
+from shoal.training.outer.entry import ENTRY_BYTES, Entry, Seat, parse
+from shoal.training.outer.line import LEADER_SILENCE_S, lifeline
+from shoal.training.outer.messages import Answer, Commit, Go, Gone, Prepare, Tick
 
 FIRST, SECOND = (PeerId(name.ljust(52, "z")) for name in ("12D3KooWleaderA", "12D3KooWleaderB"))
 
@@ -16,6 +17,15 @@ async def leader(world: World, name: PeerId) -> Transport:
     transport = world.network.transport(name, frozenset({Role.TRAINER}))
     await transport.start()
     return transport
+
+
+async def mute(stream: Stream) -> None:
+    """A member's end of a round: it answers, ticks, and sends nothing else."""
+    async with lifeline(stream, LEADER_SILENCE_S) as line:
+        offer = parse(bytes((await line.receive(Prepare, max_payload_bytes=ENTRY_BYTES)).payload))
+        line.post(Answer(offer.height - 1, 0, 0, 0, 0.0, ()), b"")
+        while True:
+            await line.receive(Go, Gone, Commit, max_payload_bytes=ENTRY_BYTES)
 
 
 async def ask(transport: Transport, node: Node, ballot: int) -> Answer:

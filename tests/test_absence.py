@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,9 +19,9 @@ from shoal.protocol.identity import PeerId
 LOST = 1
 
 
-def holder(stage: int, **changes: object) -> Member:
-    known = {"peer": PeerId(f"holder-{stage}"), "token_id": f"h{stage}", "stages": (stage,), "beat": Beat()}
-    return Member(**{**known, **changes})  # type: ignore[arg-type]
+def holder(stage: int, **changes: Any) -> Member:
+    known = Member(peer=PeerId(f"holder-{stage}"), token_id=f"h{stage}", stages=(stage,), beat=Beat())
+    return dataclasses.replace(known, **changes)
 
 
 def witness(name: str, for_s: float, token_id: str = "", stage: int = LOST) -> Member:

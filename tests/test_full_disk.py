@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +58,16 @@ def heard(node: Node, kind: str) -> list[dict[str, Any]]:
     return [fields for told, fields in node.events if told == kind]
 
 
+@asynccontextmanager
+async def with_a_disk(folder: Path) -> AsyncIterator[tuple[World, Node]]:
+    """Three nodes, of which the last keeps its log and snapshots in a folder."""
+    async with World(2, round_spec(outer={"snapshot_every": 2})) as world:
+        node = world.node(5, directory=folder)
+        await node.start()
+        world.nodes.append(node)
+        yield world, node
+
+
 def test_a_full_disk_is_told_once_with_what_helps_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,10 +76,7 @@ def test_a_full_disk_is_told_once_with_what_helps_and_training_goes_on(
     monkeypatch.setattr(whole_file, "save_file", disk.save)
 
     async def main() -> None:
-        async with World(2, round_spec(outer={"snapshot_every": 2})) as world:
-            node = world.node(5, directory=tmp_path)
-            await node.start()
-            world.nodes.append(node)
+        async with with_a_disk(tmp_path) as (world, node):
             await world.rounds(2)
             disk.most_bytes = 0
             await world.rounds(3)
@@ -99,10 +107,7 @@ def test_a_disk_that_takes_small_files_alone_is_not_said_to_be_back(
     monkeypatch.setattr(whole_file, "save_file", disk.save)
 
     async def main() -> None:
-        async with World(2, round_spec(outer={"snapshot_every": 2})) as world:
-            node = world.node(5, directory=tmp_path)
-            await node.start()
-            world.nodes.append(node)
+        async with with_a_disk(tmp_path) as (world, node):
             disk.refused = "snapshot"
             await world.rounds(8)
             assert len(heard(node, "disk-refused")) >= 3

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-from ballots_world import FIRST, leader, offer_of, prepare
+from ballots_world import FIRST, leader, mute, offer_of, prepare
 from outer_world import World
 
 from shoal.protocol.errors import ShoalError
@@ -91,13 +91,6 @@ def test_an_answer_with_a_draft_or_an_entry_that_cannot_be(forge: Forge) -> None
 def test_a_draft_that_cannot_become_an_entry_or_never_ends(deadline_s: float, row: Contributor) -> None:
     """Its leader hangs up, and the next ones find it with all the others."""
 
-    async def take_part(stream: Stream) -> None:
-        async with lifeline(stream, LEADER_SILENCE_S) as line:
-            offer = parse(bytes((await line.receive(Prepare, max_payload_bytes=ENTRY_BYTES)).payload))
-            line.post(Answer(offer.height - 1, 0, 0, 0, 0.0, ()), b"")
-            while True:
-                await line.receive(Go, Gone, Commit, max_payload_bytes=ENTRY_BYTES)
-
     async def main() -> None:
         async with Lying(4) as world:
             transport = await leader(world, FIRST)
@@ -114,7 +107,7 @@ def test_a_draft_that_cannot_become_an_entry_or_never_ends(deadline_s: float, ro
                     await asyncio.sleep(0.1)
                     with suppress(ShoalError):
                         await stream.end()
-            transport.serve("outer.0.round", take_part, GROUP_ROLES)
+            transport.serve("outer.0.round", mute, GROUP_ROLES)
             await world.rounds(3, each=3)
             assert world.equal()
             await transport.close()

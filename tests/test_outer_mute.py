@@ -8,27 +8,16 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from ballots_world import FIRST, leader
+from ballots_world import FIRST, leader, mute
 from outer_world import World
 from test_outer_lies import Lying
 
 from shoal.protocol.identity import PeerId
-from shoal.protocol.transport import Stream, Transport
+from shoal.protocol.transport import Transport
 from shoal.protocol.virtual_time import run
 from shoal.training.outer.claims import ASIDE_MOST_S, ASIDE_S
 from shoal.training.outer.context import GROUP_ROLES
-from shoal.training.outer.entry import ENTRY_BYTES, parse
-from shoal.training.outer.line import LEADER_SILENCE_S, lifeline
-from shoal.training.outer.messages import Answer, Commit, Go, Gone, Prepare
 from shoal.training.outer.owners import Owner, Owners
-
-
-async def mute(stream: Stream) -> None:
-    async with lifeline(stream, LEADER_SILENCE_S) as line:
-        offer = parse(bytes((await line.receive(Prepare, max_payload_bytes=ENTRY_BYTES)).payload))
-        line.post(Answer(offer.height - 1, 0, 0, 0, 0.0, ()), b"")
-        while True:
-            await line.receive(Go, Gone, Commit, max_payload_bytes=ENTRY_BYTES)
 
 
 async def with_a_mute_member(world: World) -> Transport:
