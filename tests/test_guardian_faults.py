@@ -6,6 +6,7 @@ Whoever is struck, nothing that was committed is lost, and the stage goes on: at
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from outer_world import Keeper, Node, World
 from shoal.protocol.faults import Action, Arming
 from shoal.protocol.identity import PeerId
 from shoal.protocol.virtual_time import run
+from shoal.training.outer.entry import entry_hash
+from shoal.training.outer.policy import GroupMember
 
 CASES = [case for case in all_cases() if case.needs_guardian]
 LIMIT_S = 15.0  # for a lone replica to commit, whatever became of its guardians; virtual
@@ -134,5 +137,52 @@ def test_a_committed_entry_outlives_a_replica_that_dies_while_its_guardian_takes
             world.kill(node)
             await asyncio.sleep(10.0)
             assert keeper.guard.height == committed
+
+    run(main)
+
+
+def test_what_a_lone_replica_committed_before_it_left_reaches_who_came_meanwhile() -> None:
+    async def main() -> None:
+        async with World(1) as world:
+            (node,) = world.nodes
+            await world.rounds(2)
+            world.keepers = [keeper] = [Keeper(world, 0)]
+            await keeper.start()
+            newcomer = world.node(1)
+            await newcomer.start()
+            assert newcomer.outer.height == 2
+            world.frozen[node.name] = node.member()  # nobody hears of the rounds to come, ...
+            world.sides[node.name] = [node]
+            await world.rounds(2, [node])
+            committed = node.outer.head
+            world.kill(node)  # ... and then it is gone
+            await asyncio.sleep(1.0)
+            newcomer.step()
+            newcomer.step()
+            await world.reach(3, [newcomer])
+            await world.reach(5, [newcomer])
+            kept = newcomer.outer.entry(5)
+            assert kept is not None and kept.previous == committed
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
+def test_guardians_that_tell_of_entries_nobody_has_delay_rounds_by_seconds() -> None:
+    class Boaster(Keeper):
+        def member(self) -> GroupMember:
+            told = super().member()
+            return dataclasses.replace(told, height=told.height + 5, head=entry_hash(told.head))
+
+    async def main() -> None:
+        async with World(2) as world:
+            await world.rounds(1)
+            world.keepers = [Boaster(world, number) for number in range(3)]
+            for keeper in world.keepers:
+                await keeper.start()
+            begun_s = asyncio.get_running_loop().time()
+            await world.rounds(20)
+            assert asyncio.get_running_loop().time() - begun_s < 60.0
+            assert world.equal()
 
     run(main)

@@ -216,7 +216,11 @@ class Turns:
             case CatchUp():
                 await self.catch_up(group)
             case Lead():
-                await self._lead(group, sorted(self._silent(peers)))
+                beyond = self._guarded.beyond(self._replica.log.height, now_s)
+                if guardians := self._catching_up.ahead(beyond):
+                    await self._follow_guardians(guardians)
+                else:
+                    await self._lead(group, sorted(self._silent(peers)))
         return self._peers()
 
     async def _wait(self, peers: Sequence[GroupMember], until_s: float) -> Sequence[GroupMember]:
@@ -357,6 +361,11 @@ class Turns:
             self._note_claims(donors, group)
             self._back_off(f"not caught up: {error}")
             return False
+
+    async def _follow_guardians(self, guardians: Sequence[GroupMember]) -> None:
+        height = self._replica.log.height
+        reached = await self.catch_up(guardians)
+        self._guarded.followed(guardians, height, reached, asyncio.get_running_loop().time())
 
     def _note_claims(self, peers: Collection[PeerId], group: Sequence[GroupMember]) -> None:
         """They say that they are ahead, and this peer is still where it was."""

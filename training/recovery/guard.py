@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.dht.beats import StageBeat
@@ -43,6 +44,15 @@ _AGAIN_MOST = 16.0  # ... times so much after some: a copy must not take the lin
 _SERVED = ("manifest", "chunks", "state", "part", "entries", "orders", "keep")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Handed:
+    """An entry that may be committed, by the lone replica that handed it over."""
+
+    data: bytes
+    parts: Mapping[int, Published]
+    by: PeerId
+
+
 class Guard:
     """See the module. `run` until cancelled."""
 
@@ -56,7 +66,7 @@ class Guard:
         self._replica: Replica | None = None  # once there is a copy
         self._downloads = Downloads(context)
         self._lock = asyncio.Lock()
-        self._handed: tuple[bytes, Mapping[int, Published]] | None = None  # an entry that may be committed
+        self._handed: _Handed | None = None
         self.level_since_s: float | None = None  # when the copy first had what the replicas tell
 
     @property
@@ -146,7 +156,7 @@ class Guard:
         async with self._lock:
             try:
                 if self._handed is not None:
-                    await self._settle(*self._handed, group)
+                    await self._settle(self._handed, group)
                 if self._catching_up.ahead(group):
                     await self._catching_up.run(group)
                 return
@@ -154,25 +164,25 @@ class Guard:
                 self._context.event("guard-retry", {"stage": self._context.stage, "why": str(error)})
         await asyncio.sleep(self._context.rng.uniform(*_AGAIN_S))
 
-    async def _settle(
-        self, data: bytes, parts: Mapping[int, Published], group: Sequence[GroupMember], previous: bytes = b""
-    ) -> None:
-        """Take in the entry that was handed over when it is committed, or nobody is left who would say so.
+    async def _settle(self, handed: _Handed, group: Sequence[GroupMember], previous: bytes = b"") -> None:
+        """Take in the entry that was handed over when it is committed, or who would say so is gone.
 
         `previous`: of an entry that is about to follow.
         """
-        replica, head = self._replica, entry_hash(data)
-        if replica is None or parse(data).previous != replica.log.head:
+        replica, head = self._replica, entry_hash(handed.data)
+        if replica is None or parse(handed.data).previous != replica.log.head:
             self._handed = None
-        elif not group or head == previous or any(member.head == head for member in group):
+            return
+        told = head == previous or any(member.head == head for member in group)
+        if not told and any(member.height > replica.log.height for member in group):
+            self._handed = None  # another entry has its place
+        elif told or handed.by not in {member.peer for member in group}:
             self._handed = None
             try:
-                await replica.apply(data, parts, self._nowhere, None)
+                await replica.apply(handed.data, handed.parts, self._nowhere, None)
             except asyncio.CancelledError:
-                self._handed = data, parts  # not taken in, and perhaps nobody else has it
+                self._handed = handed  # not taken in, and perhaps nobody else has it
                 raise
-        elif any(member.height > replica.log.height for member in group):
-            self._handed = None  # another entry has its place
 
     async def _keep(self, stream: Stream) -> None:
         """A lone replica hands over an entry that it is about to commit."""
@@ -187,11 +197,11 @@ class Guard:
             if caller not in {member.peer for member in group} or replica is None:
                 raise Stale(f"{caller} is no replica of stage {context.stage}, as far as this guardian knows")
             if self._handed is not None:
-                await self._settle(*self._handed, group, entry.previous)
+                await self._settle(self._handed, group, entry.previous)
             if entry.height > replica.log.height + 1:
                 await self._follow_to(entry, caller)
             replica.log.check(entry)
-            self._handed = data, await fetch_parts(context, entry, {}, [caller])
+            self._handed = _Handed(data, await fetch_parts(context, entry, {}, [caller]), caller)
         await stream.send(Kept(entry.height, entry_hash(data)))
 
     async def _follow_to(self, entry: Entry, replica: PeerId) -> None:

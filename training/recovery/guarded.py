@@ -11,6 +11,7 @@ from shoal.protocol.errors import MessageInvalid
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Channel, call
 from shoal.training.outer.ask_around import ask_around, reasons
+from shoal.training.outer.claims import Claims
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import Entry, entry_hash
 from shoal.training.outer.messages import Keep, Kept
@@ -26,6 +27,8 @@ class Guarded:
     def __init__(self, context: Context, guardians: Callable[[], Sequence[GroupMember]]) -> None:
         self._context = context
         self._guardians = guardians
+        self._claims = Claims()
+        self._followed_at = -1  # the height from which some were followed last
         self.alone = 0  # entries that no guardian had before COMMIT, though there was one
 
     async def secure(self, entry: Entry, data: bytes) -> bool:
@@ -75,6 +78,24 @@ class Guarded:
                 state = guardian.height, guardian.head, guardian.state_root
                 found.setdefault(state, []).append(guardian)
         return dict(sorted(found.items()))
+
+    def beyond(self, height: int, now_s: float) -> list[GroupMember]:
+        """Those that tell of entries beyond a log that is about to go on: whoever committed them may be gone,
+        and who came meanwhile not have heard of them. Once at a height, for who tells of them may lie."""
+        if self._followed_at == height:
+            return []
+        aside = self._claims.aside(now_s)
+        states = self.states().items()
+        told = [guardian for (at, _, _), guardians in states if at > height for guardian in guardians]
+        return [guardian for guardian in told if guardian.peer not in aside]
+
+    def followed(self, guardians: Sequence[GroupMember], height: int, reached: bool, now_s: float) -> None:
+        """What these told of was sought, from that height on."""
+        peers, self._followed_at = [guardian.peer for guardian in guardians], height
+        if reached:
+            self._claims.kept(peers)
+        else:
+            self._claims.failed(peers, 2 * len(peers) + 1, now_s)
 
     def status(self) -> list[dict[str, object]]:
         """Each guardian and how far its copy is."""
