@@ -403,6 +403,21 @@ def test_memory_to_spare_is_never_exceeded() -> None:
     assert choose_guardians(RUN, [1] * 20, [Candidate(PeerId("p"), (0,), 100)]).count((PeerId("p"),)) == 8
 
 
+def test_where_memory_is_scarce_no_stage_is_without_a_guardian_while_another_has_two() -> None:
+    for stages in (3, 5, 8):
+        few = candidates(stages, each=2)[2:]  # each has memory for one copy
+        chosen = choose_guardians(RUN, [100] * stages, few)
+        assert min(map(len, chosen)) == 1
+        assert sum(map(len, chosen)) == len(few)
+
+
+def test_who_has_no_room_for_what_it_shall_guard_lets_go_of_what_another_shall() -> None:
+    me, a = PeerId("me"), PeerId("a")
+    assert may_let_go(me, [a], {me: 5, a: 5}, trained=True)
+    assert not may_let_go(me, [a], {me: 5, a: 4}, trained=True)
+    assert not may_let_go(me, [], {me: 5, a: 5}, trained=True)
+
+
 def test_a_copy_is_let_go_only_when_two_others_have_it() -> None:
     me, a, b = PeerId("me"), PeerId("a"), PeerId("b")
     assert may_let_go(me, [a, b], {me: 5, a: 5, b: 6}, trained=True)

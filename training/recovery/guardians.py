@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,40 +45,44 @@ def guard_bytes(stage: StagePlan, snapshot_every: int) -> int:
 def choose_guardians(
     run_id: bytes, needs_bytes: Sequence[int], candidates: Sequence[Candidate], part: float = 1.0
 ) -> tuple[tuple[PeerId, ...], ...]:
-    """The guardians of each stage, the first stages served first. At most GUARDIANS, none of its replicas.
+    """The guardians of each stage, at most GUARDIANS, none of its replicas.
 
+    Every stage gets one before any gets another: where memory is scarce, none shall be without.
     `part`: the candidates' share of those in the swarm.
     """
     hashes = np.array([_hash(run_id, candidate.peer) for candidate in candidates], np.uint64)
+    low = 2.0**64 * MARGIN * GUARDIANS * part / max(len(candidates), 1) if part < 1.0 else math.inf
+    ranked = [_ranked(_mixed(hashes, stage), low) for stage in range(len(needs_bytes))]
     spare = {candidate.peer: candidate.spare_bytes for candidate in candidates}
     held = dict.fromkeys(spare, 0)
-    chosen, most = [], GUARDED_MOST
-    for stage, need in enumerate(needs_bytes):
-        mixed = _mixed(hashes, stage)
-        ranked = [int(index) for index in np.argsort(mixed, kind="stable")]
-        if part < 1.0:
-            low = 2.0**64 * MARGIN * GUARDIANS * part / max(len(candidates), 1)
-            ranked = [index for index in ranked if int(mixed[index]) < low]
-        ordered = (candidates[index] for index in ranked)
+    chosen: list[list[PeerId]] = [[] for _ in needs_bytes]
+    for _, (stage, need) in itertools.product(range(GUARDIANS), enumerate(needs_bytes)):
         able = (
-            c.peer for c in ordered if stage not in c.stages and spare[c.peer] >= need and held[c.peer] < most
+            c.peer
+            for c in map(candidates.__getitem__, ranked[stage])
+            if stage not in c.stages and spare[c.peer] >= need and held[c.peer] < GUARDED_MOST
+            if c.peer not in chosen[stage]
         )
-        guardians = tuple(itertools.islice(able, GUARDIANS))
-        for peer in guardians:
+        if (peer := next(able, None)) is not None:
             spare[peer] -= need
             held[peer] += 1
-        chosen.append(guardians)
-    return tuple(chosen)
+            chosen[stage].append(peer)
+    return tuple(tuple(guardians) for guardians in chosen)
 
 
 def may_let_go(me: PeerId, chosen: Sequence[PeerId], heights: Mapping[PeerId, int], trained: bool) -> bool:
     """Whether this peer may forget a stage: others that shall guard it have what it has.
 
-    Those that shall not are no others: they may let go at the same moment. `heights`: of all copies, this
-    peer's among them; `trained`: by somebody.
+    All that shall, for fewer than GUARDIANS may have the memory. Those that shall not are no others: they may
+    let go at the same moment. `heights`: of all copies, this peer's among them; `trained`: by somebody.
     """
     have = sum(heights.get(peer, -1) >= heights[me] for peer in chosen)
-    return trained and me not in chosen and have >= GUARDIANS
+    return trained and me not in chosen and 0 < len(chosen) == have
+
+
+def _ranked(mixed: np.ndarray, low: float) -> list[int]:
+    """Those below `low`, the lowest first."""
+    return [int(index) for index in np.argsort(mixed, kind="stable") if int(mixed[index]) < low]
 
 
 def _mixed(hashes: np.ndarray, stage: int) -> np.ndarray:
