@@ -189,6 +189,26 @@ def test_a_leaver_that_led_its_last_round_has_told_the_others_of_it(number: int)
     run(main)
 
 
+def test_a_leaver_waits_for_who_was_away_from_its_last_round() -> None:
+    async def main() -> None:
+        async with World(2) as world:
+            leaver, other = world.nodes
+            await world.rounds(2)
+            world.freeze(other)
+            leaver.step()
+            leaver.step()
+            await world.reach(3, [leaver])
+            world.thaw(other)
+            async with asyncio.timeout(10):
+                await leaver.outer.final_round()
+            await leaver.stop()
+            assert other.outer.height == 3
+            await world.rounds(2)
+            world.assert_every_step_is_in_once()
+
+    run(main)
+
+
 def test_who_goes_elsewhere_in_the_middle_of_a_round_is_not_waited_for() -> None:
     """Its transport stays, for its next stage: once the leader waited twice the round's deadline."""
 

@@ -167,21 +167,25 @@ class Turns:
         self._brought_back_by = entry.leader if entry.lost else None
 
     async def final_round(self) -> None:
-        """Before a graceful leave: returns when the log holds all inner steps made until now.
+        """Before a graceful leave: returns when the log holds all inner steps made until now, and the others
+        have its last entry: one that is gone with the only COMMIT leaves them to decide anew.
 
-        And when the others have the entry, if this replica led it: one that is gone with the only COMMIT
-        leaves them to decide anew. `run` has to be running; the caller sets the limit.
+        `run` has to be running; the caller sets the limit.
         """
-        steps = self._weights.inner_steps
+        loop, steps = asyncio.get_running_loop(), self._weights.inner_steps
         self._urgent = True
         self._change.notify()
         try:
-            await self._change.until(
-                lambda: min(self._ends())[0] >= steps and self._leading != self._replica.log.height,
-                lambda: None,
-            )
+            while min(self._ends())[0] < steps or not self._others_have_the_log():
+                await self._change.wait(loop.time() + POLL_S)
         finally:
             self._urgent = False
+
+    def _others_have_the_log(self) -> bool:
+        """Whether one of those that are heard has the last entry, or there is nobody else."""
+        log, others = self._replica.log, [member for member in self.group()[1:] if member.heard]
+        behind = all(other.height <= log.height and other.head != log.head for other in others)
+        return self._leading != log.height and not (others and behind)
 
     async def permission(self, hurry: Callable[[], bool]) -> None:
         """Returns when an entry lets this replica go to another stage (LEAVE, design section 10).
