@@ -380,6 +380,27 @@ def test_two_peers_of_other_stages_guard_each_stage_whoever_looks() -> None:
     assert chosen[0][1] == again[0][0], "who stays keeps what it has"
 
 
+def test_who_has_a_copy_keeps_it_whoever_comes() -> None:
+    everybody = candidates(stages=4, each=3)
+    chosen = choose_guardians(RUN, [10] * 4, everybody)
+    guards = {c.peer: tuple(s for s, peers in enumerate(chosen) if c.peer in peers) for c in everybody}
+    everybody = [dataclasses.replace(c, guards=guards[c.peer]) for c in everybody]
+    for number in range(20):
+        newcomer = Candidate(PeerId(f"newcomer-{number}"), (number % 4,), 100)
+        assert choose_guardians(RUN, [10] * 4, [*everybody, newcomer]) == chosen
+
+
+def test_a_stage_that_nobody_guards_gets_the_second_guardian_of_another_if_nobody_else_has_room() -> None:
+    def peer(name: str, stage: int, guards: int) -> Candidate:
+        return Candidate(PeerId(name), (stage,), 100, (guards,))
+
+    everybody = [peer("a", 1, 0), peer("b", 2, 0), peer("c", 0, 1), peer("d", 2, 1), peer("e", 2, 1)]
+    chosen = choose_guardians(RUN, [100] * 3, everybody)
+    assert all(chosen)
+    assert chosen[2][0] in ("a", "c"), "the others hold the stage"
+    assert len(set(sum(chosen, ()))) == len(sum(chosen, ())), "nobody has room for two"
+
+
 def test_in_a_swarm_known_in_part_few_take_themselves_for_guardians() -> None:
     """Each of 4,000 looks at 40 that it knows: two of these have the lowest hash there."""
     everybody = candidates(stages=4, each=1000)

@@ -1,9 +1,11 @@
-"""Who guards which stage (design section 10): the two lowest-hash peers of other stages with memory to spare.
+"""Who guards which stage (design section 10): those that do, then the lowest-hash peers with memory to spare.
 
 A guardian keeps a copy of a stage that it does not train, for the day when all that do are gone. Pure: every
-peer decides for itself from what it sees. Views differ, so a stage may have one guardian more for a while;
-a copy is let go only when those who shall have it do. In a swarm known in part thousands have the lowest hash
-of those whom they know; there a guardian's has to be low enough for one of the whole swarm's, too.
+peer decides for itself from what it sees. Who has a copy keeps it: were it always the lowest hash, each peer
+that comes or goes would send copies around, and where memory is scarce nobody could take one before another
+had let go. Views differ, so a stage may have one guardian more for a while; a copy is let go only when those
+who shall have it do. In a swarm known in part thousands have the lowest hash of those whom they know; there a
+guardian's has to be low enough for one of the whole swarm's, too.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Candidate:
 
     peer: PeerId
     stages: tuple[int, ...]  # that it holds
-    spare_bytes: int
+    spare_bytes: int  # for copies, those that it has included
+    guards: tuple[int, ...] = ()  # stages that it has a copy of
 
 
 def guard_bytes(stage: StagePlan, snapshot_every: int) -> int:
@@ -47,27 +50,60 @@ def choose_guardians(
 ) -> tuple[tuple[PeerId, ...], ...]:
     """The guardians of each stage, at most GUARDIANS, none of its replicas.
 
-    Every stage gets one before any gets another: where memory is scarce, none shall be without.
+    Every stage gets one before any gets another, and a second one is sent to a stage that would have none.
     `part`: the candidates' share of those in the swarm.
     """
     hashes = np.array([_hash(run_id, candidate.peer) for candidate in candidates], np.uint64)
     low = 2.0**64 * MARGIN * GUARDIANS * part / max(len(candidates), 1) if part < 1.0 else math.inf
-    ranked = [_ranked(_mixed(hashes, stage), low) for stage in range(len(needs_bytes))]
-    spare = {candidate.peer: candidate.spare_bytes for candidate in candidates}
-    held = dict.fromkeys(spare, 0)
-    chosen: list[list[PeerId]] = [[] for _ in needs_bytes]
-    for _, (stage, need) in itertools.product(range(GUARDIANS), enumerate(needs_bytes)):
-        able = (
-            c.peer
-            for c in map(candidates.__getitem__, ranked[stage])
-            if stage not in c.stages and spare[c.peer] >= need and held[c.peer] < GUARDED_MOST
-            if c.peer not in chosen[stage]
-        )
-        if (peer := next(able, None)) is not None:
-            spare[peer] -= need
-            held[peer] += 1
-            chosen[stage].append(peer)
+    chosen: list[list[PeerId]] = []
+    ranked: list[list[Candidate]] = []  # for each stage, who may come to have a copy, the lowest hash first
+    for stage in range(len(needs_bytes)):
+        mixed = _mixed(hashes, stage)
+        order = [int(index) for index in np.argsort(mixed, kind="stable")]
+        others = [(candidates[i], int(mixed[i])) for i in order if stage not in candidates[i].stages]
+        chosen.append([candidate.peer for candidate, _ in others if stage in candidate.guards][:GUARDIANS])
+        ranked.append([candidate for candidate, height in others if height < low])
+    kept = {c.peer: {stage for stage in c.guards if c.peer in chosen[stage]} for c in candidates}
+    for wanted, stage in itertools.product(range(1, GUARDIANS + 1), range(len(needs_bytes))):
+        if len(chosen[stage]) < wanted:
+            able = _able(stage, ranked[stage], kept, needs_bytes)
+            if able is None and wanted == 1:
+                able = _spared(stage, ranked[stage], kept, needs_bytes, chosen)
+            if able is not None:
+                chosen[stage].append(able)
+                kept[able].add(stage)
     return tuple(tuple(guardians) for guardians in chosen)
+
+
+def _able(
+    stage: int, ranked: Sequence[Candidate], kept: Mapping[PeerId, set[int]], needs_bytes: Sequence[int]
+) -> PeerId | None:
+    """Who has room for a copy of a stage beside those it keeps, and has none of it."""
+    for candidate in ranked:
+        others = kept[candidate.peer]
+        taken = sum(needs_bytes[other] for other in others)
+        enough = taken + needs_bytes[stage] <= candidate.spare_bytes
+        if stage not in others and len(others) < GUARDED_MOST and enough:
+            return candidate.peer
+    return None
+
+
+def _spared(
+    stage: int,
+    ranked: Sequence[Candidate],
+    kept: Mapping[PeerId, set[int]],
+    needs_bytes: Sequence[int],
+    chosen: Sequence[list[PeerId]],
+) -> PeerId | None:
+    """Who has room once it lets go of a stage that another one guards, too; it is taken from that one."""
+    for other, guardians in enumerate(chosen):
+        for peer in guardians if len(guardians) > 1 else ():
+            without = {**kept, peer: kept[peer] - {other}}
+            if _able(stage, [c for c in ranked if c.peer == peer], without, needs_bytes) is not None:
+                guardians.remove(peer)
+                kept[peer].discard(other)
+                return peer
+    return None
 
 
 def may_let_go(me: PeerId, chosen: Sequence[PeerId], heights: Mapping[PeerId, int], trained: bool) -> bool:
@@ -78,11 +114,6 @@ def may_let_go(me: PeerId, chosen: Sequence[PeerId], heights: Mapping[PeerId, in
     """
     have = sum(heights.get(peer, -1) >= heights[me] for peer in chosen)
     return trained and me not in chosen and 0 < len(chosen) == have
-
-
-def _ranked(mixed: np.ndarray, low: float) -> list[int]:
-    """Those below `low`, the lowest first."""
-    return [int(index) for index in np.argsort(mixed, kind="stable") if int(mixed[index]) < low]
 
 
 def _mixed(hashes: np.ndarray, stage: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shoal.dht.beats import StageBeat
+from shoal.dht.beats import Beat, StageBeat
 from shoal.dht.members import Members
 from shoal.dht.view import SwarmView
 from shoal.protocol.errors import StorageError
@@ -193,10 +193,11 @@ class Guarding:
     def _candidates(self, view: SwarmView) -> list[Candidate]:
         """Trainers that are online; of whom nothing is heard is taken for able."""
         able = sum(self._needs)
-        found = [Candidate(self._context.me, self._held(), self.spare_bytes)]
+        found = [Candidate(self._context.me, self._held(), self.spare_bytes, tuple(self._guarded))]
         for member in view.here():
             trains = member.state == "online" and member.stages and Role.TRAINER in member.roles
             if trains and member.peer != view.me:
-                spare_bytes = member.beat.spare_bytes if member.beat is not None else able
-                found.append(Candidate(member.peer, member.stages, spare_bytes))
+                beat = member.beat or Beat(spare_bytes=able)
+                guards = tuple(kept.stage for kept in beat.guards if kept.stage < len(self._needs))
+                found.append(Candidate(member.peer, member.stages, beat.spare_bytes, guards))
         return found
