@@ -120,6 +120,16 @@ def test_who_is_on_the_way_to_the_stage_does_not_belong_to_it_yet() -> None:
     assert group(joining, silent_on_it).keys() == {ME}
 
 
+def test_who_leaves_belongs_to_the_group_until_it_is_gone() -> None:
+    """What was: two that left at once, while a newcomer stayed, each took the other for departed, and both
+    committed the round to come."""
+    leaving = dataclasses.replace(heard(HEARD, NOW_S - 1.0), state="draining")
+    assert group(leaving, heard(STRANGER, NOW_S - 1.0)).keys() == {ME, HEARD, STRANGER}
+    silent = dataclasses.replace(leaving, liveness=Liveness.SUSPECT)
+    assert group(silent, heard(STRANGER, NOW_S - 1.0))[HEARD].silent
+    assert HEARD not in group(dataclasses.replace(silent, departed=True), heard(STRANGER, NOW_S - 1.0))
+
+
 def test_a_stranger_of_the_last_round_belongs_to_a_swarm_known_in_part() -> None:
     last = (Seat(STRANGER, 9, 2.0**21, present=True), Seat(HEARD, 5, 2.0**22, present=True))
     found = group(heard(HEARD, NOW_S - 1.0), last=last, sampled=True)

@@ -105,8 +105,8 @@ def group_members(
     one side of a cut, while others are here who were in that round: they know who departed.
     Whoever fell silent without a goodbye or a closed connection stays, marked, for SILENT_S: it may be
     frozen, or on the other side of a cut, and half a group must not go on as if it were the whole.
-    Who leaves makes its last round with those that stay. Where nobody stays, those that leave are the group:
-    each by itself would make a log of its own. Uplinks are what the beats claim, as far as the group believes
+    Who leaves belongs to it until it is gone: it has a last round to make, and two that leave at once, each
+    without the other, would make two logs. Uplinks are what the beats claim, as far as the group believes
     it (`uplinks`).
     """
     stage = own.stage
@@ -134,13 +134,11 @@ def _is_newcomer(
 
 
 def _living(view: SwarmView, stage: int) -> dict[PeerId, GroupMember]:
-    """The others that stay; those that leave where nobody stays."""
-    found = {}
-    staying = [member for member in view.online(stage) if member.peer != view.me]
-    for member in staying or [m for m in view.group(stage, "draining") if m.liveness is Liveness.ALIVE]:
-        if member.peer != view.me and (known := _as_known(member, stage, view.now_s)) is not None:
-            found[member.peer] = known
-    return found
+    """The others, those that leave among them."""
+    leaving = [member for member in view.group(stage, "draining") if member.liveness is Liveness.ALIVE]
+    others = [member for member in (*view.online(stage), *leaving) if member.peer != view.me]
+    known = {member.peer: _as_known(member, stage, view.now_s) for member in others}
+    return {peer: member for peer, member in known.items() if member is not None}
 
 
 def _silent(
@@ -154,7 +152,7 @@ def _silent(
         if member.progress(stage) is None and member.peer not in took_part:
             continue
         silent = view.now_s - silent_since_s(member, view.now_s) < SILENT_S
-        if member.state_at(stage) == "online" and silent:
+        if member.state_at(stage) in ("online", "draining") and silent:
             known = _as_known(member, stage, view.now_s)
             if known is not None:
                 found[member.peer] = dataclasses.replace(known, silent=True)
