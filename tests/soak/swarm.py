@@ -4,7 +4,8 @@ Every seed is a swarm of its own: 50 peers that stay a minute or two, half of th
 (after 15 in which they join). Promises P1 to P5 are watched throughout (`node/simulate/promises.py`). One
 line a seed; what breaks prints with the command that tells it again. Exit code 1 if something did.
 
-`--peers 5 --stages 3`: few peers, which hold several stages each.
+`--peers 5 --stages 3`: few peers, which hold several stages each. `--peers 8 --window 2 --seconds 300`: few
+that move between stages, and stages whose last replica goes every now and then.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def story(seed: int, peers: int, duration_s: float, stages_most: int) -> Options
     )
 
 
-def spec(seed: int) -> RunSpec:
+def spec(seed: int, window_s: float) -> RunSpec:
     values = TEMPLATES["small"].model_dump()
-    values["stages"] |= {"count": 2 + seed % 4}
+    values["stages"] |= {"count": 2 + seed % 4, "rebalance_window_s": window_s}
     values["inner"] |= {"in_flight": 4, "optimizer": "sgd", "inner_tokens": 2048}
     values["outer"] |= {"inner_steps": 4}
     return RunSpec.model_validate(values)
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=50)
     parser.add_argument("--stages", type=int, default=1, help="that a peer may hold at once")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--window", type=float, default=15.0, help="seconds between looks whether to move")
     parser.add_argument("--until", type=float, default=0.0, help="begin no seed after so many CPU seconds")
     options = parser.parse_args()
     kernels.warm()  # what real peers encode with
@@ -53,7 +55,9 @@ def main() -> None:
     for seed in range(first, last):
         if options.until and time.process_time() > options.until:
             break
-        outcome = simulate_run(spec(seed), story(seed, options.peers, options.seconds, options.stages))
+        outcome = simulate_run(
+            spec(seed, options.window), story(seed, options.peers, options.seconds, options.stages)
+        )
         done += 1
         failed += bool(outcome.broken)
         figures = outcome.to_json()
@@ -66,7 +70,7 @@ def main() -> None:
         if outcome.broken:
             print(
                 f"  python tests/soak/swarm.py --peers {options.peers} --stages {options.stages} "
-                f"--seconds {options.seconds:g} --seeds {seed}-{seed + 1}"
+                f"--seconds {options.seconds:g} --window {options.window:g} --seeds {seed}-{seed + 1}"
             )
     print(f"{done} seeds, {failed} broken")
     raise SystemExit(1 if failed else 0)
