@@ -63,8 +63,8 @@ def main() -> None:
         figures = outcome.to_json()
         names = ["stages", "micro_batches", "joins", "kills", "leaves", "moves", "retries", "adopted", "lost"]
         names += ["rounds", "forks", "setbacks", "cpu_s"]
-        told = " ".join(f"{name} {figures[name]}" for name in names)
-        print(f"seed {seed}: {told}", flush=True)
+        line = " ".join(f"{name} {figures[name]}" for name in names)
+        print(f"seed {seed}: {line}", flush=True)
         for what in outcome.broken:
             print(f"  BROKEN {what}", flush=True)
         if outcome.broken:
