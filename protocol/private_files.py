@@ -6,6 +6,7 @@ old file or the new one. Blocking; callers on the event loop go through their ex
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
@@ -23,7 +24,7 @@ def write_private(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         _flush_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise _refused("write", path, error) from error
 
 
@@ -38,7 +39,7 @@ def create_private(path: Path, data: bytes) -> bool:
     except OSError as error:
         raise _refused("create", path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
     return True
 
 
@@ -102,9 +103,15 @@ def _write_beside(path: Path, data: bytes) -> Path:
             file.flush()
             os.fsync(descriptor)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise _refused("write", path, error) from error
     return temporary
+
+
+def _remove(path: Path) -> None:
+    """If it is there. A read-only disk refuses that, too, even of names that are not there."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _flush_directory(path: Path) -> None:
