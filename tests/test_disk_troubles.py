@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from outer_world import Node, World, inline, round_spec
+from slow_disk import SlowDisk
 
 from shoal.node.events import sentence
 from shoal.protocol.errors import StorageError
 from shoal.protocol.private_files import create_private, read_private, write_private
 from shoal.protocol.virtual_time import run
-from shoal.training.recovery import whole_file
+from shoal.training.outer.log import genesis_state
+from shoal.training.outer.parts import cut
+from shoal.training.outer.snapshot import snapshot_of
+from shoal.training.recovery import journal, whole_file
+from shoal.training.recovery.journal import read_entries
+from shoal.training.recovery.snapshots import CLOSE_S, has_snapshot, newest_on_disk, store
 
 
 class ReadOnly:
@@ -42,6 +51,22 @@ class ReadOnly:
             return function(*arguments, **named)
 
         return call
+
+
+def broken(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """From now on the disk answers with errors whatever is asked of that folder."""
+    for name in ("stat", "scandir", "listdir", "unlink", "open", "replace", "mkdir"):
+        patch.setattr(os, name, _failing(getattr(os, name), folder))
+    patch.setattr("shoal.training.recovery.whole_file.save_file", _failing(whole_file.save_file, folder, 1))
+
+
+def _failing(function: Callable[..., Any], folder: Path, at: int = 0) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        if arguments and str(arguments[at]).startswith(str(folder)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(arguments[at]))
+        return function(*arguments, **named)
+
+    return call
 
 
 def heard(node: Node, kind: str) -> list[dict[str, Any]]:
@@ -102,5 +127,99 @@ def test_on_a_disk_that_turns_read_only_a_member_trains_on_and_tells_once(
             await again.start()
             world.nodes[-1] = again
             assert (again.outer.height, again.outer.state_root) == (height, root)
+
+    run(main)
+
+
+def test_a_peer_whose_disk_cannot_be_read_joins_as_one_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was: a raw error of the system's ended its process, again and again."""
+    monkeypatch.setattr(asyncio, "to_thread", inline)
+
+    async def main() -> None:
+        async with with_a_disk(tmp_path) as (world, node):
+            await world.rounds(5)
+            await node.stop()
+            broken(tmp_path, monkeypatch)
+            again = world.node(5, 2, tmp_path)
+            await again.start()
+            world.nodes[-1] = again
+            await world.rounds(2)
+            assert world.equal()
+            assert any("Input/output error" in str(told) for told in heard(again, "disk-refused"))
+
+    run(main)
+
+
+@pytest.mark.parametrize("oldest", [1, 3])
+def test_a_copy_that_a_broken_disk_refuses_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oldest: int
+) -> None:
+    """Whoever fetches a stage's state ahead expects that, and stays where it is."""
+    fragments = cut(8, 64, 8)
+    state = genesis_state(bytes(16), 0)
+    held = snapshot_of(replace(state, height=3), torch.zeros(8), torch.zeros(8), fragments)
+    store(tmp_path, held, 3)
+    broken(tmp_path, monkeypatch)
+    with pytest.raises(StorageError, match=r"Input/output error.*--data-dir"):
+        store(tmp_path, held, oldest)
+    assert not has_snapshot(tmp_path)
+    assert newest_on_disk(tmp_path, 8, fragments) is None
+
+
+def test_what_the_journal_holds_is_read_one_entry_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was: all of it at once, and of a large stage that is more than a machine's memory."""
+    steps: list[str] = []
+
+    def read(directory: Path, from_height: int) -> Iterator[Any]:
+        for entry in read_entries(directory, from_height):
+            steps.append("read")
+            yield entry
+
+    async def main() -> None:
+        async with with_a_disk(tmp_path, snapshot_every=8) as (world, _):
+            await world.rounds(5)
+            for other in list(world.live.values()):
+                await other.stop()
+            again = world.node(5, 2, tmp_path)
+            again.outer._replica.applied.append(lambda *_: steps.append("applied"))
+            await again.start()
+            await again.stop()
+            assert again.outer.height == 5
+
+    monkeypatch.setattr(journal, "read_entries", read)
+    run(main)
+    assert steps == ["read", "applied"] * 5
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_who_leaves_waits_for_a_slow_disk_no_longer_than_it_says(tmp_path: Path, cancelled: bool) -> None:
+    """What was: until all that was queued had been written, hours on a disk that stands almost still."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with with_a_disk(tmp_path) as (world, node):
+            await world.rounds(1)
+            disk, snapshots = SlowDisk(itertools.repeat(1000.0)), node.outer._snapshots
+            for _ in range(9):
+                snapshots.write(lambda: None)
+            object.__setattr__(node.outer.context, "offload", disk.offload)
+            begun_s, writer = loop.time(), snapshots._writer
+            if cancelled:
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await snapshots.close()
+                await asyncio.sleep(0)
+            else:
+                await node.stop()
+                (told,) = heard(node, "disk-behind")
+                assert "the last 9 writes of stage 0" in str(told["text"])
+            assert loop.time() - begun_s <= CLOSE_S + 1.0
+            assert writer is not None
+            assert writer.done()
+            await disk.still()
 
     run(main)

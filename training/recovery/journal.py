@@ -30,9 +30,9 @@ def write_entry(directory: Path, height: int, data: bytes, parts: Mapping[int, P
 def read_entries(directory: Path, from_height: int) -> Iterator[tuple[bytes, dict[int, Published]]]:
     """Entries from a height on, as long as they follow one another and are whole."""
     height = from_height
-    while (path := entry_path(directory, height)).exists():
+    while True:
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(entry_path(directory, height), framework="pt") as file:
                 data = _bytes(file.get_tensor("entry"))
                 entry = parse(data)
                 made = entry.source()  # a re-entry lists nobody itself; its parts' digests name those listed
@@ -42,7 +42,7 @@ def read_entries(directory: Path, from_height: int) -> Iterator[tuple[bytes, dic
                     if entry.digest(part) != SKIP
                 }
         except (OSError, SafetensorError, ProtocolViolation):
-            return  # a damaged file ends what the disk knows; the group has the rest
+            return  # there is none, or a damaged one ends what the disk knows: the group has the rest
         yield data, parts
         height += 1
 

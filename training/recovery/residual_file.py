@@ -29,14 +29,11 @@ def save_residuals(
 
 
 def load_residuals(directory: Path, fragments: Sequence[Fragment], last: Last) -> dict[int, torch.Tensor]:
-    """e by part index, of fragments whose file is whole and up to date; a damaged file counts as none."""
+    """e by part index, of fragments whose file is there, whole and up to date."""
     found: dict[int, torch.Tensor] = {}
     for fragment in fragments:
-        path = _path(directory, fragment.index)
-        if not path.exists():
-            continue
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(_path(directory, fragment.index), framework="pt") as file:
                 facts = file.metadata() or {}
                 if last[fragment.index] != (int(facts["incarnation"]), int(facts["step"])):
                     continue

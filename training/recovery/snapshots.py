@@ -24,9 +24,10 @@ from shoal.training.outer.replica import Replica
 from shoal.training.outer.snapshot import Snapshot, snapshot_of
 from shoal.training.recovery import journal
 from shoal.training.recovery.snapshot import load, save
-from shoal.training.recovery.whole_file import UNFINISHED, sweep
+from shoal.training.recovery.whole_file import MEND, UNFINISHED, sweep
 
 KEPT = 2  # a joiner may be half through the one before the newest
+CLOSE_S = 60.0  # that who leaves waits for its disk; the write that is under way then ends by itself
 QUEUED = 64  # writes; a disk that is slower than the rounds skips entries, and the journal starts anew
 Written = tuple[int, bytes, Mapping[int, Published]]  # an entry: height, bytes, parts
 _WRITING, _WRITTEN = define("disk.writing"), define("disk.written")
@@ -128,14 +129,11 @@ class Snapshots:
         if snapshot is not None and snapshot.height > self._replica.log.height:
             await self._replica.adopt(Replica(self._context, snapshot), local)
             self._kept[snapshot.height] = snapshot
-        entries = await self._context.offload(
-            lambda directory, height: list(journal.read_entries(directory, height)),
-            self.directory,
-            self._replica.log.height + 1,
-        )
+        entries = journal.read_entries(self.directory, self._replica.log.height + 1)
         self._restoring = True
         try:
-            for data, parts in entries:
+            while (entry := await self._context.offload(next, entries, None)) is not None:
+                data, parts = entry  # one at a time: all since a snapshot may be more than memory holds
                 await self._replica.apply(data, parts, local, None)
         except ShoalError as error:
             self._context.event("journal-cut", {"height": self._replica.log.height, "why": str(error)})
@@ -143,11 +141,19 @@ class Snapshots:
             self._restoring = False
 
     async def close(self) -> None:
-        """Finish the writes that are queued, then stop."""
-        if self._writer is not None:
-            await self._writes.join()
+        """Finish the writes that are queued, as far as the disk takes them within CLOSE_S, then stop."""
+        if self._writer is None:
+            return
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._writes.join()
+        except TimeoutError:
+            left, stage = self._writes.qsize() + 1, self._context.stage
+            text = f"the disk is too slow: the last {left} writes of stage {stage} are not waited for"
+            self._context.event("disk-behind", {"queued": left, "text": text})
+        finally:
             self._writer.cancel()
-            await asyncio.gather(self._writer, return_exceptions=True)
+        await asyncio.gather(self._writer, return_exceptions=True)
 
     def _on_entry(self, entry: Entry, data: bytes, parts: Mapping[int, Published]) -> None:
         if self.directory is not None and not self._restoring:
@@ -217,15 +223,19 @@ def store(directory: Path, snapshot: Snapshot, oldest: int) -> None:
 
     Where there is no room for it, what is older goes first, if that one is there. Raises StorageError.
     """
+    path, before = snapshot_path(directory, snapshot.height), snapshot_path(directory, oldest)
     try:
-        save(snapshot, snapshot_path(directory, snapshot.height))
-    except StorageError:
-        if not snapshot_path(directory, oldest).exists():
-            raise
+        try:
+            save(snapshot, path)
+        except StorageError:
+            if not before.exists():
+                raise
+            _let_go(directory, oldest)
+            save(snapshot, path)
         _let_go(directory, oldest)
-        save(snapshot, snapshot_path(directory, snapshot.height))
-    _let_go(directory, oldest)
-    sweep(directory)
+        sweep(directory)
+    except OSError as error:
+        raise StorageError(f"{directory}: {error}; {MEND}") from error
 
 
 def _let_go(directory: Path, oldest: int) -> None:
@@ -250,8 +260,10 @@ def rewrite(directory: Path, snapshot: Snapshot, tail: Sequence[Written]) -> Non
 
 
 def has_snapshot(directory: Path) -> bool:
-    """Whether a stage's folder has one, whole or not."""
-    return any(directory.glob("snapshot-*.safetensors"))
+    """Whether a stage's folder has one, whole or not, as far as it can be read."""
+    with contextlib.suppress(OSError):
+        return any(directory.glob("snapshot-*.safetensors"))
+    return False
 
 
 def clear(directory: Path, but: Collection[Path] = ()) -> None:
@@ -277,9 +289,11 @@ def forget(directory: Path) -> None:
 
 def newest_on_disk(directory: Path, size: int, fragments: Sequence[Fragment]) -> Snapshot | None:
     """The highest snapshot in a stage's folder that is whole; for whoever writes there from now on."""
+    found: list[Path] = []
     with contextlib.suppress(OSError):  # the first write tells of a disk that refuses
+        found = sorted(directory.glob("snapshot-*.safetensors"), reverse=True)
         sweep(directory)
-    for path in sorted(directory.glob("snapshot-*.safetensors"), reverse=True):
+    for path in found:
         try:
             return load(path, size, fragments)
         except StorageError:

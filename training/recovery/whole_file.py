@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from shoal.protocol.errors import StorageError
 
 UNFINISHED = "unfinished"
+MEND = "free space there, see that it can be written, or name another --data-dir"
 
 
 def write_whole(
@@ -39,7 +40,7 @@ def write_whole(
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):  # of a full disk every byte counts
             unfinished.unlink(missing_ok=True)
-        raise StorageError(f"{path}: {error}; free space there or name another --data-dir") from error
+        raise StorageError(f"{path}: {error}; {MEND}") from error
 
 
 def sweep(directory: Path) -> None:
