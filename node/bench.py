@@ -1,4 +1,4 @@
-"""What all replicas of one peer work on: one compute lane for the device, one pool for work beside it.
+"""What all replicas of one peer work on: a lane for the device, pools for work beside it and for the disk.
 
 Whatever a peer holds, its device does one thing at a time, backward before forward over all its stages.
 """
@@ -14,6 +14,7 @@ from shoal.training.lane import ThreadLane
 from shoal.training.work import paced
 
 _OFFLOAD_THREADS = 2  # codecs and hashing beside the lane; more would only contend with it
+_DISK_THREADS = 4  # own state, checkpoint, copies of other stages: a slow disk must not hold up the codecs
 _SERVED = 16  # of a paced micro-batch: a batch of inference takes a sixteenth of it
 T = TypeVar("T")
 
@@ -30,10 +31,12 @@ class Bench:
 
     async def __aenter__(self) -> Self:
         self._pool = ThreadPoolExecutor(_OFFLOAD_THREADS, thread_name_prefix="offload")
+        self._disk = ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="disk")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self._pool.shutdown, True, cancel_futures=True)
+        for pool in (self._pool, self._disk):
+            await asyncio.to_thread(pool.shutdown, True, cancel_futures=True)
 
     def take(self) -> ThreadLane:
         """The lane; a new one, with nothing measured, for a peer that holds nothing else."""
@@ -53,3 +56,7 @@ class Bench:
     async def offload(self, function: Callable[..., T], *arguments: object) -> T:
         """Work off the loop."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    async def disk(self, function: Callable[..., T], *arguments: object) -> T:
+        """Large writes off the loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._disk, function, *arguments)

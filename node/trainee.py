@@ -106,6 +106,7 @@ class Trainee:
             members=presence.members,
             lane=self._lane,
             offload=self._bench.offload,
+            disk=self._bench.disk,
             feed=await self._feed() if self.stage == 0 else None,
             me=presence.transport.me,
             incarnation=self._incarnation,

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import itertools
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from outer_world import Node, World, inline, round_spec
+from safetensors.torch import save_file
 from slow_disk import SlowDisk
 
+from shoal.node.bench import Bench
 from shoal.node.events import sentence
 from shoal.protocol.errors import StorageError
 from shoal.protocol.private_files import create_private, read_private, write_private
@@ -26,7 +29,15 @@ from shoal.training.outer.parts import cut
 from shoal.training.outer.snapshot import snapshot_of
 from shoal.training.recovery import journal, whole_file
 from shoal.training.recovery.journal import read_entries
-from shoal.training.recovery.snapshots import CLOSE_S, has_snapshot, newest_on_disk, store
+from shoal.training.recovery.snapshots import (
+    CLOSE_S,
+    KEPT,
+    VALUE_BYTES,
+    bytes_in,
+    has_snapshot,
+    newest_on_disk,
+    store,
+)
 
 
 class ReadOnly:
@@ -39,7 +50,7 @@ class ReadOnly:
         for name in ("unlink", "replace", "link", "rename"):
             patch.setattr(os, name, self._guarded(getattr(os, name), lambda *arguments: True))
         patch.setattr(os, "open", self._guarded(os.open, lambda path, flags, *_: flags & os.O_CREAT))
-        patch.setattr(whole_file, "save_file", self._guarded(whole_file.save_file, lambda *_: True, 1))
+        patch.setattr(whole_file, "save_file", self._guarded(save_file, lambda *_: True, 1))
 
     def _guarded(
         self, function: Callable[..., Any], writes: Callable[..., object], at: int = 0
@@ -57,7 +68,7 @@ def broken(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """From now on the disk answers with errors whatever is asked of that folder."""
     for name in ("stat", "scandir", "listdir", "unlink", "open", "replace", "mkdir"):
         patch.setattr(os, name, _failing(getattr(os, name), folder))
-    patch.setattr("shoal.training.recovery.whole_file.save_file", _failing(whole_file.save_file, folder, 1))
+    patch.setattr("shoal.training.recovery.whole_file.save_file", _failing(save_file, folder, 1))
 
 
 def _failing(function: Callable[..., Any], folder: Path, at: int = 0) -> Callable[..., Any]:
@@ -206,7 +217,7 @@ def test_who_leaves_waits_for_a_slow_disk_no_longer_than_it_says(tmp_path: Path,
             disk, snapshots = SlowDisk(itertools.repeat(1000.0)), node.outer._snapshots
             for _ in range(9):
                 snapshots.write(lambda: None)
-            object.__setattr__(node.outer.context, "offload", disk.offload)
+            object.__setattr__(node.outer.context, "disk", disk.offload)
             begun_s, writer = loop.time(), snapshots._writer
             if cancelled:
                 with pytest.raises(TimeoutError):
@@ -222,4 +233,71 @@ def test_who_leaves_waits_for_a_slow_disk_no_longer_than_it_says(tmp_path: Path,
             assert writer.done()
             await disk.still()
 
+    run(main)
+
+
+def test_what_waits_for_a_slow_disk_is_bounded_in_bytes_and_told_once(tmp_path: Path) -> None:
+    """What was: 64 writes, of a large stage some snapshots and dozens of entries: more than its memory."""
+
+    async def main() -> None:
+        async with with_a_disk(tmp_path, payload_budget_bytes=1) as (world, node):
+            await world.rounds(1)
+            goes_on, snapshots, context = asyncio.Event(), node.outer._snapshots, node.outer.context
+
+            async def stands_still(function: Callable[..., Any], *arguments: Any) -> Any:
+                await goes_on.wait()
+                return function(*arguments)
+
+            object.__setattr__(context, "disk", stands_still)
+            for _ in range(12):
+                await world.rounds(1)
+                assert snapshots._held_bytes <= 2 * KEPT * VALUE_BYTES * context.size
+            writes = list(snapshots._writes._queue)  # type: ignore[attr-defined]
+            assert sum(bytes_in(arguments) for _, arguments, _ in writes) <= 2 * VALUE_BYTES * context.size
+            told = [text for fields in heard(node, "disk-behind") if (text := fields.get("text")) is not None]
+            assert ["slower than the rounds" in str(text) for text in told] == [True]
+            goes_on.set()
+            await snapshots._writes.join()
+            assert not snapshots._held_bytes
+            await world.rounds(2)
+            height, root = node.outer.height, node.outer.state_root
+            for other in list(world.live.values()):
+                await other.stop()
+            again = world.node(5, 2, tmp_path)
+            await again.start()
+            assert (again.outer.height, again.outer.state_root) == (height, root)
+            await again.stop()
+
+    run(main)
+
+
+def test_a_disk_that_stands_still_leaves_its_threads_to_the_codecs(tmp_path: Path) -> None:
+    """What was: writes and codecs shared two threads, and two snapshots on a slow disk held up the rounds."""
+    goes_on = threading.Event()
+
+    async def scene() -> None:
+        async with Bench(0.0, 0.0) as bench:
+            writes = [asyncio.ensure_future(bench.disk(goes_on.wait, 60.0)) for _ in range(8)]
+            assert await bench.offload(sum, [1, 2]) == 3
+            goes_on.set()
+            assert all(await asyncio.gather(*writes))
+
+    async def main() -> None:
+        async with with_a_disk(tmp_path) as (world, node):
+            done: dict[str, set[str]] = {"offload": set(), "disk": set()}
+
+            def noting(name: str) -> Callable[..., Any]:
+                def call(function: Callable[..., Any], *arguments: Any) -> Any:
+                    done[name].add(getattr(function, "__name__", ""))
+                    return inline(function, *arguments)
+
+                return call
+
+            for name in done:
+                object.__setattr__(node.outer.context, name, noting(name))
+            await world.rounds(4)
+            assert done["disk"] == {"write_entry", "store"}
+            assert not done["offload"] & done["disk"]
+
+    asyncio.run(scene())
     run(main)

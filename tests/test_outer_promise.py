@@ -210,7 +210,7 @@ def test_a_switch_of_chains_reaches_a_disk_that_is_behind(tmp_path: Path) -> Non
                 await goes_on.wait()
                 return function(*arguments)
 
-            object.__setattr__(node.outer.context, "offload", stuck)
+            object.__setattr__(node.outer.context, "disk", stuck)
             for _ in range(QUEUED + 2):
                 snapshots.write(lambda: None)
                 await asyncio.sleep(0.0)

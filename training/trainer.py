@@ -70,6 +70,7 @@ class Trainer:
         members: Members,
         lane: Lane,
         offload: Offload,
+        disk: Offload | None = None,  # for large writes
         feed: Feed | None,  # needed at the first stage
         me: PeerId,
         incarnation: int,
@@ -96,6 +97,7 @@ class Trainer:
         self._members = members
         self._lane = lane
         self._offload = offload
+        self._disk = disk or offload
         self._feed = feed
         self._me = me
         self._incarnation = incarnation
@@ -122,7 +124,7 @@ class Trainer:
                 members=members,
                 folder=data_dir,
                 imported=imported,
-                offload=offload,
+                offload=self._disk,
                 event=event,
                 rng=random.Random(rng.getrandbits(64)),
             )
@@ -179,6 +181,7 @@ class Trainer:
             peers=self._group,
             suspect=self._replicas.suspect,
             offload=self._offload,
+            disk=self._disk,
             positions=self._book.at,
             first_stage_head=self._first_stage_head,
             event=self._outer_event,

@@ -38,7 +38,8 @@ class Context:
     me: PeerId
     incarnation: int
     transport: Transport
-    offload: Offload
+    offload: Offload  # codecs, hashing, what is small of the disk
+    disk: Offload  # large writes: a slow disk holds up nothing else
     suspect: Callable[[PeerId, str], None]
     event: Event
     rng: random.Random
@@ -59,6 +60,7 @@ class Context:
         incarnation: int,
         transport: Transport,
         offload: Offload,
+        disk: Offload | None = None,
         suspect: Callable[[PeerId, str], None],
         event: Event,
         rng: random.Random,
@@ -78,6 +80,7 @@ class Context:
             incarnation,
             transport,
             offload,
+            disk or offload,
             suspect,
             event,
             rng,
@@ -96,6 +99,7 @@ class Context:
             incarnation=self.incarnation,
             transport=self.transport,
             offload=self.offload,
+            disk=self.disk,
             suspect=self.suspect,
             event=self.event,
             rng=self.rng,

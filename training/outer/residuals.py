@@ -54,7 +54,7 @@ class Residuals:
                 self.handed_over += 1
 
     def take(self) -> dict[int, torch.Tensor]:
-        """e of all parts, for the disk."""
+        """e of all parts."""
         return dict(self._contributed)
 
     def restore(self, contributed: dict[int, torch.Tensor]) -> None:

@@ -39,6 +39,7 @@ from shoal.training.spec import RunSpec
 
 RECOVER_S = 30.0  # without anything from any donor, before the stage counts as empty, ...
 RECOVER_TRIES = 3  # ... and at least so many attempts, however long each one takes
+_OF_REBUILT = ("height", "policy", "lost_height", "peer")
 GUARDIANS_SETTLE_S = 2.5  # a lost replica is noticed within two seconds, and the next beat tells of it
 
 __all__ = ["GroupMember", "Outer"]
@@ -48,7 +49,8 @@ class Outer:
     """One replica's rounds, log, anchors, and what it gives to joiners.
 
     `peers()` are the replicas of the stage, this one among them, and those that fell silent marked so.
-    `offload(fn, *args)` runs CPU work off the loop. Everything is safe to read at any time from the loop.
+    `offload(fn, *args)` runs CPU work off the loop, `disk` large writes. Everything is safe to read at any
+    time from the loop.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Outer:
         suspect: Callable[[PeerId, str], None],
         offload: Offload,
         rng: random.Random,
+        disk: Offload | None = None,
         event: Event = lambda kind, data: None,
         positions: Positions = lambda step: (),
         first_stage_head: Callable[[], bytes] = bytes,
@@ -84,6 +87,7 @@ class Outer:
             incarnation=incarnation,
             transport=transport,
             offload=offload,
+            disk=disk,
             suspect=suspect,
             event=event,
             rng=rng,
@@ -241,14 +245,7 @@ class Outer:
             "snapshot_height": snapshot,
             "guardians": self._guarded.status(),
             "entries_unguarded": self._guarded.alone,
-            "rebuilt": None
-            if rebuilt is None
-            else {
-                "height": rebuilt.height,
-                "policy": rebuilt.policy,
-                "lost_height": rebuilt.lost_height,
-                "peer": rebuilt.peer,
-            },
+            "rebuilt": rebuilt and {key: getattr(rebuilt, key) for key in _OF_REBUILT},
         }
 
     # -- life
@@ -394,9 +391,9 @@ class Outer:
         )
 
     def _save_residuals(self, entry: Entry, listed: bool) -> None:
-        context, kept = self._context, self._replica.residuals.take()
+        context = self._context
+        kept = self._replica.residuals.carried((fragment := context.fragments[entry.fragment]).parts)
         if self._snapshots.directory is not None and listed and kept:
-            fragment = context.fragments[entry.fragment]
             step, _ = self._replica.log.end_of(context.me, context.incarnation, entry.fragment)
             self._snapshots.write(
                 save_residuals, self._snapshots.directory, fragment, kept, context.incarnation, step

@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shoal.protocol.errors import NotHere, ShoalError, StorageError
 from shoal.protocol.faults import define
 from shoal.protocol.faulty_transport import point
@@ -29,6 +31,7 @@ from shoal.training.recovery.whole_file import MEND, UNFINISHED, sweep
 KEPT = 2  # a joiner may be half through the one before the newest
 CLOSE_S = 60.0  # that who leaves waits for its disk; the write that is under way then ends by itself
 QUEUED = 64  # writes; a disk that is slower than the rounds skips entries, and the journal starts anew
+VALUE_BYTES = 8  # of a snapshot: anchor and momentum
 Written = tuple[int, bytes, Mapping[int, Published]]  # an entry: height, bytes, parts
 _WRITING, _WRITTEN = define("disk.writing"), define("disk.written")
 
@@ -43,7 +46,9 @@ class Snapshots:
         self.directory = stage_directory(context, directory) if directory else None
         self._kept = {genesis.height: genesis}
         self._watchers: list[Callable[[Snapshot], None]] = []
-        self._writes: asyncio.Queue[tuple[Callable[..., None], tuple[Any, ...]]] = asyncio.Queue(QUEUED)
+        self._writes: asyncio.Queue[tuple[Callable[..., None], tuple[Any, ...], int]] = asyncio.Queue(QUEUED)
+        self._held_bytes = 0  # by those and the one that is being written
+        self._behind = False  # the disk
         self._writer: asyncio.Task[None] | None = None
         self._refused: set[str] = set()  # kinds of writes, by the disk
         self._restoring = False  # entries come from the disk
@@ -168,26 +173,44 @@ class Snapshots:
         """
         if self._writer is None:
             self._writer = asyncio.create_task(self._write_all())
-        if self._writes.full():
-            self._context.event("disk-behind", {"queued": QUEUED})
+        size_bytes = bytes_in(arguments)
+        while not self._has_room(size_bytes):
+            self._tell_that_it_is_behind()
             if function is not rewrite:
                 return
-            self._writes.get_nowait()
+            *_, skipped_bytes = self._writes.get_nowait()
+            self._held_bytes -= skipped_bytes
             self._writes.task_done()
-        self._writes.put_nowait((function, arguments))
+        self._held_bytes += size_bytes
+        self._writes.put_nowait((function, arguments, size_bytes))
+
+    def _has_room(self, size_bytes: int) -> bool:
+        """Beside what is being written one more is taken whatever its size, others as memory allows."""
+        spec, size = self._context.spec, self._context.size
+        most_bytes = max(spec.outer.payload_budget_bytes, KEPT * VALUE_BYTES * size)
+        few = self._held_bytes + size_bytes <= most_bytes and not self._writes.full()
+        return few or self._writes.empty()
 
     async def _write_all(self) -> None:
         while True:
-            function, arguments = await self._writes.get()
+            function, arguments, size_bytes = await self._writes.get()
             try:
                 await point(self._context.transport, _WRITING)
-                await self._context.offload(function, *arguments)
+                await self._context.disk(function, *arguments)
                 await point(self._context.transport, _WRITTEN)
                 self._tell_of_disk(function)
             except Exception as error:  # the edge of this task: training goes on without the disk
                 self._tell_of_disk(function, str(error) or repr(error))
             finally:
+                self._held_bytes -= size_bytes
+                self._behind = self._behind and not self._writes.empty()
                 self._writes.task_done()
+
+    def _tell_that_it_is_behind(self) -> None:
+        queued, stage = self._writes.qsize(), self._context.stage
+        text = f"the disk is slower than the rounds: some of the state of stage {stage} is not written to it"
+        self._context.event("disk-behind", {"queued": queued} | ({} if self._behind else {"text": text}))
+        self._behind = True
 
     def _tell_of_disk(self, write: Callable[..., None], why: str = "") -> None:
         """Why it refused a write, empty where it took it. In words only what has changed: that it takes a
@@ -206,6 +229,22 @@ class Snapshots:
         elif before and not self._refused:
             text = f"the disk takes the state of stage {stage} again"
             self._context.event("disk-back", {"stage": stage, "text": text})
+
+
+def bytes_in(held: object) -> int:
+    """What the arguments of a write take of memory while it waits, as far as that is much."""
+    match held:
+        case torch.Tensor():
+            return held.nbytes
+        case Snapshot():
+            return held.anchor.nbytes + held.momentum.nbytes
+        case Published():
+            return memoryview(held.encoded).nbytes
+        case Mapping():
+            return sum(map(bytes_in, held.values()))
+        case tuple() | list():
+            return sum(map(bytes_in, held))
+    return 0
 
 
 def stage_directory(context: Context, directory: Path) -> Path:
