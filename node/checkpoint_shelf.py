@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.node.paths import checkpoint_folders
-from shoal.protocol.errors import ShoalError, UsageError
+from shoal.protocol.errors import ShoalError, StorageError, UsageError
 from shoal.training.checkpoint.manifest import MANIFEST, numbered
 from shoal.training.checkpoint.read import Checkpoint, open_checkpoint
 
@@ -52,7 +53,12 @@ def describe(checkpoint: Checkpoint) -> dict[str, object]:
 
 def all_found(root: Path) -> list[Found]:
     """Everything under a data folder, the oldest first; names and sizes are looked at, not contents."""
-    found = [_look(path) for folder in checkpoint_folders(root) for _, path in numbered(folder)]
+    found: list[Found] = []
+    for folder in checkpoint_folders(root):
+        try:
+            found += [_look(path) for _, path in numbered(folder)]
+        except StorageError as error:
+            found.append(Found(folder, None, str(error), 0.0))
     return sorted(found, key=lambda one: (one.written_unix_s, one.path))
 
 
@@ -61,7 +67,7 @@ def choose(root: Path, wanted: str | None) -> Checkpoint:
 
     Raises UsageError for none or several, StorageError for a damaged one.
     """
-    if wanted is not None and Path(wanted).is_dir():
+    if wanted is not None and os.path.isdir(wanted):
         return open_checkpoint(Path(wanted))
     found = all_found(root)
     if wanted is None:

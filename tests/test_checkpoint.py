@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -14,11 +16,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from checkpoint_world import KINDS, POSITIONS, STEPS, TOKENS, known, layouts, spec_of, state_of, write_stages
 from slow_disk import SlowDisk
@@ -28,10 +32,10 @@ from shoal.protocol.errors import SpecError, StorageError
 from shoal.protocol.identity import PeerId, Role
 from shoal.protocol.memory_transport import MemoryNetwork
 from shoal.training.checkpoint.keeper import Keeper
-from shoal.training.checkpoint.manifest import DIGEST, MANIFEST, SPEC, digest_of, numbered
+from shoal.training.checkpoint.manifest import DIGEST, MANIFEST, SPEC, FileEntry, digest_of, numbered
 from shoal.training.checkpoint.read import Checkpoint, open_checkpoint, verify
 from shoal.training.checkpoint.reshape import load_stage
-from shoal.training.checkpoint.share import Shelf
+from shoal.training.checkpoint.share import Shelf, held
 from shoal.training.checkpoint.write import prune
 from shoal.training.inner import Moments
 from shoal.training.outer.snapshot import Snapshot
@@ -173,6 +177,101 @@ def _set(*keys: object, value: object) -> Callable[[dict[str, object]], None]:
     return change
 
 
+def _with_squares(value: float) -> Callable[[Checkpoint], None]:
+    def change(checkpoint: Checkpoint) -> None:
+        tensors = safetensors.torch.load((checkpoint.path / PARAMETER).read_bytes())
+        tensors["inner_square"][0] = value
+        _replace(checkpoint, safetensors.torch.save(tensors))
+
+    return change
+
+
+def _with_type(dtype: str, bits: int) -> Callable[[Checkpoint], None]:
+    """Tensors of a type that safetensors knows, and its reader for torch may not."""
+
+    def change(checkpoint: Checkpoint) -> None:
+        shapes = safetensors.torch.load((checkpoint.path / PARAMETER).read_bytes())
+        each = next(iter(shapes.values())).numel() * bits // 8
+        header = {
+            kind: {"dtype": dtype, "shape": [*tensor.shape], "data_offsets": [at * each, (at + 1) * each]}
+            for at, (kind, tensor) in enumerate(shapes.items())
+        }
+        told = json.dumps(header).encode()
+        _replace(checkpoint, len(told).to_bytes(8, "little") + told + bytes(each * len(shapes)))
+
+    return change
+
+
+def _replace(checkpoint: Checkpoint, data: bytes) -> None:
+    """A parameter's file, with a manifest that fits it."""
+    (checkpoint.path / PARAMETER).write_bytes(data)
+
+    def change(values: Any) -> None:
+        for entry in values["files"]:
+            if entry["name"] == PARAMETER:
+                entry |= {"size": len(data), "blake3": digest_of(data)}
+
+    _forge(checkpoint, change)
+
+
+FORGED_FILES: dict[str, tuple[Callable[[Checkpoint], None], str]] = {
+    "halves": (_with_type("F16", 16), "torch.float16"),
+    "eighths": (_with_type("F8_E4M3", 8), "torch.float8_e4m3fn"),
+    "exponents": (_with_type("F8_E8M0", 8), ""),
+    "four bits": (_with_type("F4", 4), ""),
+    "six bits": (_with_type("F6_E2M3", 6), ""),
+    "no number": (_with_squares(math.nan), "inner_square has values that are not finite"),
+    "a square below zero": (_with_squares(-1.0), "inner_square has values below zero"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED_FILES)
+def test_a_file_that_fits_its_manifest_and_is_none_of_ours_is_refused_by_its_name(
+    tmp_path: Path, kind: str
+) -> None:
+    """What was: of some types of numbers a KeyError, which a peer's part of a stage could raise, too."""
+    checkpoint = write_stages(tmp_path, spec_of(2))
+    change, told = FORGED_FILES[kind]
+    change(checkpoint)
+    forged = open_checkpoint(checkpoint.path)
+    with pytest.raises(StorageError, match=f"refused: {PARAMETER}: .*{told}"):
+        verify(forged)
+
+
+@pytest.mark.parametrize("call", ["stat", "listdir"])
+def test_a_folder_that_cannot_be_read_is_refused_by_name_and_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Another user's, or a disk that fails: what was is a raw error of the system's."""
+    theirs, ours = write_stages(tmp_path / "theirs", spec_of(2)), write_stages(tmp_path / "ours", spec_of(2))
+    found = getattr(os, call)
+
+    def refusing(path: Any, *arguments: Any, **named: Any) -> Any:
+        if str(path).startswith(str(tmp_path / "theirs")):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return found(path, *arguments, **named)
+
+    monkeypatch.setattr(os, call, refusing)
+    with pytest.raises(StorageError, match="theirs/000001-whole cannot be read: Permission denied"):
+        open_checkpoint(theirs.path)
+    there = held([tmp_path / "theirs", tmp_path / "ours"], ours.manifest.run_id, 0)
+    assert [checkpoint.path for checkpoint, _ in there] == [ours.path]
+
+
+def test_a_file_larger_than_memory_is_refused_by_name(tmp_path: Path) -> None:
+    """Its model may have the largest parameter there is, and no such bytes take room on the disk."""
+    checkpoint = write_stages(tmp_path, spec_of(2))
+    with (checkpoint.path / PARAMETER).open("wb") as file:
+        file.truncate(1 << 42)
+    entries = [
+        FileEntry(name=entry.name, size=1 << 42, blake3=entry.blake3) if entry.name == PARAMETER else entry
+        for entry in checkpoint.manifest.files
+    ]
+    manifest = checkpoint.manifest.model_copy(update={"files": tuple(entries)})
+    with pytest.raises(StorageError, match=f"{PARAMETER}: it is larger than this machine's memory"):
+        replace(checkpoint, manifest=manifest).read(PARAMETER)
+
+
 FORGERIES: dict[str, Callable[[dict[str, object]], None]] = {
     "a name that leads elsewhere": _set("files", 0, "name", value="../../identity.key"),
     "an absolute name": _set("files", 0, "name", value="/etc/passwd"),
@@ -184,6 +283,7 @@ FORGERIES: dict[str, Callable[[dict[str, object]], None]] = {
     "a stage twice": _set("parts", 1, "stage", value=0),
     "another format": _set("format", value="shoal-checkpoint-2"),
     "a key that nobody knows": _set("surprise", value=1),
+    "another run's name": _set("run_name", value="\x1b]0;mine\x07"),
     "no parts": _set("parts", value=[]),
     "no files": _set("files", value=[]),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from shoal.node import paths
 from shoal.node.cli.app import main
 from shoal.node.exporting import Exports
 from shoal.training import spec_file
-from shoal.training.checkpoint.manifest import MANIFEST
+from shoal.training.checkpoint.manifest import MANIFEST, SPEC
 from shoal.training.checkpoint.read import Checkpoint
+from shoal.training.spec import RunSpec
 
 
 class Answer(NamedTuple):
@@ -152,6 +154,36 @@ def test_a_checkpoint_is_taken_in_with_all_that_was_counted(shoal: Shoal, tmp_pa
     assert spec_file.load(Path("run.toml")).checkpoint.start == elsewhere.digest
     bare = shoal("import", elsewhere.path, "--weights-only", "--to", "bare.toml", "--json")
     assert json.loads(bare.out)["log_tokens"] == 0
+
+
+def test_a_checkpoint_that_names_a_path_for_its_tokenizer_gets_nothing_written_there(
+    shoal: Shoal, tmp_path: Path
+) -> None:
+    """What was: a file of its own, copied to any place that the user may write to."""
+    target = tmp_path / "home" / SPEC
+    target.parent.mkdir()
+    values = spec_of(2).model_dump()
+    values["data"] |= {"tokenizer": str(target), "tokenizer_blake3": "0" * 64}
+    hostile = write_stages(tmp_path / "usb", RunSpec.model_validate(values))
+    answer = shoal("import", hostile.path)
+    assert answer.code == 0
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("command", ["verify", "import"])
+def test_a_name_that_no_file_can_have_is_no_bug_of_ours(shoal: Shoal, command: str) -> None:
+    answer = shoal(command, "x" * 300)
+    assert answer.code == 2
+    assert "bug" not in answer.errors
+
+
+def test_what_a_hostile_folder_is_called_does_not_reach_the_terminal(shoal: Shoal, whole: Checkpoint) -> None:
+    (whole.path / "\x1b]0;mine\x07\u202e").touch()
+    (whole.path / os.fsdecode(b"\xff")).touch()
+    for command in ("verify", "list"):
+        answer = shoal(command, *([whole.path] if command == "verify" else []))
+        assert "it was not written with the checkpoint" in answer.errors
+        assert (answer.out + answer.errors).replace("\n", "").isprintable()
 
 
 def test_parts_on_this_machine_make_a_whole(shoal: Shoal, tmp_path: Path) -> None:

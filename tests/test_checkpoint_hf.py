@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from checkpoint_world import known, layouts, spec_of, write_stages
 
-from shoal.protocol.errors import StorageError, UsageError
+from shoal.protocol.errors import SpecError, StorageError, UsageError
 from shoal.training.checkpoint.hf_export import export
 from shoal.training.checkpoint.hf_import import import_checkpoint, import_hf
 from shoal.training.checkpoint.read import Checkpoint, verify
@@ -193,6 +193,24 @@ def _no_json(folder: Path) -> None:
     (folder / "config.json").write_text("[" * 10**5)
 
 
+def _index(weight_map: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        index = json.dumps({"weight_map": weight_map})
+        (folder / "model.safetensors.index.json").write_text(index)
+
+    return change
+
+
+def _no_text(folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(b"\xff\xfe")
+
+
+def _twice(folder: Path) -> None:
+    other = {"model.norm.weight": torch.zeros(32)}
+    safetensors.torch.save_file(other, folder / "other.safetensors")
+    _index({"model.norm.weight": "model.safetensors", "lm_head.weight": "other.safetensors"})(folder)
+
+
 def _elsewhere(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "../../secrets.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -225,6 +243,23 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         "model.norm.weight has values that are not finite",
     ),
     "pickles": (_pickled, "other formats than safetensors run code"),
+    "a size beyond all numbers": (_config(hidden_size=10**400), "heads of"),
+    "heads of no size": (_config(head_dim="8"), "4 heads of 8 do not make"),
+    "rotary positions beyond all numbers": (
+        _config(rope_parameters={"rope_type": "default", "rope_theta": 10**400}),
+        "rope_theta is no number",
+    ),
+    "a list of files that is none": (_index(["model.safetensors"]), "names files that are not in the folder"),
+    "a file's name that is none": (_index({"a": []}), "names files that are not in the folder"),
+    "names that cannot be compared": (_index({"a": 1, "b": "c"}), "names files that are not in the folder"),
+    "a name too long": (_index({"a": "x" * 300}), "names files that are not in the folder"),
+    "a name that does not print": (_index({"a": "\x1b[2J"}), "names files that are not in the folder"),
+    "a tensor in two files": (_twice, "'model.norm.weight' in"),
+    "a tokenizer that is a folder": (lambda folder: (folder / "tokenizer.json").mkdir(), "tokenizer.json"),
+    "a tokenizer that is no text": (
+        _no_text,
+        "tokenizer.json is not a tokenizer.json",
+    ),
     "files elsewhere": (_elsewhere, "names files that are not in the folder"),
 }
 
@@ -234,7 +269,7 @@ def test_what_is_no_plain_llama_is_refused_and_nothing_stays(tmp_path: Path, kin
     folder = their_folder(tmp_path / "hf")
     change, told = REFUSED[kind]
     change(folder)
-    with pytest.raises(UsageError) as refusal:
+    with pytest.raises((UsageError, SpecError, StorageError)) as refusal:
         import_hf(folder, tmp_path / "store", 2)
     assert told in str(refusal.value)
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import time
 from enum import StrEnum
@@ -189,7 +190,7 @@ def import_(
     from shoal.node.checkpoint_shelf import describe
     from shoal.training import spec_file
 
-    if to.exists():
+    if os.path.exists(to):
         raise UsageError(f"{to} exists and is left as it is; name another file with --to")
     with progress_bar("importing") as progress:
         made = taken_in(source, checkpoint_store(data_root(data_dir)), stages, weights_only, progress)
@@ -211,7 +212,7 @@ def taken_in(source: Path, store: Path, stages: int | None, weights_only: bool, 
     from shoal.training.checkpoint.manifest import MANIFEST
     from shoal.training.checkpoint.read import open_checkpoint
 
-    if (source / MANIFEST).exists():
+    if os.path.exists(source / MANIFEST):
         return hf_import.import_checkpoint(open_checkpoint(source), store, weights_only, progress)
     if hf_import.is_hf(source):
         return hf_import.import_hf(source, store, stages or 1, progress)
@@ -249,15 +250,18 @@ def started_from(
 
 
 def _bring_tokenizer(source: Path, spec: RunSpec, folder: Path) -> Path | None:
-    """Copy the model's tokenizer.json to where the run's spec looks for it."""
-    name = Path(spec.data.tokenizer)
-    if not spec.data.tokenizer_blake3 or not (source / name.name).exists():
+    """Copy an imported model's tokenizer.json to where the run's spec looks for it: beside its file. Whatever
+    else a spec names is its owner's path, and nothing is written there."""
+    from shoal.training.checkpoint.hf import TOKENIZER
+
+    name = spec.data.tokenizer
+    if name != TOKENIZER or not spec.data.tokenizer_blake3 or not (source / name).exists():
         return None
     target = folder / name
     if target.exists():
         return target
     try:
-        shutil.copyfile(source / name.name, target)
+        shutil.copyfile(source / name, target)
     except OSError as error:
         raise StorageError(f"{target} cannot be written: {error.strerror or error}") from error
     return target

@@ -27,15 +27,20 @@ def print_json(value: object) -> None:
 
 def note(text: str) -> None:
     """Something a person should know, beside the result."""
-    notes.print(escape(text), soft_wrap=True)
+    notes.print(_shown(text), soft_wrap=True)
 
 
 def explain(error: ShoalError) -> None:
     """One readable message: what happened, the evidence, what to do."""
     first, _, rest = str(error).partition("\n")
-    notes.print(f"[bold red]error:[/] {escape(first)}", soft_wrap=True)
+    notes.print(f"[bold red]error:[/] {_shown(first)}", soft_wrap=True)
     for line in rest.splitlines():
-        notes.print(f"  {escape(line)}", soft_wrap=True)
+        notes.print(f"  {_shown(line)}", soft_wrap=True)
+
+
+def _shown(text: str) -> str:
+    """Of a text what prints: it may name files of others, and terminals obey what does not print."""
+    return escape("".join(mark if mark.isprintable() or mark == "\n" else "?" for mark in text))
 
 
 def report_bug(error: Exception) -> None:

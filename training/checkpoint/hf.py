@@ -49,6 +49,7 @@ _PLAIN: dict[str, dict[str, object]] = {  # what of each architecture is support
     "llama": {**_UNBIASED, "hidden_act": "silu"},
     "qwen2": {"use_sliding_window": False, "hidden_act": "silu"},
 }
+_LARGEST_THETA = 1e30
 _SHORTEST_SEQUENCE = 8
 _LONGEST_SEQUENCE = 2048  # of a run that starts from a model which could take more; run.toml can say more
 
@@ -107,7 +108,7 @@ def model_of(config: object, where: str) -> tuple[dict[str, Any], int]:
             raise UsageError(f"{where}: {key} = {found} is not supported, only {json.dumps(plain)}")
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head_size = config.get("head_dim") or width // max(heads, 1)
-    if head_size != width / max(heads, 1):
+    if not isinstance(head_size, int) or head_size * max(heads, 1) != width:
         raise UsageError(
             f"{where}: {heads} heads of {head_size} do not make a width of {width}; not supported"
         )
@@ -146,6 +147,6 @@ def _rope_theta(config: dict[str, Any], where: str) -> float:
             )
     said = config.get("rope_parameters") or {}
     theta = said.get("rope_theta", config.get("rope_theta", 10_000.0))
-    if not isinstance(theta, int | float):
-        raise UsageError(f"{where}: rope_theta is no number")
+    if not isinstance(theta, int | float) or abs(theta) > _LARGEST_THETA:
+        raise UsageError(f"{where}: rope_theta is no number that a model can have")
     return float(theta)

@@ -7,6 +7,7 @@ name. Written to the store like any checkpoint; its digest in a spec's `checkpoi
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from contextlib import ExitStack
@@ -40,12 +41,13 @@ from shoal.training.spec import BYTE_VOCABULARY, RunSpec
 KIND = "import"
 _CONFIG_BYTES = 1 * limits.MIB
 _INDEX_BYTES = 64 * limits.MIB
+_NAME_CHARACTERS = 120
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # older versions of transformers saved what they compute
 
 
 def is_hf(source: Path) -> bool:
     """Whether a folder looks like a Hugging Face model."""
-    return (source / CONFIG).exists()
+    return os.path.exists(source / CONFIG)
 
 
 def import_hf(source: Path, store: Path, stages: int, progress: Progress = silent) -> Checkpoint:
@@ -130,7 +132,7 @@ def _spec(source: Path, stages: int) -> RunSpec:
 def _tokenizer(source: Path, vocabulary: int) -> dict[str, str]:
     """Keys of the spec's data section. A tokenizer.json is named as if it lay beside run.toml."""
     path = source / TOKENIZER
-    if not path.exists() or path.read_text(encoding="utf-8") == byte_tokenizer().to_str():
+    if not os.path.lexists(path) or _bytes(path, _INDEX_BYTES) == byte_tokenizer().to_str().encode():
         if vocabulary < BYTE_VOCABULARY:
             raise UsageError(
                 f"{source} has no {TOKENIZER}, and its vocabulary of {vocabulary} has no room for bytes"
@@ -157,10 +159,11 @@ def _tensors(source: Path, stack: ExitStack) -> dict[str, Any]:
     if (source / INDEX).exists():
         index = _json(source / INDEX, _INDEX_BYTES)
         listed = index.get("weight_map") if isinstance(index, dict) else None
-        files = sorted(set(listed.values())) if isinstance(listed, dict) else []
+        named = listed.values() if isinstance(listed, dict) else []
+        files = sorted({name if isinstance(name, str) else "" for name in named})
     else:
         files = [SINGLE]
-    if not files or any(not isinstance(name, str) or Path(name).name != name for name in files):
+    if not files or not all(_is_plain(name) for name in files):
         raise UsageError(f"{source / INDEX} names files that are not in the folder")
     found: dict[str, Any] = {}
     for name in files:
@@ -171,10 +174,18 @@ def _tensors(source: Path, stack: ExitStack) -> dict[str, Any]:
             )
         try:
             file = stack.enter_context(safe_open(source / name, framework="pt"))
-            found |= dict.fromkeys(file.keys(), file)
+            names = dict.fromkeys(file.keys(), file)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"{source / name} cannot be read: {error}") from error
+        if twice := sorted(found.keys() & names.keys()):
+            raise UsageError(f"{source} has {twice[0]!a} in {name} and in another file: which one counts?")
+        found |= names
     return found
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names a file of the folder itself."""
+    return 0 < len(name) <= _NAME_CHARACTERS and name.isprintable() and Path(name).name == name
 
 
 def _require_names(source: Path, found: dict[str, Any], wanted: set[str], tied: bool) -> None:
@@ -193,12 +204,21 @@ def _read(source: Path, file: Any, name: str, slot: Slot) -> torch.Tensor:
         raise StorageError(f"{source}: {name} cannot be read: {error}") from error
     if not tensor.is_floating_point() or tuple(tensor.shape) != slot.shape:
         raise UsageError(f"{source}: {name} is {tensor.dtype} {tuple(tensor.shape)}, not {slot.shape}")
+    tensor = tensor.to(torch.float32)
     if not bool(tensor.isfinite().all()):
         raise UsageError(f"{source}: {name} has values that are not finite")
-    return tensor.to(torch.float32)
+    return tensor
 
 
 def _json(path: Path, most_bytes: int) -> object:
+    try:
+        found: object = json.loads(_bytes(path, most_bytes))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON: {str(error)[:200]}") from error
+    return found
+
+
+def _bytes(path: Path, most_bytes: int) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(most_bytes + 1)
@@ -206,8 +226,4 @@ def _json(path: Path, most_bytes: int) -> object:
         raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(data) > most_bytes:
         raise UsageError(f"{path} is larger than {most_bytes} bytes")
-    try:
-        found: object = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON: {str(error)[:200]}") from error
-    return found
+    return data

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -89,7 +90,8 @@ class Keeper:
         async with self._writing:
             snapshot = await self._snapshot()
             newest, head = self._newest, snapshot.state.head.hex()
-            if newest is not None and newest.manifest.parts[0].head == head and newest.path.exists():
+            known = newest is not None and newest.manifest.parts[0].head == head
+            if newest is not None and known and await self._offload(os.path.exists, newest.path):
                 return newest
             try:
                 self._newest = await self._write(snapshot)
@@ -145,9 +147,12 @@ class Keeper:
 
     def _read_moments(self) -> Moments | None:
         run_id = self._spec.run_id().hex()
-        for _, path in reversed(numbered(self.folder)):
-            if not path.name.endswith(f"-{self._kind}"):
-                continue
+        try:
+            paths = [path for _, path in numbered(self.folder) if path.name.endswith(f"-{self._kind}")]
+        except StorageError as error:
+            self._event("checkpoint-refused", {"why": str(error)})
+            return None
+        for path in reversed(paths):
             try:
                 found = open_checkpoint(path)
                 if found.manifest.run_id == run_id and found.manifest.parts[0].peer == self._transport.me:

@@ -174,8 +174,12 @@ def file_of(parameter: str) -> str:
 
 
 def numbered(folder: Path) -> list[tuple[int, Path]]:
-    """The finished checkpoints in a folder, by the number in front of their names."""
-    if not folder.is_dir():
+    """The finished checkpoints in a folder, by the number in front of their names. Raises StorageError."""
+    try:
+        paths = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [(re.fullmatch(r"(\d{6,})-[a-z0-9-]+", path.name), path) for path in folder.iterdir()]
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be read: {error.strerror or error}") from error
+    found = [(re.fullmatch(r"(\d{6,})-[a-z0-9-]+", path.name), path) for path in paths]
     return sorted((int(match[1]), path) for match, path in found if match)

@@ -14,7 +14,6 @@ import safetensors.torch
 import torch
 from blake3 import blake3
 from pydantic import ValidationError
-from safetensors import SafetensorError
 
 from shoal.protocol import limits, wire
 from shoal.protocol.errors import ProtocolViolation, StorageError
@@ -23,6 +22,7 @@ from shoal.training.checkpoint.manifest import (
     MANIFEST,
     MANIFEST_BYTES,
     SPEC,
+    SQUARE,
     FileEntry,
     Manifest,
     StagePart,
@@ -80,9 +80,10 @@ class Checkpoint:
     def tensors(self, part: StagePart, slot: Slot) -> dict[str, torch.Tensor]:
         """A parameter's tensors by kind, of the slot's shape, fp32, finite. Raises StorageError."""
         path = self.path / file_of(slot.name)
+        data = self.read(path.name)
         try:
-            found = safetensors.torch.load(self.read(path.name))
-        except SafetensorError as error:
+            found = safetensors.torch.load(data)
+        except Exception as error:  # the library has a KeyError, too, for what it cannot read
             raise _refused(path, f"not safetensors: {error}") from None
         if sorted(found) != sorted(part.tensors):
             raise _refused(path, f"it holds {', '.join(sorted(found))[:200]}, not {', '.join(part.tensors)}")
@@ -91,6 +92,8 @@ class Checkpoint:
                 raise _refused(path, f"{kind} is {tensor.dtype} {tuple(tensor.shape)}, not fp32 {slot.shape}")
             if not bool(tensor.isfinite().all()):
                 raise _refused(path, f"{kind} has values that are not finite")
+            if kind == SQUARE and bool((tensor < 0).any()):
+                raise _refused(path, f"{kind} has values below zero, which no square has")
         return found
 
     def log_state(self, part: StagePart) -> LogState | None:
@@ -112,6 +115,14 @@ def open_checkpoint(path: Path, partly: bool = False) -> Checkpoint:
 
     `partly`: files may still be missing, as where a peer fetches those of its stage.
     """
+    try:
+        return _opened(path, partly)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _opened(path: Path, partly: bool) -> Checkpoint:
+    """As `open_checkpoint`; raises OSError, too."""
     if not path.is_dir():
         raise StorageError(f"there is no checkpoint {path}\nsee what there is: shoal checkpoint list")
     if not (path / MANIFEST).exists():
@@ -123,6 +134,8 @@ def open_checkpoint(path: Path, partly: bool = False) -> Checkpoint:
     manifest = parse_manifest(data, str(path / MANIFEST))
     spec = _spec(path / SPEC, manifest)
     require_sound(manifest, spec, str(path / MANIFEST))
+    if manifest.run_name != spec.run.name:  # it is shown to people
+        raise _refused(path / MANIFEST, f"its run has another name in {SPEC}")
     _require_files(path, manifest.files, partly)
     return Checkpoint(path, digest, manifest, spec)
 
@@ -157,19 +170,16 @@ def _spec(path: Path, manifest: Manifest) -> RunSpec:
 
 def _require_files(path: Path, files: Sequence[FileEntry], partly: bool) -> None:
     sizes = {entry.name: entry.size for entry in files}
-    try:
-        found = {entry.name: entry for entry in path.iterdir()}
-        for name, size in sizes.items():
-            if name not in found:
-                if partly:
-                    continue
-                raise _refused(path / name, "it is missing")
-            if found[name].is_symlink() or not found[name].is_file():
-                raise _refused(path / name, "it is no plain file")
-            if (has := found[name].stat().st_size) != size:
-                raise _refused(path / name, f"{has} bytes, {size} were written")
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
+    found = {entry.name: entry for entry in path.iterdir()}
+    for name, size in sizes.items():
+        if name not in found:
+            if partly:
+                continue
+            raise _refused(path / name, "it is missing")
+        if found[name].is_symlink() or not found[name].is_file():
+            raise _refused(path / name, "it is no plain file")
+        if (has := found[name].stat().st_size) != size:
+            raise _refused(path / name, f"{has} bytes, {size} were written")
     if not partly and (extra := sorted(found.keys() - sizes.keys() - {MANIFEST, DIGEST})):
         raise _refused(path / extra[0], "it was not written with the checkpoint; move it elsewhere")
 
@@ -180,6 +190,8 @@ def _bytes(path: Path, most: int) -> bytes:
             data = file.read(most + 1)
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError:
+        raise _refused(path, "it is larger than this machine's memory") from None
     if len(data) > most:
         raise _refused(path, f"more than {most} bytes")
     return data

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from shoal.protocol.errors import NotHere, ShoalError
+from shoal.protocol.errors import NotHere, ShoalError, StorageError
 from shoal.protocol.transport import Channel, Stream, Transport
 from shoal.protocol.unbroken import unbroken
 from shoal.training.checkpoint.manifest import DIGEST, MANIFEST, MANIFEST_BYTES, numbered, parse_manifest
@@ -104,7 +104,11 @@ def held(folders: Sequence[Path], run_id: str, stage: int) -> list[tuple[Checkpo
     """The checkpoints that have a stage of a run, and how high, the highest first; those whose manifest or
     sizes are wrong do not count."""
     found: list[tuple[Checkpoint, int]] = []
-    for path in (path for folder in folders for _, path in numbered(folder)):
+    paths: list[Path] = []
+    for folder in folders:
+        with contextlib.suppress(StorageError):  # one that cannot be read hides no other
+            paths += [path for _, path in numbered(folder)]
+    for path in paths:
         try:
             opened = open_checkpoint(path)
         except ShoalError:

@@ -180,5 +180,5 @@ def _told(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(
             f"{path}: {error.strerror or error}; the checkpoints before it are as they were\n"
-            "free space there, or name another folder with --data-dir"
+            "free space there, see that it can be written, or name another --data-dir"
         ) from error
