@@ -13,13 +13,21 @@ from outer_faults import Faults
 from trainer_world import Replica, TrainerWorld, round_spec
 
 from shoal.protocol.errors import Busy, MessageInvalid, NotHere
+from shoal.protocol.faults import Action, Arming
 from shoal.protocol.identity import PeerId
 from shoal.protocol.transport import Buffer, call
 from shoal.protocol.virtual_time import run
 from shoal.training.inner import InnerOptimizer
 from shoal.training.methods import at_stage
 from shoal.training.recovery import moments as of_joiners
-from shoal.training.recovery.moments import MomentsRequest, SecondMoments, decode, encode, encoded_bytes
+from shoal.training.recovery.moments import (
+    MomentsRequest,
+    SecondMoments,
+    decode,
+    encode,
+    encoded_bytes,
+    take_moments,
+)
 from shoal.training.spec import RunSpec
 
 SIZE = 1000
@@ -128,6 +136,30 @@ def test_a_donor_that_lies_or_is_silent_is_left_for_another_or_the_joiner_begins
             assert own(joiner).moments() is None
             refused = joiner.trainer.outer.context.refused[liar.peer]
             assert bool(refused) == (lie != "silent")
+
+    run(main, limit_s=600.0)
+
+
+def test_donors_that_drip_hold_a_joiner_up_for_a_minute_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was: a minute each."""
+    monkeypatch.setattr(of_joiners, "PIECE_VALUES", of_joiners.BLOCK)
+
+    async def main() -> None:
+        faults = Faults()
+        async with TrainerWorld(adam(), slower=20.0, wrap=faults.wrap) as world:
+            await world.add(0, 0)
+            for number in (10, 11, 12):
+                await world.add(number, 1)
+            await world.heights(2)
+            context = world.replicas[10].trainer.outer.context
+            donors = [world.replicas[number].peer for number in (11, 12)]
+            for nth in range(2, 60):
+                faults.arm_also(Arming("SecondMoments.sending", Action.DELAY, nth=nth, seconds=9.0))
+            begun_s = asyncio.get_running_loop().time()
+            assert await take_moments(context, donors) is None
+            assert asyncio.get_running_loop().time() - begun_s <= of_joiners.GIVE_S + 1.0
+            (told,) = world.replicas[10].heard("moments-missing")
+            assert "all donors together" in str(told["why"])
 
     run(main, limit_s=600.0)
 
