@@ -58,7 +58,14 @@ class Gathering:
     def status(self) -> dict[str, object]:
         """What became of it."""
         done, total = self._bytes
-        return {"finished": self._finished, "done_bytes": done, "total_bytes": total, "result": self._result}
+        asked, finished = self._asked, self._finished
+        return {
+            "asked": asked,
+            "finished": finished,
+            "done_bytes": done,
+            "total_bytes": total,
+            "result": self._result,
+        }
 
     async def _due(self, from_time_to_time: bool) -> None:
         known = self._presence.spec

@@ -198,6 +198,29 @@ def test_parts_on_this_machine_make_a_whole(shoal: Shoal, tmp_path: Path) -> Non
     assert shoal("verify").code == 0
 
 
+def test_who_waits_for_a_peer_that_was_started_anew_is_told(
+    shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was: it waited for ever, for nobody knew any more what it had asked for."""
+    known = {"asked": 4, "finished": 3, "done_bytes": 0, "total_bytes": 0, "result": {}}
+
+    async def one_peer(*_: object) -> list[tuple[Path, dict[str, str]]]:
+        return [(tmp_path, {"name": "ann", "peer": "1"})]
+
+    async def ask(path: Path, what: str) -> dict[str, object]:
+        if what == "checkpoint":
+            return {"number": 4}
+        told = dict(known)
+        known.update({"asked": 0, "finished": 0})
+        return told
+
+    monkeypatch.setattr("shoal.node.cli.checkpoint.daemons", one_peer)
+    monkeypatch.setattr("shoal.node.control.ask", ask)
+    answer = shoal("now")
+    assert answer.code == 11
+    assert "started anew" in answer.errors
+
+
 REFUSALS: dict[str, tuple[list[object], int, list[str]]] = {
     "nothing here": (["verify"], 2, ["no whole checkpoint", "shoal checkpoint now"]),
     "no such": (["verify", "000009-whole"], 2, ["000009-whole", "shoal checkpoint list"]),

@@ -387,6 +387,9 @@ def test_a_donor_that_drips_is_left_for_another(tmp_path: Path) -> None:
             job = (entry, tmp_path / "file")
             await fetch_files(asks, [drips.me, honest.me], bytes(32), [job], _inline)
         assert job[1].read_bytes() == data
+        with disk_of(CHUNK_BYTES), pytest.raises(StorageError, match="free space there"):
+            await fetch_files(asks, [honest.me], bytes(32), [(entry, tmp_path / "other")], _inline)
+        assert os.listdir(tmp_path) == ["file"], "half a file takes room, and is of no use to anybody"
         for transport in (drips, honest, asks):
             await transport.close()
 

@@ -112,6 +112,8 @@ def test_a_tokenizer_file_encodes_whole_texts_and_gives_them_back(tmp_path: Path
         ({"tokenizer_blake3": "0" * 64}, "take the owner's tokenizer"),
         ({"end_of_document": "<stop>"}, "has no token <stop>"),
         ({"tokenizer": "/nowhere/tokenizer.json"}, "cannot be read"),
+        ({"tokenizer": "/dev/zero"}, "is no file"),
+        ({"tokenizer": "~nobody-is-called-so/tokenizer.json"}, "home directory"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_the_spec_is_refused(

@@ -127,7 +127,7 @@ def test_on_a_disk_that_turns_read_only_a_member_trains_on_and_tells_once(
             refused = heard(node, "disk-refused")
             (text,) = [text for told in refused if (text := sentence("disk-refused", told)) is not None]
             assert "Read-only file system" in text
-            assert "--data-dir" in text
+            assert "check the disk and its permissions" in text
             disk.on = False
             await world.rounds(3)
             assert len(heard(node, "disk-back")) == 1
@@ -159,6 +159,28 @@ def test_a_peer_whose_disk_cannot_be_read_joins_as_one_without(
             await world.rounds(2)
             assert world.equal()
             assert any("Input/output error" in str(told) for told in heard(again, "disk-refused"))
+
+    run(main)
+
+
+def test_a_folder_that_takes_state_and_no_promises_is_told_once_with_what_helps(tmp_path: Path) -> None:
+    """What was: told to programs alone, round after round."""
+
+    async def main() -> None:
+        async with with_a_disk(tmp_path) as (world, node):
+            await world.rounds(2)
+            folder = node.outer._snapshots.directory
+            assert folder is not None
+            folder.chmod(0o777)
+            await world.rounds(6)
+            refused = heard(node, "disk-refused")
+            assert len(refused) >= 6
+            (text,) = [text for told in refused if (text := sentence("disk-refused", told)) is not None]
+            assert f"chmod go-w {folder}" in text
+            assert not heard(node, "disk-back")
+            folder.chmod(0o700)
+            await world.rounds(2)
+            assert len(heard(node, "disk-back")) == 1
 
     run(main)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from outer_world import inline
 from test_tenure import at_stages, moving_spec
 from trainer_world import TrainerWorld
 
+from shoal.protocol.errors import StorageError
 from shoal.protocol.virtual_time import run
 from shoal.training.recovery import left_stages
-from shoal.training.recovery.left_stages import KEEP_S, KEPT, Left, on_disk, superfluous
+from shoal.training.recovery.left_stages import KEEP_S, KEPT, Left, LeftStages, on_disk, superfluous
 
 
 def large(folder: Path) -> list[str]:
@@ -49,6 +54,41 @@ def test_the_folder_of_a_stage_that_was_left_goes_when_others_have_it(
             assert large(folder.parent / "stage-1"), "what it holds stays"
 
     run(main)
+
+
+def test_what_cannot_be_removed_is_told_with_what_to_do_and_tried_again_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was: every minute, and told to programs alone."""
+    tries: list[float] = []
+
+    def refuses(folder: Path) -> None:
+        tries.append(asyncio.get_running_loop().time())
+        raise StorageError(f"{folder}: Read-only file system; remove it by hand")
+
+    monkeypatch.setattr(left_stages, "forget", refuses)
+    monkeypatch.setattr(left_stages.LeftStages, "_has_copies", lambda self, left: True)
+    told: list[dict[str, object]] = []
+
+    async def main() -> None:
+        context: Any = SimpleNamespace(
+            run_id=b"run",
+            rng=random.Random(1),
+            offload=inline,
+            event=lambda kind, fields: told.append(fields),
+        )
+        folder = tmp_path / context.run_id.hex() / "stage-7"
+        folder.mkdir(parents=True)
+        (folder / "entry-000000000003.safetensors").touch()
+        members: Any = None
+        looking = asyncio.create_task(LeftStages(context, members, tmp_path, lambda: True, tuple).run())
+        await asyncio.sleep(3.5 * KEEP_S)
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+
+    run(main, limit_s=1e6)
+    assert len(tries) == 3
+    assert all("stage 7" in str(fields["text"]) and "by hand" in str(fields["text"]) for fields in told)
 
 
 def test_of_stages_left_of_late_the_last_ones_stay_for_a_while() -> None:

@@ -282,6 +282,8 @@ async def _gather_now(root: Path, wanted: str | None, progress: Any) -> dict[str
         raise UsageError(f"no peer called {wanted!r} runs from {root}\nsee them with: shoal status")
     number = (await ask(named[0], "checkpoint"))["number"]
     while (state := await ask(named[0], "checkpoint_status"))["finished"] < number:
+        if state["asked"] < number:  # nobody there knows of it any more
+            raise NetworkError("the peer was started anew meanwhile, and gathers nothing\nask once more")
         progress(state["done_bytes"], state["total_bytes"])
         await asyncio.sleep(_LOOK_S)
     result: dict[str, Any] = state["result"]

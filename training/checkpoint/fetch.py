@@ -7,6 +7,7 @@ broke off goes on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -202,13 +203,19 @@ class _Arriving:
             raise self._refused(error) from error
 
     def close(self) -> None:
+        """Half of it is of no use to anybody, and takes room."""
         try:
             self._file.close()
         except OSError as error:  # what was buffered did not fit
             raise self._refused(error) from error
+        finally:
+            with contextlib.suppress(OSError):
+                self._arriving.unlink(missing_ok=True)
 
     def _refused(self, error: OSError) -> StorageError:
-        return StorageError(f"{self._path}: {error.strerror or error}; free space there")
+        return StorageError(
+            f"{self._path}: {error.strerror or error}; free space there, or see that it can be written"
+        )
 
 
 async def _manifest_of_any(
@@ -233,4 +240,6 @@ def _begin(path: Path, manifest: bytes) -> None:
         (path / MANIFEST).write_bytes(manifest)
         (path / DIGEST).write_text(f"{digest_of(manifest)}  {MANIFEST}\n")
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}; free space there") from error
+        raise StorageError(
+            f"{path}: {error.strerror or error}; free space there, or see that it can be written"
+        ) from error

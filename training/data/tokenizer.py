@@ -14,10 +14,12 @@ import numpy as np
 import tokenizers
 from blake3 import blake3
 
+from shoal.protocol import limits
 from shoal.protocol.errors import SpecError
 from shoal.training.spec import BYTE_VOCABULARY, DataSection
 
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
+_MOST_BYTES = 256 * limits.MIB
 
 
 class Tokenizer(Protocol):
@@ -63,10 +65,15 @@ class FileTokenizer:
     def __init__(self, path: Path, digest: str = "", end_of_document: str = "") -> None:
         """Raises SpecError when the file is not there, not a tokenizer, or not the one with this BLAKE3."""
         try:
-            data = path.read_bytes()
+            if path.exists() and not path.is_file():  # a device gives bytes for ever
+                raise SpecError(f"data.tokenizer = {str(path)!r} is no file")
+            with path.open("rb") as file:
+                data = file.read(_MOST_BYTES + 1)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise SpecError(f"data.tokenizer = {str(path)!r} cannot be read: {reason}") from error
+        if len(data) > _MOST_BYTES:
+            raise SpecError(f"data.tokenizer = {str(path)!r} has more than {_MOST_BYTES} bytes")
         self.fingerprint = blake3(data).hexdigest()
         if digest and digest != self.fingerprint:
             raise SpecError(
@@ -108,7 +115,10 @@ def load_tokenizer(data: DataSection) -> Tokenizer:
     """The run's tokenizer. Raises SpecError when it cannot be used or has more ids than the model rows."""
     if data.tokenizer == "bytes":
         return ByteTokenizer()
-    path = Path(data.tokenizer).expanduser()
+    try:
+        path = Path(data.tokenizer).expanduser()
+    except RuntimeError as error:  # a user who is not here
+        raise SpecError(f"data.tokenizer = {data.tokenizer!r}: {error}") from error
     tokenizer = FileTokenizer(path, data.tokenizer_blake3, data.end_of_document)
     if tokenizer.vocabulary > data.vocabulary:
         raise SpecError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +14,15 @@ from shoal.protocol.unbroken import unbroken
 from shoal.protocol.wire import Count, Length, wire_message
 from shoal.training.outer.context import Context
 
+TellOfDisk = Callable[..., None]
 _FILE_BYTES = 4096
 # Between two attempts at one height, at most: more than a replica fails in a year. Ballots are bounded, and
 # whoever named the last one would end the attempts of all.
 LEAP = 1 << 24
+
+
+def no_disk(write: Callable[..., object], why: str = "") -> None:
+    """Nobody tells of it."""
 
 
 @wire_message
@@ -41,9 +47,11 @@ class Promise:
 class Promises:
     """One replica's. Without a directory they last as long as the process."""
 
-    def __init__(self, context: Context, directory: Path | None) -> None:
+    def __init__(self, context: Context, directory: Path | None, tell: TellOfDisk = no_disk) -> None:
+        """`tell` hears of each write, and why it was refused."""
         self.current = Promise()
         self._context = context
+        self._tell = tell
         self._path = directory / "promise" if directory is not None else None
 
     async def restore(self) -> None:
@@ -56,7 +64,7 @@ class Promises:
             if data is not None:
                 self.current = wire.decode(Promise, data, _FILE_BYTES)
         except (StorageError, ProtocolViolation) as error:
-            self._context.event("disk-refused", {"why": f"{self._path}: {error}"})
+            self._tell(write_private, f"{self._path}: {error}")
 
     async def give(self, promise: Promise) -> None:
         """Bind this peer. Returns when the disk has it; one that refuses is reported, and rounds go on.
@@ -66,6 +74,7 @@ class Promises:
         if self._path is not None and promise != self.current:
             try:
                 await unbroken(self._context.offload(write_private, self._path, wire.encode(promise)))
+                self._tell(write_private)
             except StorageError as error:
-                self._context.event("disk-refused", {"why": str(error)})
+                self._tell(write_private, str(error))
         self.current = promise

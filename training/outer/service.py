@@ -106,7 +106,7 @@ class Outer:
         )
         self._replica = Replica(self._context, start)
         self._snapshots = Snapshots(self._context, self._replica, start, directory)
-        self._promises = Promises(self._context, self._snapshots.directory)
+        self._promises = Promises(self._context, self._snapshots.directory, self._snapshots.tell_of_disk)
         leaders = Leaders(self._context, holds, lambda: len(peers()))
         self._member = Member(
             self._context, self._replica, weights, positions, self._change, self._promises, leaders

@@ -174,7 +174,8 @@ class Guarding:
             try:
                 await self._context.offload(clear, folder)
             except StorageError as error:
-                self._context.event("disk-refused", {"why": str(error)})
+                text = f"the copy of stage {stage}, which others keep now, stays on the disk: {error}"
+                self._context.event("disk-refused", {"why": str(error), "text": text})
 
     def _on_disk(self, held: Sequence[int]) -> list[int]:
         """Stages whose copy an earlier process of this peer left."""

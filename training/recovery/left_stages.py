@@ -87,8 +87,10 @@ class LeftStages:
             try:
                 await context.offload(forget, directory / f"stage-{one.stage}")
                 context.event("left-stage-removed", {"stage": one.stage, "height": one.height})
-            except StorageError as error:
-                context.event("disk-refused", {"why": str(error)})
+            except StorageError as error:  # again when it has lain there for as long once more
+                self._left[one.stage] = Left(one.stage, one.height, now_s)
+                text = f"what the disk has of stage {one.stage}, which was left, stays there: {error}"
+                context.event("disk-refused", {"why": str(error), "text": text})
 
     def _has_copies(self, left: Left) -> bool:
         """Whether others have what the disk has, and one of them trains it."""

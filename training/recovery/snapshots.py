@@ -17,6 +17,7 @@ import torch
 from shoal.protocol.errors import NotHere, ShoalError, StorageError
 from shoal.protocol.faults import define
 from shoal.protocol.faulty_transport import point
+from shoal.protocol.private_files import write_private
 from shoal.training.outer.context import Context
 from shoal.training.outer.entry import Entry
 from shoal.training.outer.local import LocalWeights
@@ -198,9 +199,9 @@ class Snapshots:
                 await point(self._context.transport, _WRITING)
                 await self._context.disk(function, *arguments)
                 await point(self._context.transport, _WRITTEN)
-                self._tell_of_disk(function)
+                self.tell_of_disk(function)
             except Exception as error:  # the edge of this task: training goes on without the disk
-                self._tell_of_disk(function, str(error) or repr(error))
+                self.tell_of_disk(function, str(error) or repr(error))
             finally:
                 self._held_bytes -= size_bytes
                 self._behind = self._behind and not self._writes.empty()
@@ -212,14 +213,14 @@ class Snapshots:
         self._context.event("disk-behind", {"queued": queued} | ({} if self._behind else {"text": text}))
         self._behind = True
 
-    def _tell_of_disk(self, write: Callable[..., None], why: str = "") -> None:
-        """Why it refused a write, empty where it took it. In words only what has changed: that it takes a
-        small one proves nothing for the large ones."""
+    def tell_of_disk(self, write: Callable[..., None], why: str = "") -> None:
+        """Why it refused a write (or a promise), empty where it took it. In words only what has changed: that
+        it takes a small one proves nothing for the large ones."""
         before = bool(self._refused)
         if why:
             self._refused.add(write.__name__)
         elif write in (store, rewrite):
-            self._refused.clear()
+            self._refused &= {write_private.__name__}
         else:
             self._refused.discard(write.__name__)
         stage = self._context.stage
