@@ -4,7 +4,8 @@ A stage of which no copy is left may be built anew only after a while (`training
 whoever waits for it may stay for less. So that the while does not begin anew with each newcomer, every peer
 says in its beats how long ago it met a copy last, and one that never did counts from what most of those say
 that it hears. Each token has one vote, since ids cost nothing; peers under the own one are this volunteer's,
-and have one each.
+and have one each. One alone is not believed, unless it is the owner's: who decides on the run can be trusted
+to tell of it, and in a small swarm its peer may be the only one that stays.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from shoal.dht.beats import ABSENCES, Absence
 from shoal.dht.liveness import Liveness
 from shoal.dht.view import Member
-from shoal.protocol.identity import PeerId
+from shoal.protocol.identity import PeerId, Role
 
-WITNESSES = 2  # one alone is not believed
+WITNESSES = 2  # or the owner
 
 
 class Absences:
@@ -41,7 +42,7 @@ class Absences:
         miss only those: it looks for their replicas."""
         alive = [member for member in others if member.liveness is Liveness.ALIVE]
         here = {stage for member in alive for stage in _copies(member)}
-        votes = [(self._voter(m), m.beat.absences) for m in alive if m.beat is not None and m.beat.absences]
+        votes = [(m, m.beat.absences) for m in alive if m.beat is not None and m.beat.absences]
         self._joining_s = {stage: self._joining_s.get(stage, now_s) for stage in joining}
         self._met_s = {} if sampled else self._met_s | dict.fromkeys(here, now_s)
         self._claimed = {absence.stage for _, absences in votes for absence in absences}
@@ -67,18 +68,22 @@ class Absences:
         return member.peer if member.token_id == self._token_id else member.token_id
 
     def _since_s(
-        self, stage: int, votes: Iterable[tuple[str, tuple[Absence, ...]]], now_s: float, sampled: bool
+        self, stage: int, votes: Iterable[tuple[Member, tuple[Absence, ...]]], now_s: float, sampled: bool
     ) -> float:
         """As this peer knows; of what it never met as most say, the more careful half of an even number."""
         if stage in self._met_s:
             return self._met_s[stage]
         own_s = self._joining_s[stage] if sampled else self._begun_s
         said: dict[str, float] = {}  # a token's most careful word
-        for voter, absences in votes:
+        by_owner = False
+        for member, absences in votes:
             for absence in absences:
                 if absence.stage == stage:
+                    voter = self._voter(member)
                     said[voter] = max(said.get(voter, 0.0), now_s - absence.for_s)
-        return min(own_s, statistics.median_high(said.values())) if len(said) >= WITNESSES else own_s
+                    by_owner = by_owner or Role.OWNER in member.roles
+        enough = by_owner or len(said) >= WITNESSES
+        return min(own_s, statistics.median_high(said.values())) if enough else own_s
 
 
 def _copies(member: Member) -> set[int]:

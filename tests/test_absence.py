@@ -14,7 +14,7 @@ from shoal.dht.beats import ABSENCES, Absence, Beat, StageBeat
 from shoal.dht.liveness import Liveness
 from shoal.dht.view import Member
 from shoal.protocol import wire
-from shoal.protocol.identity import PeerId
+from shoal.protocol.identity import PeerId, Role
 
 LOST = 1
 
@@ -61,6 +61,14 @@ def test_liars_neither_shorten_nor_stretch_it() -> None:
     assert newcomer(*honest, *crowd) == 30.0
     siblings = [witness(f"sibling-{number}", 30.0, token_id="mine") for number in range(2)]
     assert newcomer(*siblings) == 30.0, "but this volunteer's own peers have one each"
+
+
+def test_the_owners_peer_alone_is_believed() -> None:
+    """What was: beside it alone volunteers with short sessions waited anew each, never for long enough."""
+    owner = dataclasses.replace(witness("owner", 100.0), roles=frozenset({Role.TRAINER, Role.OWNER}))
+    assert newcomer(owner) == 100.0
+    assert newcomer(owner, witness("liar", 1e9)) == 100.0
+    assert newcomer(owner, holder(LOST)) is None, "it is here"
 
 
 def test_who_met_it_itself_counts_from_there_whatever_others_say() -> None:
