@@ -69,6 +69,33 @@ def test_a_download_that_fails_once_after_a_long_while_goes_on_from_there() -> N
     run(main)
 
 
+def test_a_snapshot_that_has_come_is_not_fetched_again_when_what_follows_it_fails() -> None:
+    """What was: gigabytes anew, each time that a donor failed amid the few entries after them."""
+    faults = Faults()
+
+    async def main() -> None:
+        async with World(1, round_spec(**snapshot_spec()), size=BIG, wrap=faults.wrap) as world:
+            await world.rounds(3, each=1)
+            for _ in range(2):
+                faults.arm_also(Arming("PublishedPart.sending", Action.DROP))
+            sent = 0
+
+            def count(peer: PeerId, header: object, payload: Buffer) -> tuple[object, Buffer]:
+                nonlocal sent
+                sent += isinstance(header, Chunk)
+                return header, payload
+
+            faults.tamper = count
+            joiner = await join(world, 5)
+            assert joiner.outer.height == 3
+            assert world.equal()
+            assert sent == 4
+            assert not joiner.outer._catching_up.ahead(world.group(joiner.name))
+            assert joiner.outer._catching_up._jumping.downloads._begun is None, "and it takes no memory then"
+
+    run(main)
+
+
 def test_a_guardians_copy_that_fails_goes_on_from_there_and_is_tried_less_and_less_often() -> None:
     """What was: the whole snapshot anew every second, for as long as it failed."""
     faults, sent_s = Faults(), list[float]()

@@ -60,7 +60,8 @@ class _Begun:
 
 
 class Downloads:
-    """One after another; what an attempt that failed has got is kept for the next one at the same bytes."""
+    """One after another; what has come is kept, in part or whole, for the next attempt at the same bytes: the
+    entries after a snapshot may fail to come."""
 
     def __init__(self, context: Context) -> None:
         self.chunks = 0  # that have come
@@ -74,13 +75,15 @@ class Downloads:
         begun, missed = self._begun, len(self._begun.missing)
         try:
             return await download(self._context, offer, donors, begun)
+        except ShoalError:
+            if not begun.missing:  # wrong as a whole
+                self._begun = None
+            raise
         finally:
             self.chunks += missed - len(begun.missing)
-            if not begun.missing:  # whole, or wrong as a whole
-                self._begun = None
 
     def forget(self) -> None:
-        """What was begun is not needed any more."""
+        """What has come is not needed any more."""
         self._begun = None
 
 

@@ -92,6 +92,7 @@ class Guard:
         context, transport = self._context, self._context.transport
         on_disk = await self._on_disk()
         base = on_disk or await self._fetched()
+        self._downloads.forget()
         replica = Replica(context, base)
         snapshots = Snapshots(context, replica, base, self._directory)
         nowhere = Nowhere(context.size)
