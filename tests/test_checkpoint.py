@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import json
@@ -360,6 +361,63 @@ def test_a_copy_on_another_disk_is_as_good(tmp_path: Path) -> None:
     copied = open_checkpoint(tmp_path / "there")
     verify(copied)
     assert copied.digest == checkpoint.digest
+
+
+@pytest.mark.parametrize("room", [1.5, 2.5])
+def test_on_a_full_disk_the_oldest_checkpoint_makes_room_if_another_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: float
+) -> None:
+    """What was: a new one had to find room beside all that are kept; where there was none, they stayed for
+    good, and so did the refusal."""
+    flush, spec = os.fsync, spec_of(1)
+    (layout,) = layouts(spec)
+    (tmp_path / "one").mkdir()
+    one = write_stages(tmp_path / "one", spec).manifest.size_bytes
+
+    def full(descriptor: int) -> None:
+        if sum(file.stat().st_size for file in (tmp_path / "disk").rglob("*")) > room * one:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    async def main() -> None:
+        rounds: list[int] = []
+
+        async def of_snapshot() -> Snapshot:
+            snapshot, _ = state_of(spec, 0, layout, height=rounds[-1])
+            head = bytes([rounds[-1]]) * 32
+            return replace(snapshot, state=replace(snapshot.state, head=head))
+
+        async def of_moments() -> Moments:
+            return state_of(spec, 0, layout, height=rounds[-1])[1]
+
+        keeper = Keeper(
+            spec,
+            0,
+            layout,
+            transport=MemoryNetwork(random.Random(1)).transport(PeerId("a"), frozenset({Role.TRAINER})),
+            folder=tmp_path / "disk",
+            snapshot=of_snapshot,
+            moments=of_moments,
+            offload=SlowDisk(itertools.repeat(0.0)).offload,
+            event=lambda kind, data: None,
+        )
+        heights = []
+        for height in range(1, 6):
+            rounds.append(height)
+            with contextlib.suppress(StorageError):
+                heights.append((await keeper.take()).manifest.parts[0].height)
+        kept = [open_checkpoint(path) for _, path in numbered(tmp_path / "disk")]
+        for checkpoint in kept:
+            verify(checkpoint)
+        told = [checkpoint.manifest.parts[0].height for checkpoint in kept]
+        if room > 2.0:
+            assert heights == [1, 2, 3, 4, 5]
+            assert told == [4, 5]
+        else:
+            assert heights == told == [1], "the last one there is never goes first"
+
+    monkeypatch.setattr(os, "fsync", full)
+    virtual_time.run(main)
 
 
 @pytest.mark.parametrize("at_s", [0.5, 1.5, 2.5, 3.5])

@@ -29,7 +29,7 @@ from shoal.training.checkpoint.manifest import (
 )
 from shoal.training.checkpoint.read import Checkpoint, open_checkpoint
 from shoal.training.checkpoint.reshape import load_stage
-from shoal.training.checkpoint.write import Writer, prune, writing
+from shoal.training.checkpoint.write import Writer, is_full, make_room, prune, writing
 from shoal.training.inner import Moments
 from shoal.training.model.layout import Slot, StageLayout
 from shoal.training.outer.context import Event, Offload
@@ -132,6 +132,15 @@ class Keeper:
         }
 
     async def _write(self, snapshot: Snapshot) -> Checkpoint:
+        """Where there is no room beside those that are kept, the oldest goes first, if another one stays."""
+        try:
+            return await self._write_one(snapshot)
+        except StorageError as error:
+            if not is_full(error) or not await self._offload(make_room, self.folder, self._kind):
+                raise
+        return await self._write_one(snapshot)
+
+    async def _write_one(self, snapshot: Snapshot) -> Checkpoint:
         moments = await self._moments()
         async with writing(self._offload, self.folder, self._kind) as writer:
             await self._offload(add_log, writer, snapshot)

@@ -8,6 +8,7 @@ full ends with StorageError. Blocking: callers on the event loop go through thei
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -156,6 +157,20 @@ def prune(folder: Path, kind: str, kept: int) -> None:
             hidden = path.with_name(f"{_HIDDEN}{path.name}")
             path.rename(hidden)
             shutil.rmtree(hidden)
+
+
+def make_room(folder: Path, kind: str) -> bool:
+    """Remove the oldest of a kind where another one stays; whether there was one. Raises StorageError."""
+    there = len([path for _, path in numbered(folder) if path.name.endswith(f"-{kind}")])
+    if there > 1:
+        prune(folder, kind, there - 1)
+    return there > 1
+
+
+def is_full(refusal: StorageError) -> bool:
+    """Whether room is all that it wants."""
+    cause = refusal.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _remove_partial(folder: Path, kind: str) -> None:
