@@ -36,6 +36,7 @@ from shoal.training.recovery.snapshots import (
     bytes_in,
     has_snapshot,
     newest_on_disk,
+    snapshot_path,
     store,
 )
 
@@ -159,6 +160,38 @@ def test_a_peer_whose_disk_cannot_be_read_joins_as_one_without(
             await world.rounds(2)
             assert world.equal()
             assert any("Input/output error" in str(told) for told in heard(again, "disk-refused"))
+
+    run(main)
+
+
+def test_a_chain_that_was_left_while_the_disk_refused_goes_once_it_takes_a_snapshot_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was: a snapshot of it that is higher stayed the newest on the disk, and whoever came back alone
+    would have gone on from there."""
+    disk = ReadOnly(tmp_path, monkeypatch)
+
+    async def main() -> None:
+        async with with_a_disk(tmp_path) as (world, node):
+            await world.rounds(2)
+            snapshots = node.outer._snapshots
+            assert snapshots.directory is not None
+            lost = snapshot_path(snapshots.directory, 99)
+            kept = snapshots.get(2)
+            store(snapshots.directory, replace(kept, state=replace(kept.state, height=99)), 0)
+            disk.on = True
+            snapshots.switch(kept)
+            await world.rounds(1)
+            assert lost.exists()
+            disk.on = False
+            await world.rounds(3)
+            assert not lost.exists()
+            await node.stop()
+            context = node.outer.context
+            newest = newest_on_disk(snapshots.directory, context.size, context.fragments)
+            assert newest is not None
+            assert newest.height == node.outer.height == 6
+            assert len(heard(node, "disk-back")) == 1
 
     run(main)
 

@@ -101,7 +101,11 @@ class Snapshots:
     def keep(self, snapshot: Snapshot) -> None:
         """Hold a snapshot (a joiner's, too, which so becomes a donor) and let older state go."""
         self._hold(snapshot)
-        if self.directory is not None and snapshot.height:
+        if self.directory is None or not snapshot.height:
+            return
+        if rewrite.__name__ in self._refused:  # what the disk has is still of a chain that was left
+            self.write(rewrite, self.directory, snapshot, ())
+        else:
             self.write(store, self.directory, snapshot, min(self._kept))
 
     def _hold(self, snapshot: Snapshot) -> None:
@@ -220,7 +224,7 @@ class Snapshots:
         if why:
             self._refused.add(write.__name__)
         elif write in (store, rewrite):
-            self._refused &= {write_private.__name__}
+            self._refused &= {write_private.__name__} | ({rewrite.__name__} if write is store else set())
         else:
             self._refused.discard(write.__name__)
         stage = self._context.stage
