@@ -390,6 +390,22 @@ def test_who_has_a_copy_keeps_it_whoever_comes() -> None:
         assert choose_guardians(RUN, [10] * 4, [*everybody, newcomer]) == chosen
 
 
+def test_who_says_that_it_has_copies_of_everything_keeps_no_other_token_from_having_them() -> None:
+    honest = [dataclasses.replace(c, token=f"token of {c.peer}") for c in candidates(stages=4, each=2)]
+    boasts = [Candidate(PeerId(f"{n}"), (), 10**9, (0, 1, 2, 3), "boaster") for n in range(9)]
+    chosen = choose_guardians(RUN, [100] * 4, [*honest, *boasts])
+    assert all(set(guardians) - {boast.peer for boast in boasts} for guardians in chosen)
+
+
+def test_a_swarm_under_one_token_has_two_guardians_for_each_stage_too() -> None:
+    everybody = [dataclasses.replace(c, token="all") for c in candidates(stages=4, each=3)]
+    chosen = choose_guardians(RUN, [10] * 4, everybody)
+    assert [len(set(guardians)) for guardians in chosen] == [2] * 4
+    guards = {c.peer: tuple(s for s, peers in enumerate(chosen) if c.peer in peers) for c in everybody}
+    settled = [dataclasses.replace(c, guards=guards[c.peer]) for c in everybody]
+    assert choose_guardians(RUN, [10] * 4, settled) == chosen
+
+
 def test_a_stage_that_nobody_guards_gets_the_second_guardian_of_another_if_nobody_else_has_room() -> None:
     def peer(name: str, stage: int, guards: int) -> Candidate:
         return Candidate(PeerId(name), (stage,), 100, (guards,))

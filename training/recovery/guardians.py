@@ -3,8 +3,9 @@
 A guardian keeps a copy of a stage that it does not train, for the day when all that do are gone. Pure: every
 peer decides for itself from what it sees. Who has a copy keeps it: were it always the lowest hash, each peer
 that comes or goes would send copies around, and where memory is scarce nobody could take one before another
-had let go. Views differ, so a stage may have one guardian more for a while; a copy is let go only when those
-who shall have it do. In a swarm known in part thousands have the lowest hash of those whom they know; there a
+had let go. Ids cost nothing, nor does saying that one has a copy: if it can be, the two are of different
+tokens. Views differ, so a stage may have one guardian more for a while; a copy is let go only when those who
+shall have it do. In a swarm known in part thousands have the lowest hash of those whom they know; there a
 guardian's has to be low enough for one of the whole swarm's, too.
 """
 
@@ -36,7 +37,8 @@ class Candidate:
     peer: PeerId
     stages: tuple[int, ...]  # that it holds
     spare_bytes: int  # for copies, those that it has included
-    guards: tuple[int, ...] = ()  # stages that it has a copy of
+    guards: tuple[int, ...] = ()  # stages that it has a copy of, as it says
+    token: str = ""  # that it came with
 
 
 def guard_bytes(stage: StagePlan, snapshot_every: int) -> int:
@@ -56,23 +58,39 @@ def choose_guardians(
     hashes = np.array([_hash(run_id, candidate.peer) for candidate in candidates], np.uint64)
     low = 2.0**64 * MARGIN * GUARDIANS * part / max(len(candidates), 1) if part < 1.0 else math.inf
     chosen: list[list[PeerId]] = []
-    ranked: list[list[Candidate]] = []  # for each stage, who may come to have a copy, the lowest hash first
+    holders: list[list[Candidate]] = []  # for each stage, who has a copy, the lowest hash first
+    ranked: list[list[Candidate]] = []  # who may come to have one
     for stage in range(len(needs_bytes)):
         mixed = _mixed(hashes, stage)
         order = [int(index) for index in np.argsort(mixed, kind="stable")]
         others = [(candidates[i], int(mixed[i])) for i in order if stage not in candidates[i].stages]
-        chosen.append([candidate.peer for candidate, _ in others if stage in candidate.guards][:GUARDIANS])
+        holders.append([candidate for candidate, _ in others if stage in candidate.guards])
+        chosen.append([first.peer for first in holders[stage][:1]])
+        chosen[stage] += [one.peer for one in _of_others(holders[stage], holders[stage][:1])[:1]]
         ranked.append([candidate for candidate, height in others if height < low])
-    kept = {c.peer: {stage for stage in c.guards if c.peer in chosen[stage]} for c in candidates}
+    kept: dict[PeerId, set[int]] = {candidate.peer: set() for candidate in candidates}
+    for stage, have in enumerate(holders):
+        for peer in {*chosen[stage], *(candidate.peer for candidate in have[:GUARDIANS])}:
+            kept[peer].add(stage)
     for wanted, stage in itertools.product(range(1, GUARDIANS + 1), range(len(needs_bytes))):
-        if len(chosen[stage]) < wanted:
-            able = _able(stage, ranked[stage], kept, needs_bytes)
-            if able is None and wanted == 1:
-                able = _spared(stage, ranked[stage], kept, needs_bytes, chosen)
-            if able is not None:
-                chosen[stage].append(able)
-                kept[able].add(stage)
+        if len(chosen[stage]) >= wanted:
+            continue
+        first = [candidate for candidate in candidates if candidate.peer in chosen[stage]]
+        able = _able(stage, _of_others(ranked[stage], first), kept, needs_bytes)
+        able = able or next((c.peer for c in holders[stage] if c.peer not in chosen[stage]), None)
+        able = able or _able(stage, ranked[stage], kept, needs_bytes)
+        if able is None and wanted == 1:
+            able = _spared(stage, ranked[stage], kept, needs_bytes, chosen)
+        if able is not None:
+            chosen[stage].append(able)
+            kept[able].add(stage)
     return tuple(tuple(guardians) for guardians in chosen)
+
+
+def _of_others(candidates: Sequence[Candidate], than: Sequence[Candidate]) -> list[Candidate]:
+    """Those who came with other tokens."""
+    tokens = {candidate.token for candidate in than}
+    return [candidate for candidate in candidates if candidate.token not in tokens]
 
 
 def _able(

@@ -194,11 +194,13 @@ class Guarding:
     def _candidates(self, view: SwarmView) -> list[Candidate]:
         """Trainers that are online; of whom nothing is heard is taken for able."""
         able = sum(self._needs)
-        found = [Candidate(self._context.me, self._held(), self.spare_bytes, tuple(self._guarded))]
+        mine = view.get(self._context.me)
+        token = mine.token_id if mine is not None else ""
+        found = [Candidate(self._context.me, self._held(), self.spare_bytes, tuple(self._guarded), token)]
         for member in view.here():
             trains = member.state == "online" and member.stages and Role.TRAINER in member.roles
             if trains and member.peer != view.me:
                 beat = member.beat or Beat(spare_bytes=able)
                 guards = tuple(kept.stage for kept in beat.guards if kept.stage < len(self._needs))
-                found.append(Candidate(member.peer, member.stages, beat.spare_bytes, guards))
+                found.append(Candidate(member.peer, member.stages, beat.spare_bytes, guards, member.token_id))
         return found
