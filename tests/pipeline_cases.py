@@ -41,7 +41,7 @@ class Played:
     handed_s: float  # the longest from the blow until such a micro-batch was with the one that answered
     back_s: float  # from the blow until everybody was there and at work again
     audit: Audit
-    stalled_s: float  # the longest that the machine let somebody stand still meanwhile
+    stalled_s: float  # the longest that the machine let one of the others stand still meanwhile
     ended: str = ""  # of a transfer: how
 
     def __str__(self) -> str:
@@ -113,7 +113,8 @@ async def conclude(
     assert case.blow not in HARMLESS or not found.excused, f"{found.excused} are missing\n{group.story()}"
     await asyncio.to_thread(group.assert_checkpoints_are_whole)
     names = "+".join(map(str, victims))
-    stalled_s = longest_stall_s([replica for replica in group.members if not replica.blows])
+    others = [replica for replica in group.members if replica not in victims and not replica.blows]
+    stalled_s = longest_stall_s(others)
     reroute_s = max((reroute.seconds for reroute in reroutes), default=0.0)
     handed_s = max((reroute.handed_s - struck_s for reroute in reroutes), default=0.0)
     return Played(case, names, seconds, reroute_s, handed_s, back_s, found, stalled_s)
