@@ -1,8 +1,8 @@
 """A share of the soaks: of rounds, random faults against groups of 3 to 12 peers; of swarms, few that move.
 
 Each seed is its own story; `python tests/soak/rounds.py --processes 1 --seeds N-N+1` tells one of rounds
-again, `python tests/soak/swarm.py --peers 8 --window 2 --seconds 110 --seeds N-N+1` one of a swarm. First those
-that failed once, though a change of what is sent makes other stories of the same seeds.
+again, `python tests/soak/swarm.py --peers 8 --window 2 --seconds 110 --seeds N-N+1` one of a swarm. First
+those that failed once, though a change of what is sent makes other stories of the same seeds.
 """
 
 from __future__ import annotations
