@@ -307,7 +307,11 @@ def test_what_waits_for_a_slow_disk_is_bounded_in_bytes_and_told_once(tmp_path: 
             for _ in range(12):
                 await world.rounds(1)
                 assert snapshots._held_bytes <= 2 * KEPT * VALUE_BYTES * context.size
-            writes = list(snapshots._writes._queue)  # type: ignore[attr-defined]
+            queue = snapshots._writes
+            writes = [queue.get_nowait() for _ in range(queue.qsize())]
+            for write in writes:
+                queue.put_nowait(write)
+                queue.task_done()
             assert sum(bytes_in(arguments) for _, arguments, _ in writes) <= 2 * VALUE_BYTES * context.size
             told = [text for fields in heard(node, "disk-behind") if (text := fields.get("text")) is not None]
             assert ["slower than the rounds" in str(text) for text in told] == [True]

@@ -80,7 +80,7 @@ def test_what_rounding_leaves_out_is_kept_to_the_last_bit(family: str, fragments
             assert world.equal()
             lost = missing(world)
             torch.testing.assert_close(lost, torch.zeros_like(lost), rtol=0, atol=1e-5)
-            assert all(node.outer._replica.residuals.take() for node in world.nodes)
+            assert all(dict(node.outer._replica.residuals._contributed) for node in world.nodes)
 
     run(main)
 
@@ -102,7 +102,7 @@ def test_a_skipped_part_leaves_every_residual_as_it_was() -> None:
     async def main() -> None:
         async with World(4, spec_of("onebit"), wrap=faults.wrap) as world:
             await even_rounds(world, 2)
-            before = {n.name: n.outer._replica.residuals.take() for n in world.nodes}
+            before = {n.name: dict(n.outer._replica.residuals._contributed) for n in world.nodes}
 
             def strike(peer: PeerId) -> None:
                 world.kill(next(node for node in world.nodes if node.name == peer))
@@ -120,7 +120,7 @@ def test_a_skipped_part_leaves_every_residual_as_it_was() -> None:
             skipped = [part for part in range(entry.parts) if entry.digest(part) == SKIP]
             assert skipped
             for node in world.live.values():
-                now = node.outer._replica.residuals.take()
+                now = dict(node.outer._replica.residuals._contributed)
                 for part in range(entry.parts):
                     assert torch.equal(now[part], before[node.name][part]) == (part in skipped)
             await world.rounds(2)
@@ -167,7 +167,7 @@ def test_a_restart_takes_the_residual_up_unless_it_has_gone_already(tmp_path: Pa
             world.nodes.append(old)
             await old.start()
             await even_rounds(world, 3)
-            carried = whole(world, old.outer._replica.residuals.take())
+            carried = whole(world, dict(old.outer._replica.residuals._contributed))
             assert carried.abs().max() > 0
             file = residual_file(tmp_path)
             before = file.read_bytes()
@@ -178,14 +178,14 @@ def test_a_restart_takes_the_residual_up_unless_it_has_gone_already(tmp_path: Pa
                 old = world.node(8, incarnation=2, directory=tmp_path)
                 world.nodes[-1] = old
                 await old.start()
-                assert torch.equal(whole(world, old.outer._replica.residuals.take()), carried)
+                assert torch.equal(whole(world, dict(old.outer._replica.residuals._contributed)), carried)
                 await even_rounds(world, 1)
                 await old.stop()
             file.write_bytes(before)  # killed before its disk knew of a round
             again = world.node(8, incarnation=3, directory=tmp_path)
             world.nodes[-1] = again
             await again.start()
-            restored = whole(world, again.outer._replica.residuals.take())
+            restored = whole(world, dict(again.outer._replica.residuals._contributed))
             assert torch.equal(restored, carried if gone_with == "nothing" else torch.zeros_like(restored))
             await even_rounds(world, 1)
             assert world.equal()

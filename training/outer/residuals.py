@@ -53,10 +53,6 @@ class Residuals:
                 del self._published[part.index]
                 self.handed_over += 1
 
-    def take(self) -> dict[int, torch.Tensor]:
-        """e of all parts."""
-        return dict(self._contributed)
-
     def restore(self, contributed: dict[int, torch.Tensor]) -> None:
         """e as an earlier process of this peer left it."""
         self._contributed.update(contributed)

@@ -391,8 +391,8 @@ class Outer:
         )
 
     def _save_residuals(self, entry: Entry, listed: bool) -> None:
-        context = self._context
-        kept = self._replica.residuals.carried((fragment := context.fragments[entry.fragment]).parts)
+        context, fragment = self._context, self._context.fragments[entry.fragment]
+        kept = self._replica.residuals.carried(fragment.parts)
         if self._snapshots.directory is not None and listed and kept:
             step, _ = self._replica.log.end_of(context.me, context.incarnation, entry.fragment)
             self._snapshots.write(
